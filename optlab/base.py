@@ -1,0 +1,245 @@
+"""The nouns of optlab, and the checks and tree helpers that its modules share.
+
+A *transformation* is optax's own ``(init, update)`` pair. An *estimator* is its
+twin: a pair of pure functions that makes the gradients which a transformation
+consumes. An *operator* is a function ``v -> A v`` on pytrees that is itself a
+pytree. A *solver* prepares ``(A + shift I)^-1 b`` once and answers for many
+shifts.
+"""
+
+from collections.abc import Callable
+import numbers
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Params = optax.Params
+Updates = optax.Updates
+Batch = Any
+Operator = Callable[[chex.ArrayTree], chex.ArrayTree]
+ScalarOrSchedule = float | jax.Array | optax.Schedule
+
+
+class Estimate(NamedTuple):
+  """What an estimator knows about the loss at one point.
+
+  Attributes:
+    value: Scalar, the loss that the estimate belongs to.
+    grads: Pytree with the structure, shapes and dtypes of the parameters.
+    extras: Keyword arguments for the transformation's ``update``, by the names
+      of the glossary; each value is a pytree.
+  """
+
+  value: jax.Array
+  grads: Updates
+  extras: dict[str, Any] = {}
+
+
+class GradientEstimator(NamedTuple):
+  """A pair of pure functions that makes gradients, with memory where needed.
+
+  Attributes:
+    init: ``(params, *inner) -> state``; ``inner`` are the inner variables of a
+      method that has some (the lower variable of a bilevel problem).
+    estimate: ``(params, state, batch) -> (Estimate, state)``.
+  """
+
+  init: Callable[..., Any]
+  estimate: Callable[[Params, Any, Batch], tuple[Estimate, Any]]
+
+
+class Solver(Protocol):
+  """Prepares the solution of ``(A + shift I) x = b`` for many shifts.
+
+  ``shift`` is the smallest shift of interest: a solver may use it to decide how
+  far to prepare. The result maps a shift to ``(x, ok)``; ``ok`` is false where
+  the shifted operator is not positive definite, and ``x`` is then undefined.
+  """
+
+  def __call__(
+    self, operator: Operator, b: chex.ArrayTree, shift: jax.Array
+  ) -> Callable[[jax.Array], tuple[chex.ArrayTree, jax.Array]]: ...
+
+
+# Checks. They see Python and numpy numbers and concrete arrays; tracers and
+# schedules pass, so that hyperparameters may be vmapped over and injected.
+
+
+def check_real(
+  name: str,
+  value: Any,
+  *,
+  low: float = -np.inf,
+  high: float = np.inf,
+  low_open: bool = False,
+  high_open: bool = False,
+  remedy: str = '',
+) -> None:
+  """Raises unless ``value`` is a real number in the interval.
+
+  Args:
+    name: The argument's name, for the message.
+    value: A number, an array of numbers, or something that passes: a tracer, a
+      schedule.
+    low: Lower end of the interval.
+    high: Upper end of the interval.
+    low_open: Whether the lower end is excluded.
+    high_open: Whether the upper end is excluded.
+    remedy: What to do about it, for the message.
+
+  Raises:
+    TypeError: ``value`` is not numeric.
+    ValueError: ``value`` is NaN or outside the interval.
+  """
+  if isinstance(value, jax.core.Tracer) or callable(value):
+    return
+  if isinstance(value, bool) or not isinstance(
+    value, (numbers.Real, np.ndarray, jax.Array)
+  ):
+    raise TypeError(
+      f'{name} must be a real number, got {value!r} of type'
+      f' {type(value).__name__}.'
+    )
+  array = np.asarray(value)
+  above = array > low if low_open else array >= low
+  below = array < high if high_open else array <= high
+  if not np.all(above & below):  # NaN fails both.
+    interval = (
+      f'{"(" if low_open or low == -np.inf else "["}{low}, '
+      f'{high}{")" if high_open or high == np.inf else "]"}'
+    )
+    raise ValueError(
+      f'{name} must be in {interval}, got {value!r}.'
+      + (f' {remedy}' if remedy else '')
+    )
+
+
+def check_positive(name: str, value: Any, remedy: str = '') -> None:
+  """Raises unless ``value`` is a finite number above zero, see `check_real`."""
+  check_real(
+    name,
+    value,
+    low=0.0,
+    high=np.inf,
+    low_open=True,
+    high_open=True,
+    remedy=remedy,
+  )
+
+
+def check_non_negative(name: str, value: Any, remedy: str = '') -> None:
+  """Raises unless ``value`` is a finite number >= 0, see `check_real`."""
+  check_real(name, value, low=0.0, high=np.inf, high_open=True, remedy=remedy)
+
+
+def check_int(name: str, value: Any, minimum: int, remedy: str = '') -> None:
+  """Raises unless ``value`` is a Python or numpy integer >= ``minimum``.
+
+  For integers that give shapes or lengths; they cannot be tracers.
+
+  Args:
+    name: The argument's name, for the message.
+    value: The integer.
+    minimum: The smallest value allowed.
+    remedy: What to do about it, for the message.
+
+  Raises:
+    TypeError: ``value`` is not an integer.
+    ValueError: ``value`` is below ``minimum``.
+  """
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(
+      f'{name} must be an integer, got {value!r} of type'
+      f' {type(value).__name__}.'
+    )
+  if value < minimum:
+    raise ValueError(
+      f'{name} must be at least {minimum}, got {value}.'
+      + (f' {remedy}' if remedy else '')
+    )
+
+
+def check_callable(name: str, value: Any, expected: str) -> None:
+  """Raises a ``TypeError`` unless ``value`` is callable.
+
+  Args:
+    name: The argument's name, for the message.
+    value: The function.
+    expected: Its signature, for the message.
+  """
+  if not callable(value):
+    raise TypeError(
+      f'{name} must be a function {expected}, got {value!r} of type'
+      f' {type(value).__name__}.'
+    )
+
+
+def check_same_tree(
+  name: str, tree: chex.ArrayTree, like_name: str, like: chex.ArrayTree
+) -> None:
+  """Raises a ``ValueError`` unless both trees have one structure and shapes.
+
+  Args:
+    name: Name of ``tree``, for the message.
+    tree: The tree to check.
+    like_name: Name of ``like``, for the message.
+    like: The tree that it must match.
+  """
+  treedef, like_treedef = jax.tree.structure(tree), jax.tree.structure(like)
+  if treedef != like_treedef:
+    raise ValueError(
+      f'{name} must have the tree structure of {like_name}: got {treedef},'
+      f' expected {like_treedef}.'
+    )
+  leaves = jax.tree.leaves_with_path(tree)
+  for (path, leaf), other in zip(leaves, jax.tree.leaves(like), strict=True):
+    if jnp.shape(leaf) != jnp.shape(other):
+      raise ValueError(
+        f'{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but'
+        f' {like_name}{jax.tree_util.keystr(path)} has shape'
+        f' {jnp.shape(other)}.'
+      )
+
+
+def require_extra(method: str, maker: str, **extras: Any) -> None:
+  """Raises a ``ValueError`` for every extra argument that is ``None``.
+
+  Args:
+    method: The transformation that needs them.
+    maker: Who makes them, for the message.
+    **extras: The extra arguments by name.
+  """
+  missing = [name for name, value in extras.items() if value is None]
+  if missing:
+    raise ValueError(
+      f'{method} needs the extra argument{"s" * (len(missing) > 1)}'
+      f' {", ".join(missing)}: pass'
+      f' {", ".join(f"{name}=..." for name in missing)} to update, or take'
+      f' them from {maker}.'
+    )
+
+
+# Trees.
+
+
+def all_finite(tree: chex.ArrayTree) -> jax.Array:
+  """Whether every number in ``tree`` is finite; true for an empty tree."""
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+def accumulator_dtype(*trees: chex.ArrayTree) -> Any:
+  """The widest dtype of the leaves, and at least float32.
+
+  Args:
+    *trees: Pytrees of arrays.
+
+  Returns:
+    The dtype in which sums over the leaves are kept.
+  """
+  dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(trees)]
+  return jnp.result_type(jnp.float32, *dtypes)
