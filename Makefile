@@ -1,0 +1,42 @@
+# Every target makes .venv and installs what it needs on its first run.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint bench notebooks reproduce install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"optlab needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The main job: GNS-Newton against its peers on the mushrooms data.
+demo: $(INSTALLED)
+	$(BIN)/python -m experiments.logistic_regression --output_dir=results/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(MAKE) --no-print-directory lint
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+# Paired speed ratios against named peers.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+# Slow reproductions.
+reproduce: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+# Executes the text twins and writes the pictures into the .ipynb files.
+notebooks: $(INSTALLED)
+	$(BIN)/python -m notebooks.build
+
+clean:
+	rm -rf .venv results build *.egg-info

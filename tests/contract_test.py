@@ -1,0 +1,294 @@
+"""The contracts of the design, over every method: one row, all the tests.
+
+A row says how to make the method from one hyperparameter that may be traced,
+and what batch it eats. Its functions see the parameters through `flat`, so that
+the same row runs on a tree with an empty subtree and on a single leaf.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optlab
+
+
+def flat(params):
+  """All numbers of a tree in one vector."""
+  return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def loss(params, batch):
+  """Least squares on rows of eight; strongly convex in expectation."""
+  x = flat(params)
+  residual = batch.astype(x.dtype) @ x - 1.0
+  return 0.5 * jnp.mean(residual**2) + 0.05 * jnp.sum(x**2)
+
+
+def rows(key, dtype=jnp.float32):
+  return jax.random.normal(key, (16, 8), dtype)
+
+
+class Row(NamedTuple):
+  """One method.
+
+  Attributes:
+    name: Shown by pytest.
+    make: ``hyper -> (estimator, tx)``; ``hyper`` may be a tracer.
+    hyper: A value of the hyperparameter that works on the toy problem.
+    is_transformation: Whether the method is the transformation ``tx`` (then
+      the wrappers of optax are tried on it) or the estimator.
+    batch: ``(key, dtype) -> batch`` with a leading axis of even length.
+    inner: ``dtype -> tuple`` of inner variables for ``estimator.init``.
+    shard: Whether each leaf of the batch may be sharded on its first axis.
+    wrappers: Names of optax wrappers tried on a transformation.
+  """
+
+  name: str
+  make: Callable[[Any], tuple[Any, Any]]
+  hyper: float
+  is_transformation: bool = False
+  batch: Callable[..., Any] = rows
+  inner: Callable[[Any], tuple[Any, ...]] = lambda dtype: ()
+  shard: bool = True
+
+
+def plain(tx_factory):
+  """A row's `make` for a transformation that needs nothing but a gradient."""
+  return lambda hyper: (optlab.value_and_grad(loss), tx_factory(hyper))
+
+
+ROWS = [
+  Row('value_and_grad', plain(optax.sgd), 0.1),
+]
+
+over_rows = pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
+over_transformations = pytest.mark.parametrize(
+  'row', [row for row in ROWS if row.is_transformation], ids=lambda r: r.name
+)
+
+
+def tree_params(dtype=jnp.float32):
+  return {
+    'w': jnp.linspace(-1.0, 1.0, 6, dtype=dtype).reshape(3, 2),
+    'b': jnp.full((2,), 0.5, dtype),
+    'empty': {},
+  }
+
+
+def leaf_params(dtype=jnp.float32):
+  return jnp.linspace(-1.0, 1.0, 8, dtype=dtype)
+
+
+def setup(row, params, dtype=jnp.float32, hyper=None, seed=0):
+  estimator, tx = row.make(row.hyper if hyper is None else hyper)
+  state = optlab.init(params, estimator, tx, *row.inner(dtype))
+  batch = row.batch(jax.random.key(seed), dtype)
+  return optlab.train_step(estimator, tx), state, batch
+
+
+def batches(row, count, dtype=jnp.float32):
+  keys = [jax.random.key(seed) for seed in range(count)]
+  return [row.batch(key, dtype) for key in keys]
+
+
+def types(tree):
+  """Shapes, dtypes and weak types by path."""
+  return jax.tree.map(
+    lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, 'weak_type', False)),
+    tree,
+  )
+
+
+def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
+  actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+  assert len(actual) == len(expected)
+  for a, b in zip(actual, expected, strict=True):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def assert_equal(actual, expected):
+  assert_close(actual, expected, rtol=0.0, atol=0.0)
+
+
+@over_rows
+@pytest.mark.parametrize('make_params', [tree_params, leaf_params])
+def test_state_in_equals_state_out(row, make_params):
+  for dtype in (jnp.float32, jnp.bfloat16):
+    step, state, batch = setup(row, make_params(dtype))
+    out, value = jax.eval_shape(step, state, batch)
+    abstract = jax.eval_shape(lambda state: state, state)
+    assert jax.tree.structure(out) == jax.tree.structure(state)
+    assert types(out) == types(abstract)
+    assert value.shape == ()
+
+
+@over_rows
+def test_float64_is_kept_and_float32_not_promoted(row):
+  with jax.enable_x64(True):
+    for dtype in (jnp.float32, jnp.float64):
+      step, state, batch = setup(row, tree_params(dtype), dtype)
+      out, value = jax.eval_shape(step, state, batch)
+      assert types(out) == types(jax.eval_shape(lambda state: state, state))
+      assert value.dtype == dtype
+      for leaf in jax.tree.leaves(out.params):
+        assert leaf.dtype == dtype
+
+
+@over_rows
+def test_jit_scan_and_donation_agree_and_compile_once(row):
+  step, state, _ = setup(row, tree_params())
+  data = batches(row, 3)
+  jitted = jax.jit(step)
+  stepped = state
+  for batch in data:
+    stepped, value = jitted(stepped, batch)
+  assert jitted._cache_size() == 1, 'recompiled on the second call'
+  assert np.isfinite(value)
+
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
+  scanned, _ = jax.jit(lambda state: jax.lax.scan(step, state, stacked))(state)
+  assert_close(scanned, stepped)
+
+  donating = jax.jit(step, donate_argnums=0)
+  _, donated, _ = setup(row, tree_params())
+  for batch in data:
+    donated, _ = donating(donated, batch)
+  assert_equal(donated, stepped)
+
+
+@over_rows
+def test_loss_falls(row):
+  step, state, batch = setup(row, tree_params())
+  run = jax.jit(
+    lambda state: jax.lax.scan(
+      lambda state, _: step(state, batch), state, length=20
+    )
+  )
+  state, values = run(state)
+  assert values[-1] < values[0]
+
+
+@over_rows
+def test_vmap_over_seeds_and_hyperparameters(row):
+  hypers = jnp.asarray([row.hyper, 0.5 * row.hyper])
+
+  def run(hyper, scale):
+    params = jax.tree.map(lambda leaf: scale * leaf, tree_params())
+    step, state, batch = setup(row, params, hyper=hyper)
+    for _ in range(2):
+      state, _ = step(state, batch)
+    return state.params
+
+  scales = jnp.asarray([1.0, 0.5])
+  together = jax.jit(jax.vmap(run))(hypers, scales)
+  for i in range(2):
+    alone = jax.jit(run)(hypers[i], scales[i])
+    assert_close(
+      jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, 1e-4, 1e-5
+    )
+
+
+@over_rows
+def test_sharded_batch_gives_the_same_numbers(row):
+  if not row.shard:
+    return
+  mesh = jax.make_mesh((2,), ('data',))
+  sharded = jax.NamedSharding(mesh, jax.P('data'))
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  step, state, _ = setup(row, tree_params())
+  alone = spread = state
+  spread = jax.device_put(spread, everywhere)
+  jitted = jax.jit(step)
+  for batch in batches(row, 2):
+    alone, _ = jitted(alone, batch)
+    spread, _ = jitted(spread, jax.device_put(batch, sharded))
+  assert_close(spread, alone, 1e-4, 1e-5)
+
+
+@over_rows
+def test_resumes_bit_for_bit_from_orbax(row, tmp_path):
+  step, state, _ = setup(row, tree_params())
+  jitted = jax.jit(step)
+  data = batches(row, 4)
+  for batch in data[:2]:
+    state, _ = jitted(state, batch)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    _, fresh, _ = setup(row, tree_params())
+    restored = checkpointer.restore(tmp_path / 'state', fresh)
+  for batch in data[2:]:
+    state, _ = jitted(state, batch)
+    restored, _ = jitted(restored, batch)
+  assert_equal(restored, state)
+
+
+@over_transformations
+def test_composes_with_chain_and_wrappers(row):
+  estimator, tx = row.make(row.hyper)
+  mask = {'w': True, 'b': False, 'empty': {}}
+  labels = {'w': 'ours', 'b': 'other', 'empty': {}}
+  wrapped = {
+    'chain': optax.chain(optax.clip_by_global_norm(1e3), tx),
+    'masked': optax.masked(tx, mask),
+    'partition': optax.partition(
+      {'ours': tx, 'other': optax.set_to_zero()}, labels
+    ),
+    'MultiSteps': optax.MultiSteps(tx, 2).gradient_transformation(),
+    'apply_if_finite': optax.apply_if_finite(tx, 3),
+  }
+  for name, wrapper in wrapped.items():
+    state = optlab.init(tree_params(), estimator, wrapper)
+    step = jax.jit(optlab.train_step(estimator, wrapper))
+    for batch in batches(row, 2):
+      state, value = step(state, batch)
+    assert np.isfinite(value), name
+    for leaf in jax.tree.leaves(state.params):
+      assert np.all(np.isfinite(leaf)), name
+    moved = not np.array_equal(state.params['w'], tree_params()['w'])
+    assert moved, name
+
+
+@over_transformations
+def test_inject_hyperparams_gives_the_same_numbers(row):
+  estimator, tx = row.make(row.hyper)
+  factory = optax.inject_hyperparams(lambda hyper: row.make(hyper)[1])
+  injected = factory(hyper=row.hyper)
+  plain_state = optlab.init(tree_params(), estimator, tx)
+  state = optlab.init(tree_params(), estimator, injected)
+  plain_step = jax.jit(optlab.train_step(estimator, tx))
+  step = jax.jit(optlab.train_step(estimator, injected))
+  for batch in batches(row, 2):
+    plain_state, _ = plain_step(plain_state, batch)
+    state, _ = step(state, batch)
+  assert_close(state.params, plain_state.params)
+
+
+@over_transformations
+def test_map_params_and_unknown_extras(row):
+  estimator, tx = row.make(row.hyper)
+  params = tree_params()
+  state = tx.init(params)
+  mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+  assert jax.tree.structure(mapped) == jax.tree.structure(state)
+  estimate, _ = estimator.estimate(
+    params, estimator.init(params), rows(jax.random.key(0))
+  )
+  update = functools.partial(
+    tx.update,
+    estimate.grads, state, params,
+    value=estimate.value, grad=estimate.grads, **estimate.extras,
+  )  # fmt: skip
+  expected, _ = update()
+  actual, _ = update(unknown_extra_argument=1)
+  assert_equal(actual, expected)
