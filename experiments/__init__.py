@@ -1,0 +1,1 @@
+"""Programs that run one problem with many methods; see the README."""
