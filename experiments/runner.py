@@ -200,7 +200,7 @@ class Session:
     """Runs one method from its start, or from where it stopped.
 
     Args:
-      method: Its name in the record; one name runs once.
+      method: Its name in the record; it runs once for the same seeds.
       state: Where it starts, a pytree of arrays that holds all that it needs
         (parameters, optimizer, data position, keys).
       advance: ``state -> state``, ``every`` steps on. Compiled here; the time
@@ -226,8 +226,8 @@ class Session:
     """
     if steps % every:
       raise app.UserError(f'{steps} steps are not a multiple of {every}')
-    folder = self._checkpoints / _folder_name(method)
-    done = self.select('done', method=method)
+    folder = self._checkpoints / _folder_name(method, seeds)
+    done = self.select('done', method=method, seeds=list(seeds))
     if done:
       return self._restore(folder, state)[0] if keep_state else None
 
@@ -235,7 +235,7 @@ class Session:
     restored, meta = self._restore(folder, state)
     if restored is not None:
       state, step, seconds = restored, meta['step'], meta['seconds']
-    self._cut_back(method, meta.get('size'))
+    self._cut_back(method, seeds, meta.get('size'))
 
     began = time.perf_counter()
     compiled = jax.jit(advance).lower(state).compile()
@@ -261,10 +261,9 @@ class Session:
         for i, seed in enumerate(seeds)
       ]
 
-    rows = measure() if step == 0 else self.select('eval', method=method)
     if step == 0:
-      self.rows += rows
-    latest = rows[-len(seeds) :]
+      self.rows += measure()
+    latest = self.rows[-len(seeds) :]
     saved = time.perf_counter()
     with _progress() as bar:
       task = bar.add_task(method, total=steps, completed=step, value='')
@@ -290,19 +289,27 @@ class Session:
     if keep_state:
       self._save(folder, state, step, seconds)
     self.write(
-      'done', method=method, compile_seconds=compile_seconds, steps=step
+      'done',
+      method=method,
+      seeds=list(seeds),
+      compile_seconds=compile_seconds,
+      steps=step,
     )
     if not keep_state:
       shutil.rmtree(folder, ignore_errors=True)
     return state
 
-  def _cut_back(self, method: str, size: int | None) -> None:
-    """Drops rows of ``method`` that came after the checkpoint."""
+  def _cut_back(self, method: str, seeds, size: int | None) -> None:
+    """Drops the rows of a method that came after its checkpoint."""
     if size is None:  # No checkpoint: drop all of them.
       kept = [
         row
         for row in self.rows
-        if not (row['kind'] == 'eval' and row['method'] == method)
+        if not (
+          row['kind'] == 'eval'
+          and row['method'] == method
+          and row['seed'] in seeds
+        )
       ]
       if len(kept) == len(self.rows):
         return
@@ -365,12 +372,11 @@ class Session:
     return None, {}
 
 
-def _folder_name(method: str) -> str:
-  """A file name for a method, unlike that of any other."""
+def _folder_name(method: str, seeds: tuple[int, ...]) -> str:
+  """A file name for a method and its seeds, unlike that of any other."""
   plain = re.sub(r'[^A-Za-z0-9._-]', '_', method)
-  if plain == method:
-    return plain
-  return f'{plain}-{hashlib.sha256(method.encode()).hexdigest()[:8]}'
+  digest = hashlib.sha256(f'{method} {seeds}'.encode()).hexdigest()
+  return f'{plain}-{digest[:8]}'
 
 
 @contextlib.contextmanager

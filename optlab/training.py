@@ -142,6 +142,7 @@ def minimize(
   stall_steps: int | None = None,
   stall_tol: float | jax.Array = 0.0,
   curvature: Callable[[base.Params], base.Operator] | None = None,
+  opt_state: optax.OptState | None = None,
   trace: Callable[[MinimizeResult], Any] | None = None,
 ) -> MinimizeResult:
   """Runs an optimizer on the device until a stopping test holds.
@@ -163,6 +164,8 @@ def minimize(
     stall_tol: Relative decrease that counts as progress.
     curvature: ``params -> operator``, called once a step and handed to the
       transformation as ``curvature``, for example ``hessian(fun)``.
+    opt_state: State of ``tx`` at ``params``, to go on where an earlier result
+      stopped; ``None`` starts afresh.
     trace: Called on the `MinimizeResult` so far (with ``trace=None``) before
       each step and at the end; its results are stacked.
 
@@ -190,7 +193,8 @@ def minimize(
   if stall_steps is not None:
     base.check_int('stall_steps', stall_steps, 1)
   tx = optax.with_extra_args_support(tx)
-  opt_state = tx.init(params)
+  if opt_state is None:
+    opt_state = tx.init(params)
   plain_value_and_grad = jax.value_and_grad(fun)
   # optax counts a state with `value` and `grad` as reusable.
   reuse = all(

@@ -102,7 +102,7 @@ def test_a_torn_record_and_a_torn_checkpoint_are_survived(
   folder = session.folder
   with (folder / 'record.jsonl').open('a') as file:
     file.write('{"kind": "eval", "method": "noi')
-  checkpoints = sorted((folder / 'checkpoints' / 'noisy').iterdir(), key=str)
+  checkpoints = sorted(folder.glob('checkpoints/noisy-*/*'), key=str)
   assert len(checkpoints) == 2
   for path in checkpoints[-1].rglob('*'):
     if path.is_file():
@@ -189,3 +189,14 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
   (tmp_path / 'bad').write_text('{"kind": "eval"}\n')
   with pytest.raises(app.UserError, match='not a record'):
     record.read(tmp_path / 'bad')
+
+
+def test_seeds_run_one_after_the_other_under_one_name(config):
+  with runner.Session('test', config) as session:
+    for seed in (0, 1):
+      session.run(
+        'noisy', start(), advance, lambda state: {'value': state[0][0, 0]},
+        steps=2, seeds=(seed,),
+      )  # fmt: skip
+    rows = session.select('eval', method='noisy')
+  assert [row['seed'] for row in rows] == [0, 0, 0, 1, 1, 1]

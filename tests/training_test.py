@@ -114,6 +114,14 @@ def test_lanes_of_a_vmap_stop_on_their_own():
   assert len(set(np.asarray(result.steps).tolist())) == 3
 
 
+def test_goes_on_where_an_earlier_result_stopped():
+  tx = optax.lbfgs()
+  whole = minimize(jnp.zeros(3), tx=tx, max_steps=6)
+  part = minimize(jnp.zeros(3), tx=tx, max_steps=4)
+  rest = minimize(part.params, tx=tx, max_steps=2, opt_state=part.opt_state)
+  np.testing.assert_allclose(rest.params, whole.params, rtol=1e-6)
+
+
 def test_tolerances_may_be_traced():
   run = jax.jit(lambda tol: minimize(jnp.zeros(3), grad_tol=tol).steps)
   assert run(1e-4) > run(1e-1)
