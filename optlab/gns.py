@@ -1,0 +1,467 @@
+r"""GNS-Newton: Newton steps regularized by gradient-normalized smoothness.
+
+A globally convergent Newton method for convex and nonconvex objectives and any
+symmetric approximation of the Hessian (Semenov, Jaggi and Doikov, ICLR 2026).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import curvature as curvature_lib
+from optlab import linear
+
+
+class GNSNewtonState(NamedTuple):
+  """State of `gns_newton`; scalars are float32 or wider, counts int32.
+
+  Attributes:
+    gamma: The gradient-normalized smoothness that the next search starts from;
+      0 before the first step where the method chooses the first one itself.
+    value: The objective at the current point, infinite if it is not known.
+    grad: The gradient at the current point, for `value_and_grad_from_state`.
+    shift: The regularization ``lambda`` of the last trial.
+    trials: Trials of the last step.
+    accepted: Whether the last step was accepted; a rejected step is zero.
+    stalled: Whether the last search ended because rounding hides any decrease.
+    total_trials: Trials of all steps.
+    total_products: Operator-vector products of all steps.
+  """
+
+  gamma: jax.Array  # shape ()
+  value: jax.Array  # shape ()
+  grad: base.Updates
+  shift: jax.Array  # shape ()
+  trials: jax.Array  # shape (), int32
+  accepted: jax.Array  # shape (), bool
+  stalled: jax.Array  # shape (), bool
+  total_trials: jax.Array  # shape (), int32
+  total_products: jax.Array  # shape (), int32
+
+
+class Trial(NamedTuple):
+  """What a search rule sees of a trial; every field is a scalar.
+
+  Attributes:
+    gamma: The smoothness tried.
+    shift: The regularization tried, ``|g|_* / gamma``.
+    trials: The trials of this step so far, this one included.
+    accepted: Whether the decrease test holds.
+    grad_norm: Dual norm of the gradient at the trial point.
+    step_norm: Norm of the step ``d``.
+    residual_norm: Dual norm of ``g(x + d) + shift * B d``, the error of the
+      quadratic model's gradient.
+  """
+
+  gamma: jax.Array
+  shift: jax.Array
+  trials: jax.Array
+  accepted: jax.Array
+  grad_norm: jax.Array
+  step_norm: jax.Array
+  residual_norm: jax.Array
+
+
+class SearchRule(NamedTuple):
+  """How the smoothness moves: ``next_gamma(trial) -> gamma``.
+
+  After a rejected trial the result is tried next; after an accepted one the
+  next step starts from it.
+  """
+
+  next_gamma: Callable[[Trial], jax.Array]
+
+
+def double(gamma_min: float | jax.Array = 1e-9) -> SearchRule:
+  """The paper's rule: twice the smoothness if accepted, else half of it."""
+
+  def next_gamma(trial):
+    return jnp.where(
+      trial.accepted,
+      jnp.maximum(2.0 * trial.gamma, gamma_min),
+      0.5 * trial.gamma,
+    )
+
+  return SearchRule(next_gamma)
+
+
+def hold(decay: float | jax.Array = 0.25) -> SearchRule:
+  """Moves ``lambda`` itself: down only after a step without rejection.
+
+  Accepted at the first trial, the next ``lambda`` is ``decay`` times this one;
+  accepted after a rejection, it is carried over. Fewer trials than `double` on
+  most problems: a step that just failed is not tried again at once.
+  """
+
+  def next_gamma(trial):
+    factor = jnp.where(trial.trials == 1, 1.0 / decay, 1.0)
+    return jnp.where(
+      trial.accepted,
+      factor * trial.grad_norm / trial.shift,
+      0.5 * trial.gamma,
+    )
+
+  return SearchRule(next_gamma)
+
+
+def measured() -> SearchRule:
+  r"""Takes the smoothness from its definition at the step just made.
+
+  .. math:: \lambda^+ = |g^+ + \lambda B d|_* / |d|
+
+  One trial a step where the curvature is crude (subsampled, say); poor where it
+  turns sharply, as in Rosenbrock's function.
+  """
+
+  def next_gamma(trial):
+    measured_shift = trial.residual_norm / trial.step_norm
+    return jnp.where(
+      trial.accepted,
+      trial.grad_norm / measured_shift,
+      0.5 * trial.gamma,
+    )
+
+  return SearchRule(next_gamma)
+
+
+def gns_newton(
+  solver: base.Solver | None = None,
+  metric: chex.ArrayTree | None = None,
+  gamma_init: float | jax.Array | None = None,
+  rule: SearchRule | None = None,
+  max_trials: int | jax.Array = 40,
+  gamma_offset: float | jax.Array = 0.0,
+  safeguard: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Newton's method, regularized by gradient-normalized smoothness.
+
+  Choose it for smooth problems whose Hessian, or an approximation of it, can be
+  had: from any start it descends, and near a solution it converges as fast as
+  Newton's method. It has no learning rate and returns final updates:
+
+  .. math::
+    \lambda = |g|_* / \gamma, \quad d = -(H + \lambda B)^{-1} g, \quad
+    \text{accept if } f(x) - f(x + d) \ge |g(x + d)|_*^2 / (8 \lambda)
+
+  After a rejected trial it is tried again with half of :math:`\gamma`.
+
+  Args:
+    solver: Solves ``(H + shift B) x = g``; ``None`` takes `cholesky` for
+      operators with a ``matrix``, `woodbury` for those with a ``factor`` and
+      `lanczos` for others.
+    metric: ``B`` of the norm :math:`|d|^2 = \langle B d, d \rangle`: a pytree
+      like the parameters (its positive diagonal), a `Dense` operator, or
+      ``None`` for the identity.
+    gamma_init: The first smoothness; ``None`` chooses a scale-invariant one,
+      ``lambda = 0.01 <g, Hg> / <g, B^-1 g>``.
+    rule: How the smoothness moves; ``None`` is `hold`.
+    max_trials: The most trials a step.
+    gamma_offset: Added to ``gamma`` where ``lambda`` is computed.
+    safeguard: Where rounding hides the decrease, accept on the gradient
+      instead, and report a stall where that fails too.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose ``update`` needs ``params``
+    and the extra arguments ``value``, ``grad`` and ``value_fn``, and takes an
+    operator ``curvature`` (the exact Hessian of ``value_fn`` if absent).
+
+  Raises:
+    TypeError: An argument is not of its type.
+    ValueError: An argument is out of range; in ``update``, an extra argument is
+      missing.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> def fun(x):
+    ...   return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    >>> result = optlab.minimize(
+    ...     fun, jnp.array([-2.0, 2.0]), optlab.gns_newton(), max_steps=100,
+    ...     curvature=optlab.hessian(fun), grad_tol=1e-3)
+    >>> print(result.params.round(2))
+    [1. 1.]
+
+  References:
+    Semenov, Jaggi and Doikov, `Gradient-Normalized Smoothness for Optimization
+    with Approximate Hessians <https://arxiv.org/abs/2506.13710>`_, ICLR 2026
+
+  Notes:
+    Cost per step: one preparation of the solver, and per trial one shift of it
+    and one value and gradient; the accepted ones are kept in the state.
+    Departures from the paper, all absent from `gns_newton_paper`: the first
+    ``lambda``, the rule, and the safeguard. A trial whose system is not
+    positive definite, or whose value or gradient is not finite, is rejected
+    (the authors' code repeats the last step there). At the search limit the
+    update is zero and the shrunken smoothness is kept (the authors' code takes
+    the failing trial). A start on the axis of a saddle converges to the saddle.
+  """
+  if solver is not None:
+    base.check_callable('solver', solver, '(operator, b, shift) -> solve')
+  if gamma_init is not None:
+    base.check_positive('gamma_init', gamma_init)
+  base.check_real('max_trials', max_trials, low=1)
+  base.check_non_negative('gamma_offset', gamma_offset)
+  if rule is None:
+    rule = hold()
+  if not isinstance(rule, SearchRule):
+    raise TypeError(
+      f'rule must be a SearchRule such as hold() makes, got {rule!r}.'
+    )
+
+  def init(params):
+    dtype = base.accumulator_dtype(params)
+    zero = jnp.zeros((), dtype)
+    count = jnp.zeros((), jnp.int32)
+    false = jnp.zeros((), bool)
+    return GNSNewtonState(
+      gamma=zero if gamma_init is None else jnp.asarray(gamma_init, dtype),
+      value=jnp.full((), jnp.inf, dtype),
+      grad=optax.tree.zeros_like(params),
+      shift=zero,
+      trials=count,
+      accepted=false,
+      stalled=false,
+      total_trials=count,
+      total_products=count,
+    )
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    value=None,
+    grad=None,
+    value_fn=None,
+    curvature=None,
+    **unused,
+  ):
+    del unused
+    base.require_extra(
+      'gns_newton',
+      'the estimator value_and_grad',
+      params=params,
+      value=value,
+      grad=grad,
+      value_fn=value_fn,
+    )
+    dtype = state.gamma.dtype
+    if curvature is None:
+      curvature = curvature_lib.hessian(value_fn)(params)
+    space = _Space.make(metric, params, dtype)
+    operator = space.operator(curvature)
+    g = space.dual(updates)
+    g_norm = jnp.linalg.norm(g)
+    value = jnp.asarray(value).astype(dtype)
+    solve_ = solver or _default_solver(operator)
+
+    movable = (g_norm > 0) & jnp.isfinite(g_norm) & jnp.isfinite(value)
+    gamma, products = state.gamma, jnp.zeros((), jnp.int32)
+    if gamma_init is None:
+      first = movable & (gamma == 0)
+      shift = jax.lax.cond(
+        first,
+        lambda: 0.01 * jnp.abs(g @ operator(g)) / (g @ g),
+        lambda: jnp.ones((), dtype),
+      ).astype(dtype)
+      shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
+      gamma = jnp.where(first, g_norm / shift, gamma)
+      products = first.astype(jnp.int32)
+
+    def shift_of(gamma):
+      return g_norm / (gamma + gamma_offset)
+
+    prepared = solve_(operator, g, shift_of(gamma))
+    products += getattr(prepared, 'products', 0)
+    value_and_grad = jax.value_and_grad(value_fn)
+
+    def search(carry):
+      shift = shift_of(carry.gamma)
+      if isinstance(prepared, linear.Prepared):
+        step, ok, trial_products = prepared.solve(shift)
+      else:
+        (step, ok), trial_products = prepared(shift), 0
+      step = jax.tree.map(
+        lambda u, p: u.astype(p.dtype), space.primal(-step), params
+      )
+      point = optax.apply_updates(params, step)
+      new_value, new_grad = value_and_grad(point)
+      new_value = new_value.astype(dtype)
+      h = space.dual(new_grad)
+      d = space.lift(step)
+      square, h_norm = h @ h, jnp.linalg.norm(h)
+      ok &= jnp.isfinite(new_value) & jnp.isfinite(h_norm)
+      needed = square / (8.0 * shift)
+      accepted = value - new_value >= needed
+      flat = jnp.asarray(False)
+      if safeguard:
+        flat = jnp.abs(value - new_value) <= (
+          10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+        )
+        flat &= ok
+        accepted |= flat & ((h @ -d >= needed) | (h_norm <= 0.9 * g_norm))
+      accepted &= ok
+      gamma = rule.next_gamma(
+        Trial(
+          gamma=carry.gamma,
+          shift=shift,
+          trials=carry.trials + 1,
+          accepted=accepted,
+          grad_norm=h_norm,
+          step_norm=jnp.linalg.norm(d),
+          residual_norm=jnp.linalg.norm(h + shift * d),
+        )
+      ).astype(dtype)
+      # At a zero gradient nothing was learned.
+      gamma = jnp.where((gamma > 0) & jnp.isfinite(gamma), gamma, carry.gamma)
+      pick = lambda new, old: jnp.where(accepted, new, old)
+      return _Search(
+        step=jax.tree.map(pick, step, carry.step),
+        value=pick(new_value, carry.value),
+        grad=jax.tree.map(
+          lambda new, old: pick(new.astype(old.dtype), old),
+          new_grad,
+          carry.grad,
+        ),
+        gamma=gamma,
+        shift=shift,
+        trials=carry.trials + 1,
+        accepted=accepted,
+        stalled=flat & ~accepted,
+        products=carry.products + trial_products,
+      )
+
+    def unfinished(carry):
+      open_ = ~(carry.accepted | carry.stalled)
+      return movable & open_ & (carry.trials < max_trials)
+
+    false = jnp.zeros((), bool)
+    found = jax.lax.while_loop(
+      unfinished,
+      search,
+      _Search(
+        step=optax.tree.zeros_like(params),
+        value=jnp.where(jnp.isfinite(value), value, jnp.inf),
+        grad=jax.tree.map(
+          lambda g, like: jnp.asarray(g).astype(like.dtype), grad, state.grad
+        ),
+        gamma=gamma,
+        shift=state.shift,
+        trials=jnp.zeros((), jnp.int32),
+        accepted=false,
+        stalled=false,
+        products=products,
+      ),
+    )
+    return found.step, GNSNewtonState(
+      gamma=found.gamma,
+      value=found.value,
+      grad=found.grad,
+      shift=found.shift,
+      trials=found.trials,
+      accepted=found.accepted,
+      stalled=found.stalled,
+      total_trials=state.total_trials + found.trials,
+      total_products=state.total_products + found.products,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gns_newton_paper(
+  solver: base.Solver | None = None,
+  metric: chex.ArrayTree | None = None,
+  gamma_init: float | jax.Array = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+  """`gns_newton` exactly as published (Algorithm 1 and the authors' code).
+
+  ``gamma`` starts at 1, is doubled or halved, is at least 1e-9 after a success,
+  and ``lambda = |g|_* / (gamma + 1e-8)``; the decrease test stands alone.
+
+  Args:
+    solver: See `gns_newton`; the authors factorize (`cholesky`).
+    metric: See `gns_newton`.
+    gamma_init: The first smoothness.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`, see `gns_newton`.
+  """
+  return gns_newton(
+    solver=solver,
+    metric=metric,
+    gamma_init=gamma_init,
+    rule=double(gamma_min=1e-9),
+    gamma_offset=1e-8,
+    safeguard=False,
+  )
+
+
+class _Search(NamedTuple):
+  step: base.Updates
+  value: jax.Array
+  grad: base.Updates
+  gamma: jax.Array
+  shift: jax.Array
+  trials: jax.Array
+  accepted: jax.Array
+  stalled: jax.Array
+  products: jax.Array
+
+
+def _default_solver(operator):
+  if hasattr(operator, 'matrix'):
+    return linear.cholesky()
+  if hasattr(operator, 'factor'):
+    return linear.woodbury()
+  return linear.lanczos()
+
+
+class _Space(NamedTuple):
+  """Flat coordinates in which the metric ``B = L L^T`` is the identity."""
+
+  dual: Callable[[Any], jax.Array]  # g -> L^-1 g
+  lift: Callable[[Any], jax.Array]  # d -> L^T d
+  primal: Callable[[jax.Array], Any]  # the inverse of lift
+  operator: Callable[[base.Operator], base.Operator]  # H -> L^-1 H L^-T
+
+  @classmethod
+  def make(cls, metric, params, dtype):
+    flat, unravel = ravel_pytree(params)
+    ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
+    back = lambda vector: unravel(vector.astype(flat.dtype))
+    if metric is None:
+      forward = backward = transposed = lambda x: x
+    elif hasattr(metric, 'matrix'):
+      lower = jnp.linalg.cholesky(metric.matrix.astype(dtype))
+      triangular = jax.scipy.linalg.solve_triangular
+      forward = lambda x: triangular(lower, x, lower=True)
+      backward = lambda x: triangular(lower, x, lower=True, trans=1)
+      transposed = lambda x: x @ lower
+    else:
+      base.check_same_tree('metric', metric, 'params', params)
+      root = jnp.sqrt(ravel(metric))
+      scale = lambda x, by: x * by.reshape((-1,) + (1,) * (x.ndim - 1))
+      forward = backward = lambda x: scale(x, 1.0 / root)
+      transposed = lambda x: scale(x, root)
+
+    def operator(a):
+      if hasattr(a, 'matrix'):
+        matrix = a.matrix.astype(dtype)
+        return curvature_lib.Dense(forward(forward(matrix).T))
+      if hasattr(a, 'factor'):
+        return curvature_lib.LowRank(forward(a.factor.astype(dtype).T).T)
+      return jax.tree_util.Partial(
+        lambda v: forward(ravel(a(back(backward(v)))))
+      )
+
+    return cls(
+      dual=lambda tree: forward(ravel(tree)),
+      lift=lambda tree: transposed(ravel(tree)),
+      primal=lambda vector: back(backward(vector)),
+      operator=operator,
+    )
