@@ -26,6 +26,7 @@ from typing import Any
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 
 _DEFINE: dict[type, Callable[..., Any]] = {
@@ -193,6 +194,7 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
   _define(config_type)
 
   def guarded(argv):
+    logging.set_verbosity(logging.WARNING)
     try:
       config = _from_flags(config_type, argv[1:])
       if isinstance(config, Config):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
-import rich
+from rich import box as rich_box
+from rich import console as rich_console
 from rich import table as rich_table
 
 
@@ -20,6 +21,8 @@ def number(value: Any) -> str:
     return f'{value:,}'
   if math.isfinite(value) and value == int(value) and abs(value) < 1e9:
     return f'{int(value):,}'
+  if 1e3 <= abs(value) < 1e9:
+    return f'{value:,.0f}'
   return f'{value:.3g}'
 
 
@@ -33,11 +36,12 @@ def show(
     columns: The heads; the first column is aligned left, the others right.
     rows: One sequence of values a row.
   """
-  table = rich_table.Table(title=title, title_justify='left')
+  table = rich_table.Table(box=rich_box.SIMPLE_HEAD, padding=(0, 1))
   for i, column in enumerate(columns):
-    table.add_column(
-      column, justify='right' if i else 'left', no_wrap=not i, overflow='fold'
-    )
+    table.add_column(column, justify='right' if i else 'left', no_wrap=True)
   for row in rows:
     table.add_row(*(number(value) for value in row))
-  rich.print(table)
+  print(f'\n{title}')
+  # A pipe has no width, and a narrow terminal would cut the numbers off.
+  width = rich_console.Console(width=1000).measure(table).maximum
+  rich_console.Console(width=width).print(table)

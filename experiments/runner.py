@@ -186,12 +186,13 @@ class Session:
     self,
     method: str,
     state: Any,
-    advance: Callable[[Any], Any],
+    advance: Callable[..., Any],
     evaluate: Callable[[Any], dict[str, Any]],
     *,
     steps: int,
     every: int = 1,
     seeds: tuple[int, ...] = (0,),
+    data: Any = None,
     stop: Callable[[list[dict]], bool] | None = None,
     show: str = 'value',
     keep_state: bool = False,
@@ -210,6 +211,8 @@ class Session:
       steps: Steps in all, a multiple of ``every``.
       every: Steps from one evaluation to the next.
       seeds: The seeds that the state's leading axis stands for; one row each.
+      data: Arrays that do not change; ``advance(state, data)`` then takes them
+        as arguments instead of compiling them in.
       stop: Given the latest rows, one a seed, whether to end early.
       show: The field shown beside the progress bar.
       keep_state: Save the last state, so that a resumed run gets it back where
@@ -238,7 +241,8 @@ class Session:
     self._cut_back(method, seeds, meta.get('size'))
 
     began = time.perf_counter()
-    compiled = jax.jit(advance).lower(state).compile()
+    constants = () if data is None else (data,)
+    compiled = jax.jit(advance).lower(state, *constants).compile()
     compile_seconds = time.perf_counter() - began
 
     def measure():
@@ -269,7 +273,7 @@ class Session:
       task = bar.add_task(method, total=steps, completed=step, value='')
       while step < steps and not (stop is not None and stop(latest)):
         began = time.perf_counter()
-        state = jax.block_until_ready(compiled(state))
+        state = jax.block_until_ready(compiled(state, *constants))
         seconds += time.perf_counter() - began
         step += every
         latest = measure()
