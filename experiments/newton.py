@@ -163,7 +163,8 @@ def _advance(problem, method, state: Progress, data) -> Progress:
   trials, gradients = method.evaluations(result.opt_state)
   products, solves = jnp.int32(0), jnp.int32(0)
   if method.curvature is not None:
-    counted = result.opt_state.total_products - state.opt_state.total_products
+    total = lambda opt_state: optax.tree.get(opt_state, 'total_products')
+    counted = total(result.opt_state) - total(state.opt_state)
     products = counted + method.curvature.columns
     solves = trials
   return Progress(
@@ -330,7 +331,7 @@ def _counting(columns: int):
 
 
 def fit_sklearn(
-  regression, solver: str, start: np.ndarray, max_iter: int, dtype
+  regression, solver: Any, start: np.ndarray, max_iter: int, dtype
 ) -> tuple[np.ndarray, float]:
   """Fits scikit-learn's logistic regression to the problem's objective.
 

@@ -165,6 +165,12 @@ def softmax(dataset: data_lib.Dataset, l2: float) -> Problem:
   )
 
 
+def _metric(matrix: np.ndarray, shift: float) -> optlab.Dense:
+  """``A' A + shift I``."""
+  gram = matrix.T @ matrix + shift * np.eye(matrix.shape[1])
+  return optlab.Dense(jnp.asarray(gram))
+
+
 def log_sum_exp(rows: int, columns: int, mu: float = 0.5) -> Problem:
   """``mu log sum exp((A x - b) / mu)`` with its minimizer moved to zero.
 
@@ -186,7 +192,6 @@ def log_sum_exp(rows: int, columns: int, mu: float = 0.5) -> Problem:
   weights = np.exp(-offset / mu - np.max(-offset / mu))
   matrix -= weights @ matrix / np.sum(weights)
   start = _start((columns,))
-  gram = matrix.T @ matrix + 1e-6 * np.eye(columns)
 
   def fun(x, data):
     return mu * jax.nn.logsumexp((data[0] @ x - data[1]) / mu)
@@ -211,7 +216,7 @@ def log_sum_exp(rows: int, columns: int, mu: float = 0.5) -> Problem:
       'exact': Curvature(form(optlab.hessian(fun)), columns_formed),
       'gauss_newton': Curvature(form(gauss_newton), columns_formed),
     },
-    metric=optlab.Dense(gram),
+    metric=_metric(matrix, 1e-6),
     least=float(mu * np.log(np.sum(np.exp(-offset / mu)))),
   )
 
@@ -253,7 +258,7 @@ def equations(kind: str, power: int, dimension: int) -> Problem:
     system = _linear
     matrix = rng.normal(size=(dimension // 2, dimension))
     data = (matrix, rng.normal(size=dimension // 2))
-    metric = optlab.Dense(matrix.T @ matrix + 1e-3 * np.eye(dimension))
+    metric = _metric(matrix, 1e-3)
     first = np.ones(dimension)
   elif kind == 'chebyshev':
     system = _chebyshev

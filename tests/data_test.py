@@ -1,0 +1,113 @@
+"""Loading data: every kind of file, and every kind of bad file."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import data
+
+
+def test_mushrooms_is_bundled():
+  dataset = data.load('mushrooms')
+  assert dataset.features.shape == (8124, 112)
+  labels = data.signs(dataset)
+  # LIBSVM's label 1 stands for 3,916 rows, label 2 for 4,208.
+  assert (np.sum(labels == 1), np.sum(labels == -1)) == (4208, 3916)
+  assert data.dense(dataset).sum() == 21 * 8124  # 21 categories a row
+
+
+def test_scikit_learns_data():
+  cancer = data.load('breast_cancer')
+  np.testing.assert_allclose(cancer.features.std(0), 1.0)
+  digits = data.load('digits')
+  assert digits.features.min() == 0.0
+  assert digits.features.max() == 1.0
+  assert len(digits.classes) == 10
+
+
+def test_labels_that_are_not_binary():
+  with pytest.raises(app.UserError, match=r'digits: labels are not binary.*10'):
+    data.signs(data.load('digits'))
+
+
+def test_files_by_path_and_by_name(tmp_path):
+  text = '+1 1:0.5 3:2\n-1 2:1 # comment\n'
+  (tmp_path / 'toy.libsvm').write_text(text)
+  with gzip.open(tmp_path / 'packed_training.libsvm.gz', 'wt') as file:
+    file.write(text)
+  for name in (str(tmp_path / 'toy.libsvm'), 'toy', 'packed'):
+    dataset = data.load(name, str(tmp_path))
+    np.testing.assert_array_equal(
+      data.dense(dataset), [[0.5, 0.0, 2.0], [0.0, 1.0, 0.0]]
+    )
+    np.testing.assert_array_equal(data.signs(dataset), [1.0, -1.0])
+  wide = data.load('toy', str(tmp_path), num_features=5)
+  assert wide.features.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('1 1:2\n2 1:x\n', r"line 2 is not .*'2 1:x'"),
+    ('1 1:2\n\noops\n', r"line 3 is not .*'oops'"),
+    ('1 2:1 1:1\n', r'line 1 is not .*indices must increase'),
+    ('1 0:1\n', r'line 1 is not .*indices must increase from 1'),
+    ('', 'has no rows'),
+    ('1 1:2\n2 1:nan\n', 'row 2 has a value that is not finite'),
+  ],
+)
+def test_a_malformed_libsvm_file_names_its_line(tmp_path, text, words):
+  path = tmp_path / 'bad.libsvm'
+  path.write_text(text)
+  with pytest.raises(app.UserError, match=words):
+    data.load(str(path))
+
+
+def test_a_file_that_is_no_gzip(tmp_path):
+  (tmp_path / 'bad.libsvm.gz').write_text('1 1:2\n')
+  with pytest.raises(app.UserError, match='Not a gzipped file'):
+    data.load(str(tmp_path / 'bad.libsvm.gz'))
+
+
+def test_what_is_missing_is_named(tmp_path):
+  with pytest.raises(app.UserError, match='no data set a9a: give one of mush'):
+    data.load('a9a')
+  with pytest.raises(app.UserError, match=f'no data set a9a in {tmp_path}'):
+    data.load('a9a', str(tmp_path))
+  with pytest.raises(app.UserError, match='--data_dir=/nowhere: no such'):
+    data.load('a9a', '/nowhere')
+
+
+def write_idx(path, array, magic):
+  head = struct.pack(f'>I{array.ndim}I', magic, *array.shape)
+  path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def test_an_idx_pair(tmp_path):
+  images = np.arange(12).reshape(3, 2, 2) * 20
+  write_idx(tmp_path / 't-images-idx3-ubyte', images, 0x803)
+  write_idx(tmp_path / 't-labels-idx1-ubyte', np.array([7, 1, 7]), 0x801)
+  dataset = data.load('mnist', str(tmp_path))
+  np.testing.assert_allclose(dataset.features, images.reshape(3, 4) / 255.0)
+  np.testing.assert_array_equal(dataset.classes[dataset.labels], [7, 1, 7])
+
+  write_idx(tmp_path / 't-labels-idx1-ubyte', np.array([7, 1]), 0x801)
+  with pytest.raises(app.UserError, match='has 3 images, but .* has 2 labels'):
+    data.load('mnist', str(tmp_path))
+  path = tmp_path / 't-images-idx3-ubyte'
+  path.write_bytes(path.read_bytes()[:-3])
+  with pytest.raises(app.UserError, match='is cut short: 9 bytes for shape'):
+    data.load('mnist', str(tmp_path))
+  path.write_bytes(b'hello')
+  with pytest.raises(app.UserError, match='not an IDX file'):
+    data.load('mnist', str(tmp_path))
+
+
+def test_real_files(data_dir):
+  a8a = data.load('a8a', str(data_dir))
+  assert a8a.features.shape == (22696, 123)
+  mnist = data.load('mnist', str(data_dir))
+  assert mnist.features.shape == (10000, 784)

@@ -1,0 +1,182 @@
+"""The Newton programs from end to end, and what they say of bad input."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import data
+from experiments import logistic_regression
+from experiments import newton
+from experiments import nonlinear_equations
+from experiments import problems
+from experiments import record
+from experiments import softmax_regression
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def program(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', *arguments],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, x64):
+  """A logistic regression that takes seconds."""
+  return logistic_regression.Config(
+    output_dir=str(tmp_path / 'run'),
+    dataset='breast_cancer',
+    l2=1e-2,
+    curvature=('exact', 'gauss_newton'),
+    optimizers=('gns', 'lbfgs', 'sklearn_newton_cg', 'sklearn_newton_cholesky'),
+  )
+
+
+def test_logistic_regression_from_flags_to_picture(small, capsys):
+  logistic_regression.main(small)
+  shown = capsys.readouterr().out
+  folder = pathlib.Path(small.output_dir)
+  assert (folder / 'suboptimality.png').stat().st_size > 10_000
+  header, rows = record.read(folder)
+  assert header['config']['dataset'] == 'breast_cancer'
+  summaries = record.select(rows, 'summary')
+  names = [row['method'] for row in summaries]
+  assert names == [
+    'gns, exact', 'gns, gauss_newton', 'optax.lbfgs', 'sklearn newton-cg',
+    'sklearn newton-cholesky',
+  ]  # fmt: skip
+  for row in summaries:
+    assert row['method'] in shown
+    assert row['reached']
+    assert -1e-12 < row['suboptimality'] <= 1e-8
+    assert row['gradients'] > row['step'] - 1
+  # Every method minimized one objective: their values agree.
+  values = [row['value'] for row in summaries]
+  np.testing.assert_allclose(values, values[0], rtol=1e-6)
+
+  # A second look at the record alone draws the same curves.
+  again = program('experiments.plot', str(folder), f'--output={folder}/2.png')
+  assert again.returncode == 0, again.stderr
+  assert (folder / '2.png').stat().st_size > 10_000
+
+  # Resumed, there is nothing left to do.
+  before = (folder / 'record.jsonl').read_bytes()
+  logistic_regression.main(dataclasses.replace(small, resume=True))
+  assert (folder / 'record.jsonl').read_bytes() == before
+
+
+def test_softmax_regression(tmp_path, x64):
+  config = softmax_regression.Config(
+    output_dir=str(tmp_path), l2=1e-2, optimizers=('sklearn_newton_cg',),
+  )  # fmt: skip
+  softmax_regression.main(config)
+  summaries = record.select(record.read(tmp_path)[1], 'summary')
+  assert [row['reached'] for row in summaries] == [True]
+
+
+@pytest.mark.parametrize('problem', nonlinear_equations.PROBLEMS)
+def test_nonlinear_equations(tmp_path, x64, problem):
+  config = nonlinear_equations.Config(
+    output_dir=str(tmp_path), problem=problem, dimension=10, power=3,
+    curvature=('gauss_newton',), optimizers=('gns',), tolerance=1e-6,
+  )  # fmt: skip
+  nonlinear_equations.main(config)
+  summaries = record.select(record.read(tmp_path)[1], 'summary')
+  assert [row['reached'] for row in summaries] == [True]
+
+
+def test_the_rank_one_curvature_is_the_papers(x64):
+  problem = problems.equations('chebyshev', 4, 6)
+  x = problem.start(1)
+  jacobian = jax.jacobian(lambda x: problems._chebyshev(x, ()))(x)
+  u = problems._chebyshev(x, ())
+  expected = 2.0 * np.outer(jacobian.T @ u, jacobian.T @ u)
+  operator = problem.curvatures['fisher'].factory(x, ())
+  actual = operator.factor.T @ operator.factor
+  np.testing.assert_allclose(actual, expected, rtol=1e-10)
+  expected += u @ u * jacobian.T @ jacobian
+  operator = problem.curvatures['gauss_newton'].factory(x, ())
+  np.testing.assert_allclose(operator.matrix, expected, rtol=1e-10)
+
+
+def test_float32_reaches_what_float32_can(small):
+  config = dataclasses.replace(
+    small,
+    precision='float32',
+    tolerance=1e-6,
+    optimizers=('gns',),
+    curvature=('exact',),
+  )
+  with jax.enable_x64(False):
+    logistic_regression.main(config)
+  for row in record.select(record.read(config.output_dir)[1], 'summary'):
+    assert row['reached']
+
+
+def test_scikit_learns_calls_are_counted(x64):
+  problem = problems.logistic(data.load('breast_cancer'), 0.1)
+  with newton._counting(columns=30) as counts:
+    newton.fit_sklearn(
+      problem.regression, 'newton-cholesky', problem.start(0), 3, np.float64
+    )
+  assert counts['solves'] in (3, 4)
+  assert counts['products'] == 30 * counts['solves']
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'dataset': 'nothing'}, 'no data set nothing: give one of mushrooms'),
+    ({'dataset': 'digits'}, 'digits: labels are not binary'),
+    ({'optimizers': ('gns', 'adam')}, '--optimizers=adam: not one of gns'),
+    ({'optimizers': ()}, '--optimizers is empty'),
+    ({'l2': 0.0}, '--l2=0.0: must be at least'),
+    ({'l2': float('nan')}, '--l2=nan: not a number'),
+    ({'precision': 'half'}, '--precision=half: not one of float32, float64'),
+    ({'seeds': 0}, '--seeds=0: must be at least 1'),
+  ],
+)
+def test_bad_configurations(tmp_path, fields, words):
+  output = tmp_path / 'run'
+  with pytest.raises(app.UserError, match=words):
+    logistic_regression.main(
+      logistic_regression.Config(output_dir=str(output), **fields)
+    )
+  assert not output.exists(), 'half-written output'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    (['--dataset=nothing', '--output_dir=never'], 'no data set nothing'),
+    (['--l2=much', '--output_dir=never'], 'l2'),
+    (['stray', '--output_dir=never'], 'unexpected argument stray'),
+  ],
+)
+def test_errors_are_one_line_and_status_one(arguments, words):
+  result = program('experiments.logistic_regression', *arguments)
+  assert result.returncode == 1
+  assert len(result.stderr.strip().split('\n')) == 1
+  assert words in result.stderr
+  assert not (ROOT / 'never').exists(), 'half-written output'
+
+
+def test_help_names_the_flags():
+  result = program('experiments.logistic_regression', '--help')
+  assert '--dataset' in result.stdout
+  assert 'Traceback' not in result.stderr
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path, small):
+  (tmp_path / 'file').write_text('')
+  config = dataclasses.replace(small, output_dir=str(tmp_path / 'file' / 'run'))
+  with pytest.raises(app.UserError, match='--output_dir=.*: Not a directory'):
+    logistic_regression.main(config)
