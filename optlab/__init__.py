@@ -2,9 +2,6 @@
 
 from optlab.base import Estimate
 from optlab.base import GradientEstimator
-from optlab.curvature import Dense
-from optlab.curvature import LowRank
-from optlab.curvature import dense
 from optlab.curvature import empirical_fisher
 from optlab.curvature import fisher
 from optlab.curvature import gauss_newton
@@ -15,11 +12,14 @@ from optlab.estimators import value_and_grad
 from optlab.estimators import with_curvature
 from optlab.gns import gns_newton
 from optlab.gns import gns_newton_paper
-from optlab.linear import cg
+from optlab.krylov import cg
+from optlab.krylov import lanczos
 from optlab.linear import cholesky
 from optlab.linear import eigh
-from optlab.linear import lanczos
 from optlab.linear import woodbury
+from optlab.operators import Dense
+from optlab.operators import LowRank
+from optlab.operators import dense
 from optlab.training import MinimizeResult
 from optlab.training import TrainState
 from optlab.training import init

@@ -8,53 +8,17 @@ their ``matrix`` and `LowRank` operators their ``factor``, which the solvers of
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
+from optlab import operators
 
 
-class OperatorFactory(Protocol):
-  """``(params, *args) -> operator``, with the curvature at ``params``."""
-
-  def __call__(self, params: base.Params, *args: Any) -> base.Operator: ...
-
-
-class Dense(NamedTuple):
-  """The operator ``v -> matrix @ v`` on pytrees, flattened leaf after leaf.
-
-  Attributes:
-    matrix: Symmetric, shape ``(n, n)``; only its lower triangle may be read.
-  """
-
-  matrix: jax.Array
-
-  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-    flat, unravel = ravel_pytree(vector)
-    return unravel((self.matrix @ flat).astype(flat.dtype))
-
-
-class LowRank(NamedTuple):
-  """The operator ``v -> factor.T @ (factor @ v)`` on flattened pytrees.
-
-  Attributes:
-    factor: Shape ``(rank, n)``.
-  """
-
-  factor: jax.Array
-
-  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-    flat, unravel = ravel_pytree(vector)
-    # `w @ factor` is many times faster than `factor.T @ w` on a CPU.
-    return unravel(((self.factor @ flat) @ self.factor).astype(flat.dtype))
-
-
-def hessian(fun: Callable[..., jax.Array]) -> OperatorFactory:
+def hessian(fun: Callable[..., jax.Array]) -> operators.OperatorFactory:
   r"""The exact Hessian, matrix-free.
 
   .. math:: A v = \nabla^2 f(x)\, v
@@ -82,14 +46,14 @@ def hessian(fun: Callable[..., jax.Array]) -> OperatorFactory:
 
   def curvature(params, *args):
     grad = jax.grad(lambda params: fun(params, *args))
-    return jax.tree_util.Partial(jax.linearize(grad, params)[1])
+    return jax.linearize(grad, params)[1]
 
   return curvature
 
 
 def gauss_newton(
   model: Callable[..., chex.ArrayTree], loss: Callable[..., jax.Array]
-) -> OperatorFactory:
+) -> operators.OperatorFactory:
   r"""The generalized Gauss-Newton matrix, matrix-free.
 
   .. math:: A = J^\top \nabla^2 \ell(u)\, J, \quad u = m(x),\ J = m'(x)
@@ -139,7 +103,7 @@ def gauss_newton(
 def empirical_fisher(
   loss: Callable[..., jax.Array],
   weights: Callable[[jax.Array], jax.Array] | None = None,
-) -> OperatorFactory:
+) -> operators.OperatorFactory:
   r"""A weighted sum of outer products of per-example gradients, low rank.
 
   .. math:: A = \sum_{i=1}^m w_i\, \nabla \ell_i(x)\, \nabla \ell_i(x)^\top
@@ -183,12 +147,12 @@ def empirical_fisher(
       losses, rows = jax.tree.map(lambda x: x[None], value_and_row(*args))
     scale = 1.0 / losses.shape[0] if weights is None else weights(losses)
     scale = jnp.sqrt(jnp.broadcast_to(scale, losses.shape)).astype(rows.dtype)
-    return LowRank(scale[:, None] * rows)
+    return operators.LowRank(scale[:, None] * rows)
 
   return curvature
 
 
-def fisher(log_probs: Callable[..., jax.Array]) -> OperatorFactory:
+def fisher(log_probs: Callable[..., jax.Array]) -> operators.OperatorFactory:
   r"""The Fisher matrix of a classifier, exact over its classes, low rank.
 
   .. math:: A = \frac1m \sum_{i=1}^m \sum_c p_{ic}\,
@@ -212,7 +176,8 @@ def fisher(log_probs: Callable[..., jax.Array]) -> OperatorFactory:
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
     >>> factory = optlab.fisher(lambda x, a: jax.nn.log_softmax(a * x))
-    >>> print(factory(jnp.zeros(2), jnp.ones((4, 2)))(jnp.array([4.0, 0.0])).round(3))
+    >>> operator = factory(jnp.zeros(2), jnp.ones((4, 2)))
+    >>> print(operator(jnp.array([4.0, 0.0])).round(3))
     [ 1. -1.]
   """
   base.check_callable('log_probs', log_probs, '(params, *example) -> array')
@@ -220,7 +185,7 @@ def fisher(log_probs: Callable[..., jax.Array]) -> OperatorFactory:
   def curvature(params, *args):
     def rows(*example):
       logs, vjp = jax.vjp(lambda params: log_probs(params, *example), params)
-      grads = jax.vmap(lambda e: _ravel(vjp(e)[0]))(
+      grads = jax.vmap(lambda e: operators.ravel(vjp(e)[0]))(
         jnp.eye(logs.shape[0], dtype=logs.dtype)
       )
       return jnp.exp(logs / 2).astype(grads.dtype)[:, None] * grads
@@ -228,45 +193,17 @@ def fisher(log_probs: Callable[..., jax.Array]) -> OperatorFactory:
     if jax.tree.leaves(args):
       factor = jax.vmap(rows)(*args)
       factor = factor / np.sqrt(factor.shape[0]).astype(factor.dtype)
-      return LowRank(factor.reshape(-1, factor.shape[-1]))
-    return LowRank(rows())
+      return operators.LowRank(factor.reshape(-1, factor.shape[-1]))
+    return operators.LowRank(rows())
 
   return curvature
-
-
-def dense(factory: OperatorFactory) -> OperatorFactory:
-  """Makes the operators of a factory `Dense`.
-
-  The matrix of a `LowRank` operator is a product of its factor; any other one
-  takes ``n`` products, batched into matrix products by ``vmap``. Choose it
-  where ``n`` is at most about a thousand: a trial of `gns_newton` then costs
-  one Cholesky factorization. See `linear_gauss_newton` for half the cost.
-
-  Args:
-    factory: For example ``hessian(fun)``.
-
-  Returns:
-    An operator factory that makes `Dense` operators.
-
-  Raises:
-    TypeError: ``factory`` is not a function.
-
-  Examples:
-    >>> import jax.numpy as jnp, optlab
-    >>> factory = optlab.dense(optlab.hessian(lambda x: jnp.sum(x ** 3)))
-    >>> print(factory(jnp.ones(2)).matrix)
-    [[6. 0.]
-     [0. 6.]]
-  """
-  base.check_callable('factory', factory, '(params, *args) -> operator')
-  return lambda params, *args: Dense(as_matrix(factory(params, *args), params))
 
 
 def linear_gauss_newton(
   inputs: Callable[..., jax.Array],
   loss: Callable[..., jax.Array],
   l2: float | jax.Array = 0.0,
-) -> OperatorFactory:
+) -> operators.OperatorFactory:
   r"""The dense Hessian of a loss of linear predictions, row by row separable.
 
   .. math:: f(x) = \ell(A x) + \tfrac{\lambda}{2} |x|^2, \quad
@@ -336,7 +273,7 @@ def linear_gauss_newton(
       matrix = blocks[which].transpose(2, 0, 3, 1)
     n = params.size
     matrix = matrix.reshape(n, n).astype(base.accumulator_dtype(params))
-    return Dense(matrix + l2 * jnp.eye(n, dtype=matrix.dtype))
+    return operators.Dense(matrix + l2 * jnp.eye(n, dtype=matrix.dtype))
 
   return curvature
 
@@ -347,31 +284,6 @@ def _weighted_gram(features, weights):
   return (root * jnp.sign(weights)[:, None]).T @ root
 
 
-def as_matrix(operator: base.Operator, like: chex.ArrayTree) -> jax.Array:
-  """The matrix of an operator on pytrees like ``like``, shape ``(n, n)``.
-
-  Args:
-    operator: Any operator.
-    like: A pytree with the structure, shapes and dtypes of its arguments.
-
-  Returns:
-    Its matrix, in float32 or wider.
-  """
-  dtype = base.accumulator_dtype(like)
-  if hasattr(operator, 'matrix'):
-    return operator.matrix.astype(dtype)
-  if hasattr(operator, 'factor'):
-    factor = operator.factor.astype(dtype)
-    return factor.T @ factor
-  flat, unravel = ravel_pytree(like)
-  columns = jax.vmap(lambda unit: _ravel(operator(unravel(unit))))
-  return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
-
-
 def _value_and_row(fun, params, *args):
   value, grad = jax.value_and_grad(fun)(params, *args)
-  return value, _ravel(grad)
-
-
-def _ravel(tree):
-  return ravel_pytree(tree)[0]
+  return value, operators.ravel(grad)

@@ -4,18 +4,19 @@ A globally convergent Newton method for convex and nonconvex objectives and any
 symmetric approximation of the Hessian (Semenov, Jaggi and Doikov, ICLR 2026).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import optax
 
 from optlab import base
 from optlab import curvature as curvature_lib
+from optlab import krylov
 from optlab import linear
+from optlab import metric as metric_lib
+from optlab import smoothness
 
 
 class GNSNewtonState(NamedTuple):
@@ -45,96 +46,11 @@ class GNSNewtonState(NamedTuple):
   total_products: jax.Array  # shape (), int32
 
 
-class Trial(NamedTuple):
-  """What a search rule sees of a trial; every field is a scalar.
-
-  Attributes:
-    gamma: The smoothness tried.
-    shift: The regularization tried, ``|g|_* / gamma``.
-    trials: The trials of this step so far, this one included.
-    accepted: Whether the decrease test holds.
-    grad_norm: Dual norm of the gradient at the trial point.
-    step_norm: Norm of the step ``d``.
-    residual_norm: Dual norm of ``g(x + d) + shift * B d``, the error of the
-      quadratic model's gradient.
-  """
-
-  gamma: jax.Array
-  shift: jax.Array
-  trials: jax.Array
-  accepted: jax.Array
-  grad_norm: jax.Array
-  step_norm: jax.Array
-  residual_norm: jax.Array
-
-
-class SearchRule(NamedTuple):
-  """How the smoothness moves: ``next_gamma(trial) -> gamma``.
-
-  After a rejected trial the result is tried next; after an accepted one the
-  next step starts from it.
-  """
-
-  next_gamma: Callable[[Trial], jax.Array]
-
-
-def double(gamma_min: float | jax.Array = 1e-9) -> SearchRule:
-  """The paper's rule: twice the smoothness if accepted, else half of it."""
-
-  def next_gamma(trial):
-    return jnp.where(
-      trial.accepted,
-      jnp.maximum(2.0 * trial.gamma, gamma_min),
-      0.5 * trial.gamma,
-    )
-
-  return SearchRule(next_gamma)
-
-
-def hold(decay: float | jax.Array = 0.25) -> SearchRule:
-  """Moves ``lambda`` itself: down only after a step without rejection.
-
-  Accepted at the first trial, the next ``lambda`` is ``decay`` times this one;
-  accepted after a rejection, it is carried over. Fewer trials than `double` on
-  most problems: a step that just failed is not tried again at once.
-  """
-
-  def next_gamma(trial):
-    factor = jnp.where(trial.trials == 1, 1.0 / decay, 1.0)
-    return jnp.where(
-      trial.accepted,
-      factor * trial.grad_norm / trial.shift,
-      0.5 * trial.gamma,
-    )
-
-  return SearchRule(next_gamma)
-
-
-def measured() -> SearchRule:
-  r"""Takes the smoothness from its definition at the step just made.
-
-  .. math:: \lambda^+ = |g^+ + \lambda B d|_* / |d|
-
-  One trial a step where the curvature is crude (subsampled, say); poor where it
-  turns sharply, as in Rosenbrock's function.
-  """
-
-  def next_gamma(trial):
-    measured_shift = trial.residual_norm / trial.step_norm
-    return jnp.where(
-      trial.accepted,
-      trial.grad_norm / measured_shift,
-      0.5 * trial.gamma,
-    )
-
-  return SearchRule(next_gamma)
-
-
 def gns_newton(
   solver: base.Solver | None = None,
   metric: chex.ArrayTree | None = None,
   gamma_init: float | jax.Array | None = None,
-  rule: SearchRule | None = None,
+  rule: smoothness.SearchRule | None = None,
   max_trials: int | jax.Array = 40,
   gamma_offset: float | jax.Array = 0.0,
   safeguard: bool = True,
@@ -149,7 +65,8 @@ def gns_newton(
     \lambda = |g|_* / \gamma, \quad d = -(H + \lambda B)^{-1} g, \quad
     \text{accept if } f(x) - f(x + d) \ge |g(x + d)|_*^2 / (8 \lambda)
 
-  After a rejected trial it is tried again with half of :math:`\gamma`.
+  After a rejected trial it is tried again with a smaller :math:`\gamma`; see
+  `optlab.smoothness` for the rules that move it.
 
   Args:
     solver: Solves ``(H + shift B) x = g``; ``None`` takes `cholesky` for
@@ -199,6 +116,10 @@ def gns_newton(
     (the authors' code repeats the last step there). At the search limit the
     update is zero and the shrunken smoothness is kept (the authors' code takes
     the failing trial). A start on the axis of a saddle converges to the saddle.
+    With stochastic batches ``value_fn`` must be bound to the batch of ``grad``;
+    the value and gradient in the state belong to that batch too.
+    It must be the last link of a chain, and cannot be masked or partitioned, as
+    `optax.lbfgs` cannot: ``value_fn`` takes all parameters.
   """
   if solver is not None:
     base.check_callable('solver', solver, '(operator, b, shift) -> solve')
@@ -207,10 +128,11 @@ def gns_newton(
   base.check_real('max_trials', max_trials, low=1)
   base.check_non_negative('gamma_offset', gamma_offset)
   if rule is None:
-    rule = hold()
-  if not isinstance(rule, SearchRule):
+    rule = smoothness.hold()
+  if not isinstance(rule, smoothness.SearchRule):
     raise TypeError(
-      f'rule must be a SearchRule such as hold() makes, got {rule!r}.'
+      f'rule must be a SearchRule such as optlab.smoothness.hold() makes, got'
+      f' {rule!r}.'
     )
 
   def init(params):
@@ -233,12 +155,12 @@ def gns_newton(
   def update(
     updates,
     state,
-    params=None,
+    params: Any = None,
     *,
-    value=None,
-    grad=None,
-    value_fn=None,
-    curvature=None,
+    value: Any = None,
+    grad: Any = None,
+    value_fn: Any = None,
+    curvature: Any = None,
     **unused,
   ):
     del unused
@@ -253,14 +175,15 @@ def gns_newton(
     dtype = state.gamma.dtype
     if curvature is None:
       curvature = curvature_lib.hessian(value_fn)(params)
-    space = _Space.make(metric, params, dtype)
-    operator = space.operator(curvature)
+    space = metric_lib.Space.make(metric, params, dtype)
+    operator: Any = space.operator(curvature)
     g = space.dual(updates)
     g_norm = jnp.linalg.norm(g)
     value = jnp.asarray(value).astype(dtype)
-    solve_ = solver or _default_solver(operator)
+    make: Any = solver or _default_solver(operator)
 
-    movable = (g_norm > 0) & jnp.isfinite(g_norm) & jnp.isfinite(value)
+    finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
+    movable = finite & (g_norm > 0)
     gamma, products = state.gamma, jnp.zeros((), jnp.int32)
     if gamma_init is None:
       first = movable & (gamma == 0)
@@ -276,7 +199,7 @@ def gns_newton(
     def shift_of(gamma):
       return g_norm / (gamma + gamma_offset)
 
-    prepared = solve_(operator, g, shift_of(gamma))
+    prepared: Any = make(operator, g, shift_of(gamma))
     products += getattr(prepared, 'products', 0)
     value_and_grad = jax.value_and_grad(value_fn)
 
@@ -287,13 +210,14 @@ def gns_newton(
       else:
         (step, ok), trial_products = prepared(shift), 0
       step = jax.tree.map(
-        lambda u, p: u.astype(p.dtype), space.primal(-step), params
+        lambda u, p: (-u).astype(p.dtype), space.primal(step), params
       )
       point = optax.apply_updates(params, step)
       new_value, new_grad = value_and_grad(point)
       new_value = new_value.astype(dtype)
       h = space.dual(new_grad)
-      d = space.lift(step)
+      # The step that rounding left, which may be none.
+      d = space.lift(point, params)
       square, h_norm = h @ h, jnp.linalg.norm(h)
       ok &= jnp.isfinite(new_value) & jnp.isfinite(h_norm)
       needed = square / (8.0 * shift)
@@ -307,7 +231,7 @@ def gns_newton(
         accepted |= flat & ((h @ -d >= needed) | (h_norm <= 0.9 * g_norm))
       accepted &= ok
       gamma = rule.next_gamma(
-        Trial(
+        smoothness.Trial(
           gamma=carry.gamma,
           shift=shift,
           trials=carry.trials + 1,
@@ -317,8 +241,9 @@ def gns_newton(
           residual_norm=jnp.linalg.norm(h + shift * d),
         )
       ).astype(dtype)
-      # At a zero gradient nothing was learned.
-      gamma = jnp.where((gamma > 0) & jnp.isfinite(gamma), gamma, carry.gamma)
+      # Nothing is learned where the gradient is zero or the point the same.
+      useful = (gamma > 0) & jnp.isfinite(gamma) & (accepted | jnp.any(d != 0))
+      gamma = jnp.where(useful, gamma, carry.gamma)
       pick = lambda new, old: jnp.where(accepted, new, old)
       return _Search(
         step=jax.tree.map(pick, step, carry.step),
@@ -346,9 +271,11 @@ def gns_newton(
       search,
       _Search(
         step=optax.tree.zeros_like(params),
-        value=jnp.where(jnp.isfinite(value), value, jnp.inf),
+        value=jnp.where(finite, value, jnp.inf),
         grad=jax.tree.map(
-          lambda g, like: jnp.asarray(g).astype(like.dtype), grad, state.grad
+          lambda g, old: jnp.where(finite, g, 0).astype(old.dtype),
+          grad,
+          state.grad,
         ),
         gamma=gamma,
         shift=state.shift,
@@ -395,7 +322,7 @@ def gns_newton_paper(
     solver=solver,
     metric=metric,
     gamma_init=gamma_init,
-    rule=double(gamma_min=1e-9),
+    rule=smoothness.double(factor=2.0, gamma_min=1e-9),
     gamma_offset=1e-8,
     safeguard=False,
   )
@@ -418,50 +345,4 @@ def _default_solver(operator):
     return linear.cholesky()
   if hasattr(operator, 'factor'):
     return linear.woodbury()
-  return linear.lanczos()
-
-
-class _Space(NamedTuple):
-  """Flat coordinates in which the metric ``B = L L^T`` is the identity."""
-
-  dual: Callable[[Any], jax.Array]  # g -> L^-1 g
-  lift: Callable[[Any], jax.Array]  # d -> L^T d
-  primal: Callable[[jax.Array], Any]  # the inverse of lift
-  operator: Callable[[base.Operator], base.Operator]  # H -> L^-1 H L^-T
-
-  @classmethod
-  def make(cls, metric, params, dtype):
-    flat, unravel = ravel_pytree(params)
-    ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
-    back = lambda vector: unravel(vector.astype(flat.dtype))
-    if metric is None:
-      forward = backward = transposed = lambda x: x
-    elif hasattr(metric, 'matrix'):
-      lower = jnp.linalg.cholesky(metric.matrix.astype(dtype))
-      triangular = jax.scipy.linalg.solve_triangular
-      forward = lambda x: triangular(lower, x, lower=True)
-      backward = lambda x: triangular(lower, x, lower=True, trans=1)
-      transposed = lambda x: x @ lower
-    else:
-      base.check_same_tree('metric', metric, 'params', params)
-      root = jnp.sqrt(ravel(metric))
-      scale = lambda x, by: x * by.reshape((-1,) + (1,) * (x.ndim - 1))
-      forward = backward = lambda x: scale(x, 1.0 / root)
-      transposed = lambda x: scale(x, root)
-
-    def operator(a):
-      if hasattr(a, 'matrix'):
-        matrix = a.matrix.astype(dtype)
-        return curvature_lib.Dense(forward(forward(matrix).T))
-      if hasattr(a, 'factor'):
-        return curvature_lib.LowRank(forward(a.factor.astype(dtype).T).T)
-      return jax.tree_util.Partial(
-        lambda v: forward(ravel(a(back(backward(v)))))
-      )
-
-    return cls(
-      dual=lambda tree: forward(ravel(tree)),
-      lift=lambda tree: transposed(ravel(tree)),
-      primal=lambda vector: back(backward(vector)),
-      operator=operator,
-    )
+  return krylov.lanczos()

@@ -1,0 +1,96 @@
+"""Operators that show more than their products, and how to make them so."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+
+from optlab import base
+
+OperatorFactory = Callable[..., base.Operator]  # (params, *args) -> operator
+
+
+class Dense(NamedTuple):
+  """The operator ``v -> matrix @ v`` on pytrees, flattened leaf after leaf.
+
+  Attributes:
+    matrix: Symmetric, shape ``(n, n)``; only its lower triangle may be read.
+  """
+
+  matrix: jax.Array
+
+  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+    flat, unravel = ravel_pytree(vector)
+    return unravel((self.matrix @ flat).astype(flat.dtype))
+
+
+class LowRank(NamedTuple):
+  """The operator ``v -> factor.T @ (factor @ v)`` on flattened pytrees.
+
+  Attributes:
+    factor: Shape ``(rank, n)``.
+  """
+
+  factor: jax.Array
+
+  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+    flat, unravel = ravel_pytree(vector)
+    # `w @ factor` is many times faster than `factor.T @ w` on a CPU.
+    return unravel(((self.factor @ flat) @ self.factor).astype(flat.dtype))
+
+
+def dense(factory: OperatorFactory) -> OperatorFactory:
+  """Makes the operators of a factory `Dense`.
+
+  The matrix of a `LowRank` operator is a product of its factor; any other one
+  takes ``n`` products, batched into matrix products by ``vmap``. Choose it
+  where ``n`` is at most about a thousand: a trial of `gns_newton` then costs
+  one Cholesky factorization. See `linear_gauss_newton` for half the cost.
+
+  Args:
+    factory: For example ``hessian(fun)``.
+
+  Returns:
+    An operator factory that makes `Dense` operators.
+
+  Raises:
+    TypeError: ``factory`` is not a function.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> factory = optlab.dense(optlab.hessian(lambda x: jnp.sum(x ** 3)))
+    >>> print(factory(jnp.ones(2)).matrix)
+    [[6. 0.]
+     [0. 6.]]
+  """
+  base.check_callable('factory', factory, '(params, *args) -> operator')
+  return lambda params, *args: Dense(as_matrix(factory(params, *args), params))
+
+
+def as_matrix(operator: base.Operator, like: chex.ArrayTree) -> jax.Array:
+  """The matrix of an operator on pytrees like ``like``, shape ``(n, n)``.
+
+  Args:
+    operator: Any operator.
+    like: A pytree with the structure, shapes and dtypes of its arguments.
+
+  Returns:
+    Its matrix, in float32 or wider.
+  """
+  dtype = base.accumulator_dtype(like)
+  if hasattr(operator, 'matrix'):
+    return operator.matrix.astype(dtype)
+  if hasattr(operator, 'factor'):
+    factor = operator.factor.astype(dtype)
+    return factor.T @ factor
+  flat, unravel = ravel_pytree(like)
+  columns = jax.vmap(lambda unit: ravel(operator(unravel(unit))))
+  return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
+
+
+def ravel(tree: chex.ArrayTree) -> jax.Array:
+  """All numbers of a tree in one vector."""
+  return ravel_pytree(tree)[0]

@@ -1,0 +1,249 @@
+"""Operators against explicit matrices."""
+
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optlab
+from optlab import operators
+
+pytestmark = pytest.mark.usefixtures('x64')
+
+
+def tree(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'w': jnp.asarray(rng.normal(size=(3, 2))),
+    'b': jnp.asarray(rng.normal(size=2)),
+    'none': {},
+  }
+
+
+def batch(rows=5):
+  rng = np.random.default_rng(1)
+  labels = jnp.asarray(rng.integers(0, 2, size=rows))
+  return jnp.asarray(rng.normal(size=(rows, 3))), labels
+
+
+def model(params, batch):
+  return jnp.tanh(batch[0] @ params['w'] + params['b'])
+
+
+def cross_entropy(outputs, batch):
+  logs = jax.nn.log_softmax(outputs)
+  return -jnp.mean(jnp.take_along_axis(logs, batch[1][:, None], 1))
+
+
+def explicit(fun, params):
+  """Jacobian of ``fun`` as a matrix in the flattened parameters."""
+  flat, unravel = ravel_pytree(params)
+  return jax.jacobian(lambda x: fun(unravel(x)))(flat)
+
+
+def explicit_hessian(fun, params):
+  flat, unravel = ravel_pytree(params)
+  return jax.hessian(lambda x: fun(unravel(x)))(flat)
+
+
+def assert_operator(operator, matrix, like):
+  """Products, the formed matrix and symmetry all agree with ``matrix``."""
+  np.testing.assert_allclose(
+    operators.as_matrix(operator, like), matrix, rtol=1e-10, atol=1e-12
+  )
+  vector = jax.tree.map(lambda leaf: jnp.cos(leaf + 1.0), like)
+  np.testing.assert_allclose(
+    ravel_pytree(operator(vector))[0],
+    matrix @ ravel_pytree(vector)[0],
+    rtol=1e-10,
+    atol=1e-12,
+  )
+  assert jax.tree.structure(operator(vector)) == jax.tree.structure(like)
+
+
+def test_hessian():
+  fun = lambda params, batch: cross_entropy(model(params, batch), batch)
+  operator = optlab.hessian(fun)(tree(), batch())
+  expected = explicit_hessian(lambda params: fun(params, batch()), tree())
+  assert_operator(operator, expected, tree())
+
+
+def test_gauss_newton():
+  operator = optlab.gauss_newton(model, cross_entropy)(tree(), batch())
+  jacobian = explicit(lambda params: model(params, batch()).ravel(), tree())
+  outer = jax.hessian(lambda u: cross_entropy(u.reshape(-1, 2), batch()))(
+    model(tree(), batch()).ravel()
+  )
+  assert_operator(operator, jacobian.T @ outer @ jacobian, tree())
+  fun = lambda params: cross_entropy(model(params, batch()), batch())
+  exact = explicit_hessian(fun, tree())
+  assert np.linalg.eigvalsh(exact)[0] < -1e-3  # The two do differ here.
+  assert np.linalg.eigvalsh(jacobian.T @ outer @ jacobian)[0] > -1e-12
+
+
+@pytest.mark.parametrize('p', [2, 3, 4, 5])
+def test_gauss_newton_of_a_power_of_the_norm_is_the_papers_matrix(p):
+  x = jnp.array([0.3, -1.2, 0.7])
+  u = lambda x: jnp.stack([x[0] * x[1], x[1] ** 2 - x[2], jnp.sin(x[2])])
+  factory = optlab.gauss_newton(u, lambda u: jnp.sum(u**2) ** (p / 2) / p)
+  jacobian, norm = jax.jacobian(u)(x), jnp.linalg.norm(u(x))
+  inner = jacobian.T @ u(x)
+  expected = norm ** (p - 2) * jacobian.T @ jacobian
+  expected += (p - 2) * norm ** (p - 4) * jnp.outer(inner, inner)
+  assert_operator(factory(x), expected, x)
+
+
+def test_gauss_newton_weights_outputs_through_a_stopped_gradient():
+  x = jnp.array([0.3, -1.2])
+  u = lambda x: jnp.stack([x[0] * x[1], x[1] ** 2, x[0]])
+  weights = jnp.exp
+  loss = lambda u: 0.5 * jnp.sum(jax.lax.stop_gradient(weights(u)) * u**2)
+  jacobian = jax.jacobian(u)(x)
+  expected = jacobian.T @ jnp.diag(weights(u(x))) @ jacobian
+  assert_operator(optlab.gauss_newton(u, loss)(x), expected, x)
+
+
+def test_empirical_fisher_is_the_mean_of_outer_products():
+  loss = lambda params, features, label: cross_entropy(
+    model(params, (features[None],)), (None, label[None])
+  )
+  operator = optlab.empirical_fisher(loss)(tree(), *batch())
+  rows = jnp.stack(
+    [
+      ravel_pytree(jax.grad(loss)(tree(), features, label))[0]
+      for features, label in zip(*batch(), strict=True)
+    ]
+  )
+  assert operator.factor.shape == (5, 8)
+  assert_operator(operator, rows.T @ rows / 5, tree())
+
+
+def test_empirical_fisher_covers_the_rank_one_term_of_the_paper():
+  p, x = 4, jnp.array([0.3, -1.2, 0.7])
+  u = lambda x: jnp.stack([x[0] * x[1], x[1] ** 2 - x[2]])
+  fun = lambda x: jnp.sum(u(x) ** 2) ** (p / 2) / p
+  inner = jax.jacobian(u)(x).T @ u(x)
+  norm = jnp.linalg.norm(u(x))
+  expected = (p - 2) * norm ** (p - 4) * jnp.outer(inner, inner)
+  factory = optlab.empirical_fisher(fun, lambda f: (p - 2) / (p * f))
+  operator = factory(x)
+  assert operator.factor.shape == (1, 3)
+  assert_operator(operator, expected, x)
+
+
+def test_empirical_fisher_covers_the_weighted_gauss_newton_of_log_sum_exp():
+  rng = np.random.default_rng(0)
+  a, x, mu = jnp.asarray(rng.normal(size=(6, 3))), jnp.ones(3), 0.5
+  weights = lambda terms: jax.nn.softmax(terms / mu) / mu
+  operator = optlab.empirical_fisher(lambda x, a: a @ x, weights)(x, a)
+  expected = a.T @ jnp.diag(jax.nn.softmax(a @ x / mu)) @ a / mu
+  assert_operator(operator, expected, x)
+
+
+def test_fisher_is_the_gauss_newton_matrix_of_the_cross_entropy():
+  log_probs = lambda params, features: jax.nn.log_softmax(
+    model(params, (features[None],))[0]
+  )
+  operator = optlab.fisher(log_probs)(tree(), batch()[0])
+  expected = operators.as_matrix(
+    optlab.gauss_newton(model, cross_entropy)(tree(), batch()), tree()
+  )
+  assert operator.factor.shape == (10, 8)
+  assert_operator(operator, expected, tree())
+
+
+def test_fisher_of_one_example():
+  x = jnp.array([0.5, -0.5])
+  operator = optlab.fisher(jax.nn.log_softmax)(x)
+  probs = jax.nn.softmax(x)
+  assert_operator(operator, jnp.diag(probs) - jnp.outer(probs, probs), x)
+
+
+@pytest.mark.parametrize('make', ['hessian', 'low_rank', 'dense'])
+def test_dense_forms_the_matrix(make):
+  x = jnp.array([0.3, -1.2, 0.7])
+  fun = lambda x: jnp.sum(x**4) + jnp.prod(x)
+  factory = {
+    'hessian': optlab.hessian(fun),
+    'low_rank': optlab.empirical_fisher(fun),
+    'dense': optlab.dense(optlab.hessian(fun)),
+  }[make]
+  grad = jax.grad(fun)(x)
+  expected = (
+    jnp.outer(grad, grad) if make == 'low_rank' else jax.hessian(fun)(x)
+  )
+  operator = optlab.dense(factory)(x)
+  assert operator.matrix.shape == (3, 3)
+  assert_operator(operator, expected, x)
+
+
+@pytest.mark.parametrize('classes', [None, 3])
+def test_linear_gauss_newton_is_the_hessian(classes):
+  rng = np.random.default_rng(0)
+  features = jnp.asarray(rng.normal(size=(20, 4)))
+  if classes is None:
+    x, targets = jnp.asarray(rng.normal(size=4)), jnp.sign(features[:, 0])
+    loss = lambda u, batch: jnp.mean(jnp.logaddexp(0.0, -batch[1] * u))
+  else:
+    x = jnp.asarray(rng.normal(size=(4, classes)))
+    targets = jnp.asarray(rng.integers(0, classes, size=20))
+    loss = cross_entropy
+  factory = optlab.linear_gauss_newton(lambda batch: batch[0], loss, l2=0.1)
+  operator = factory(x, (features, targets))
+  fun = lambda x: loss(features @ x, (features, targets)) + 0.05 * jnp.sum(x**2)
+  assert_operator(operator, explicit_hessian(fun, x), x)
+
+
+def test_linear_gauss_newton_keeps_indefinite_weights_and_narrow_inputs():
+  features = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
+  loss = lambda u: jnp.sum(jnp.cos(u))
+  x = jnp.ones(3)
+  operator = optlab.linear_gauss_newton(lambda: features, loss)(x)
+  expected = explicit_hessian(lambda x: loss(features @ x), x)
+  assert np.linalg.eigvalsh(expected)[0] < 0 < np.linalg.eigvalsh(expected)[-1]
+  assert_operator(operator, expected, x)
+  narrow = optlab.linear_gauss_newton(
+    lambda: features.astype(jnp.float32), loss
+  )(x)
+  assert narrow.matrix.dtype == jnp.float64
+  np.testing.assert_allclose(narrow.matrix, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_operators_are_pytrees_that_cross_jit_and_vmap():
+  fun = lambda x: jnp.sum(x**4)
+  model = jnp.sin
+  points = jnp.array([[0.1, 0.2], [0.3, 0.4]])
+  for factory in (
+    optlab.hessian(fun),
+    optlab.gauss_newton(model, lambda u: jnp.sum(u**4)),
+    optlab.empirical_fisher(fun),
+    optlab.dense(optlab.hessian(fun)),
+  ):
+    made = jax.jit(jax.vmap(factory))(points)
+    applied = jax.jit(jax.vmap(lambda op, v: op(v)))(made, points)
+    alone = jnp.stack([factory(x)(x) for x in points])
+    np.testing.assert_allclose(applied, alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: optlab.hessian(3), 'fun must be a function'),
+    (lambda: optlab.gauss_newton(model, None), 'loss must be a function'),
+    (lambda: optlab.empirical_fisher(model, 2.0), 'weights must be a function'),
+    (lambda: optlab.fisher('softmax'), 'log_probs must be a function'),
+    (lambda: optlab.dense(jnp.eye(2)), 'factory must be a function'),
+  ],
+)
+def test_not_a_function(make, message):
+  with pytest.raises(TypeError, match=message):
+    make()
+
+
+def test_linear_gauss_newton_names_bad_params():
+  factory = optlab.linear_gauss_newton(lambda: jnp.eye(2), jnp.sum)
+  with pytest.raises(ValueError, match='one array of shape'):
+    factory({'w': jnp.ones(2)})
+  with pytest.raises(ValueError, match='l2 must be in'):
+    optlab.linear_gauss_newton(lambda: jnp.eye(2), jnp.sum, l2=-1.0)

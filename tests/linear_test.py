@@ -1,0 +1,209 @@
+"""Shifted solvers against numpy.linalg.solve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optlab
+from optlab import linear
+
+N = 12
+
+
+def orthogonal(seed=0):
+  return np.linalg.qr(np.random.default_rng(seed).normal(size=(N, N)))[0]
+
+
+def symmetric(values):
+  q = orthogonal()
+  return (q * np.asarray(values)) @ q.T
+
+
+def right_side():
+  return np.random.default_rng(1).normal(size=N)
+
+
+DEFINITE = np.geomspace(1e-3, 10.0, N)
+SINGULAR = np.where(np.arange(N) < 4, 0.0, DEFINITE)
+INDEFINITE = np.linspace(-1.0, 3.0, N)
+
+EXACT = {
+  'cholesky': optlab.cholesky(),
+  'eigh': optlab.eigh(),
+  'cg': optlab.cg(max_steps=200, rtol=1e-13, power=0.0),
+  'lanczos': optlab.lanczos(rtol=1e-13, power=0.0),
+}
+over_solvers = pytest.mark.parametrize(
+  'solver', EXACT.values(), ids=EXACT.keys()
+)
+
+
+@over_solvers
+@pytest.mark.parametrize('form', ['dense', 'matrix_free'])
+@pytest.mark.parametrize(
+  'values', [DEFINITE, SINGULAR, INDEFINITE], ids=['pd', 'singular', 'indef']
+)
+def test_agrees_with_numpy_over_many_shifts(x64, solver, form, values):
+  matrix = symmetric(values)
+  dense = optlab.Dense(jnp.asarray(matrix))
+  operator = dense if form == 'dense' else jax.tree_util.Partial(dense)
+  b = right_side()
+  smallest = 1e-2 + max(0.0, -values[0])
+
+  @jax.jit
+  def solve_all(shifts):
+    return jax.vmap(solver(operator, jnp.asarray(b), shifts[0]))(shifts)
+
+  shifts = smallest * np.geomspace(1.0, 1e3, 7)
+  solutions, ok = solve_all(shifts)
+  assert np.all(ok)
+  for x, shift in zip(solutions, shifts, strict=True):
+    expected = np.linalg.solve(matrix + shift * np.eye(N), b)
+    np.testing.assert_allclose(x, expected, rtol=1e-8, atol=1e-10)
+
+
+@over_solvers
+def test_not_ok_where_the_shifted_operator_is_not_definite(x64, solver):
+  operator = optlab.Dense(jnp.asarray(symmetric(INDEFINITE)))
+  b = jnp.asarray(right_side())
+  # Prepared for a shift that is too small, it serves those that are not.
+  solve = solver(operator, b, 0.25)
+  assert not solve(0.25)[1]
+  assert not solve(0.5)[1]
+  x, ok = solve(2.0)
+  assert ok
+  np.testing.assert_allclose(
+    x, np.linalg.solve(operator.matrix + 2.0 * np.eye(N), b), rtol=1e-8
+  )
+
+
+@pytest.mark.parametrize('name', ['cholesky', 'eigh'])
+def test_direct_solvers_refuse_a_singular_matrix(x64, name):
+  matrix = np.ones((3, 3))  # Rank one; the pivots are exact zeros or rounding.
+  solve = EXACT[name](optlab.Dense(jnp.asarray(matrix)), jnp.arange(3.0), 0.0)
+  assert not solve(0.0)[1]
+  assert not solve(-1e-3)[1]
+  assert solve(1e-3)[1]
+
+
+@over_solvers
+def test_non_finite_operators_are_not_ok(solver):
+  operator = optlab.Dense(jnp.full((3, 3), jnp.nan))
+  assert not solver(operator, jnp.ones(3), 1.0)(1.0)[1]
+
+
+@pytest.mark.parametrize('rank', [1, 5])
+@pytest.mark.parametrize('shift', [1e-6, 1e-3, 1.0, 1e3])
+def test_woodbury_agrees_with_numpy(x64, rank, shift):
+  factor = np.random.default_rng(0).normal(size=(rank, N))
+  operator = optlab.LowRank(jnp.asarray(factor))
+  b = factor[0] + 1e-3 * right_side()  # Nearly in the range: cancellation.
+  x, ok = optlab.woodbury()(operator, jnp.asarray(b), shift)(shift)
+  matrix = factor.T @ factor + shift * np.eye(N)
+  assert ok
+  np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-7)
+  assert not optlab.woodbury()(operator, jnp.asarray(b), 0.0)(0.0)[1]
+
+
+@over_solvers
+def test_low_rank_operators_suit_every_solver(x64, solver):
+  factor = np.random.default_rng(0).normal(size=(4, N))
+  b = right_side()
+  x, ok = solver(optlab.LowRank(jnp.asarray(factor)), jnp.asarray(b), 0.1)(0.1)
+  assert ok
+  matrix = factor.T @ factor + 0.1 * np.eye(N)
+  np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-8)
+
+
+def test_woodbury_names_an_operator_without_factor():
+  with pytest.raises(TypeError, match='needs an operator with a factor'):
+    optlab.woodbury()(optlab.Dense(jnp.eye(2)), jnp.ones(2), 1.0)
+
+
+@over_solvers
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_pytrees_in_and_out_in_their_dtype(solver, dtype):
+  b = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones((), dtype), 'none': {}}
+  operator = lambda v: jax.tree.map(lambda leaf: 3 * leaf, v)
+  x, ok = solver(operator, b, 1.0)(1.0)
+  assert ok
+  assert jax.tree.structure(x) == jax.tree.structure(b)
+  for leaf, like in zip(jax.tree.leaves(x), jax.tree.leaves(b), strict=True):
+    assert leaf.dtype == dtype and leaf.shape == like.shape
+    np.testing.assert_allclose(leaf.astype(jnp.float32), 0.25, rtol=1e-2)
+
+
+@over_solvers
+def test_zero_right_side_and_empty_tree(solver):
+  x, _ = solver(optlab.Dense(jnp.eye(3)), jnp.zeros(3), 1.0)(1.0)
+  np.testing.assert_array_equal(x, np.zeros(3))
+  x, _ = solver(lambda v: v, {}, 1.0)(1.0)
+  assert x == {}
+
+
+def test_lanczos_takes_one_basis_and_no_product_for_a_shift(x64):
+  operator = optlab.Dense(jnp.asarray(symmetric(DEFINITE)))
+  prepared = optlab.lanczos(rtol=1e-13, power=0.0)(
+    operator, jnp.asarray(right_side()), 1e-2
+  )
+  assert isinstance(prepared, linear.Prepared)
+  assert 0 < prepared.products <= N
+  assert prepared.solve(1.0)[2] == 0
+  single = optlab.cg(max_steps=200, rtol=1e-13, power=0.0)(
+    operator, jnp.asarray(right_side()), 1e-2
+  )
+  assert single.products == 0 and single.solve(1.0)[2] > 0
+
+
+def test_lanczos_stops_at_the_residual_asked_for(x64):
+  values = np.geomspace(1e-4, 1.0, 60)
+  matrix = np.diag(values)
+  b = np.ones(60)
+  sizes = []
+  for rtol in (1e-1, 1e-3, 1e-6):
+    prepared = optlab.lanczos(rtol=rtol, power=0.0)(
+      optlab.Dense(jnp.asarray(matrix)), jnp.asarray(b), 1e-3
+    )
+    x, ok = prepared(1e-3)
+    residual = b - matrix @ x - 1e-3 * np.asarray(x)
+    # Just below it: not more work than needed.
+    ratio = np.linalg.norm(residual) / np.linalg.norm(b) / rtol
+    assert ok and 1e-2 < ratio <= 1.0
+    sizes.append(int(prepared.products))
+  assert sizes[0] < sizes[1] < sizes[2] < 60
+
+
+def test_lanczos_at_its_limit_gives_a_descent_direction(x64):
+  matrix, b = symmetric(DEFINITE), right_side()
+  x, ok = optlab.lanczos(max_steps=3, rtol=1e-12, power=0.0)(
+    optlab.Dense(jnp.asarray(matrix)), jnp.asarray(b), 1e-3
+  )(1e-3)
+  assert ok and b @ x > 0
+
+
+def test_an_invariant_subspace_ends_the_basis(x64):
+  b = jnp.asarray([1.0, 1.0, 0.0, 0.0])
+  prepared = optlab.lanczos(rtol=1e-15, power=0.0)(
+    optlab.Dense(jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0]))), b, 0.0
+  )
+  assert prepared.products == 2
+  np.testing.assert_allclose(prepared(0.0)[0], [1.0, 0.5, 0, 0], atol=1e-14)
+
+
+def test_dense_solvers_count_the_products_that_form_the_matrix():
+  operator = lambda v: 2.0 * v
+  assert optlab.cholesky()(operator, jnp.ones(5), 1.0).products == 5
+  assert (
+    optlab.cholesky()(optlab.Dense(jnp.eye(5)), jnp.ones(5), 1.0).products == 0
+  )
+
+
+@pytest.mark.parametrize('make', [optlab.cg, optlab.lanczos])
+def test_bad_arguments(make):
+  with pytest.raises(TypeError, match='max_steps must be an integer'):
+    make(max_steps=1.5)
+  with pytest.raises(ValueError, match='max_steps must be at least 1'):
+    make(max_steps=0)
+  with pytest.raises(ValueError, match='rtol'):
+    make(rtol=-0.1)
