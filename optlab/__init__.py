@@ -42,5 +42,7 @@ from optlab.training import minimize
 from optlab.training import train_step
 from optlab.unrolled import UnrolledState
 from optlab.unrolled import unrolled
+from optlab.variance_reduction import WithStormState
+from optlab.variance_reduction import with_storm
 
 __version__ = '0.1.0'

@@ -90,6 +90,16 @@ def norm(tree: base.Params) -> jax.Array:
   return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 
 
+def largest(tree: base.Params) -> jax.Array:
+  """The largest magnitude in a tree; of an empty tree, zero."""
+  dtype = base.accumulator_dtype(tree)
+  tops = [
+    jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
+    for leaf in jax.tree.leaves(tree)
+  ]
+  return jnp.max(jnp.stack(tops)) if tops else jnp.zeros((), dtype)
+
+
 def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
   """The nearest point in the ball of ``radius`` around ``centre``."""
   distance = norm(combine(jnp.subtract, tree, centre))

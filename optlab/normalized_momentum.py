@@ -54,7 +54,7 @@ def scale_by_normalized_momentum(
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    informative = bilevel.is_finite(updates) & (largest(updates) > 0)
+    informative = bilevel.is_finite(updates) & (bilevel.largest(updates) > 0)
     mu = jax.tree.map(
       lambda m, g: jnp.where(
         informative, (beta * m + (1 - beta) * g).astype(m.dtype), m
@@ -62,7 +62,7 @@ def scale_by_normalized_momentum(
       state.mu,
       updates,
     )
-    top = largest(mu)
+    top = bilevel.largest(mu)
     safe_top = jnp.where(top > 0, top, 1)
     scaled = jax.tree.map(lambda m: m / safe_top.astype(m.dtype), mu)
     length = bilevel.norm(scaled)
@@ -77,16 +77,6 @@ def scale_by_normalized_momentum(
     return updates, ScaleByNormalizedMomentumState(mu)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def largest(tree: base.Params) -> jax.Array:
-  """The largest magnitude in a tree; of an empty tree, zero."""
-  dtype = base.accumulator_dtype(tree)
-  tops = [
-    jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.max(jnp.stack(tops)) if tops else jnp.zeros((), dtype)
 
 
 def normalized_momentum(
