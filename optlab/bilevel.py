@@ -312,7 +312,11 @@ def is_finite(*trees: base.Params) -> jax.Array:
 
 
 def accept(
-  value: jax.Array, grads: base.Updates, new: Any, old: Any
+  value: jax.Array,
+  grads: base.Updates,
+  new: Any,
+  old: Any,
+  *others: base.Params,
 ) -> tuple[base.Estimate, Any]:
   """Commits a step, or holds the state where it is not finite.
 
@@ -324,11 +328,12 @@ def accept(
     grads: The hypergradient.
     new: The state to commit.
     old: The state to hold.
+    *others: What must be finite too, beside the hypergradient, y and z.
 
   Returns:
     The estimate and the state.
   """
-  ok = is_finite(grads, new.inner, getattr(new, 'dual', ()))
+  ok = is_finite(grads, new.inner, getattr(new, 'dual', ()), others)
   grads = jax.tree.map(lambda leaf: jnp.where(ok, leaf, 0), grads)
   state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
   rejected = old.rejected + (~ok).astype(jnp.int32)

@@ -253,7 +253,7 @@ def bo_rep(
       rejected=state.rejected,
     )
     return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state
+      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)

@@ -98,7 +98,7 @@ def soba(
       rejected=state.rejected,
     )
     return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state
+      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)
@@ -198,7 +198,7 @@ def implicit(
       rejected=state.rejected,
     )
     return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state
+      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)

@@ -109,7 +109,7 @@ def stocbio(
       rejected=state.rejected,
     )
     return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state
+      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)
@@ -238,7 +238,7 @@ def ttsa(
       rejected=state.rejected,
     )
     return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state
+      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)
