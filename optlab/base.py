@@ -232,7 +232,7 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
 
 
-def accumulator_dtype(*trees: chex.ArrayTree) -> Any:
+def accumulator_dtype(*trees: Params) -> Any:
   """The widest dtype of the leaves, and at least float32.
 
   Args:

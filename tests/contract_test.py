@@ -46,7 +46,8 @@ class Row(NamedTuple):
       the wrappers of optax are tried on it) or the estimator.
     batch: ``(key, dtype) -> batch`` with a leading axis of even length.
     inner: ``dtype -> tuple`` of inner variables for ``estimator.init``.
-    shard: Whether each leaf of the batch may be sharded on its first axis.
+    shard: Whether each leaf of the batch may be sharded on its first axis, or
+      ``batch -> tree of partition specs``.
     wrappers: Names of optax wrappers tried on a transformation.
   """
 
@@ -56,7 +57,7 @@ class Row(NamedTuple):
   is_transformation: bool = False
   batch: Callable[..., Any] = rows
   inner: Callable[[Any], tuple[Any, ...]] = lambda dtype: ()
-  shard: bool = True
+  shard: bool | Callable[[Any], Any] = True
 
 
 def plain(tx_factory):
@@ -64,8 +65,112 @@ def plain(tx_factory):
   return lambda hyper: (optlab.value_and_grad(loss), tx_factory(hyper))
 
 
+def bilevel_upper(x, y, batch):
+  """Mild in both levels; ``y*`` is linear in x."""
+  return loss(x, batch) + 0.1 * jnp.mean(jnp.cosh(y))
+
+
+def bilevel_lower(x, y, batch):
+  """Strongly convex in y: least squares to a linear function of x."""
+  batch = batch.astype(y.dtype)
+  fit = batch[..., :4] @ y - batch @ flat(x).astype(y.dtype)
+  return 0.5 * jnp.mean(fit**2) + 0.1 * jnp.sum(y**2)
+
+
+def bilevel_batch(steps):
+  """Two lower samples and ``steps`` inner ones, of sixteen rows each."""
+
+  def batch(key, dtype=jnp.float32):
+    data = rows(key, dtype)
+    inner = jnp.stack([data] * steps)
+    return optlab.BilevelBatch(upper=data, lower=data, inner=inner)
+
+  return batch
+
+
+def bilevel_shard(batch):
+  """Samples are spread; steps and block numbers are not."""
+  spread = lambda leaf: jax.P('data') if leaf.ndim else jax.P()
+  return optlab.BilevelBatch(
+    upper=jax.tree.map(spread, batch.upper),
+    lower=jax.tree.map(spread, batch.lower),
+    inner=jax.tree.map(lambda leaf: jax.P(None, 'data'), batch.inner),
+  )
+
+
+def bilevel_row(name, make, *, steps=2, key=False, **fields):
+  """A row for a hypergradient estimator, with plain gradient descent above."""
+
+  def inner(dtype):
+    start = jnp.full((4,), 0.25, dtype)
+    return (start, jax.random.key(7)) if key else (start,)
+
+  return Row(
+    name,
+    lambda hyper: (make(hyper), optax.sgd(0.1)),
+    0.1,
+    batch=fields.pop('batch', bilevel_batch(steps)),
+    inner=inner,
+    shard=bilevel_shard,
+    **fields,
+  )
+
+
+def indexed_batch(key, dtype=jnp.float32):
+  """One block of two, by the first draw's sign."""
+  data = rows(key, dtype)
+  block = optlab.IndexedBatch((data[0, 0] > 0).astype(jnp.int32), data)
+  return optlab.BilevelBatch(upper=block, lower=block)
+
+
+LEVELS = (bilevel_upper, bilevel_lower)
+
 ROWS = [
   Row('value_and_grad', plain(optax.sgd), 0.1),
+  Row(
+    'normalized_momentum',
+    plain(optlab.normalized_momentum),
+    0.1,
+    is_transformation=True,
+  ),
+  bilevel_row(
+    'bo_rep',
+    lambda rate: optlab.bo_rep(
+      *LEVELS, optax.sgd(rate), rate, lower_steps=2, radius=1.0, z_radius=9.0
+    ),
+  ),
+  bilevel_row('soba', lambda rate: optlab.soba(*LEVELS, optax.sgd(rate), rate)),
+  bilevel_row(
+    'saba',
+    lambda rate: optlab.saba(
+      *LEVELS, optax.sgd(rate), rate, upper_blocks=2, lower_blocks=2
+    ),
+    batch=indexed_batch,
+  ),
+  bilevel_row(
+    'stocbio',
+    lambda rate: optlab.stocbio(*LEVELS, optax.adam(rate), rate, lower_steps=2),
+  ),
+  bilevel_row(
+    'ttsa',
+    lambda rate: optlab.ttsa(*LEVELS, optax.sgd(rate), rate),
+    steps=1,
+    key=True,
+  ),
+  bilevel_row(
+    'implicit',
+    lambda rate: optlab.implicit(*LEVELS, optax.sgd(rate), lower_steps=2),
+  ),
+  bilevel_row(
+    'unrolled',
+    lambda rate: optlab.unrolled(*LEVELS, optax.sgd(rate), lower_steps=2),
+  ),
+  bilevel_row(
+    'with_storm',
+    lambda beta: optlab.with_storm(
+      optlab.soba(*LEVELS, optax.sgd(0.1), 0.1), beta
+    ),
+  ),
 ]
 
 over_rows = pytest.mark.parametrize('row', ROWS, ids=lambda row: row.name)
@@ -203,7 +308,15 @@ def test_sharded_batch_gives_the_same_numbers(row):
   if not row.shard:
     return
   mesh = jax.make_mesh((2,), ('data',))
-  sharded = jax.NamedSharding(mesh, jax.P('data'))
+
+  def spread_batch(batch):
+    if callable(row.shard):
+      specs = row.shard(batch)
+    else:
+      specs = jax.tree.map(lambda leaf: jax.P('data'), batch)
+    shardings = jax.tree.map(lambda p: jax.NamedSharding(mesh, p), specs)
+    return jax.device_put(batch, shardings)
+
   everywhere = jax.NamedSharding(mesh, jax.P())
   step, state, _ = setup(row, tree_params())
   alone = spread = state
@@ -211,7 +324,7 @@ def test_sharded_batch_gives_the_same_numbers(row):
   jitted = jax.jit(step)
   for batch in batches(row, 2):
     alone, _ = jitted(alone, batch)
-    spread, _ = jitted(spread, jax.device_put(batch, sharded))
+    spread, _ = jitted(spread, spread_batch(batch))
   assert_close(spread, alone, 1e-4, 1e-5)
 
 

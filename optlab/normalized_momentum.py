@@ -1,0 +1,124 @@
+"""Normalized momentum: steps whose length is the learning rate."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import bilevel
+
+
+class ScaleByNormalizedMomentumState(NamedTuple):
+  """State of `scale_by_normalized_momentum`."""
+
+  mu: base.Updates  # average gradient, float32 or wider
+
+
+def scale_by_normalized_momentum(
+  beta: float | jax.Array = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The direction of the averaged gradient, of Euclidean norm one.
+
+  .. math:: m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t, \quad
+    u_t = m_t / \|m_t\|
+
+  Args:
+    beta: Decay of the average, in [0, 1).
+
+  Returns:
+    An optax transformation. A gradient that is zero or not finite gives a zero
+    update and leaves the average alone.
+
+  Raises:
+    ValueError: ``beta`` is outside [0, 1).
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> tx = optlab.scale_by_normalized_momentum()
+    >>> updates, _ = tx.update(jnp.array([3e8, 4e8]), tx.init(jnp.zeros(2)))
+    >>> print(updates)
+    [0.6 0.8]
+
+  Notes:
+    Cost: two passes over the gradient; memory of one gradient. The norm is
+    taken after division by the largest entry, so that it does not overflow
+    before the gradient does. It is the norm of all parameters that it sees:
+    under `optax.partition` each group gets a norm of its own.
+  """
+  base.check_real('beta', beta, low=0.0, high=1.0, high_open=True)
+
+  def init(params):
+    return ScaleByNormalizedMomentumState(bilevel.zeros_accumulator(params))
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    informative = bilevel.is_finite(updates) & (bilevel.largest(updates) > 0)
+    mu = jax.tree.map(
+      lambda m, g: jnp.where(
+        informative, (beta * m + (1 - beta) * g).astype(m.dtype), m
+      ),
+      state.mu,
+      updates,
+    )
+    top = bilevel.largest(mu)
+    safe_top = jnp.where(top > 0, top, 1)
+    scaled = jax.tree.map(lambda m: m / safe_top.astype(m.dtype), mu)
+    length = bilevel.norm(scaled)
+    inverse = jnp.where(
+      informative & (length > 0), 1 / jnp.where(length > 0, length, 1), 0
+    )
+    updates = jax.tree.map(
+      lambda m, g: (m * inverse.astype(m.dtype)).astype(g.dtype),
+      scaled,
+      updates,
+    )
+    return updates, ScaleByNormalizedMomentumState(mu)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def normalized_momentum(
+  learning_rate: base.ScalarOrSchedule, beta: float | jax.Array = 0.9
+) -> optax.GradientTransformationExtraArgs:
+  r"""Steps of a given length along the averaged gradient.
+
+  Choose it where the curvature grows with the gradient: the step's length does
+  not depend on the gradient's. Decay the rate, since a constant one circles the
+  optimum at its own distance.
+
+  .. math:: m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t, \quad
+    x_{t+1} = x_t - \eta_t\, m_t / \|m_t\|
+
+  Args:
+    learning_rate: The length :math:`\eta` of a step, a number or a schedule.
+    beta: Decay of the average, in [0, 1).
+
+  Returns:
+    An optax optimizer.
+
+  Raises:
+    ValueError: ``beta`` is outside [0, 1), or ``learning_rate`` negative.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optlab
+    >>> loss = lambda x, batch: jnp.sum(jnp.cosh(x))
+    >>> estimator = optlab.value_and_grad(loss)
+    >>> tx = optlab.normalized_momentum(optax.cosine_decay_schedule(0.1, 99))
+    >>> state = optlab.init(jnp.array([3.0]), estimator, tx)
+    >>> step = jax.jit(optlab.train_step(estimator, tx))
+    >>> for _ in range(100):
+    ...   state, value = step(state, None)
+    >>> print(f'{value:.2f}')
+    1.00
+
+  References:
+    Cutkosky, Mehta, `Momentum Improves Normalized SGD
+    <https://arxiv.org/abs/2002.03305>`_, ICML 2020.
+  """
+  base.check_non_negative('learning_rate', learning_rate)
+  return optax.chain(
+    scale_by_normalized_momentum(beta),
+    optax.scale_by_learning_rate(learning_rate),
+  )
