@@ -2,6 +2,14 @@
 
 from optlab.base import Estimate
 from optlab.base import GradientEstimator
+from optlab.block_dual import track_hessians
+from optlab.block_dual import track_products
+from optlab.block_sampling import epoch_of_blocks
+from optlab.block_sampling import sample_blocks
+from optlab.bsvrb import BlockBatch
+from optlab.bsvrb import bsvrb
+from optlab.bsvrb import dual_variables
+from optlab.bsvrb import inner_variables
 from optlab.curvature import Dense
 from optlab.curvature import LowRank
 from optlab.curvature import dense
@@ -20,6 +28,10 @@ from optlab.linear import cholesky
 from optlab.linear import eigh
 from optlab.linear import lanczos
 from optlab.linear import woodbury
+from optlab.tracking import ema
+from optlab.tracking import msvr
+from optlab.tracking import msvr_gamma
+from optlab.tracking import storm
 from optlab.training import MinimizeResult
 from optlab.training import TrainState
 from optlab.training import init
