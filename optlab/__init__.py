@@ -28,6 +28,8 @@ from optlab.linear import cholesky
 from optlab.linear import eigh
 from optlab.linear import lanczos
 from optlab.linear import woodbury
+from optlab.rsvrb import PairedBlockBatch
+from optlab.rsvrb import rsvrb
 from optlab.tracking import ema
 from optlab.tracking import msvr
 from optlab.tracking import msvr_gamma

@@ -222,13 +222,13 @@ def track_hessians(
 
   def update(rows, held, follow, use):
     del held
-    hessian = _project(follow(rows.hessian), floor, use)
+    hessian = project_floor(follow(rows.hessian), floor, use)
     return HessianState(hessian, rows.hessian)
 
   return Dual(init, held, direction, sample, update)
 
 
-def _project(matrices, floor, use):
+def project_floor(matrices, floor, use):
   """Lifts the eigenvalues of the used matrices to ``floor`` where below it."""
   matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
   floor = jnp.asarray(floor, matrices.dtype)

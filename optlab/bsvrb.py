@@ -5,19 +5,17 @@ methods with parallel speedup for multi-block bilevel optimization
 <https://arxiv.org/abs/2305.18730>`_, ICML 2023.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax import flatten_util
 import jax.numpy as jnp
 
 from optlab import base
 from optlab import block_dual
+from optlab import block_points
 from optlab import tracking
-
-BlockObjective = Callable[[base.Params, chex.ArrayTree, Any], jax.Array]
 
 
 class BlockBatch(NamedTuple):
@@ -51,8 +49,8 @@ class BSVRBState(NamedTuple):
 
 
 def bsvrb(
-  upper: BlockObjective,
-  lower: BlockObjective,
+  upper: block_points.BlockObjective,
+  lower: block_points.BlockObjective,
   num_blocks: int,
   *,
   step_size: base.ScalarOrSchedule = 0.1,
@@ -160,17 +158,19 @@ def bsvrb(
   base.check_callable('lower', lower, '(params, inner, batch) -> scalar')
   base.check_int('num_blocks', num_blocks, 1)
   base.check_non_negative('step_size', step_size)
-  if not callable(alpha):
-    tracking.check_alpha(alpha)
+  tracking.check_rate('alpha', alpha)
   base.check_real('beta', beta, low=0.0, high=1.0, low_open=True)
   if gamma is not None:
     base.check_non_negative('gamma', gamma)
   dual = block_dual.track_products() if dual is None else dual
+  sample = functools.partial(
+    block_points.sample, upper, lower, dual, num_blocks
+  )
 
   def init(params, inner, first=None):
     # Copies, so that a donated state takes nothing of the caller's with it.
     params, inner = jax.tree.map(jnp.array, (params, inner))
-    _check_leading('inner', inner, num_blocks, 'num_blocks')
+    block_points.check_leading('inner', inner, num_blocks, 'num_blocks')
     dtype = base.accumulator_dtype(inner)
     state = BSVRBState(
       iteration=jnp.zeros((), jnp.int32),
@@ -186,24 +186,20 @@ def bsvrb(
     )
     if first is None:
       return state
-    sampled = _sample(upper, lower, dual, num_blocks, params, state, first)
-    if first.blocks.shape[0] != num_blocks:
-      raise ValueError(
-        f'first must have each of the num_blocks={num_blocks} blocks once, got'
-        f' {first.blocks.shape[0]} blocks.'
-      )
-    rows = _follow(dual, sampled, 0.5, 0.5, first_visit=True)
-    return _write(state, rows, first.blocks, sampled.ok, visited=0)
+    block_points.check_first(first, num_blocks)
+    sampled = sample(params, state, first)
+    rows = block_points.follow(dual, sampled, 0.5, 0.5, first_visit=True)
+    return block_points.write(state, rows, first.blocks, sampled.ok, 0)
 
   def estimate(params, state, batch):
     step = state.iteration
-    sampled = _sample(upper, lower, dual, num_blocks, params, state, batch)
-    rate = _at(alpha, step)
+    sampled = sample(params, state, batch)
+    rate = block_points.at_step(alpha, step)
     if gamma is None:
       drift = tracking.msvr_gamma(num_blocks, sampled.count, rate)
     else:
-      drift = _at(gamma, step)
-    rows = _follow(dual, sampled, rate, drift)
+      drift = block_points.at_step(gamma, step)
+    rows = block_points.follow(dual, sampled, rate, drift)
 
     accepted = jnp.sum(sampled.ok)
     any_accepted = accepted > 0
@@ -213,21 +209,26 @@ def bsvrb(
     )
     now = jax.tree.map(lambda leaf: leaf[0], mean)
     before = jax.tree.map(lambda leaf: leaf[1], mean)
-    follow = tracking.storm(state.hypergrad, now, before, _at(beta, step))
-    hypergrad = _where(
-      any_accepted, _where(step == 0, now, follow), state.hypergrad
+    storm_rate = block_points.at_step(beta, step)
+    recursive = tracking.storm(state.hypergrad, now, before, storm_rate)
+    hypergrad = block_points.select(
+      any_accepted,
+      block_points.select(step == 0, now, recursive),
+      state.hypergrad,
     )
     # An empty batch neither moves a block nor ages one.
-    length = _at(step_size, step) * sampled.count / num_blocks
-    clock = jnp.stack([_add(state.clock[0], length), state.clock[0]])
+    length = block_points.at_step(step_size, step) * sampled.count / num_blocks
+    clock = jnp.stack(
+      [block_points.add_to_clock(state.clock[0], length), state.clock[0]]
+    )
     value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
-    state = _write(state, rows, batch.blocks, sampled.ok, visited=step + 1)
+    state = block_points.write(state, rows, batch.blocks, sampled.ok, step + 1)
     state = state._replace(
       iteration=step + any_accepted.astype(jnp.int32),
       rejected=state.rejected + (sampled.count - accepted).astype(jnp.int32),
       hypergrad=hypergrad,
-      previous=_where(any_accepted, params, state.previous),
-      clock=_where(any_accepted, clock, state.clock),
+      previous=block_points.select(any_accepted, params, state.previous),
+      clock=block_points.select(any_accepted, clock, state.clock),
     )
     grads = jax.tree.map(
       lambda grad, param: grad.astype(param.dtype), hypergrad, params
@@ -246,7 +247,7 @@ def inner_variables(state: BSVRBState) -> chex.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
-  elapsed = _elapsed(state.clock, state.touched)[0]
+  elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.inner, state.inner_grad, elapsed)
 
 
@@ -259,218 +260,5 @@ def dual_variables(state: BSVRBState) -> chex.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
-  elapsed = _elapsed(state.clock, state.touched)[0]
+  elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.dual.dual, state.dual.residual, elapsed)
-
-
-class _Rows(NamedTuple):
-  """The rows of the tables that one step sampled."""
-
-  touched: jax.Array
-  visited: jax.Array
-  inner: chex.ArrayTree
-  inner_grad: chex.ArrayTree
-  dual: Any
-
-
-class _Sampled(NamedTuple):
-  """What one step sampled; points are stacked on a leading axis of two."""
-
-  rows: _Rows
-  inner: chex.ArrayTree  # at both points
-  held: Any  # at both points
-  clock: jax.Array  # shape (2,), now
-  count: jax.Array  # shape (), blocks that count
-  ok: jax.Array  # shape (sampled,), those of them with finite samples
-  value: jax.Array  # shape (sampled,)
-  inner_grad: chex.ArrayTree  # samples at both points
-  dual: Any  # samples at both points
-  hypergrad: base.Updates  # sums over the blocks that are ok, at both points
-
-
-def _sample(upper, lower, dual, num_blocks, params, state, batch):
-  """Evaluates the sampled blocks now and before, leaving out the bad ones."""
-  tracking.check_blocks(batch.blocks, num_blocks)
-  sampled = batch.blocks.shape[0]
-  _check_leading('batch.upper', batch.upper, sampled, 'blocks')
-  _check_leading('batch.lower', batch.lower, sampled, 'blocks')
-  use = tracking.distinct_blocks(batch.blocks, num_blocks)
-  table = _Rows(*(getattr(state, name) for name in _Rows._fields))
-  rows = tracking.gather_rows(table, batch.blocks)
-  elapsed = _elapsed(state.clock, rows.touched)
-  inner = block_dual.advance(rows.inner, rows.inner_grad, elapsed)
-  just_visited = (rows.visited == state.iteration) & (rows.visited > 0)
-  held = dual.held(rows.dual, elapsed, just_visited)
-  points = jax.tree.map(lambda *x: jnp.stack(x), params, state.previous)
-
-  def evaluate(inner, held, batch, use):
-    return jax.vmap(
-      lambda x, y, held: _point(upper, lower, dual, x, y, held, batch, use)
-    )(points, inner, held)
-
-  data = batch.upper, batch.lower
-  blockwise, total = evaluate(inner, held, data, use)
-  finite = _finite_rows(blockwise)
-  bad = jnp.any(use & ~finite) | ~base.all_finite(total)
-
-  # The sum over blocks has taken in what is not finite. Add up anew, one block
-  # at a time. A loop and not a cond, which under vmap would always be taken.
-  def add(carry):
-    index, ok, total = carry
-    rows, data, mask = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1),
-      ((_swap((inner, held))), batch[1:], use),
-    )
-    alone, part = evaluate(*_swap(rows), data, mask)
-    fine = mask[0] & _finite_rows(alone)[0] & base.all_finite(part)
-    total = _where(fine, jax.tree.map(jnp.add, total, part), total)
-    return index + 1, ok.at[index].set(fine), total
-
-  start = jnp.where(bad, 0, sampled).astype(jnp.int32)
-  empty = jax.tree.map(jnp.zeros_like, total)
-  carry = start, use & ~bad, _where(bad, empty, total)
-  _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
-  value, inner_grad, dual_sample = blockwise
-  return _Sampled(
-    rows=rows,
-    inner=inner,
-    held=held,
-    clock=state.clock[0],
-    count=jnp.sum(use),
-    ok=ok,
-    value=value[0],
-    inner_grad=inner_grad,
-    dual=dual_sample,
-    hypergrad=total,
-  )
-
-
-def _point(upper, lower, dual, params, inner, held, batch, use):
-  """Samples of all blocks at one point, and the sum of the hypergradients."""
-  upper_batch, lower_batch = batch
-
-  def total_upper(params, inner):
-    value = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
-    return jnp.sum(jnp.where(use, value, 0)), value
-
-  def total_lower(params, inner):
-    return jnp.sum(jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch))
-
-  (_, value), (upper_x, upper_y) = jax.value_and_grad(
-    total_upper, argnums=(0, 1), has_aux=True
-  )(params, inner)
-  direction = jax.tree.map(
-    lambda v, y: jnp.where(block_dual.align(use, v), v, 0).astype(y.dtype),
-    dual.direction(held, upper_y),
-    inner,
-  )
-  # The gradient, pushed forward along the dual variables, gives Hessian-vector
-  # and cross products in one sweep. Other blocks' lower variables don't enter.
-  (_, lower_y), (cross, product) = jax.jvp(
-    lambda y: jax.grad(total_lower, argnums=(0, 1))(params, y),
-    (inner,),
-    (direction,),
-  )
-
-  def hessian():
-    def block(y, batch):
-      flat, unravel = flatten_util.ravel_pytree(y)
-      return jax.hessian(lambda flat: lower(params, unravel(flat), batch))(flat)
-
-    return jax.vmap(block)(inner, lower_batch)
-
-  sample = dual.sample(product, upper_y, hessian)
-  hypergrad = jax.tree.map(
-    lambda upper_x, cross: (
-      upper_x.astype(base.accumulator_dtype(upper_x)) - cross
-    ),
-    upper_x,
-    cross,
-  )
-  return (value, lower_y, sample), hypergrad
-
-
-def _follow(dual, sampled, alpha, gamma, *, first_visit=False):
-  """The sampled rows after the step of their trackers."""
-  first = jnp.logical_or(first_visit, sampled.rows.visited < 0)
-
-  def follow(tracker, samples):
-    def leaf(old, sample):
-      sample = sample.astype(old.dtype)
-      new = tracking.msvr(old, sample[0], sample[1], alpha, gamma)
-      return jnp.where(block_dual.align(first, new), sample[0], new)
-
-    return jax.tree.map(leaf, tracker, samples)
-
-  rows = sampled.rows
-  touched = jnp.broadcast_to(sampled.clock, rows.touched.shape)
-  return _Rows(
-    touched=touched,
-    visited=rows.visited,
-    inner=jax.tree.map(lambda leaf: leaf[0], sampled.inner),
-    inner_grad=follow(rows.inner_grad, sampled.inner_grad),
-    dual=dual.update(
-      rows.dual,
-      sampled.held,
-      lambda tracker: follow(tracker, sampled.dual),
-      sampled.ok,
-    ),
-  )
-
-
-def _write(state, rows, blocks, use, visited):
-  visited = jnp.full_like(rows.visited, visited)
-  rows = rows._replace(visited=visited)
-  table = _Rows(*(getattr(state, name) for name in _Rows._fields))
-  table = tracking.scatter_rows(table, rows, blocks, use)
-  return state._replace(**table._asdict())
-
-
-# The clock is the sum of all step sizes, in two floats: late in a run the time
-# since a block's last visit is a small difference of large sums.
-
-
-def _add(clock, length):
-  high, low = clock
-  total = high + length.astype(clock.dtype)
-  part = total - high
-  error = (high - (total - part)) + (length.astype(clock.dtype) - part)
-  return jnp.stack([total, low + error])
-
-
-def _elapsed(clock, touched):
-  difference = clock[:, None, :] - touched[None, :, :]
-  return difference[..., 0] + difference[..., 1]
-
-
-def _at(value, step):
-  return value(step) if callable(value) else value
-
-
-def _where(condition, on_true, on_false):
-  return jax.tree.map(
-    lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), on_true, on_false
-  )
-
-
-def _swap(tree):
-  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
-
-
-def _finite_rows(tree):
-  """Which rows of leaves of shape ``(2, sampled, ...)`` are all finite."""
-  finite = [
-    jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim)))
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.all(jnp.stack(finite), axis=0)
-
-
-def _check_leading(name, tree, size, like):
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    shape = jnp.shape(leaf)
-    if not shape or shape[0] != size:
-      raise ValueError(
-        f'{name}{jax.tree_util.keystr(path)} must have a leading axis of'
-        f' {size}, one row for each of {like}; got shape {shape}.'
-      )

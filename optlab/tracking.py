@@ -21,23 +21,24 @@ the first row counts; a negative index is an error, and dropped where it can't
 be seen (under ``jit``).
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
 
+Tree = TypeVar('Tree')  # A pytree of arrays.
+
 
 def ema(
-  tracker: chex.ArrayTree,
-  now: chex.ArrayTree,
+  tracker: Tree,
+  now: Tree,
   rate: float | jax.Array,
   *,
   blocks: jax.Array | None = None,
-) -> chex.ArrayTree:
+) -> Tree:
   r"""Exponential moving average.
 
   Choose it where the quantity is not evaluated at the previous point: it lags
@@ -71,13 +72,13 @@ def ema(
 
 
 def storm(
-  tracker: chex.ArrayTree,
-  now: chex.ArrayTree,
-  before: chex.ArrayTree,
+  tracker: Tree,
+  now: Tree,
+  before: Tree,
   beta: float | jax.Array,
   *,
   blocks: jax.Array | None = None,
-) -> chex.ArrayTree:
+) -> Tree:
   r"""Recursive momentum: a moving average that follows what moves.
 
   Choose it for a quantity that is sampled every step. Without noise it is
@@ -114,14 +115,14 @@ def storm(
 
 
 def msvr(
-  tracker: chex.ArrayTree,
-  now: chex.ArrayTree,
-  before: chex.ArrayTree,
+  tracker: Tree,
+  now: Tree,
+  before: Tree,
   alpha: float | jax.Array,
   gamma: float | jax.Array | None = None,
   *,
   blocks: jax.Array | None = None,
-) -> chex.ArrayTree:
+) -> Tree:
   r"""Multi-block variance reduction: `storm` for rows that are rarely visited.
 
   Choose it for a table of which each step samples some rows: a row that is
@@ -163,7 +164,7 @@ def msvr(
     estimator for coupled compositional optimization
     <https://arxiv.org/abs/2207.08540>`_, NeurIPS 2022.
   """
-  check_alpha(alpha)
+  check_rate('alpha', alpha)
   if gamma is None:
     if blocks is None:
       gamma = 1.0 - alpha
@@ -197,11 +198,11 @@ def msvr_gamma(
   return (num_blocks - sampled) / sampled / (1.0 - alpha) + (1.0 - alpha)
 
 
-def check_alpha(alpha: Any) -> None:
-  """Raises a ``ValueError`` unless ``alpha`` is in (0, 1)."""
+def check_rate(name: str, value: Any) -> None:
+  """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
   base.check_real(
-    'alpha',
-    alpha,
+    name,
+    value,
     low=0.0,
     high=1.0,
     low_open=True,
@@ -298,7 +299,7 @@ def distinct_blocks(blocks: jax.Array, num_blocks: int) -> jax.Array:
   return first & (blocks >= 0) & (blocks < num_blocks)
 
 
-def gather_rows(table: chex.ArrayTree, blocks: jax.Array) -> chex.ArrayTree:
+def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
   """Returns the rows of a table; an index out of range gives some row.
 
   Args:
@@ -312,11 +313,11 @@ def gather_rows(table: chex.ArrayTree, blocks: jax.Array) -> chex.ArrayTree:
 
 
 def scatter_rows(
-  table: chex.ArrayTree,
-  rows: chex.ArrayTree,
+  table: Tree,
+  rows: Tree,
   blocks: jax.Array,
   use: jax.Array,
-) -> chex.ArrayTree:
+) -> Tree:
   """Writes rows into a table, in place where the table's buffer is donated.
 
   Args:
