@@ -1,0 +1,278 @@
+"""The sampled blocks of a multi-block step, evaluated at two points.
+
+What `bsvrb` does with the rows of its tables: gather them, bring them up to the
+current and to the previous point, take the samples there, leave out what is not
+finite, and let the trackers follow.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import block_dual
+from optlab import tracking
+
+BlockObjective = Callable[[base.Params, chex.ArrayTree, Any], jax.Array]
+
+
+class Rows(NamedTuple):
+  """The rows of the tables that one step sampled."""
+
+  touched: jax.Array
+  visited: jax.Array
+  inner: chex.ArrayTree
+  inner_grad: chex.ArrayTree
+  dual: Any
+
+
+class Sampled(NamedTuple):
+  """What one step sampled; points are stacked on a leading axis of two."""
+
+  rows: Rows
+  inner: chex.ArrayTree  # at both points
+  held: Any  # at both points
+  clock: jax.Array  # shape (2,), now
+  count: jax.Array  # shape (), blocks that count
+  ok: jax.Array  # shape (sampled,), those of them with finite samples
+  value: jax.Array  # shape (sampled,)
+  inner_grad: chex.ArrayTree  # samples at both points
+  dual: Any  # samples at both points
+  hypergrad: base.Updates  # sums over the blocks that are ok, at both points
+
+
+def sample(
+  upper: BlockObjective,
+  lower: BlockObjective,
+  dual: block_dual.Dual,
+  num_blocks: int,
+  params: base.Params,
+  state: Any,
+  batch: Any,
+) -> Sampled:
+  """Evaluates the sampled blocks now and before, leaving out the bad ones."""
+  check_batch(batch, num_blocks)
+  sampled = batch.blocks.shape[0]
+  use = tracking.distinct_blocks(batch.blocks, num_blocks)
+  table = Rows(*(getattr(state, name) for name in Rows._fields))
+  rows = tracking.gather_rows(table, batch.blocks)
+  elapsed = elapsed_steps(state.clock, rows.touched)
+  inner = block_dual.advance(rows.inner, rows.inner_grad, elapsed)
+  just_visited = (rows.visited == state.iteration) & (rows.visited > 0)
+  held = dual.held(rows.dual, elapsed, just_visited)
+  points = jax.tree.map(lambda *x: jnp.stack(x), params, state.previous)
+
+  def evaluate(inner, held, batch, use):
+    return jax.vmap(
+      lambda x, y, held: _point(upper, lower, dual, x, y, held, batch, use)
+    )(points, inner, held)
+
+  data = batch.upper, batch.lower
+  blockwise, total = evaluate(inner, held, data, use)
+  finite = finite_rows(blockwise)
+  bad = jnp.any(use & ~finite) | ~base.all_finite(total)
+
+  # The sum over blocks has taken in what is not finite. Add up anew, one block
+  # at a time. A loop and not a cond, which under vmap would always be taken.
+  def add(carry):
+    index, ok, total = carry
+    rows, data, mask = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1),
+      ((_swap((inner, held))), batch[1:], use),
+    )
+    alone, part = evaluate(*_swap(rows), data, mask)
+    fine = mask[0] & finite_rows(alone)[0] & base.all_finite(part)
+    total = select(fine, jax.tree.map(jnp.add, total, part), total)
+    return index + 1, ok.at[index].set(fine), total
+
+  start = jnp.where(bad, 0, sampled).astype(jnp.int32)
+  empty = jax.tree.map(jnp.zeros_like, total)
+  carry = start, use & ~bad, select(bad, empty, total)
+  _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
+  value, inner_grad, dual_sample = blockwise
+  return Sampled(
+    rows=rows,
+    inner=inner,
+    held=held,
+    clock=state.clock[0],
+    count=jnp.sum(use),
+    ok=ok,
+    value=value[0],
+    inner_grad=inner_grad,
+    dual=dual_sample,
+    hypergrad=total,
+  )
+
+
+def _point(upper, lower, dual, params, inner, held, batch, use):
+  """Samples of all blocks at one point, and the sum of the hypergradients."""
+  upper_batch, lower_batch = batch
+
+  def total_upper(params, inner):
+    value = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
+    return jnp.sum(jnp.where(use, value, 0)), value
+
+  def total_lower(params, inner):
+    return jnp.sum(jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch))
+
+  (_, value), (upper_x, upper_y) = jax.value_and_grad(
+    total_upper, argnums=(0, 1), has_aux=True
+  )(params, inner)
+  direction = jax.tree.map(
+    lambda v, y: jnp.where(block_dual.align(use, v), v, 0).astype(y.dtype),
+    dual.direction(held, upper_y),
+    inner,
+  )
+  # The gradient, pushed forward along the dual variables, gives Hessian-vector
+  # and cross products in one sweep. Other blocks' lower variables don't enter.
+  (_, lower_y), (cross, product) = jax.jvp(
+    lambda y: jax.grad(total_lower, argnums=(0, 1))(params, y),
+    (inner,),
+    (direction,),
+  )
+
+  def hessian():
+    def block(y, batch):
+      flat, unravel = flatten_util.ravel_pytree(y)
+      return jax.hessian(lambda flat: lower(params, unravel(flat), batch))(flat)
+
+    return jax.vmap(block)(inner, lower_batch)
+
+  sample = dual.sample(product, upper_y, hessian)
+  hypergrad = jax.tree.map(
+    lambda upper_x, cross: (
+      upper_x.astype(base.accumulator_dtype(upper_x)) - cross
+    ),
+    upper_x,
+    cross,
+  )
+  return (value, lower_y, sample), hypergrad
+
+
+def follow(
+  dual: block_dual.Dual,
+  sampled: Sampled,
+  alpha: float | jax.Array,
+  gamma: float | jax.Array,
+  *,
+  first_visit: bool = False,
+) -> Rows:
+  """The sampled rows after the step of their trackers."""
+  first = jnp.logical_or(first_visit, sampled.rows.visited < 0)
+
+  def step(tracker, samples):
+    def leaf(old, sample):
+      sample = sample.astype(old.dtype)
+      new = tracking.msvr(old, sample[0], sample[1], alpha, gamma)
+      return jnp.where(block_dual.align(first, new), sample[0], new)
+
+    return jax.tree.map(leaf, tracker, samples)
+
+  rows = sampled.rows
+  touched = jnp.broadcast_to(sampled.clock, rows.touched.shape)
+  return Rows(
+    touched=touched,
+    visited=rows.visited,
+    inner=jax.tree.map(lambda leaf: leaf[0], sampled.inner),
+    inner_grad=step(rows.inner_grad, sampled.inner_grad),
+    dual=dual.update(
+      rows.dual,
+      sampled.held,
+      lambda tracker: step(tracker, sampled.dual),
+      sampled.ok,
+    ),
+  )
+
+
+def write(
+  state: Any,
+  rows: Rows,
+  blocks: jax.Array,
+  use: jax.Array,
+  visited: int | jax.Array,
+) -> Any:
+  """The state with the rows in its tables, marked as visited."""
+  visited = jnp.full_like(rows.visited, visited)
+  rows = rows._replace(visited=visited)
+  table = Rows(*(getattr(state, name) for name in Rows._fields))
+  table = tracking.scatter_rows(table, rows, blocks, use)
+  return state._replace(**table._asdict())
+
+
+# The clock is the sum of all step sizes, in two floats: late in a run the time
+# since a block's last visit is a small difference of large sums.
+
+
+def add_to_clock(clock: jax.Array, length: jax.Array) -> jax.Array:
+  """The clock, of shape ``(2,)``, after a step of ``length``."""
+  high, low = clock
+  total = high + length.astype(clock.dtype)
+  part = total - high
+  error = (high - (total - part)) + (length.astype(clock.dtype) - part)
+  return jnp.stack([total, low + error])
+
+
+def elapsed_steps(clock: jax.Array, touched: jax.Array) -> jax.Array:
+  """Sum of the step sizes since each row, now and one step ago."""
+  difference = clock[:, None, :] - touched[None, :, :]
+  return difference[..., 0] + difference[..., 1]
+
+
+def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
+  """A hyperparameter at a step."""
+  return value(step) if callable(value) else value
+
+
+def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+  """``jnp.where`` on trees, in the dtypes of ``on_true``."""
+  return jax.tree.map(
+    lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), on_true, on_false
+  )
+
+
+def _swap(tree):
+  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+
+
+def finite_rows(tree: chex.ArrayTree) -> jax.Array:
+  """Which rows of leaves of shape ``(2, sampled, ...)`` are all finite."""
+  finite = [
+    jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim)))
+    for leaf in jax.tree.leaves(tree)
+  ]
+  return jnp.all(jnp.stack(finite), axis=0)
+
+
+def check_batch(batch: Any, num_blocks: int) -> None:
+  """Raises unless ``batch`` has blocks, and data for each of them."""
+  tracking.check_blocks(batch.blocks, num_blocks)
+  sampled = batch.blocks.shape[0]
+  check_leading('batch.upper', batch.upper, sampled, 'blocks')
+  check_leading('batch.lower', batch.lower, sampled, 'blocks')
+
+
+def check_first(batch: Any, num_blocks: int) -> None:
+  """Raises unless ``batch`` is one pass over all blocks."""
+  check_batch(batch, num_blocks)
+  if batch.blocks.shape[0] != num_blocks:
+    raise ValueError(
+      f'first must have each of the num_blocks={num_blocks} blocks once, got'
+      f' {batch.blocks.shape[0]} blocks.'
+    )
+
+
+def check_leading(
+  name: str, tree: chex.ArrayTree, size: int, like: str
+) -> None:
+  """Raises a ``ValueError`` unless all leaves have a leading axis ``size``."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    shape = jnp.shape(leaf)
+    if not shape or shape[0] != size:
+      raise ValueError(
+        f'{name}{jax.tree_util.keystr(path)} must have a leading axis of'
+        f' {size}, one row for each of {like}; got shape {shape}.'
+      )

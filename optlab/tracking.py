@@ -1,0 +1,341 @@
+r"""Running estimates of a moving quantity, one of them or a table of many.
+
+A *tracker* follows a quantity that is only seen through samples. Three rules
+share one form: with the fresh sample evaluated at the current point (``now``)
+and, for the same sample, at the previous one (``before``),
+
+.. math::
+  q \leftarrow (1 - \alpha)\, q + \alpha\, h(\text{now})
+    + \gamma\, (h(\text{now}) - h(\text{before})).
+
+`ema` has :math:`\gamma = 0`, `storm` has :math:`\gamma = 1 - \alpha`, and
+`msvr` is for one row of a table that is only visited now and then and has a
+larger :math:`\gamma`. Each works on a pytree, or, given ``blocks``, on the rows
+of a *block table*: a pytree whose leaves have a leading axis of blocks. A row
+costs what it costs, not what the table costs: the table is written in place
+where its buffer is donated.
+
+Rows of a table are named by an integer array ``blocks``. An index at or beyond
+the number of blocks is padding and is dropped; of a block that is named twice
+the first row counts; a negative index is an error, and dropped where it can't
+be seen (under ``jit``).
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optlab import base
+
+Tree = TypeVar('Tree')  # A pytree of arrays.
+
+
+def ema(
+  tracker: Tree,
+  now: Tree,
+  rate: float | jax.Array,
+  *,
+  blocks: jax.Array | None = None,
+) -> Tree:
+  r"""Exponential moving average.
+
+  Choose it where the quantity is not evaluated at the previous point: it lags
+  behind what moves, which `storm` and `msvr` correct.
+
+  .. math:: q \leftarrow (1 - \alpha)\, q + \alpha\, h(\text{now})
+
+  Args:
+    tracker: Pytree of arrays; with ``blocks``, a block table with leading axis
+      ``num_blocks``.
+    now: The fresh sample, like ``tracker``; with ``blocks``, its rows, with the
+      leading axis of ``blocks``.
+    rate: Scalar :math:`\alpha` in [0, 1].
+    blocks: int array of shape ``(sampled,)``, the rows to update, or ``None``
+      for the whole tree.
+
+  Returns:
+    The tracker after the update, with its own dtypes.
+
+  Raises:
+    TypeError: ``blocks`` are not integers.
+    ValueError: ``rate`` is outside [0, 1], or a block index is negative.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> print(optlab.ema(jnp.zeros(2), jnp.ones(2), 0.25))
+    [0.25 0.25]
+  """
+  base.check_real('rate', rate, low=0.0, high=1.0)
+  return _update(tracker, now, now, rate, 0.0, blocks)
+
+
+def storm(
+  tracker: Tree,
+  now: Tree,
+  before: Tree,
+  beta: float | jax.Array,
+  *,
+  blocks: jax.Array | None = None,
+) -> Tree:
+  r"""Recursive momentum: a moving average that follows what moves.
+
+  Choose it for a quantity that is sampled every step. Without noise it is
+  exact, however fast the point moves.
+
+  .. math::
+    q \leftarrow (1 - \beta)\, (q - h(\text{before})) + h(\text{now})
+
+  Args:
+    tracker: Pytree of arrays, or a block table, see `ema`.
+    now: The fresh sample at the current point.
+    before: The same sample at the previous point, like ``now``.
+    beta: Scalar :math:`\beta` in [0, 1]; 1 forgets the past.
+    blocks: int array of shape ``(sampled,)``, the rows to update, or ``None``.
+
+  Returns:
+    The tracker after the update, with its own dtypes.
+
+  Raises:
+    TypeError: ``blocks`` are not integers.
+    ValueError: ``beta`` is outside [0, 1], or a block index is negative.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> print(optlab.storm(jnp.ones(2), jnp.full(2, 3.0), jnp.ones(2), 0.1))
+    [3. 3.]
+
+  References:
+    Cutkosky, Orabona, `Momentum-based variance reduction in non-convex SGD
+    <https://arxiv.org/abs/1905.10018>`_, NeurIPS 2019.
+  """
+  base.check_real('beta', beta, low=0.0, high=1.0)
+  return _update(tracker, now, before, beta, 1.0 - beta, blocks)
+
+
+def msvr(
+  tracker: Tree,
+  now: Tree,
+  before: Tree,
+  alpha: float | jax.Array,
+  gamma: float | jax.Array | None = None,
+  *,
+  blocks: jax.Array | None = None,
+) -> Tree:
+  r"""Multi-block variance reduction: `storm` for rows that are rarely visited.
+
+  Choose it for a table of which each step samples some rows: a row that is
+  visited with probability :math:`p` stands in for the :math:`1/p` steps in
+  which it is not, so that its correction is that much larger.
+
+  .. math::
+    q_i \leftarrow (1 - \alpha)\, q_i + \alpha\, h_i(\text{now})
+      + \gamma\, (h_i(\text{now}) - h_i(\text{before}))
+
+  Args:
+    tracker: Pytree of arrays, or a block table, see `ema`.
+    now: The fresh samples at the current point.
+    before: The same samples at the previous point (of the last step, not of
+      the row's last visit), like ``now``.
+    alpha: Scalar :math:`\alpha` in (0, 1).
+    gamma: Scalar :math:`\gamma`; ``None`` is `msvr_gamma` with the distinct
+      rows among ``blocks``, or ``1 - alpha``, which is `storm`, without
+      ``blocks``.
+    blocks: int array of shape ``(sampled,)``, the rows to update, or ``None``.
+
+  Returns:
+    The tracker after the update, with its own dtypes.
+
+  Raises:
+    TypeError: ``blocks`` are not integers.
+    ValueError: ``alpha`` is outside (0, 1), a block index is negative, or
+      there are more ``blocks`` than rows.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> table = optlab.msvr(jnp.ones(4), jnp.array([3.0]), jnp.array([2.0]),
+    ...                     0.5, gamma=1.0, blocks=jnp.array([2]))
+    >>> print(table)
+    [1. 1. 3. 1.]
+
+  References:
+    Jiang, Li, Wang, Zhang, Yang, `Multi-block-single-probe variance reduced
+    estimator for coupled compositional optimization
+    <https://arxiv.org/abs/2207.08540>`_, NeurIPS 2022.
+  """
+  check_rate('alpha', alpha)
+  if gamma is None:
+    if blocks is None:
+      gamma = 1.0 - alpha
+    else:
+      num_blocks = _num_blocks(tracker)
+      sampled = jnp.sum(distinct_blocks(blocks, num_blocks))
+      gamma = msvr_gamma(num_blocks, sampled, alpha)
+  return _update(tracker, now, before, alpha, gamma, blocks)
+
+
+def msvr_gamma(
+  num_blocks: int, sampled: int | jax.Array, alpha: float | jax.Array
+) -> Any:
+  r"""The :math:`\gamma` at which the cross term of the error of MSVR vanishes.
+
+  .. math::
+    \gamma = \frac{m - I}{I\, (1 - \alpha)} + 1 - \alpha
+
+  Args:
+    num_blocks: The number of blocks :math:`m`.
+    sampled: How many distinct blocks :math:`I` a step samples; may be traced.
+    alpha: Scalar :math:`\alpha` in (0, 1).
+
+  Returns:
+    Scalar; ``1 - alpha``, plain `storm`, where every block is sampled.
+  """
+  # An empty batch updates no row; it must only not divide by zero.
+  sampled = (
+    jnp.maximum(sampled, 1) if isinstance(sampled, jax.Array) else sampled
+  )
+  return (num_blocks - sampled) / sampled / (1.0 - alpha) + (1.0 - alpha)
+
+
+def check_rate(name: str, value: Any) -> None:
+  """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
+  base.check_real(
+    name,
+    value,
+    low=0.0,
+    high=1.0,
+    low_open=True,
+    high_open=True,
+    remedy='0.1 is a stable start.',
+  )
+
+
+def _update(tracker, now, before, alpha, gamma, blocks):
+  def blend(tracker, now, before):
+    def leaf(old, now, before):
+      dtype = old.dtype
+      a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
+      now, before = now.astype(dtype), before.astype(dtype)
+      return (1 - a) * old + a * now + g * (now - before)
+
+    return jax.tree.map(leaf, tracker, now, before)
+
+  if blocks is None:
+    return blend(tracker, now, before)
+  use = distinct_blocks(blocks, _num_blocks(tracker))
+  rows = blend(gather_rows(tracker, blocks), now, before)
+  return scatter_rows(tracker, rows, blocks, use)
+
+
+def _num_blocks(table):
+  return jax.tree.leaves(table)[0].shape[0]
+
+
+# Block tables.
+
+
+def check_blocks(blocks: Any, num_blocks: int) -> None:
+  """Raises unless ``blocks`` can name rows of a table of ``num_blocks`` rows.
+
+  Args:
+    blocks: The block indices of one step; their values are only seen where
+      they are concrete.
+    num_blocks: The number of rows.
+
+  Raises:
+    TypeError: ``blocks`` are not integers.
+    ValueError: ``blocks`` is not a vector, is longer than the table, or has a
+      negative entry.
+  """
+  dtype = getattr(blocks, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(
+      f'blocks must be an integer array, got {blocks!r}; convert it with'
+      ' jnp.asarray(blocks, jnp.int32).'
+    )
+  if blocks.ndim != 1:
+    raise ValueError(
+      f'blocks must have shape (sampled,), got shape {blocks.shape}.'
+    )
+  if blocks.shape[0] > num_blocks:
+    raise ValueError(
+      f'blocks names {blocks.shape[0]} blocks, more than num_blocks='
+      f'{num_blocks}; sample at most num_blocks of them.'
+    )
+  if not isinstance(blocks, jax.core.Tracer) and np.any(np.asarray(blocks) < 0):
+    raise ValueError(
+      f'blocks must not be negative, got {np.asarray(blocks)}; pad with'
+      f' num_blocks={num_blocks}, which is dropped.'
+    )
+
+
+def distinct_blocks(blocks: jax.Array, num_blocks: int) -> jax.Array:
+  """Which rows of a batch count: in range, and the first with their index.
+
+  Args:
+    blocks: int array of shape ``(sampled,)``.
+    num_blocks: The number of blocks.
+
+  Returns:
+    bool array of shape ``(sampled,)``.
+
+  Raises:
+    TypeError: ``blocks`` are not integers.
+    ValueError: See `check_blocks`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> print(optlab.tracking.distinct_blocks(jnp.array([2, 0, 2, 5]), 5))
+    [ True  True False False]
+  """
+  check_blocks(blocks, num_blocks)
+  order = jnp.argsort(blocks, stable=True)
+  sorted_blocks = blocks[order]
+  first = jnp.concatenate(
+    [jnp.ones(1, bool), sorted_blocks[1:] != sorted_blocks[:-1]]
+  )[: blocks.shape[0]]
+  first = jnp.zeros_like(first).at[order].set(first, unique_indices=True)
+  return first & (blocks >= 0) & (blocks < num_blocks)
+
+
+def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
+  """Returns the rows of a table; an index out of range gives some row.
+
+  Args:
+    table: Pytree with leading axis ``num_blocks``.
+    blocks: int array of shape ``(sampled,)``.
+
+  Returns:
+    Pytree with leading axis ``sampled``.
+  """
+  return jax.tree.map(lambda leaf: leaf.at[blocks].get(mode='clip'), table)
+
+
+def scatter_rows(
+  table: Tree,
+  rows: Tree,
+  blocks: jax.Array,
+  use: jax.Array,
+) -> Tree:
+  """Writes rows into a table, in place where the table's buffer is donated.
+
+  Args:
+    table: Pytree with leading axis ``num_blocks``.
+    rows: Pytree with leading axis ``sampled``, cast to the table's dtypes.
+    blocks: int array of shape ``(sampled,)``.
+    use: bool array of shape ``(sampled,)``: which rows to write; among these no
+      block may be named twice, see `distinct_blocks`.
+
+  Returns:
+    The table after the writes.
+  """
+
+  def leaf(table, rows):
+    # Every unused row gets its own index beyond the end, where it is dropped.
+    beyond = table.shape[0] + jnp.arange(blocks.shape[0], dtype=blocks.dtype)
+    return table.at[jnp.where(use, blocks, beyond)].set(
+      rows.astype(table.dtype), mode='drop', unique_indices=True
+    )
+
+  return jax.tree.map(leaf, table, rows)
