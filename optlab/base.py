@@ -232,6 +232,17 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
 
 
+def sq_norm(tree: chex.ArrayTree, dtype: Any) -> jax.Array:
+  """The sum of all squared magnitudes in ``tree``, summed in ``dtype``."""
+  return sum(
+    (
+      jnp.sum(jnp.square(jnp.abs(leaf).astype(dtype)))
+      for leaf in jax.tree.leaves(tree)
+    ),
+    start=jnp.zeros((), dtype),
+  )
+
+
 def accumulator_dtype(*trees: Params) -> Any:
   """The widest dtype of the leaves, and at least float32.
 
