@@ -8,11 +8,11 @@ https://arxiv.org/abs/2306.07485
 from typing import Any, NamedTuple
 
 import jax
-from jax.scipy import special
 import jax.numpy as jnp
+from jax.scipy import special
 
 from optlab import base
-from optlab import noise_batch
+from optlab import likelihood
 
 
 class MecoState(NamedTuple):
@@ -28,7 +28,7 @@ class MecoState(NamedTuple):
 
 
 def meco(
-  log_density: noise_batch.LogDensity,
+  log_density: likelihood.LogDensity,
   gamma: base.ScalarOrSchedule = 0.1,
   *,
   ratio_correction: bool = False,
@@ -84,12 +84,14 @@ def meco(
     >>> data = 1.0 + jax.random.normal(jax.random.key(0), (256, 1))
     >>> estimator, tx = optlab.meco(log_density), optax.sgd(0.1)
     >>> state = optlab.init(jnp.zeros(()), estimator, tx)
-    >>> step = jax.jit(optlab.train_step(estimator, tx))
-    >>> for key in jax.random.split(jax.random.key(1), 100):
-    ...   batch = optlab.noise_batch(noise, key, data, 256)
-    ...   state, value = step(state, batch)
-    >>> print(f'{state.params - data.mean():.1f}')
-    0.0
+    >>> step = optlab.train_step(estimator, tx)
+    >>> def advance(state, key):
+    ...   return step(state, optlab.noise_batch(noise, key, data, 256))
+    >>> keys = jax.random.split(jax.random.key(1), 100)
+    >>> state, values = jax.jit(jax.lax.scan, static_argnums=0)(
+    ...     advance, state, keys)
+    >>> print(abs(state.params - data.mean()) < 0.1)
+    True
 
   References:
     Jiang et al., `Learning Unnormalized Statistical Models via Compositional
@@ -138,18 +140,18 @@ def meco(
     )
 
   def estimate(params, state, batch):
-    noise_batch.check_batch('meco', batch)
+    likelihood.check_batch('meco', batch)
     dtype = state.log_normalizer.dtype
     log_q = batch.noise_log_prob.astype(dtype)
     gamma_now = gamma(state.count) if callable(gamma) else gamma
     gamma_now = jnp.asarray(gamma_now, dtype)
-    log_p_before = None
+    log_p_before = log_q  # Without ratio correction nobody looks.
     if ratio_correction:
       log_p_before = log_density(state.previous, batch.noise).astype(dtype)
 
     def rule(log_p_data, log_p_noise):
       data_good = jnp.isfinite(log_p_data)
-      noise_good = good_noise(log_p_noise, log_q)
+      noise_good = likelihood.good_noise(log_p_noise, log_q)
       m = jnp.maximum(jnp.sum(noise_good), 1).astype(dtype)
       n = jnp.maximum(jnp.sum(data_good), 1).astype(dtype)
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
@@ -163,7 +165,7 @@ def meco(
         weight = jnp.ones((), dtype)
       drift = jnp.zeros((), dtype)
       if ratio_correction:
-        both = noise_good & good_noise(log_p_before, log_q)
+        both = noise_good & likelihood.good_noise(log_p_before, log_q)
         drift = special.logsumexp(
           jnp.where(both, log_w, -jnp.inf)
         ) - special.logsumexp(jnp.where(both, log_p_before - log_q, -jnp.inf))
@@ -180,35 +182,22 @@ def meco(
       usable = jnp.any(noise_good) & jnp.any(data_good)
       data_cotangent = jnp.where(data_good & usable, -1 / n, 0)
       noise_cotangent = jnp.where(usable, jnp.exp(log_w - log_u) / m, 0)
-      value = log_u - noise_batch.mean_of(log_p_data, data_good)
+      value = log_u - likelihood.mean_of(log_p_data, data_good)
       rejected = jnp.sum(~data_good) + jnp.sum(~noise_good)
       new_state = MecoState(
         count=state.count + 1,
         log_normalizer=log_u,
         weight=jnp.where(has_weight, weight, state.weight),
-        ess=effective_sample_size(log_w),
+        ess=likelihood.effective_sample_size(log_w),
         rejected=rejected.astype(jnp.int32),
         held=state.held + (~has_weight).astype(jnp.int32),
         previous=params if ratio_correction else None,
       )
       return data_cotangent, noise_cotangent, (value, new_state)
 
-    grads, (value, state) = noise_batch.joint_gradient(
+    grads, (value, state) = likelihood.joint_gradient(
       log_density, params, batch, rule, dtype
     )
     return base.Estimate(value, grads), state
 
   return base.GradientEstimator(init, estimate)
-
-
-def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """Rows of noise that count; ``log_p = -inf`` is one, with weight zero."""
-  return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
-
-
-def effective_sample_size(log_weights: jax.Array) -> jax.Array:
-  """``(sum w)^2 / sum w^2`` of weights given by their logarithms; 0 if none."""
-  top = jnp.max(log_weights)
-  weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0))
-  total = jnp.sum(weights**2)
-  return jnp.where(total > 0, jnp.sum(weights) ** 2 / total, 0)

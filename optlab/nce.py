@@ -8,21 +8,48 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optlab import base
-from optlab import noise_batch
+from optlab import likelihood
 
 
 class NceParams(NamedTuple):
   """A model's parameters beside the log-normalizer that is learned with them.
 
   Attributes:
-    model: The parameters of ``log_density``.
+    model: The parameters of the unnormalized model.
     log_normalizer: Scalar; start it at an estimate of log Z if there is one.
   """
 
   model: base.Params
   log_normalizer: jax.Array
+
+
+def with_log_normalizer(
+  log_density: likelihood.LogDensity,
+) -> likelihood.LogDensity:
+  """Subtracts a log-normalizer that is a parameter, as `nce` needs it.
+
+  Args:
+    log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
+
+  Returns:
+    The same with `NceParams` as its parameters.
+
+  Raises:
+    TypeError: ``log_density`` is not a function.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> log_density = optlab.with_log_normalizer(lambda mean, x: mean * x)
+    >>> print(log_density(optlab.NceParams(2.0, jnp.ones(())), jnp.ones(1)))
+    [1.]
+  """
+  base.check_callable('log_density', log_density, '(params, rows) -> [rows]')
+  return lambda params, rows: (
+    log_density(params.model, rows) - params.log_normalizer
+  )
 
 
 class NceState(NamedTuple):
@@ -33,7 +60,7 @@ class NceState(NamedTuple):
 
 
 def nce(
-  log_density: noise_batch.LogDensity,
+  log_density: likelihood.LogDensity,
   nu: float | jax.Array | None = None,
 ) -> base.GradientEstimator:
   r"""Noise-contrastive estimation: classify data against noise.
@@ -43,21 +70,21 @@ def nce(
   data, where `meco` keeps that of the likelihood.
 
   .. math::
-    h(x) &= \log p_0(\theta, x) - c - \log q(x) - \log \nu \\
-    L(\theta, c) &= \tfrac{1}{n} \sum_i \mathrm{softplus}(-h(x_i))
+    h(x) &= \log p(\theta, x) - \log q(x) - \log \nu \\
+    L(\theta) &= \tfrac{1}{n} \sum_i \mathrm{softplus}(-h(x_i))
       + \tfrac{\nu}{m} \sum_j \mathrm{softplus}(h(z_j))
 
   Args:
-    log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
+    log_density: The model with its learned normalizer, ``(params, rows) ->
+      [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     nu: Weight of noise against data, positive; ``None`` takes m / n.
 
   Returns:
-    A `GradientEstimator` over `NoiseBatch` (with ``data_log_prob``) whose
-    parameters are `NceParams`.
+    A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
 
   Raises:
-    TypeError: ``log_density`` is not a function, the batch not a `NoiseBatch`
-      or the parameters not `NceParams`.
+    TypeError: ``log_density`` is not a function, or the batch not a
+      `NoiseBatch`.
     ValueError: ``nu`` is not positive; the batch has no rows, or shapes that do
       not match, or no ``data_log_prob``.
 
@@ -66,15 +93,18 @@ def nce(
     >>> log_density = lambda mean, x: mean * x[:, 0] - x[:, 0] ** 2 / 2
     >>> noise = optlab.fit_gaussian(jnp.array([[-2.0], [2.0]]))
     >>> data = 1.0 + jax.random.normal(jax.random.key(0), (256, 1))
-    >>> estimator, tx = optlab.nce(log_density), optax.adam(0.05)
+    >>> estimator, tx = optlab.nce(
+    ...     optlab.with_log_normalizer(log_density)), optax.adam(0.05)
     >>> params = optlab.NceParams(jnp.zeros(()), jnp.zeros(()))
     >>> state = optlab.init(params, estimator, tx)
-    >>> step = jax.jit(optlab.train_step(estimator, tx))
-    >>> for key in jax.random.split(jax.random.key(1), 200):
-    ...   batch = optlab.noise_batch(noise, key, data, 256, score_data=True)
-    ...   state, value = step(state, batch)
-    >>> print(f'{state.params.model - data.mean():.1f}')
-    0.0
+    >>> step = optlab.train_step(estimator, tx)
+    >>> def advance(state, key):
+    ...   return step(state, optlab.noise_batch(noise, key, data, 256, True))
+    >>> keys = jax.random.split(jax.random.key(1), 200)
+    >>> state, values = jax.jit(jax.lax.scan, static_argnums=0)(
+    ...     advance, state, keys)
+    >>> print(abs(state.params.model - data.mean()) < 0.1)
+    True
 
   References:
     Gutmann, Hyvärinen, `Noise-contrastive estimation
@@ -100,7 +130,7 @@ def nce(
 
 
 def ence(
-  log_density: noise_batch.LogDensity,
+  log_density: likelihood.LogDensity,
   max_exponent: float | jax.Array = 40.0,
 ) -> base.GradientEstimator:
   r"""NCE with the exponential loss, for normalized gradient descent.
@@ -110,22 +140,22 @@ def ence(
   over many orders of magnitude, plain SGD on it is hopeless.
 
   .. math::
-    h(x) &= \log p_0(\theta, x) - c - \log q(x) \\
-    L(\theta, c) &= \tfrac{1}{2n} \sum_i e^{-h(x_i) / 2}
+    h(x) &= \log p(\theta, x) - \log q(x) \\
+    L(\theta) &= \tfrac{1}{2n} \sum_i e^{-h(x_i) / 2}
       + \tfrac{1}{2m} \sum_j e^{h(z_j) / 2}
 
   Args:
-    log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
+    log_density: The model with its learned normalizer, ``(params, rows) ->
+      [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     max_exponent: Exponents are clipped from above to this; the gradient of a
       clipped row keeps its direction.
 
   Returns:
-    A `GradientEstimator` over `NoiseBatch` (with ``data_log_prob``) whose
-    parameters are `NceParams`.
+    A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
 
   Raises:
-    TypeError: ``log_density`` is not a function, the batch not a `NoiseBatch`
-      or the parameters not `NceParams`.
+    TypeError: ``log_density`` is not a function, or the batch not a
+      `NoiseBatch`.
     ValueError: ``max_exponent`` is not positive; the batch has no rows, or
       shapes that do not match, or no ``data_log_prob``.
 
@@ -135,7 +165,7 @@ def ence(
     >>> noise = optlab.fit_gaussian(jnp.array([[-1.0], [1.0]]))
     >>> batch = optlab.noise_batch(
     ...     noise, jax.random.key(0), jnp.ones((4, 1)), 4, score_data=True)
-    >>> estimator = optlab.ence(log_density)
+    >>> estimator = optlab.ence(optlab.with_log_normalizer(log_density))
     >>> params = optlab.NceParams(jnp.zeros(()), 0.5 * jnp.log(2 * jnp.pi))
     >>> estimate, _ = estimator.estimate(params, estimator.init(params), batch)
     >>> print(f'{estimate.value:.2f}')
@@ -163,66 +193,103 @@ def ence(
 
 def _contrastive(
   method: str,
-  log_density: noise_batch.LogDensity,
+  log_density: likelihood.LogDensity,
   rule: Callable[..., tuple],
   nu: float | jax.Array | None,
 ) -> base.GradientEstimator:
   """The estimator of a loss that is a sum over rows of a function of h."""
 
   def init(params):
-    if not isinstance(params, NceParams):
-      raise TypeError(
-        f'{method} learns the log-normalizer: its parameters are'
-        ' NceParams(model, log_normalizer), got'
-        f' {type(params).__name__}.'
-      )
-    if jnp.shape(params.log_normalizer):
-      raise ValueError(
-        f'{method}: log_normalizer must be a scalar, got shape'
-        f' {jnp.shape(params.log_normalizer)}.'
-      )
+    del params
     return NceState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def estimate(params, state, batch):
-    n, m = noise_batch.check_batch(method, batch, needs_data_log_prob=True)
+    n, m = likelihood.check_batch(method, batch, needs_data_log_prob=True)
     dtype = base.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)
-    data_shift, noise_shift = (
-      params.log_normalizer.astype(dtype) + log_q.astype(dtype)
-      for log_q in (batch.data_log_prob, batch.noise_log_prob)
-    )
+    log_q_data = batch.data_log_prob.astype(dtype)
+    log_q_noise = batch.noise_log_prob.astype(dtype)
 
     def joint_rule(log_p_data, log_p_noise):
-      data_good = jnp.isfinite(log_p_data) & jnp.isfinite(data_shift)
-      # log p0 = -inf is a good row of noise, with share zero.
-      noise_good = (log_p_noise < jnp.inf) & jnp.isfinite(noise_shift)
+      data_good = jnp.isfinite(log_p_data) & jnp.isfinite(log_q_data)
+      noise_good = likelihood.good_noise(log_p_noise, log_q_noise)
       usable = jnp.any(data_good) & jnp.any(noise_good)
-      h_data = jnp.where(data_good, log_p_data - data_shift, 0)
-      h_noise = jnp.where(noise_good, log_p_noise - noise_shift, -jnp.inf)
+      h_data = jnp.where(data_good, log_p_data - log_q_data, 0)
+      h_noise = jnp.where(noise_good, log_p_noise - log_q_noise, -jnp.inf)
       losses, slopes = rule(h_data, h_noise, ratio)
       goods = (data_good & usable, noise_good & usable)
-      value = sum(map(noise_batch.mean_of, losses, goods))
-      cotangents = [
-        jnp.where(good, slope, 0)
-        / jnp.maximum(jnp.sum(good), 1).astype(dtype)
+      value = sum(map(likelihood.mean_of, losses, goods))
+      data_cotangent, noise_cotangent = (
+        jnp.where(good, slope, 0) / jnp.maximum(jnp.sum(good), 1).astype(dtype)
         for slope, good in zip(slopes, goods, strict=True)
-      ]
+      )
       rejected = jnp.sum(~data_good) + jnp.sum(~noise_good)
       new_state = NceState(
         rejected=rejected.astype(jnp.int32),
         held=state.held + (~usable).astype(jnp.int32),
       )
-      return *cotangents, (value, cotangents, new_state)
+      return data_cotangent, noise_cotangent, (value, new_state)
 
-    grads, (value, cotangents, state) = noise_batch.joint_gradient(
-      log_density, params.model, batch, joint_rule, dtype
+    grads, (value, state) = likelihood.joint_gradient(
+      log_density, params, batch, joint_rule, dtype
     )
-    grad_log_normalizer = -sum(map(jnp.sum, cotangents))
-    return base.Estimate(
-      value,
-      NceParams(
-        grads, grad_log_normalizer.astype(params.log_normalizer.dtype)
-      ),
-    ), state
+    return base.Estimate(value, grads), state
 
   return base.GradientEstimator(init, estimate)
+
+
+def normalized_descent(
+  learning_rate: base.ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Gradient descent with steps of a given length, whatever the gradient.
+
+  What `ence` is made for: its gradients span hundreds of orders of magnitude.
+
+  .. math:: u = -\alpha\, g / \|g\|
+
+  Args:
+    learning_rate: The length of a step, or a schedule of it.
+
+  Returns:
+    An optax transformation; a zero or non-finite gradient gives a zero step.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> tx = optlab.normalized_descent(1.0)
+    >>> updates, _ = tx.update(jnp.array([3e30, -4e30]), tx.init(jnp.zeros(2)))
+    >>> print(updates)
+    [-0.6  0.8]
+
+  Notes:
+    The gradient is divided by its largest magnitude before the norm is taken:
+    its square would overflow float32 from 1e19 on.
+  """
+
+  def update(updates, state, params=None, **extras):
+    del params, extras
+    dtype = base.accumulator_dtype(updates)
+    tops = [
+      jnp.max(jnp.abs(leaf))
+      for leaf in jax.tree.leaves(updates)
+      if jnp.size(leaf)
+    ]
+    if not tops:
+      return updates, state
+    top = jnp.max(jnp.stack([top.astype(dtype) for top in tops]))
+    usable = (top > 0) & (top < jnp.inf)
+    safe_top = jnp.where(usable, top, 1)
+    scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) / safe_top, updates)
+    # The largest entry is one, so the norm is at least one.
+    norm = jnp.where(usable, optax.tree.norm(scaled), 1)
+    return jax.tree.map(
+      lambda leaf, old: jnp.where(usable, leaf / norm, 0).astype(old.dtype),
+      scaled,
+      updates,
+    ), state
+
+  return optax.chain(
+    optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
+    ),
+    optax.scale_by_learning_rate(learning_rate),
+  )

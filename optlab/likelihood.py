@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optlab import base
 
-LogDensity = Callable[[base.Params, chex.ArrayTree], jax.Array]
+LogDensity = Callable[[Any, Any], jax.Array]
 
 
 class Noise(Protocol):
@@ -73,7 +73,8 @@ def noise_batch(
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
     >>> noise = optlab.fit_gaussian(jnp.array([[-1.0], [1.0]]))
-    >>> batch = optlab.noise_batch(noise, jax.random.key(0), jnp.ones((4, 1)), 8)
+    >>> key, data = jax.random.key(0), jnp.ones((4, 1))
+    >>> batch = optlab.noise_batch(noise, key, data, 8)
     >>> print(batch.noise.shape, batch.noise_log_prob.shape)
     (8, 1) (8,)
   """
@@ -159,19 +160,20 @@ def joint_gradient(
 ) -> tuple[base.Updates, Any]:
   """One `jax.vjp` over data and noise with the cotangents of ``rule``.
 
-  A zero cotangent does not protect: backward through a row whose log density is
-  NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the forward
-  pass, so the gradient is checked, and where it is not finite the pass is
-  repeated with those rows replaced by a good one. The repetition is a loop of
-  at most one turn, which costs nothing under `jax.vmap` while no lane needs it.
+  A zero cotangent does not protect: backward through a row whose log density
+  is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
+  forward pass, so the gradient is checked, and where it is not finite the pass
+  is repeated with those rows replaced by a good one. The repetition is a loop
+  of at most one turn, which costs nothing under `jax.vmap` while no lane needs
+  it.
 
   Args:
     log_density: ``(params, rows) -> [rows]``.
     params: The parameters.
     batch: Data and noise, checked.
-    rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in ``dtype``,
-      to their cotangents and anything else; it must give zero to every row
-      whose log density is not finite.
+    rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
+      ``dtype``, to their cotangents and anything else; it must give zero to
+      every row whose log density is not finite.
     dtype: In which the rule computes.
 
   Returns:
@@ -222,3 +224,16 @@ def mean_of(values: jax.Array, good: jax.Array) -> jax.Array:
   """Mean over the good rows; zero where there is none."""
   total = jnp.sum(jnp.where(good, values, 0))
   return total / jnp.maximum(jnp.sum(good), 1).astype(values.dtype)
+
+
+def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """Rows of noise that count; ``log_p = -inf`` is one, with weight zero."""
+  return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
+
+
+def effective_sample_size(log_weights: jax.Array) -> jax.Array:
+  """``(sum w)^2 / sum w^2`` of weights given by their logarithms; 0 if none."""
+  top = jnp.max(log_weights)
+  weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0))
+  total = jnp.sum(weights**2)
+  return jnp.where(total > 0, jnp.sum(weights) ** 2 / total, 0)
