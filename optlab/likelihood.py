@@ -1,0 +1,239 @@
+"""Data beside noise, and the one joint pass that likelihood estimators share.
+
+`meco`, `nce` and `ence` differ in one rule: how much each row's
+``d log p0 / d theta`` counts. The rest is here: the checks, one forward and one
+backward pass over data and noise together, and the second pass that keeps a bad
+row from poisoning the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optlab import base
+
+LogDensity = Callable[[Any, Any], jax.Array]
+
+
+class Noise(Protocol):
+  """A normalized distribution that can be drawn from and scored."""
+
+  def sample(self, key: jax.Array, num: int) -> jax.Array:
+    """Returns ``num`` draws, shape ``[num, ...]``."""
+    ...
+
+  def log_prob(self, rows: jax.Array) -> jax.Array:
+    """Returns the exact log density of ``rows``, shape ``[num]``."""
+    ...
+
+
+class NoiseBatch(NamedTuple):
+  """Rows of data and of noise, with the noise distribution's log density.
+
+  Attributes:
+    data: Array ``[n, ...]``, or a pytree of them.
+    noise: Draws of the noise distribution, ``[m, ...]``, same structure.
+    noise_log_prob: ``[m]``, the exact log density of ``noise``.
+    data_log_prob: ``[n]``, the noise distribution's log density of ``data``;
+      `nce` and `ence` need it, `meco` does not.
+  """
+
+  data: chex.ArrayTree
+  noise: chex.ArrayTree
+  noise_log_prob: jax.Array
+  data_log_prob: jax.Array | None = None
+
+
+def noise_batch(
+  noise: Noise,
+  key: jax.Array,
+  data: jax.Array,
+  num: int,
+  score_data: bool = False,
+) -> NoiseBatch:
+  """Draws noise beside a batch of data.
+
+  Args:
+    noise: The noise distribution.
+    key: PRNG key.
+    data: ``[n, ...]``.
+    num: How many rows of noise, a Python integer.
+    score_data: Whether to evaluate the noise's log density on ``data``, which
+      `nce` and `ence` need.
+
+  Returns:
+    A `NoiseBatch`.
+
+  Raises:
+    ValueError: ``num`` is below one.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optlab
+    >>> noise = optlab.fit_gaussian(jnp.array([[-1.0], [1.0]]))
+    >>> key, data = jax.random.key(0), jnp.ones((4, 1))
+    >>> batch = optlab.noise_batch(noise, key, data, 8)
+    >>> print(batch.noise.shape, batch.noise_log_prob.shape)
+    (8, 1) (8,)
+  """
+  base.check_int('num', num, 1)
+  rows = noise.sample(key, num)
+  return NoiseBatch(
+    data=data,
+    noise=rows,
+    noise_log_prob=noise.log_prob(rows),
+    data_log_prob=noise.log_prob(data) if score_data else None,
+  )
+
+
+def check_batch(
+  method: str, batch: NoiseBatch, needs_data_log_prob: bool = False
+) -> tuple[int, int]:
+  """Raises unless the shapes of ``batch`` match; returns ``(n, m)``.
+
+  Args:
+    method: The estimator's name, for the message.
+    batch: The batch.
+    needs_data_log_prob: Whether ``batch.data_log_prob`` must be there.
+
+  Returns:
+    The number of data rows and of noise rows.
+
+  Raises:
+    TypeError: ``batch`` is not a `NoiseBatch`.
+    ValueError: A part is empty, missing, or of another length.
+  """
+  if not isinstance(batch, NoiseBatch):
+    raise TypeError(
+      f'{method} takes a NoiseBatch, got {type(batch).__name__}: build one with'
+      ' optlab.noise_batch(noise, key, data, num).'
+    )
+  if jax.tree.structure(batch.data) != jax.tree.structure(batch.noise):
+    raise ValueError(
+      f'{method}: data and noise must have one structure, got'
+      f' {jax.tree.structure(batch.data)} and'
+      f' {jax.tree.structure(batch.noise)}.'
+    )
+  sizes = []
+  for name in ('data', 'noise'):
+    leaves = jax.tree.leaves(getattr(batch, name))
+    lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
+    if len(lengths) != 1 or 0 in lengths:
+      raise ValueError(
+        f'{method}: {name} must have one leading axis of at least one row, got'
+        f' shapes {[jnp.shape(leaf) for leaf in leaves]}.'
+      )
+    sizes.append(lengths.pop())
+  for data, noise in zip(
+    jax.tree.leaves(batch.data), jax.tree.leaves(batch.noise), strict=True
+  ):
+    if jnp.shape(data)[1:] != jnp.shape(noise)[1:]:
+      raise ValueError(
+        f'{method}: rows of data and noise must have one shape, got'
+        f' {jnp.shape(data)[1:]} and {jnp.shape(noise)[1:]}.'
+      )
+  expected = {'noise_log_prob': sizes[1]}
+  if needs_data_log_prob or batch.data_log_prob is not None:
+    expected['data_log_prob'] = sizes[0]
+  for name, size in expected.items():
+    array = getattr(batch, name)
+    if array is None:
+      raise ValueError(
+        f'{method} needs {name}: build the batch with'
+        ' optlab.noise_batch(..., score_data=True).'
+      )
+    if jnp.shape(array) != (size,):
+      raise ValueError(
+        f'{method}: {name} must have shape {(size,)}, got {jnp.shape(array)}.'
+      )
+  return sizes[0], sizes[1]
+
+
+def joint_gradient(
+  log_density: LogDensity,
+  params: base.Params,
+  batch: NoiseBatch,
+  rule: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]],
+  dtype: Any,
+) -> tuple[base.Updates, Any]:
+  """One `jax.vjp` over data and noise with the cotangents of ``rule``.
+
+  A zero cotangent does not protect: backward through a row whose log density
+  is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
+  forward pass, so the gradient is checked, and where it is not finite the pass
+  is repeated with those rows replaced by a good one. The repetition is a loop
+  of at most one turn, which costs nothing under `jax.vmap` while no lane needs
+  it.
+
+  Args:
+    log_density: ``(params, rows) -> [rows]``.
+    params: The parameters.
+    batch: Data and noise, checked.
+    rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
+      ``dtype``, to their cotangents and anything else; it must give zero to
+      every row whose log density is not finite.
+    dtype: In which the rule computes.
+
+  Returns:
+    The gradient with the dtypes of ``params``, and what else ``rule`` returned.
+  """
+  rows = jax.tree.map(
+    lambda data, noise: jnp.concatenate([data, noise]), batch.data, batch.noise
+  )
+  n = jnp.shape(jax.tree.leaves(batch.data)[0])[0]
+  total = jnp.shape(jax.tree.leaves(rows)[0])[0]
+  log_p, pullback = jax.vjp(lambda p: log_density(p, rows), params)
+  if log_p.shape != (total,):
+    raise ValueError(
+      f'log_density must return one number a row, shape {(total,)}, got'
+      f' {log_p.shape}.'
+    )
+  wide = log_p.astype(dtype)
+  data_cotangent, noise_cotangent, aux = rule(wide[:n], wide[n:])
+  cotangent = jnp.concatenate([data_cotangent, noise_cotangent])
+  cotangent = cotangent.astype(log_p.dtype)
+  (grads,) = pullback(cotangent)
+
+  good = jnp.isfinite(wide)
+  substitute = jnp.argmax(good)
+
+  def repeat(carry):
+    def replace(leaf):
+      mask = good.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
+      return jnp.where(mask, leaf, leaf[substitute])
+
+    replaced = jax.tree.map(replace, rows)
+    _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)
+    (grads,) = pullback(cotangent)
+    # With no good row at all every cotangent is zero, and so is the gradient.
+    silent = ~jnp.any(cotangent)
+    grads = jax.tree.map(
+      lambda leaf: jnp.where(silent, jnp.zeros_like(leaf), leaf), grads
+    )
+    return grads, jnp.asarray(False)
+
+  grads, _ = jax.lax.while_loop(
+    lambda carry: carry[1], repeat, (grads, ~base.all_finite(grads))
+  )
+  return grads, aux
+
+
+def mean_of(values: jax.Array, good: jax.Array) -> jax.Array:
+  """Mean over the good rows; zero where there is none."""
+  total = jnp.sum(jnp.where(good, values, 0))
+  return total / jnp.maximum(jnp.sum(good), 1).astype(values.dtype)
+
+
+def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """Rows of noise that count; ``log_p = -inf`` is one, with weight zero."""
+  return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
+
+
+def effective_sample_size(log_weights: jax.Array) -> jax.Array:
+  """``(sum w)^2 / sum w^2`` of weights given by their logarithms; 0 if none."""
+  top = jnp.max(log_weights)
+  weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0))
+  total = jnp.sum(weights**2)
+  return jnp.where(total > 0, jnp.sum(weights) ** 2 / total, 0)
