@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m experiments.logistic_regression --output_dir=results/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'not slow'
 	$(MAKE) --no-print-directory lint
 
 lint: $(INSTALLED)
