@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +82,7 @@ def _groups(batch, microbatch_size, wide):
   return count, size, get
 
 
-def vary(tree: chex.ArrayTree, axis_name: Any) -> Any:
+def vary(tree: Any, axis_name: Any) -> Any:
   """Makes arrays count as different on each device.
 
   Else `jax.shard_map` would sum gradients over the devices too early. XLA

@@ -165,6 +165,9 @@ def test_over_two_devices_the_union_of_their_windows():
   plain = optlab.per_example(losses, optlab.ghost_norms)
   by_hand = jax.jit(optlab.train_step(plain, tx))
   expected = optlab.init(state.train.params, plain, tx)
+  place = lambda spec: jax.NamedSharding(mesh, spec)
+  state = jax.device_put(state, jax.tree.map(place, specs))
+  data = jax.device_put(data, place(jax.P('data')))
   sizes = []
   for _ in range(6):
     first = int(state.epochs.position)
