@@ -91,18 +91,20 @@ def ghost_norms(
     of the gradients is below 1e-6 of their mean in float32, it is rounding,
     clipped at 0, and far below any request to grow.
   """
-  jax.eval_shape(lambda p: moments._checked(losses, p, examples, mask), params)
   wide = mask.dtype
-  n = mask.shape[0]
+  # Laid out over devices as the losses are; jit removes the evaluation.
+  slots = jnp.zeros_like(
+    moments.checked(losses, params, examples, mask), dtype=wide
+  )
   count = jnp.sum(mask)
   tapped = _tap_parameters(moments.single(losses), wide)
 
   def mapped(params, slots):
     return jax.vmap(tapped, (None, 0, 0))(params, examples, slots)
 
-  values, pullback = jax.vjp(mapped, params, jnp.zeros((n,), wide))
+  values, pullback = jax.vjp(mapped, params, slots)
   # Masked examples get the cotangent 0, and with it gradient and norm 0.
-  sums, sq_norms = pullback(mask.astype(values.dtype))
+  sums, sq_norms = pullback(jnp.ones_like(values) * mask.astype(values.dtype))
   total = jnp.maximum(count, 1.0)
   grads = jax.tree.map(
     lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / total, sums

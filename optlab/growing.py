@@ -16,6 +16,7 @@ from optlab import base
 from optlab import training
 from optlab.moments import batch_length
 from optlab.per_example import Indexed
+from optlab.per_example import vary
 
 
 class EpochState(NamedTuple):
@@ -186,8 +187,9 @@ def growing_step(
 
     def reshuffle(epochs):
       epoch = epochs.epoch + 1
+      order = _order(epochs.key, epoch, shard, length)
       return epochs._replace(
-        order=_order(epochs.key, epoch, shard, length),
+        order=order if axis_name is None else vary(order, axis_name),
         epoch=epoch,
         position=jnp.zeros_like(epochs.position),
       )

@@ -128,7 +128,10 @@ def single(losses: Losses) -> Callable[[base.Params, Any], jax.Array]:
   return loss
 
 
-def _checked(losses, params, examples, mask):
+def checked(
+  losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
+) -> jax.Array:
+  """The losses, one an example; anything else is an error."""
   values = losses(params, examples)
   if jnp.shape(values) != mask.shape:
     raise ValueError(
@@ -144,7 +147,7 @@ def _mean_and_pullback(losses, params, examples, mask):
   count = jnp.sum(mask)
 
   def mean(params):
-    values = _checked(losses, params, examples, mask).astype(wide)
+    values = checked(losses, params, examples, mask).astype(wide)
     values = jnp.where(mask > 0.0, values, 0.0)
     return jnp.sum(values) / jnp.maximum(count, 1.0)
 
@@ -224,7 +227,7 @@ def vmap_grads(
   Returns:
     `Moments` with every field.
   """
-  jax.eval_shape(lambda p: _checked(losses, p, examples, mask), params)
+  jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   wide = mask.dtype
   values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
     params, examples
@@ -282,7 +285,7 @@ def jvp_inner_products(
   wide = mask.dtype
   tangent = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   _, products = jax.jvp(
-    lambda p: _checked(losses, p, examples, mask), (params,), (tangent,)
+    lambda p: checked(losses, p, examples, mask), (params,), (tangent,)
   )
   deviations = products.astype(wide) - base.sq_norm(tangent, wide)
   return jnp.where(mask > 0.0, deviations, 0.0)

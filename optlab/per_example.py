@@ -82,15 +82,14 @@ def _groups(batch, microbatch_size, wide):
   return count, size, get
 
 
-def _vary(tree, axis_name):
-  """Marks arrays as differing between devices, so that none is summed early."""
-  names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def vary(tree: Any, axis_name: Any) -> Any:
+  """Makes arrays count as different on each device.
 
-  def vary(leaf):
-    missing = tuple(n for n in names if n not in jax.typeof(leaf).vma)
-    return jax.lax.pcast(leaf, missing, to='varying') if missing else leaf
-
-  return jax.tree.map(vary, tree)
+  Else `jax.shard_map` would sum gradients over the devices too early. XLA
+  removes the selection; `jax.lax.pcast` would fail on what varies already.
+  """
+  here = jax.lax.axis_index(axis_name) >= 0
+  return jax.tree.map(lambda leaf: jnp.where(here, leaf, leaf), tree)
 
 
 def per_example(
@@ -189,7 +188,7 @@ def per_example(
     shapes = jax.eval_shape(function, 0)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     if axis_name is not None:
-      start = _vary(start, axis_name)
+      start = vary(start, axis_name)
     return jax.lax.fori_loop(
       0, count, lambda k, total: merge(total, function(k)), start
     )
@@ -209,12 +208,12 @@ def per_example(
         f'{microbatch_size}, got {size}. Lower microbatch_size, or start with a'
         ' larger batch_size.'
       )
-    local = params if axis_name is None else _vary(params, axis_name)
+    local = params if axis_name is None else vary(params, axis_name)
 
     def group(k):
       result = moments(losses, local, *get(k))
       # Sizes alone don't vary over devices; the merged groups do.
-      return result if axis_name is None else _vary(result, axis_name)
+      return result if axis_name is None else vary(result, axis_name)
 
     result = add_up(group, count, moments_lib.merge)
     if axis_name is not None:
@@ -230,7 +229,7 @@ def per_example(
     if inner_products is not None:
       direction = result.grads
       if axis_name is not None:
-        direction = _vary(direction, axis_name)
+        direction = vary(direction, axis_name)
 
       def sums(k):
         rest = inner_products(losses, local, direction, *get(k))

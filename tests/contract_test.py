@@ -124,7 +124,58 @@ def indexed_batch(key, dtype=jnp.float32):
 
 LEVELS = (bilevel_upper, bilevel_lower)
 
+
+def losses(params, batch):
+  """One loss an example, without the penalty, that ghost norms refuse."""
+  x = flat(params)
+  return 0.5 * (batch.astype(x.dtype) @ x - 1.0) ** 2
+
+
+def growing(moments, tx_factory, **kwargs):
+  """A row's `make` for a growth rule in front of an optimizer."""
+  estimator = optlab.per_example(losses, moments, **kwargs)
+  return lambda hyper: (estimator, tx_factory(hyper))
+
+
+GROWTH_ROWS = [
+  Row('diffgrad', plain(optlab.diffgrad), 0.1, True),
+  Row('diffgrad_coupled', plain(lambda hyper: optlab.diffgrad(
+    hyper, weight_decay=1e-3, decoupled=False, eps_uncorrected=True,
+    mu_dtype=jnp.bfloat16,
+  )), 0.1, True),
+  Row('adagrad_norm', plain(optlab.adagrad_norm), 1.0, True),
+  Row('adadagrad', growing(
+    optlab.ghost_norms,
+    lambda hyper: optlab.adadagrad(0.3, optlab.norm_test(hyper), 8, 100),
+  ), 0.5, True),
+  Row('adadagrad_norm', growing(
+    optlab.ghost_norms,
+    lambda hyper: optlab.adadagrad_norm(
+      1.0, optlab.augmented_inner_product_test(hyper, hyper), 8, 100
+    ),
+    inner_products=optlab.jvp_inner_products,
+  ), 0.5, True),
+  Row('grow_batch_coordinate', growing(
+    optlab.vmap_grads,
+    lambda hyper: optax.chain(
+      optlab.grow_batch(optlab.coordinate_norm_test(hyper), 8, 100),
+      optax.sgd(0.1),
+    ),
+    microbatch_size=6,
+  ), 0.5, True),
+  Row('grow_batch_means', growing(
+    optlab.microbatch_means,
+    lambda hyper: optax.chain(
+      optlab.grow_batch(optlab.inner_product_test(hyper), 8, 100),
+      optax.sgd(0.1),
+    ),
+    inner_products=optlab.vmap_inner_products,
+    microbatch_size=4,
+  ), 0.5, True),
+]  # fmt: skip
+
 ROWS = [
+  *GROWTH_ROWS,
   Row('value_and_grad', plain(optax.sgd), 0.1),
   Row(
     'normalized_momentum',

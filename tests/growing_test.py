@@ -1,0 +1,276 @@
+"""The growing loop and the host loader: sizes, epochs, restarts, shards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optlab
+
+N = 40
+
+
+def losses(params, batch):
+  x, y = batch
+  return optax.softmax_cross_entropy_with_integer_labels(x @ params['w'], y)
+
+
+def dataset():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(N, 4)).astype(np.float32)
+  labels = np.argmax(x[:, :3] + 0.5 * rng.normal(size=(N, 3)), 1)
+  return x, labels.astype(np.int32)
+
+
+PARAMS = {'w': np.zeros((4, 3), np.float32)}
+GROWING = optlab.adadagrad(0.3, optlab.norm_test(0.7), 6, N)
+ESTIMATOR = optlab.per_example(losses, optlab.ghost_norms, microbatch_size=4)
+
+
+def start(tx=GROWING, estimator=ESTIMATOR, seed=0, **kwargs):
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  data = jax.tree.map(jnp.asarray, dataset())
+  state = optlab.growing_init(
+    params, estimator, tx, data, jax.random.key(seed), **kwargs
+  )
+  return state, data
+
+
+def read(state, name='batch_size'):
+  return int(optax.tree.get(state, name))
+
+
+def equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x, y = jax.random.key_data(x), jax.random.key_data(y)
+    np.testing.assert_array_equal(x, y)
+
+
+def test_one_program_from_the_first_size_to_all():
+  """It takes the steps of plain batches gathered by hand."""
+  state, data = start()
+  step = jax.jit(optlab.growing_step(ESTIMATOR, GROWING), donate_argnums=0)
+  plain = optlab.per_example(losses, optlab.vmap_grads)
+  by_hand = jax.jit(optlab.train_step(plain, GROWING))
+  expected = optlab.init(jax.tree.map(jnp.asarray, PARAMS), plain, GROWING)
+  sizes, seen = [], []
+  for _ in range(12):
+    size = min(read(state), N - int(state.epochs.position))
+    first = int(state.epochs.position)
+    rows = np.asarray(state.epochs.order)[first : first + size]
+    epoch = int(state.epochs.epoch)
+    state, value = step(state, data)
+    sizes.append(size)
+    seen.append((epoch, rows))
+    expected, expected_value = by_hand(
+      expected, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+    )
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    assert read(state) == read(expected)
+  np.testing.assert_allclose(
+    state.train.params['w'], expected.params['w'], rtol=1e-4, atol=1e-6
+  )
+  assert step._cache_size() == 1
+  assert sizes[0] == 6
+  assert max(sizes) == N
+  # Every epoch passes over every example once, in another order each.
+  for epoch in range(seen[-1][0]):
+    rows = np.concatenate([rows for e, rows in seen if e == epoch])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(N))
+  first, second = (
+    np.concatenate([rows for e, rows in seen if e == k]) for k in (0, 1)
+  )
+  assert not np.array_equal(first, second)
+
+
+def test_constant_sizes_share_the_program():
+  tx = optax.sgd(0.1)
+  state, data = start(tx)
+
+  @jax.jit
+  def two_steps(size):
+    step = optlab.growing_step(ESTIMATOR, tx, batch_size=size)
+    return step(step(state, data)[0], data)[0].epochs
+
+  for size, position in ((3, 6), (20, 0), (30, 0)):
+    epochs = two_steps(jnp.int32(size))
+    # 30 and then the 10 that are left.
+    assert epochs.position == position
+  assert two_steps._cache_size() == 1
+  with pytest.raises(ValueError, match='needs a batch size'):
+    optlab.growing_step(ESTIMATOR, tx)(state, data)
+
+
+def test_seeds_under_vmap_are_the_seeds_alone():
+  state, data = start()
+  keys = jax.random.split(jax.random.key(3), 2)
+  states = jax.vmap(
+    lambda key: optlab.growing_init(
+      state.train.params, ESTIMATOR, GROWING, data, key
+    )
+  )(keys)
+  step = optlab.growing_step(ESTIMATOR, GROWING)
+
+  def run(state):
+    return jax.lax.scan(lambda s, _: step(s, data), state, length=8)
+
+  together, values = jax.jit(jax.vmap(run))(states)
+  alone = jax.jit(run)
+  for i in range(2):
+    last, expected = alone(jax.tree.map(lambda leaf, i=i: leaf[i], states))
+    np.testing.assert_allclose(values[i], expected, rtol=1e-5)
+    assert together.epochs.position[i] == last.epochs.position
+    np.testing.assert_array_equal(together.epochs.order[i], last.epochs.order)
+
+
+def test_resumes_bit_for_bit(tmp_path):
+  """In the middle of an epoch, with its key and permutation."""
+  state, data = start()
+  step = jax.jit(optlab.growing_step(ESTIMATOR, GROWING))
+  for _ in range(3):
+    state, _ = step(state, data)
+  assert 0 < state.epochs.position < N
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / 'state', start()[0])
+  for _ in range(6):
+    state, _ = step(state, data)
+    restored, _ = step(restored, data)
+  equal(restored, state)
+
+
+def test_over_two_devices_the_union_of_their_windows():
+  """Each device takes half of the batch from its own half of the data."""
+  mesh = jax.make_mesh(
+    (2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  tx = optlab.adadagrad(0.3, optlab.norm_test(0.7), 6, N, multiple_of=2)
+  estimator = optlab.per_example(
+    losses, optlab.ghost_norms, microbatch_size=4, axis_name='data'
+  )
+  state, data = start(tx, estimator, num_shards=2)
+  specs = optlab.growing_specs('data')
+  step = jax.jit(
+    jax.shard_map(
+      optlab.growing_step(estimator, tx, axis_name='data'),
+      mesh=mesh,
+      in_specs=(specs, jax.P('data')),
+      out_specs=(specs, jax.P()),
+    )
+  )
+  plain = optlab.per_example(losses, optlab.ghost_norms)
+  by_hand = jax.jit(optlab.train_step(plain, tx))
+  expected = optlab.init(state.train.params, plain, tx)
+  place = lambda spec: jax.NamedSharding(mesh, spec)
+  state = jax.device_put(state, jax.tree.map(place, specs))
+  data = jax.device_put(data, place(jax.P('data')))
+  sizes = []
+  for _ in range(6):
+    first = int(state.epochs.position)
+    half = min(read(state) // 2, N // 2 - first)
+    orders = np.asarray(state.epochs.order).reshape(2, N // 2)
+    rows = np.concatenate(
+      [
+        shard * N // 2 + order[first : first + half]
+        for shard, order in enumerate(orders)
+      ]
+    )
+    sizes.append(len(rows))
+    state, value = step(state, data)
+    expected, expected_value = by_hand(
+      expected, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+    )
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    assert read(state) == read(expected)
+    assert read(state) % 2 == 0
+  assert sizes[0] == 6
+  assert sizes[-1] > 6
+  assert step._cache_size() == 1
+
+
+def test_bad_input_of_the_loop():
+  big = optlab.adadagrad(0.1, optlab.norm_test(0.5), N + 1, 2 * N)
+  with pytest.raises(ValueError, match='at most the 40 examples'):
+    start(big)
+  with pytest.raises(ValueError, match='num_shards=3, got 40.*leave out 1'):
+    start(num_shards=3)
+  # The rule starts with 6 examples: one microbatch of 4, and a half.
+  means = optlab.per_example(losses, optlab.microbatch_means, microbatch_size=4)
+  with pytest.raises(ValueError, match='at least two microbatches.*got 6'):
+    start(estimator=means)
+  whole = optlab.per_example(losses, optlab.ghost_norms)
+  with pytest.raises(ValueError, match='microbatch_size to read an Indexed'):
+    start(estimator=whole)
+
+
+def host_run(steps, checkpoint=None, tmp_path=None):
+  """Trains from the host; optionally through a checkpoint after a few steps."""
+  x, y = dataset()
+  buckets = optlab.bucket_sizes(6, N)
+  loader = optlab.host_loader(lambda rows: (x[rows], y[rows]), N, buckets)
+  step = jax.jit(optlab.train_step(ESTIMATOR, GROWING))
+  train = optlab.init(jax.tree.map(jnp.asarray, PARAMS), ESTIMATOR, GROWING)
+  state = (train, loader.init(0))
+  sizes = []
+  for i in range(steps):
+    if i == checkpoint:
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / 'host', state)
+        checkpointer.wait_until_finished()
+        fresh = optlab.init(train.params, ESTIMATOR, GROWING)
+        state = checkpointer.restore(tmp_path / 'host', (fresh, loader.init(7)))
+      loader = optlab.host_loader(lambda rows: (x[rows], y[rows]), N, buckets)
+    train, position = state
+    batch, position = loader.take(optlab.LoaderState(*position), read(train))
+    assert batch.examples[0].shape[0] in buckets
+    sizes.append(int(batch.size))
+    train, _ = step(train, batch)
+    state = (train, position)
+  return state, sizes, step._cache_size(), len(buckets)
+
+
+def test_the_host_loader_compiles_once_a_bucket_and_restarts(tmp_path):
+  state, sizes, compiled, buckets = host_run(9)
+  assert 1 < compiled <= buckets
+  assert sizes[0] == 6
+  assert max(sizes) == N
+  again, _, _, _ = host_run(9, checkpoint=3, tmp_path=tmp_path)
+  equal(again, state)
+
+
+def test_the_host_loader_passes_over_every_example_once_an_epoch():
+  loader = optlab.host_loader(lambda rows: rows, N, (8, 16))
+  state = loader.init(1)
+  epochs = []
+  for _ in range(2):
+    rows = []
+    while not rows or int(state.position):
+      batch, state = loader.take(state, 11)
+      rows.append(batch.examples[: int(batch.size)])
+    epochs.append(np.concatenate(rows))
+    np.testing.assert_array_equal(np.sort(epochs[-1]), np.arange(N))
+  assert not np.array_equal(*epochs)
+  assert state.epoch == 2
+
+
+def test_bad_input_of_the_loader():
+  with pytest.raises(TypeError, match='gather must be a function'):
+    optlab.host_loader(None, N, (8,))
+  with pytest.raises(ValueError, match='num_examples must be at least 1'):
+    optlab.host_loader(lambda rows: rows, 0, (8,))
+  for buckets in ((), (8, 8), (16, 8)):
+    with pytest.raises(ValueError, match='buckets must be increasing'):
+      optlab.host_loader(lambda rows: rows, N, buckets)
+  loader = optlab.host_loader(lambda rows: rows, N, (8, 16))
+  for size in (0, 17):
+    with pytest.raises(ValueError, match='batch_size must be from 1'):
+      loader.take(loader.init(0), size)
+  with pytest.raises(ValueError, match='seed must be at least 0'):
+    loader.init(-1)
+  with pytest.raises(ValueError, match='max_batch_size must be at least 8'):
+    optlab.bucket_sizes(8, 4)
+  assert optlab.bucket_sizes(6, 50, multiple_of=4) == (8, 12, 24, 48, 52)
