@@ -297,12 +297,12 @@ def test_takes_any_lower_optimizer_and_schedules(x64):
     )  # fmt: skip
 
     @jax.jit
-    def run(y, estimate=estimator.estimate, init=estimator.init):
-      def body(state, _):
+    def run(y, estimator=estimator):
+      def body(now, _):
         batch = optlab.BilevelBatch(None, None)
-        return estimate(problem.x, state, batch)[::-1]
+        return estimator.estimate(problem.x, now, batch)[::-1]
 
-      start = init(problem.x, y)
+      start = estimator.init(problem.x, y)
       return jax.lax.scan(body, start, length=150)[0]
 
     state = run(np.zeros(4))
