@@ -80,11 +80,14 @@ def sample(
   # at a time. A loop and not a cond, which under vmap would always be taken.
   def add(carry):
     index, ok, total = carry
-    rows, data, mask = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1),
-      ((_swap((inner, held))), batch[1:], use),
-    )
-    alone, part = evaluate(*_swap(rows), data, mask)
+
+    def one(tree, axis=0):
+      return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis), tree
+      )
+
+    mask = one(use)
+    alone, part = evaluate(one(inner, 1), one(held, 1), one(data), mask)
     fine = mask[0] & finite_rows(alone)[0] & base.all_finite(part)
     total = select(fine, jax.tree.map(jnp.add, total, part), total)
     return index + 1, ok.at[index].set(fine), total
@@ -196,8 +199,9 @@ def write(
   visited: int | jax.Array,
 ) -> Any:
   """The state with the rows in its tables, marked as visited."""
-  visited = jnp.full_like(rows.visited, visited)
-  rows = rows._replace(visited=visited)
+  # What is written depends on what was read, here as elsewhere: else the write
+  # could come first, and the table would have to be copied.
+  rows = rows._replace(visited=jnp.maximum(rows.visited, visited))
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tracking.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())
@@ -210,10 +214,10 @@ def write(
 def add_to_clock(clock: jax.Array, length: jax.Array) -> jax.Array:
   """The clock, of shape ``(2,)``, after a step of ``length``."""
   high, low = clock
-  total = high + length.astype(clock.dtype)
-  part = total - high
-  error = (high - (total - part)) + (length.astype(clock.dtype) - part)
-  return jnp.stack([total, low + error])
+  part = low + length.astype(clock.dtype)
+  total = high + part
+  added = total - high
+  return jnp.stack([total, (high - (total - added)) + (part - added)])
 
 
 def elapsed_steps(clock: jax.Array, touched: jax.Array) -> jax.Array:
@@ -232,10 +236,6 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
   return jax.tree.map(
     lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), on_true, on_false
   )
-
-
-def _swap(tree):
-  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
 
 
 def finite_rows(tree: chex.ArrayTree) -> jax.Array:
