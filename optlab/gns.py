@@ -137,19 +137,17 @@ def gns_newton(
 
   def init(params):
     dtype = base.accumulator_dtype(params)
-    zero = jnp.zeros((), dtype)
-    count = jnp.zeros((), jnp.int32)
-    false = jnp.zeros((), bool)
+    # No two fields share a buffer, so that the state can be donated.
     return GNSNewtonState(
-      gamma=zero if gamma_init is None else jnp.asarray(gamma_init, dtype),
+      gamma=jnp.array(0.0 if gamma_init is None else gamma_init, dtype),
       value=jnp.full((), jnp.inf, dtype),
       grad=optax.tree.zeros_like(params),
-      shift=zero,
-      trials=count,
-      accepted=false,
-      stalled=false,
-      total_trials=count,
-      total_products=count,
+      shift=jnp.zeros((), dtype),
+      trials=jnp.zeros((), jnp.int32),
+      accepted=jnp.zeros((), bool),
+      stalled=jnp.zeros((), bool),
+      total_trials=jnp.zeros((), jnp.int32),
+      total_products=jnp.zeros((), jnp.int32),
     )
 
   def update(

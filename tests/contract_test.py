@@ -48,6 +48,8 @@ class Row(NamedTuple):
     inner: ``dtype -> tuple`` of inner variables for ``estimator.init``.
     shard: Whether each leaf of the batch may be sharded on its first axis, or
       ``batch -> tree of partition specs``.
+    whole: Whether it evaluates ``value_fn``, which takes all parameters, so
+      that a mask or partition must leave it all of them.
   """
 
   name: str
@@ -57,6 +59,7 @@ class Row(NamedTuple):
   batch: Callable[..., Any] = rows
   inner: Callable[[Any], tuple[Any, ...]] = lambda dtype: ()
   shard: bool | Callable[[Any], Any] = True
+  whole: bool = False
 
 
 def plain(tx_factory):
@@ -176,6 +179,25 @@ GROWTH_ROWS = [
 
 ROWS = [
   *GROWTH_ROWS,
+  Row(
+    'gns_newton',
+    plain(lambda gamma: optlab.gns_newton(gamma_init=gamma)),
+    1.0,
+    is_transformation=True,
+    whole=True,
+  ),
+  Row(
+    'with_curvature',
+    lambda gamma: (
+      optlab.with_curvature(
+        optlab.value_and_grad(loss), optlab.dense(optlab.hessian(loss))
+      ),
+      optlab.gns_newton_paper(gamma_init=gamma),
+    ),
+    1.0,
+    is_transformation=True,
+    whole=True,
+  ),
   Row('value_and_grad', plain(optax.sgd), 0.1),
   Row(
     'normalized_momentum',
@@ -403,15 +425,19 @@ def test_resumes_bit_for_bit_from_orbax(row, tmp_path):
 @over_transformations
 def test_composes_with_chain_and_wrappers(row):
   estimator, tx = row.make(row.hyper)
-  mask = {'w': True, 'b': False, 'empty': {}}
-  labels = {'w': 'ours', 'b': 'other', 'empty': {}}
+  mask = {'w': True, 'b': row.whole, 'empty': {}}
+  labels = {'w': 'ours', 'b': 'ours' if row.whole else 'other', 'empty': {}}
+  multi_steps = optax.MultiSteps(tx, 2)
   wrapped = {
     'chain': optax.chain(optax.clip_by_global_norm(1e3), tx),
     'masked': optax.masked(tx, mask),
     'partition': optax.partition(
       {'ours': tx, 'other': optax.set_to_zero()}, labels
     ),
-    'MultiSteps': optax.MultiSteps(tx, 2).gradient_transformation(),
+    # Its gradient_transformation() would drop the extra arguments.
+    'MultiSteps': optax.GradientTransformationExtraArgs(
+      multi_steps.init, multi_steps.update
+    ),
     'apply_if_finite': optax.apply_if_finite(tx, 3),
   }
   for name, wrapper in wrapped.items():
