@@ -109,7 +109,7 @@ def methods(lower_steps: int, terms: int, iterations: int = 10) -> dict:
 
 
 METHODS = tuple(methods(1, 1))
-UPPER_STEPS = ('plain', 'momentum', 'clipped', 'normalized')
+UPPER_STEPS = ('plain', 'momentum', 'clipped', 'normalized', 'adam')
 SCHEDULES = ('constant', 'cosine')
 
 
@@ -117,9 +117,9 @@ def upper_step(name: str, rate: Any, beta: float) -> Any:
   """The optimizer of the upper variable.
 
   Args:
-    name: ``plain`` is SGD; the others average gradients and take the average as
-      it is (``momentum``), cut to norm one (``clipped``), or of norm one
-      (``normalized``).
+    name: ``plain`` is SGD and ``adam`` Adam; the others average gradients and
+      take the average as it is (``momentum``), cut to norm one (``clipped``),
+      or of norm one (``normalized``).
     rate: A number or a schedule.
     beta: Decay of the average.
 
@@ -128,6 +128,8 @@ def upper_step(name: str, rate: Any, beta: float) -> Any:
   """
   if name == 'plain':
     return optax.sgd(rate)
+  if name == 'adam':
+    return optax.adam(rate, beta)
   if name == 'normalized':
     return optlab.normalized_momentum(rate, beta)
   average = [optax.ema(beta, debias=False)]

@@ -63,7 +63,9 @@ class Config(app.Config):
     bilevel.METHODS, 'Estimators.', choices=bilevel.METHODS
   )
   upper_steps: tuple[str, ...] = app.flag(
-    bilevel.UPPER_STEPS, 'Upper steps.', choices=bilevel.UPPER_STEPS
+    ('plain', 'momentum', 'clipped', 'normalized'),
+    'Upper steps.',
+    choices=bilevel.UPPER_STEPS,
   )
   seeds: int = app.flag(5, 'Number of noise seeds.', low=1)
 

@@ -1,0 +1,188 @@
+"""Which training sentences have wrong labels: a weight for each, learned.
+
+python -m experiments.hyper_cleaning --data_dir=... [--dataset=trec]
+
+Upper level: the weights' logits, against clean validation sentences. Lower
+level: a classifier of bags of words, trained on the weighted sentences, of
+which a share has flipped labels. Reported: the AUROC of the weights, and the
+test accuracy of the classifier fitted to convergence with them, beside those
+fitted to all sentences and to the clean ones.
+"""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import exceptions
+from sklearn import linear_model
+from sklearn import metrics
+
+from experiments import app
+from experiments import report
+from experiments import runner
+from experiments import text
+from experiments import tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(tuning.Config):
+  """Flags."""
+
+  dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
+  flipped: tuple[float, ...] = app.flag(
+    (0.1, 0.2, 0.3, 0.4), 'Shares of flipped labels.', low=0.0
+  )
+  l2: float = app.flag(1e-3, 'Weight of |y|^2 / 2.', low=1e-12)
+  batch: int = app.flag(128, 'Sentences of a sample.', low=1)
+  rates: tuple[float, ...] = app.flag(
+    (0.1, 1.0, 10.0, 1e3, 1e5), 'Grid of upper rates.', low=0.0
+  )
+  lower_rate: float = app.flag(2.0, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = app.flag(
+    2.0, 'Rate of the linear system and the Neumann series.', low=0.0
+  )
+  steps: int = app.flag(
+    1500, 'Steps of bo_rep; the others have as many calls.', low=1
+  )
+
+
+def fit(config, features, labels, weights) -> linear_model.LogisticRegression:
+  """The lower level solved to convergence."""
+  model = linear_model.LogisticRegression(
+    C=1.0 / (config.l2 * len(labels)), fit_intercept=False, max_iter=500
+  )
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
+    return model.fit(features, labels, sample_weight=weights)
+
+
+def make_problem(
+  config: Config, sentences: text.Text, share: float
+) -> tuple[tuning.Problem, dict[str, float]]:
+  """The problem at one share of flipped labels, and its baselines."""
+  size = len(sentences.vocabulary)
+  noisy, flipped = text.flip(
+    sentences.train.labels, sentences.classes, share, seed=0
+  )
+  train, valid, test = (
+    text.bags_of_words(getattr(sentences, part).tokens)
+    for part in ('train', 'valid', 'test')
+  )
+  # One half of the clean sentences trains the weights, the other picks rates.
+  half = len(sentences.valid.labels) // 2
+  upper_half = text.Bags(*(part[:half] for part in valid))
+  other_half = text.Bags(*(part[half:] for part in valid))
+  data = {
+    'train': (train, noisy),
+    'upper': (upper_half, sentences.valid.labels[:half]),
+    'valid': (other_half, sentences.valid.labels[half:]),
+    'test': (test, sentences.test.labels),
+  }
+
+  def scores(y, bags):
+    return jnp.einsum('rl,rlc->rc', bags.values, y[bags.columns])
+
+  def cross_entropy(y, bags, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      scores(y, bags), labels
+    )
+
+  def upper(x, y, batch):
+    del x
+    return jnp.mean(cross_entropy(y, *batch))
+
+  def lower(x, y, batch):
+    rows, bags, labels = batch
+    weights = jax.nn.sigmoid(x[rows])
+    losses = jnp.mean(weights * cross_entropy(y, bags, labels))
+    return losses + 0.5 * config.l2 * jnp.sum(y**2)
+
+  def sample(key, data):
+    upper_key, lower_key = jax.random.split(key)
+    draw = lambda key, labels: jax.random.randint(
+      key, (config.batch,), 0, len(labels)
+    )
+    rows = draw(lower_key, data['train'][1])
+    clean = draw(upper_key, data['upper'][1])
+    take = lambda part, rows: jax.tree.map(lambda a: a[rows], data[part])
+    return take('upper', clean), (rows, *take('train', rows))
+
+  def start(key, data):
+    del key
+    zeros = lambda *shape: jnp.zeros(shape, config.precision)
+    return zeros(len(data['train'][1])), zeros(size, sentences.classes)
+
+  def measure(x, y, data):
+    del x
+    correct = jnp.argmax(scores(y, data['test'][0]), 1) == data['test'][1]
+    return {
+      'valid_loss': jnp.mean(cross_entropy(y, *data['valid'])),
+      'test_loss': jnp.mean(cross_entropy(y, *data['test'])),
+      'test_accuracy': jnp.mean(correct.astype(y.dtype)),
+    }
+
+  def accuracy(bags, labels, weights=None):
+    model = fit(config, bags.matrix(size), labels, weights)
+    return float(model.score(test.matrix(size), sentences.test.labels))
+
+  def finish(x, y):
+    del y
+    weights = 1.0 / (1.0 + np.exp(-np.clip(x.astype(np.float64), -50.0, 50.0)))
+    found = 0 < flipped.sum() < len(flipped) and np.all(np.isfinite(weights))
+    return {
+      'auroc': float(metrics.roc_auc_score(~flipped, weights))
+      if found
+      else float('nan'),
+      'refitted_accuracy': accuracy(train, noisy, weights + 1e-12),
+    }
+
+  kept = text.Bags(*(part[~flipped] for part in train))
+  baselines = {
+    'all': accuracy(train, noisy),
+    'clean': accuracy(kept, noisy[~flipped]),
+    'clean_validation_only': accuracy(*data['upper']),
+  }
+  problem = tuning.Problem(
+    upper,
+    lower,
+    data,
+    sample,
+    start,
+    measure,
+    ('test_loss', 'test_accuracy', 'auroc', 'refitted_accuracy'),
+    finish=finish,
+  )
+  return problem, baselines
+
+
+def main(config: Config) -> None:
+  """Runs the comparison at every share of flipped labels."""
+  sentences = text.load(config.dataset, config.data_dir)
+  for share in config.flipped:
+    if share >= 1.0:
+      raise app.UserError(f'--flipped={share}: must be below 1')
+  with runner.Session('hyper_cleaning', config, show='valid_loss') as session:
+    for share in config.flipped:
+      problem, baselines = make_problem(config, sentences, share)
+      session.write('baseline', flipped=share, **baselines)
+      rows = tuning.compare(session, config, problem, f'{share:.0%} flipped')
+      title = f'{config.dataset}, {share:.0%} of the labels flipped'
+      tuning.show(title, problem, rows)
+      report.show(
+        'Test accuracy of the same classifier without cleaning',
+        ('trained on', 'accuracy'),
+        [
+          ('all sentences', baselines['all']),
+          ('the clean ones', baselines['clean']),
+          ('the clean validation', baselines['clean_validation_only']),
+        ],
+      )
+    tuning.draw(session, config, problem.reported[0], 'hyper_cleaning')
+    print(session.folder)
+
+
+if __name__ == '__main__':
+  app.run(main, Config)

@@ -1,0 +1,233 @@
+"""A recurrent encoder that makes few-shot tasks easy for a linear head.
+
+python -m experiments.hyper_representation --data_dir=... [--dataset=trec]
+
+Each pair of classes is a task. Lower level: one linear head a task, on support
+sentences; upper level: the encoder (an embedding and a GRU or LSTM, from
+scratch or from word vectors), on query sentences. Reported: loss and accuracy
+of the heads on test sentences, and, where the data set has more than two
+classes, few-shot accuracy on tasks with a class that training never saw.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import app
+from experiments import runner
+from experiments import text
+from experiments import tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(tuning.Config):
+  """Flags."""
+
+  dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
+  cell: str = app.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
+  width: int = app.flag(24, 'Width of embedding and state.', low=1)
+  max_length: int = app.flag(12, 'Words of a sentence.', low=1)
+  vectors: str = app.flag(
+    '', 'File of word vectors of that width, "word number ..." a line.'
+  )
+  batch: int = app.flag(8, 'Sentences of a class in a sample.', low=1)
+  shots: int = app.flag(10, 'Sentences of a class in a few-shot task.', low=1)
+  l2: float = app.flag(0.1, 'Weight of |y|^2 / 2.', low=1e-12)
+  steps: int = app.flag(
+    500, 'Steps of bo_rep; the others have as many calls.', low=1
+  )
+  lower_rate: float = app.flag(0.5, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = app.flag(
+    0.5, 'Rate of the linear system and the Neumann series.', low=0.0
+  )
+  rates: tuple[float, ...] = app.flag(
+    (0.1, 0.3, 1.0, 3.0, 10.0), 'Grid of upper rates.', low=0.0
+  )
+
+
+def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
+  """Word vectors for a vocabulary; words that the file lacks are random.
+
+  Args:
+    path: A text file, a word and its numbers on each line.
+    vocabulary: The words by number.
+    width: Numbers of a word.
+
+  Returns:
+    float32 [words, width].
+
+  Raises:
+    UserError: The file can't be read, or a line has another width.
+  """
+  table = np.random.RandomState(0).normal(size=(len(vocabulary), width))
+  table = (table / np.sqrt(width)).astype(np.float32)
+  place = {word: i for i, word in enumerate(vocabulary)}
+  try:
+    lines = pathlib.Path(path).read_text(errors='replace').split('\n')
+  except OSError as error:
+    raise app.UserError(f'--vectors={path}: {error.strerror}') from error
+  for number, line in enumerate(lines, 1):
+    word, *numbers = line.split()[:1] + line.split()[1:] or ['']
+    if word not in place:
+      continue
+    try:
+      table[place[word]] = np.array(numbers, np.float32)
+    except ValueError as error:
+      raise app.UserError(
+        f'--vectors={path}: line {number} has {len(numbers)} numbers, not'
+        f' {width} (--width)'
+      ) from error
+  return table
+
+
+def class_table(labels: np.ndarray, classes: list[int]) -> np.ndarray:
+  """Row numbers by class, each list repeated to one length.
+
+  Args:
+    labels: int [rows].
+    classes: The classes wanted.
+
+  Returns:
+    int32 [classes, longest].
+  """
+  rows = [np.flatnonzero(labels == c) for c in classes]
+  longest = max(len(r) for r in rows)
+  return np.stack([np.resize(r, longest) for r in rows]).astype(np.int32)
+
+
+def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
+  """Pairs of classes as tasks; the last frequent class is held out."""
+  counts = np.bincount(sentences.train.labels, minlength=sentences.classes)
+  frequent = [c for c in range(sentences.classes) if counts[c] >= 200]
+  held_out = frequent[-1] if len(frequent) > 2 else None
+  seen = [c for c in frequent if c != held_out]
+  pairs = np.array(list(itertools.combinations(range(len(seen)), 2)))
+  vectors = None
+  if config.vectors:
+    vectors = read_vectors(config.vectors, sentences.vocabulary, config.width)
+  init, encode = text.functional(
+    lambda rngs: text.Encoder(
+      len(sentences.vocabulary),
+      config.width,
+      rngs,
+      cell=config.cell,
+      vectors=vectors,
+    )
+  )
+  # Support and query sentences are different halves of each class.
+  train = class_table(sentences.train.labels, seen)
+  half = train.shape[1] // 2
+  data = {
+    'tokens': sentences.train.tokens,
+    'support': train[:, :half],
+    'query': train[:, half : 2 * half],
+    'valid': (
+      sentences.valid.tokens,
+      class_table(sentences.valid.labels, seen),
+    ),
+    'test': (sentences.test.tokens, class_table(sentences.test.labels, seen)),
+  }
+
+  def head_losses(y, features):
+    """Of each task's head on ``[classes, sentences, width]``; margins too."""
+    signs = jnp.array([-1.0, 1.0], features.dtype)[:, None]
+    task = lambda w, b, pair: signs * (features[pair] @ w + b)
+    margins = jax.vmap(task)(y['w'], y['b'], jnp.asarray(pairs))
+    return jnp.mean(jax.nn.softplus(-margins)), margins
+
+  def features_of(x, tokens):
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return encode(x, flat).reshape(*tokens.shape[:-1], -1)
+
+  def upper(x, y, tokens):
+    return head_losses(y, features_of(x, tokens))[0]
+
+  def lower(x, y, tokens):
+    squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
+    loss = head_losses(y, features_of(x, tokens))[0]
+    return loss + 0.5 * config.l2 * squares / len(pairs)
+
+  def sample(key, data):
+    def draw(key, table):
+      shape = (len(seen), config.batch)
+      chosen = jax.random.randint(key, shape, 0, table.shape[1])
+      return data['tokens'][jnp.take_along_axis(table, chosen, axis=1)]
+
+    keys = jax.random.split(key)
+    return draw(keys[0], data['query']), draw(keys[1], data['support'])
+
+  def start(key, data):
+    del data
+    x = jax.tree.map(lambda leaf: leaf.astype(config.precision), init(key))
+    zeros = lambda *shape: jnp.zeros(shape, config.precision)
+    return x, {'w': zeros(len(pairs), config.width), 'b': zeros(len(pairs))}
+
+  def measure(x, y, data):
+    values = {}
+    for part in ('valid', 'test'):
+      tokens, table = data[part]
+      loss, margins = head_losses(y, encode(x, tokens)[table])
+      values[f'{part}_loss'] = loss
+      values[f'{part}_accuracy'] = jnp.mean((margins > 0).astype(loss.dtype))
+    return values
+
+  encode_jit = jax.jit(encode)
+
+  def finish(x, y):
+    """Ridge heads on a few sentences of the held-out class and another."""
+    del y
+    if held_out is None:
+      return {}
+    support = np.asarray(encode_jit(x, sentences.train.tokens))
+    query = np.asarray(encode_jit(x, sentences.test.tokens))
+    random, scores = np.random.RandomState(0), []
+    for other in seen * 10:
+      pair = (other, held_out)
+      rows = [
+        random.choice(
+          np.flatnonzero(sentences.train.labels == c), config.shots, False
+        )
+        for c in pair
+      ]
+      a = support[np.concatenate(rows)]
+      b = np.repeat([-1.0, 1.0], config.shots)
+      gram = a.T @ a + config.l2 * len(a) * np.eye(a.shape[1])
+      head = (
+        np.linalg.solve(gram, a.T @ b) if np.all(np.isfinite(a)) else 0 * a[0]
+      )
+      labels = sentences.test.labels
+      accuracies = [
+        np.mean(sign * (query[labels == c] @ head) > 0)
+        for c, sign in zip(pair, (-1, 1), strict=True)
+      ]
+      scores.append(np.mean(accuracies))
+    return {'few_shot_accuracy': float(np.mean(scores))}
+
+  reported = ('test_loss', 'test_accuracy')
+  if held_out is not None:
+    reported += ('few_shot_accuracy',)
+  return tuning.Problem(
+    upper, lower, data, sample, start, measure, reported, finish=finish
+  )
+
+
+def main(config: Config) -> None:
+  """Runs the comparison."""
+  sentences = text.load(
+    config.dataset, config.data_dir, max_length=config.max_length
+  )
+  problem = make_problem(config, sentences)
+  program = 'hyper_representation'
+  with runner.Session(program, config, show='valid_loss') as session:
+    rows = tuning.compare(session, config, problem)
+    tuning.show(f'{config.dataset}, {config.cell} encoder', problem, rows)
+    tuning.draw(session, config, problem.reported[0], program)
+    print(session.folder)
+
+
+if __name__ == '__main__':
+  app.run(main, Config)
