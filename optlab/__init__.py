@@ -95,6 +95,8 @@ from optlab.rsvrb import rsvrb
 from optlab.saba import IndexedBatch
 from optlab.saba import SabaState
 from optlab.saba import saba
+from optlab.sparse import SparseMatrix
+from optlab.sparse import sparse_matrix
 from optlab.tracking import ema
 from optlab.tracking import msvr
 from optlab.tracking import msvr_gamma

@@ -8,6 +8,8 @@ their ``matrix`` and `LowRank` operators their ``factor``, which the solvers of
 """
 
 from collections.abc import Callable
+import functools
+from typing import Any
 
 import chex
 import jax
@@ -203,6 +205,7 @@ def linear_gauss_newton(
   inputs: Callable[..., jax.Array],
   loss: Callable[..., jax.Array],
   l2: float | jax.Array = 0.0,
+  sparse_dtype: Any = None,
 ) -> operators.OperatorFactory:
   r"""The dense Hessian of a loss of linear predictions, row by row separable.
 
@@ -217,10 +220,13 @@ def linear_gauss_newton(
   same iterations; subsampled inputs (and targets) are as good.
 
   Args:
-    inputs: ``(*args) -> A``, shape ``(m, d)``.
+    inputs: ``(*args) -> A``, shape ``(m, d)``, an array or a `SparseMatrix`
+      made with ``gram=True``.
     loss: ``(outputs, *args) -> scalar``, where ``outputs = A @ params``; a sum
       or mean over rows of terms that depend on one row each (not checked).
     l2: The coefficient of a ridge term ``l2 / 2 * |params| ** 2``.
+    sparse_dtype: The dtype of the work where the inputs are sparse; ``None`` is
+      that of the parameters.
 
   Returns:
     An operator factory for ``params`` that are one array of shape ``(d,)`` or
@@ -250,11 +256,20 @@ def linear_gauss_newton(
         f' {[jnp.shape(leaf) for leaf in jax.tree.leaves(params)]}; for other'
         ' models use dense(gauss_newton(model, loss)).'
       )
-    features = inputs(*args)
-    outputs = features @ params.astype(features.dtype)
+    features: Any = inputs(*args)
+    sparse = hasattr(features, 'gram')
+    if sparse and params.ndim != 1:
+      raise ValueError(
+        'linear_gauss_newton takes a SparseMatrix for params of shape (d,)'
+        f' only, got shape {params.shape}.'
+      )
+    narrow = sparse_dtype if sparse else features.dtype
+    outputs = features @ params.astype(narrow or params.dtype)
     product = jax.linearize(jax.grad(lambda u: loss(u, *args)), outputs)[1]
     if params.ndim == 1:
-      matrix = _weighted_gram(features, product(jnp.ones_like(outputs)))
+      weights = product(jnp.ones_like(outputs)).astype(outputs.dtype)
+      gram = features.gram if sparse else functools.partial(_gram, features)
+      matrix = gram(weights)
     else:
       classes = params.shape[1]
       # weights[a][:, b] is the entry (a, b) of the Hessian blocks W_i.
@@ -278,7 +293,7 @@ def linear_gauss_newton(
   return curvature
 
 
-def _weighted_gram(features, weights):
+def _gram(features, weights):
   """``A^T diag(w) A``; symmetric to the last bit where ``w >= 0``."""
   root = features * jnp.sqrt(jnp.abs(weights))[:, None]
   return (root * jnp.sign(weights)[:, None]).T @ root

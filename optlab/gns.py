@@ -204,11 +204,11 @@ def gns_newton(
     def search(carry):
       shift = shift_of(carry.gamma)
       if isinstance(prepared, linear.Prepared):
-        step, ok, trial_products = prepared.solve(shift)
+        solution, ok, trial_products = prepared.solve(shift)
       else:
-        (step, ok), trial_products = prepared(shift), 0
+        (solution, ok), trial_products = prepared(shift), 0
       step = jax.tree.map(
-        lambda u, p: (-u).astype(p.dtype), space.primal(step), params
+        lambda u, p: (-u).astype(p.dtype), space.primal(solution), params
       )
       point = optax.apply_updates(params, step)
       new_value, new_grad = value_and_grad(point)
