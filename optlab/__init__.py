@@ -87,8 +87,8 @@ from optlab.normalized_momentum import scale_by_normalized_momentum
 from optlab.operators import Dense
 from optlab.operators import LowRank
 from optlab.operators import dense
-from optlab.per_example import Indexed
-from optlab.per_example import Padded
+from optlab.per_example import PaddedBatch
+from optlab.per_example import ResidentBatch
 from optlab.per_example import per_example
 from optlab.rsvrb import PairedBlockBatch
 from optlab.rsvrb import rsvrb

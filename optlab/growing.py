@@ -15,7 +15,7 @@ import optax
 from optlab import base
 from optlab import training
 from optlab.moments import batch_length
-from optlab.per_example import Indexed
+from optlab.per_example import ResidentBatch
 from optlab.per_example import vary
 
 
@@ -89,7 +89,9 @@ def growing_init(
       # Nothing runs: the estimator sees a size that it can refuse.
       jax.eval_shape(
         lambda data, order: estimator.estimate(
-          params, state.estimator_state, Indexed(data, order, start, first)
+          params,
+          state.estimator_state,
+          ResidentBatch(data, order, start, first),
         ),
         data,
         jax.ShapeDtypeStruct((local,), jnp.int32),
@@ -179,7 +181,7 @@ def growing_step(
       shard = jax.lax.axis_index(axis_name)
       size = size // jax.lax.axis_size(axis_name)
     size = jnp.minimum(jnp.asarray(size, jnp.int32), length - epochs.position)
-    batch = Indexed(data, epochs.order, epochs.position, size)
+    batch = ResidentBatch(data, epochs.order, epochs.position, size)
     train, value = train_step(train, batch)
 
     def at_end(epochs):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optlab import base
-from optlab.per_example import Padded
+from optlab.per_example import PaddedBatch
 
 
 class LoaderState(NamedTuple):
@@ -27,11 +27,11 @@ class HostLoader(NamedTuple):
 
   Attributes:
     init: ``seed -> LoaderState``.
-    take: ``(LoaderState, batch_size) -> (Padded, LoaderState)``.
+    take: ``(LoaderState, batch_size) -> (PaddedBatch, LoaderState)``.
   """
 
   init: Callable[[int], LoaderState]
-  take: Callable[[LoaderState, int], tuple[Padded, LoaderState]]
+  take: Callable[[LoaderState, int], tuple[PaddedBatch, LoaderState]]
 
 
 def bucket_sizes(
@@ -146,6 +146,6 @@ def host_loader(
     state = LoaderState(
       *(np.asarray(n, np.int64) for n in (seed, epoch, position))
     )
-    return Padded(gather(padded), np.asarray(size, np.int32)), state
+    return PaddedBatch(gather(padded), np.asarray(size, np.int32)), state
 
   return HostLoader(init, take)

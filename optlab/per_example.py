@@ -12,7 +12,7 @@ from optlab import moments as moments_lib
 from optlab.estimators import stateless
 
 
-class Padded(NamedTuple):
+class PaddedBatch(NamedTuple):
   """A batch of which only the first ``size`` examples count.
 
   Attributes:
@@ -24,7 +24,7 @@ class Padded(NamedTuple):
   size: jax.Array | np.ndarray
 
 
-class Indexed(NamedTuple):
+class ResidentBatch(NamedTuple):
   """A batch that lies in a data set on the device, as a window of an order.
 
   It holds the examples ``data[order[start : start + size]]``; nothing is
@@ -45,14 +45,14 @@ class Indexed(NamedTuple):
 
 def _groups(batch, microbatch_size, wide):
   """``(number of groups, size, k -> (examples, mask) of group k)``."""
-  if isinstance(batch, Indexed):
+  if isinstance(batch, ResidentBatch):
     length, start, size = len(batch.order), batch.start, batch.size
     if microbatch_size is None:
       raise ValueError(
-        'per_example needs a microbatch_size to read an Indexed batch: the size'
+        'per_example needs a microbatch_size to read a ResidentBatch: the size'
         ' of one step of the loop that passes over it.'
       )
-  elif isinstance(batch, Padded):
+  elif isinstance(batch, PaddedBatch):
     length, start = moments_lib.batch_length(batch.examples), 0
     size = batch.size
   else:
@@ -66,11 +66,11 @@ def _groups(batch, microbatch_size, wide):
     begin = jnp.minimum(first, length - width)
     position = begin + jnp.arange(width)
     mask = (position >= first) & (position < start + size)
-    if isinstance(batch, Indexed):
+    if isinstance(batch, ResidentBatch):
       chosen = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
       examples = jax.tree.map(lambda leaf: leaf[chosen], batch.data)
     else:
-      examples = batch.examples if isinstance(batch, Padded) else batch
+      examples = batch.examples if isinstance(batch, PaddedBatch) else batch
       if width < length:
         examples = jax.tree.map(
           lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
@@ -141,7 +141,7 @@ def per_example(
 
   Returns:
     A `GradientEstimator` without memory. Its batch is a pytree of arrays,
-    `Padded`, or `Indexed`.
+    `PaddedBatch`, or `ResidentBatch`.
 
   Raises:
     TypeError: ``losses`` or a route is not a function, or ``microbatch_size``

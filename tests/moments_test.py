@@ -278,7 +278,7 @@ def test_padding_does_not_count(x64, route):
     mlp, moments_route, inner_products=inner_products, microbatch_size=3
   )
   estimate, _ = jax.jit(estimator.estimate)(
-    MLP, (), optlab.Padded(jax.tree.map(pad, batch), np.int32(N))
+    MLP, (), optlab.PaddedBatch(jax.tree.map(pad, batch), np.int32(N))
   )
   compare(estimate, explicit(mlp, MLP, batch), names, 1e-12)
 
@@ -296,7 +296,7 @@ def test_a_window_of_resident_data(x64):
   )
   estimate = jax.jit(estimator.estimate)
   for start in (0, 2, 5):
-    window = optlab.Indexed((x, y), order, jnp.int32(start), jnp.int32(N))
+    window = optlab.ResidentBatch((x, y), order, jnp.int32(start), jnp.int32(N))
     result, _ = estimate(MLP, (), window)
     rows = order[start : start + N]
     expected = explicit(mlp, MLP, (x[rows], y[rows]))
@@ -462,8 +462,10 @@ def test_bad_input_is_named():
   few = make(mlp, optlab.microbatch_means, microbatch_size=4)
   with pytest.raises(ValueError, match='at least two microbatches.*got 7'):
     few.estimate(MLP, (), data())
-  resident = optlab.Indexed(data(), jnp.arange(N), 0, N)
-  with pytest.raises(ValueError, match='microbatch_size to read an Indexed'):
+  resident = optlab.ResidentBatch(data(), jnp.arange(N), 0, N)
+  with pytest.raises(
+    ValueError, match='microbatch_size to read a ResidentBatch'
+  ):
     make(mlp).estimate(MLP, (), resident)
   x, y = data()
   with pytest.raises(ValueError, match='examples on its leading axis'):

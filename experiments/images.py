@@ -1,0 +1,268 @@
+"""Models and batch rules of the image classification experiment."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import model_selection
+
+from experiments import app
+from experiments import data as data_lib
+import optlab
+
+
+class Images(NamedTuple):
+  """A data set of images, split.
+
+  Attributes:
+    train: Images [rows, side, side, 1] and int32 labels [rows].
+    test: The same.
+    classes: Number of classes.
+  """
+
+  train: tuple[np.ndarray, np.ndarray]
+  test: tuple[np.ndarray, np.ndarray]
+  classes: int
+
+
+def load(name: str, data_dir: str, test_size: int, dtype: Any) -> Images:
+  """Loads and splits a data set of square images.
+
+  Args:
+    name: See `data.load`.
+    data_dir: Folder with data files.
+    test_size: Images held out, by a fixed stratified split.
+    dtype: Floating point type of the pixels.
+
+  Returns:
+    The `Images`.
+
+  Raises:
+    UserError: The rows are no square images, or too few.
+  """
+  dataset = data_lib.load(name, data_dir)
+  rows = data_lib.dense(dataset)
+  side = round(rows.shape[1] ** 0.5)
+  if side * side != rows.shape[1]:
+    raise app.UserError(
+      f'--dataset={name}: rows of {rows.shape[1]} columns are no square images'
+    )
+  if not 0 < test_size < len(rows):
+    raise app.UserError(
+      f'--test_size={test_size}: the data set has {len(rows)} images'
+    )
+  images = rows.reshape(-1, side, side, 1).astype(dtype)
+  labels = dataset.labels.astype(np.int32)
+  parts = model_selection.train_test_split(
+    images, labels, test_size=test_size, random_state=0, stratify=labels
+  )
+  train, test = (parts[0], parts[2]), (parts[1], parts[3])
+  return Images(train, test, len(dataset.classes))
+
+
+class Logistic(nnx.Module):
+  """Multinomial logistic regression on the pixels."""
+
+  def __init__(self, side: int, classes: int, **kwargs: Any):
+    self.dense = nnx.Linear(side * side, classes, **kwargs)
+
+  def __call__(self, x):
+    return self.dense(x.reshape(len(x), -1))
+
+
+class Perceptron(nnx.Module):
+  """One hidden layer of 64."""
+
+  def __init__(self, side: int, classes: int, **kwargs: Any):
+    self.hidden = nnx.Linear(side * side, 64, **kwargs)
+    self.dense = nnx.Linear(64, classes, **kwargs)
+
+  def __call__(self, x):
+    return self.dense(nnx.relu(self.hidden(x.reshape(len(x), -1))))
+
+
+class PatchConv(nnx.Module):
+  """A 3 x 3 convolution as a matrix product on patches.
+
+  XLA on CPUs runs `lax.conv` inside a loop many times slower than outside.
+  """
+
+  def __init__(self, features_in: int, features_out: int, **kwargs: Any):
+    self.dense = nnx.Linear(9 * features_in, features_out, **kwargs)
+
+  def __call__(self, x):
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    shifts = [
+      x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+    ]
+    return self.dense(jnp.concatenate(shifts, -1))
+
+
+class Convolutional(nnx.Module):
+  """Two convolutions with pooling, and a dense layer."""
+
+  def __init__(self, side: int, classes: int, **kwargs: Any):
+    self.first = PatchConv(1, 8, **kwargs)
+    self.second = PatchConv(8, 16, **kwargs)
+    shrunk = ((side - 2) // 2 - 2) if side > 12 else (side - 4)
+    self.shrink = side > 12
+    self.dense = nnx.Linear((shrunk // 2) ** 2 * 16, classes, **kwargs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.first(x))
+    if self.shrink:
+      x = _pool(x)
+    x = _pool(nnx.relu(self.second(x)))
+    return self.dense(x.reshape(len(x), -1))
+
+
+def _pool(x):
+  """Means of 2 x 2 squares."""
+  height, width = x.shape[1] // 2, x.shape[2] // 2
+  x = x[:, : 2 * height, : 2 * width]
+  return x.reshape(len(x), height, 2, width, 2, -1).mean((2, 4))
+
+
+MODELS = {'logistic': Logistic, 'mlp': Perceptron, 'cnn': Convolutional}
+
+
+class Model(NamedTuple):
+  """A flax model as pure functions of plain dictionaries.
+
+  Attributes:
+    start: ``seed -> params``.
+    losses: ``(params, (images, labels)) -> (n,)`` cross entropies.
+    logits: ``(params, images) -> [n, classes]``.
+  """
+
+  start: Callable[[int], Any]
+  losses: Callable[[Any, Any], jax.Array]
+  logits: Callable[[Any, jax.Array], jax.Array]
+
+
+def model(name: str, side: int, classes: int, dtype: Any) -> Model:
+  """Makes a model by name.
+
+  Args:
+    name: A key of `MODELS`.
+    side: Pixels of a side.
+    classes: Number of classes.
+    dtype: Floating point type of the parameters.
+
+  Returns:
+    A `Model`.
+  """
+
+  def make(seed):
+    rngs = nnx.Rngs(seed)
+    return MODELS[name](side, classes, rngs=rngs, param_dtype=dtype)
+
+  graph, like, rest = nnx.split(make(0), nnx.Param, ...)
+
+  def logits(params, images):
+    state = jax.tree.unflatten(
+      jax.tree.structure(like), jax.tree.leaves(params)
+    )
+    return nnx.merge(graph, state, rest)(images)
+
+  def losses(params, examples):
+    images, labels = examples
+    return optax.softmax_cross_entropy_with_integer_labels(
+      logits(params, images), labels
+    )
+
+  def start(seed):
+    return nnx.to_pure_dict(nnx.split(make(seed), nnx.Param, ...)[1])
+
+  return Model(start, losses, logits)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+  'adagrad': optax.adagrad,
+  'adagrad_norm': optlab.adagrad_norm,
+  'diffgrad': optlab.diffgrad,
+  'adam': optax.adam,
+  'amsgrad': optax.amsgrad,
+  'adabelief': optax.adabelief,
+  'sgd': lambda rate: optax.sgd(rate, momentum=0.9),
+}
+
+
+class Batches(NamedTuple):
+  """How large batches are.
+
+  Attributes:
+    name: As the flag gives it.
+    test: Of `grow_batch`; for a constant batch it only watches.
+    size: The first size.
+    limit: The last size.
+    moments: Route to the moments.
+    inner_products: Route to the inner products.
+    grows: Whether the batch may grow.
+  """
+
+  name: str
+  test: optlab.batch_tests.Test
+  size: int
+  limit: int
+  moments: Any
+  inner_products: Any
+  grows: bool
+
+
+def batches(name: str, first_size: int, length: int) -> Batches:
+  """Reads one entry of the flag ``--batches``.
+
+  Args:
+    name: A constant size, ``full``, or ``TEST:constant`` with TEST one of
+      norm, inner, augmented, coordinate, means (norm test on microbatch means).
+    first_size: Where a growing batch starts.
+    length: Examples in the data set.
+
+  Returns:
+    The `Batches`.
+
+  Raises:
+    UserError: It is none of these.
+  """
+  kind, _, text = name.partition(':')
+  try:
+    if not text:
+      size = length if name == 'full' else int(name)
+      if not 2 <= size <= length:
+        raise app.UserError(
+          f'--batches={name}: a size must be from 2 to the {length} images'
+        )
+      return Batches(
+        name, optlab.norm_test(1.0), size, size, optlab.plain_grads, None, False
+      )
+    value = float(text)
+    routes = {
+      'norm': (optlab.norm_test, optlab.ghost_norms, None),
+      'means': (optlab.norm_test, optlab.microbatch_means, None),
+      'coordinate': (optlab.coordinate_norm_test, optlab.vmap_grads, None),
+      'inner': (
+        optlab.inner_product_test,
+        optlab.plain_grads,
+        optlab.jvp_inner_products,
+      ),
+      'augmented': (
+        lambda theta: optlab.augmented_inner_product_test(theta, theta),
+        optlab.ghost_norms,
+        optlab.jvp_inner_products,
+      ),
+    }
+    test, moments, inner_products = routes[kind]
+    return Batches(
+      name, test(value), first_size, length, moments, inner_products, True
+    )
+  except KeyError as error:
+    raise app.UserError(
+      f'--batches={name}: no test {kind}; there are {", ".join(routes)}'
+    ) from error
+  except ValueError as error:
+    raise app.UserError(f'--batches={name}: {error}') from error
