@@ -10,6 +10,21 @@ from optlab import base
 from optlab import bilevel
 
 
+def _safe_norm(tree: base.Params) -> jax.Array:
+  """The norm, without overflow or underflow of the squares."""
+  plain = bilevel.norm(tree)
+  info = jnp.finfo(plain.dtype)
+  safe = (plain > info.tiny**0.25) & (plain < info.max**0.5)
+
+  def scaled():
+    top = bilevel.largest(tree)
+    divisor = jnp.where(top > 0, top, 1)
+    small = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), tree)
+    return top * bilevel.norm(small)
+
+  return jax.lax.cond(safe, lambda: plain, scaled)
+
+
 class ScaleByNormalizedMomentumState(NamedTuple):
   """State of `scale_by_normalized_momentum`."""
 
@@ -42,9 +57,9 @@ def scale_by_normalized_momentum(
     [0.6 0.8]
 
   Notes:
-    Cost: two passes over the gradient; memory of one gradient. The norm is
-    taken after division by the largest entry, so that it does not overflow
-    before the gradient does. It is the norm of all parameters that it sees:
+    Cost: three passes over the gradient; memory of one gradient. Where the
+    squares would overflow, the norm is taken after division by the largest
+    entry. It is the norm of all parameters that it sees:
     under `optax.partition` each group gets a norm of its own.
   """
   base.check_real('beta', beta, low=0.0, high=1.0, high_open=True)
@@ -54,7 +69,8 @@ def scale_by_normalized_momentum(
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    informative = bilevel.is_finite(updates) & (bilevel.largest(updates) > 0)
+    top = bilevel.largest(updates)  # NaN where a number is NaN.
+    informative = jnp.isfinite(top) & (top > 0)
     mu = jax.tree.map(
       lambda m, g: jnp.where(
         informative, (beta * m + (1 - beta) * g).astype(m.dtype), m
@@ -62,16 +78,12 @@ def scale_by_normalized_momentum(
       state.mu,
       updates,
     )
-    top = bilevel.largest(mu)
-    safe_top = jnp.where(top > 0, top, 1)
-    scaled = jax.tree.map(lambda m: m / safe_top.astype(m.dtype), mu)
-    length = bilevel.norm(scaled)
-    inverse = jnp.where(
-      informative & (length > 0), 1 / jnp.where(length > 0, length, 1), 0
-    )
+    length = _safe_norm(mu)
     updates = jax.tree.map(
-      lambda m, g: (m * inverse.astype(m.dtype)).astype(g.dtype),
-      scaled,
+      lambda m, g: jnp.where(
+        informative & (length > 0), m / length.astype(m.dtype), 0
+      ).astype(g.dtype),
+      mu,
       updates,
     )
     return updates, ScaleByNormalizedMomentumState(mu)

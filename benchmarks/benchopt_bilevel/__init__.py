@@ -1,0 +1,1 @@
+"""Solvers for https://github.com/benchopt/benchmark_bilevel."""
