@@ -677,14 +677,12 @@ for name, dual in duals.items():
       alone, _ = single(alone, one)
       sharded, _ = compiled(sharded, spread(one, where))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded)):
-      if where is everywhere:
-        np.testing.assert_array_equal(a, b)
-      else:
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+      np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
     table = sharded.estimator_state.inner
     assert table.addressable_shards[0].data.shape == (m // 4, 6)
-    assert where is over_rows or len(
-        re.findall(r'= .* all-reduce\\(', compiled.as_text())) == 1, name
+    # The rows of all tables come in one all-reduce for each dtype.
+    reduces = re.findall(r'= .* all-reduce\\(', compiled.as_text())
+    assert where is over_rows or len(reduces) == 2, (name, reduces)
 print('same numbers')
 """
 
