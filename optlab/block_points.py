@@ -17,7 +17,7 @@ from optlab import base
 from optlab import block_dual
 from optlab import tracking
 
-BlockObjective = Callable[[base.Params, chex.ArrayTree, Any], jax.Array]
+BlockObjective = Callable[[Any, Any, Any], jax.Array]
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,296 @@
+"""Iterations to a target against sampled blocks and data: a parallel speedup.
+
+python -m experiments.parallel_speedup [--blocks=10,100] [--rows=1,8] ...
+
+BSVRB on a multi-block quadratic with gradient noise. Every cell of sampled
+blocks (I) and rows per block (B) has its own rates, the best of one grid for
+all. A cell has reached the target where the median over seeds of F - F*, and
+of that the median over the next ten looks, is no more than it. The picture
+shows iterations and seconds against I, with the slopes of the theory.
+"""
+
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from experiments import app
+from experiments import multi_block_quadratic as quadratic
+from experiments import plot
+from experiments import record
+from experiments import report
+from experiments import runner
+import optlab
+
+LOOK = 10  # Steps from one look to the next.
+WINDOW = 10  # Looks over which the gap must stay below the target.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(app.Config):
+  """Flags."""
+
+  num_blocks: int = app.flag(100, 'Blocks of the problem, m.', low=1)
+  blocks: tuple[int, ...] = app.flag(
+    (5, 10, 25, 50, 100), 'Blocks sampled in a step, I.', low=1
+  )
+  rows: tuple[int, ...] = app.flag((1, 8), 'Rows per sampled block, B.', low=1)
+  upper_rates: tuple[float, ...] = app.flag(
+    (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64), 'Rates of x.', low=0.0
+  )
+  lower_rates: tuple[float, ...] = app.flag(
+    (0.01, 0.03, 0.1, 0.3), 'Steps of a block between two visits.', low=0.0
+  )
+  noise: float = app.flag(3.0, 'Standard deviation of a row.', low=0.0)
+  target: float = app.flag(3e-3, 'F - F* to reach.', low=0.0)
+  steps: int = app.flag(4000, 'The most steps of a cell.', low=LOOK)
+  alpha: float = app.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
+  beta: float = app.flag(0.1, 'Rate of the hypergradient.', low=0.0)
+  dual: str = app.flag('v2', 'Variant of BSVRB.', choices=('v1', 'v2'))
+  seeds: int = app.flag(5, 'Number of seeds.', low=1)
+
+
+class Cell(NamedTuple):
+  """One size of a step."""
+
+  blocks: int
+  rows: int
+
+  @property
+  def name(self) -> str:
+    return f'I={self.blocks} B={self.rows}'
+
+
+class Run(NamedTuple):
+  """State of one lane."""
+
+  train: optlab.TrainState
+  key: jax.Array
+
+
+def problem(config: Config):
+  """The blocks, and F* by Newton's method."""
+  data = quadratic.make(config.num_blocks)
+  best = jax.jit(quadratic.objective)(jax.jit(quadratic.minimizer)(data), data)
+  return data, best
+
+
+def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
+  """The first state and the step of one lane, with its rates."""
+  duals = {'v1': optlab.track_hessians, 'v2': optlab.track_products}
+  estimator = optlab.bsvrb(
+    quadratic.upper, quadratic.lower, config.num_blocks,
+    step_size=lower, alpha=config.alpha, beta=config.beta,
+    dual=duals[config.dual](),
+  )  # fmt: skip
+  tx = optax.sgd(upper)
+  train_step = optlab.train_step(estimator, tx)
+  shape = cell.blocks, data.c.shape[-1]
+
+  def start(seed):
+    x = jnp.full(data.b.shape[-1], 3.0)
+    train = optlab.init(x, estimator, tx, jnp.zeros_like(data.c))
+    return Run(train, jax.random.key(seed))
+
+  def step(run):
+    keys = jax.random.split(jax.random.fold_in(run.key, run.train.step))
+    blocks = optlab.sample_blocks(keys[0], config.num_blocks, cell.blocks)
+    # The objectives are linear in the noise: B rows are one with less of it.
+    scale = config.noise / np.sqrt(cell.rows)
+    noise = scale * jax.random.normal(keys[1], (2, *shape))
+    rows = jax.tree.map(lambda leaf: leaf[blocks], data)
+    batch = optlab.BlockBatch(blocks, (rows, noise[0]), (rows, noise[1]))
+    return run._replace(train=train_step(run.train, batch)[0])
+
+  return start, step
+
+
+def smooth(gaps: np.ndarray) -> np.ndarray:
+  """Median of each look and those after it; shape (looks, upper, lower)."""
+  windows = np.lib.stride_tricks.sliding_window_view(gaps, WINDOW, axis=0)
+  return np.median(windows, axis=-1)
+
+
+def reached(rows: list[dict], config: Config) -> dict[str, Any] | None:
+  """The first look of the best rates at which a cell is at the target."""
+  if len(rows) < WINDOW:
+    return None
+  gaps = np.array([np.asarray(row['gaps'], float) for row in rows])
+  gaps = np.nan_to_num(gaps, nan=np.inf)
+  below = smooth(np.median(gaps, axis=-1)) <= config.target
+  if not below.any():
+    return None
+  look = int(np.argmax(below.any(axis=(1, 2))))
+  final = smooth(np.median(gaps, axis=-1))[look]
+  upper, lower = np.unravel_index(np.argmin(final), final.shape)
+  return {
+    'iterations': max(int(rows[look]['step']), 1),
+    'upper_rate': config.upper_rates[upper],
+    'lower_rate': config.lower_rates[lower],
+  }
+
+
+def run_cell(session, config: Config, data, best, cell: Cell) -> None:
+  """All rates and seeds of a cell at once, until the best are at the target."""
+  grid = np.meshgrid(
+    np.asarray(config.upper_rates), np.asarray(config.lower_rates),
+    np.arange(config.seeds), indexing='ij',
+  )  # fmt: skip
+  lanes = [jnp.asarray(axis.ravel()) for axis in grid]
+
+  def start(upper, lower, seed):
+    return lane(config, data, cell, upper, lower)[0](seed)
+
+  def advance(upper, lower, run):
+    step = lane(config, data, cell, upper, lower)[1]
+    return jax.lax.fori_loop(0, LOOK, lambda _, run: step(run), run)
+
+  @jax.jit
+  def gap(run):
+    value = jax.vmap(lambda x: quadratic.objective(x, data))(run.train.params)
+    return (value - best).reshape(grid[0].shape)
+
+  def evaluate(run):
+    step = int(run.train.step[0])
+    gaps = np.asarray(gap(run))
+    return {
+      'gaps': gaps[None],
+      'best': float(np.min(np.nan_to_num(np.median(gaps, -1), nan=np.inf))),
+      'samples': 2 * step * cell.blocks * cell.rows,
+    }
+
+  def stop(latest):
+    rows = session.select('eval', method=cell.name)
+    if rows and rows[-1]['step'] != latest[0]['step']:
+      rows = [*rows, *latest]
+    return reached(rows, config) is not None
+
+  state = jax.jit(jax.vmap(start))(*lanes)
+  session.run(
+    cell.name, state,
+    lambda state: jax.vmap(advance)(*lanes[:2], state),
+    evaluate,
+    steps=config.steps // LOOK * LOOK, every=LOOK, stop=stop, show='best',
+    blocks=cell.blocks, batch_rows=cell.rows,
+  )  # fmt: skip
+
+
+def seconds_per_step(config: Config, data, cell: Cell, rates) -> float:
+  """Median time of a step of one run, compiled, over blocks of 100 steps."""
+  start, step = lane(config, data, cell, *rates)
+
+  @jax.jit
+  def hundred(run):
+    return jax.lax.fori_loop(0, 100, lambda _, run: step(run), run)
+
+  run = jax.block_until_ready(hundred(start(0)))
+  times = []
+  for _ in range(5):
+    began = time.perf_counter()
+    run = jax.block_until_ready(hundred(run))
+    times.append((time.perf_counter() - began) / 100)
+  return float(np.median(times))
+
+
+def summarize(session, config: Config, data, cell: Cell) -> None:
+  """Writes when a cell was at the target, once."""
+  if session.select('summary', method=cell.name):
+    return
+  found = reached(session.select('eval', method=cell.name), config)
+  fields = {'iterations': None, 'seconds': None}
+  if found:
+    rates = found['upper_rate'], found['lower_rate']
+    each = seconds_per_step(config, data, cell, rates)
+    fields = found | {'seconds': each * found['iterations']}
+  session.write(
+    'summary',
+    method=cell.name,
+    blocks=cell.blocks,
+    batch_rows=cell.rows,
+    **fields,
+  )
+
+
+def draw(rows: list[dict], path) -> None:
+  """Iterations and seconds to the target against I, a line for each B."""
+  summaries = record.select(rows, 'summary')
+  figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.0))
+  for axes, field in zip(panels, ('iterations', 'seconds'), strict=True):
+    for i, b in enumerate(sorted({row['batch_rows'] for row in summaries})):
+      points = sorted(
+        (row['blocks'], row[field])
+        for row in record.select(summaries, 'summary', batch_rows=b)
+        if row[field] is not None
+      )
+      if not points:
+        continue
+      x, y = np.array(points).T
+      axes.plot(x, y, 'o-', color=f'C{i}', label=f'B = {b}')
+      if field == 'iterations' and i == 0:
+        # The bound is a sum of both: I^-3/2 from the choice of blocks, I^-1
+        # from the noise of the rows.
+        for power, style in ((1.0, ':'), (1.5, '--')):
+          axes.plot(
+            x, y[0] * (x / x[0]) ** -power, style, color='grey',
+            label=f'slope -{power:g} (theory)',
+          )  # fmt: skip
+    axes.set_xscale('log')
+    axes.set_yscale('log')
+    axes.set_xlabel('sampled blocks I')
+    axes.set_ylabel(f'{field} to the target')
+    axes.grid(alpha=0.3, which='both')
+  panels[0].legend()
+  plot.save(figure, path)
+
+
+def main(config: Config) -> None:
+  """Runs every cell, prints the table and draws the picture."""
+  if max(config.blocks) > config.num_blocks:
+    raise app.UserError(
+      f'--blocks={max(config.blocks)}: more than --num_blocks='
+      f'{config.num_blocks}'
+    )
+  for name in ('alpha', 'beta'):
+    if not 0.0 < getattr(config, name) < 1.0:
+      raise app.UserError(f'--{name}={getattr(config, name)}: not in (0, 1)')
+  data, best = problem(config)
+  cells = [Cell(i, b) for b in config.rows for i in config.blocks]
+  with runner.Session('parallel_speedup', config, show='best') as session:
+    for cell in cells:
+      run_cell(session, config, data, best, cell)
+      summarize(session, config, data, cell)
+    rows = session.rows
+    summaries = record.select(rows, 'summary')
+    report.show(
+      f'steps to F - F* <= {config.target:g}, best rates of the grid,'
+      f' median of {config.seeds} seeds',
+      ('step', 'iterations', 'seconds', 'rate of x', 'rate of y', 'speedup'),
+      [
+        (
+          row['method'], row['iterations'], row['seconds'],
+          row.get('upper_rate'), row.get('lower_rate'),
+          speedup(summaries, row),
+        )
+        for row in summaries
+      ],
+    )  # fmt: skip
+    path = session.folder / 'parallel_speedup.png'
+    draw(rows, path)
+    print(path)
+
+
+def speedup(summaries: list[dict], row: dict) -> float | None:
+  """Iterations of the fewest blocks with as many rows, over those of a row."""
+  base = record.select(summaries, 'summary', batch_rows=row['batch_rows'])[0]
+  if base['iterations'] is None or row['iterations'] is None:
+    return None
+  return base['iterations'] / row['iterations']
+
+
+if __name__ == '__main__':
+  app.run(main, Config)
