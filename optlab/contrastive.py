@@ -242,10 +242,9 @@ def contrastive_divergence(
     dtype = state.acceptance.dtype
     key, restart_key, chain_key = jax.random.split(state.key, 3)
     if persistent:
-      which_key, row_key = jax.random.split(restart_key)
       num = state.chains.shape[0]
-      anew = jax.random.uniform(which_key, (num,)) < restart
-      fresh = batch.noise[jax.random.randint(row_key, (num,), 0, m)]
+      anew = jax.random.uniform(restart_key, (num,)) < restart
+      fresh = jnp.concatenate([batch.noise] * -(-num // m))[:num]
       mask = anew.reshape((num,) + (1,) * (state.chains.ndim - 1))
       start = jnp.where(mask, fresh.astype(state.chains.dtype), state.chains)
     else:

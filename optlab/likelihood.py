@@ -9,7 +9,6 @@ row from poisoning the gradient.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -41,8 +40,8 @@ class NoiseBatch(NamedTuple):
       `nce` and `ence` need it, `meco` does not.
   """
 
-  data: chex.ArrayTree
-  noise: chex.ArrayTree
+  data: Any
+  noise: Any
   noise_log_prob: jax.Array
   data_log_prob: jax.Array | None = None
 
@@ -197,12 +196,17 @@ def joint_gradient(
   (grads,) = pullback(cotangent)
 
   good = jnp.isfinite(wide)
-  substitute = jnp.argmax(good)
+  first_good = jnp.arange(total) == jnp.argmax(good)
 
   def repeat(carry):
     def replace(leaf):
-      mask = good.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
-      return jnp.where(mask, leaf, leaf[substitute])
+      keep, pick = (
+        mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
+        for mask in (good, first_good)
+      )
+      # A sum, because an index into a sharded axis is not allowed.
+      row = jnp.sum(jnp.where(pick, leaf, 0), 0).astype(leaf.dtype)
+      return jnp.where(keep, leaf, row)
 
     replaced = jax.tree.map(replace, rows)
     _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)

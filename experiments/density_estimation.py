@@ -1,0 +1,738 @@
+"""MECO beside NCE and eNCE on densities whose answers are known.
+
+Three problems. ``plane``: an MLP energy on six distributions in two dimensions,
+scored by the held-out Kullback-Leibler divergence with log Z integrated on a
+checked grid. ``mean``: a Gaussian's natural parameter at a distance from where
+the noise starts, with noise that follows data and model. ``landscape``: the
+population losses of the three methods along the parameter, and their curvature.
+
+  python -m experiments.density_estimation
+  python -m experiments.density_estimation --problem=mean --learning_rates=0.05
+  python -m experiments.density_estimation --problem=landscape
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from sklearn import mixture as sklearn_mixture
+
+from experiments import app
+from experiments import densities
+from experiments import plot
+from experiments import report
+from experiments import runner
+import optlab
+
+METHODS = ('meco', 'meco_ratio', 'snis', 'nce', 'ence')
+PROBLEMS = ('plane', 'mean', 'landscape')
+TRAIN_ROWS = 20_000
+BOX, CELLS = 7.0, 200  # log Z: midpoints, then half spacing, then 1.5 x box.
+PICTURE_CELLS, PICTURE_HALF_WIDTH = 72, 3.2
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(app.Config):
+  """Flags of the program."""
+
+  problem: str = app.flag('plane', 'What to run.', choices=PROBLEMS)
+  sets: tuple[str, ...] = app.flag(
+    densities.NAMES, 'plane: the distributions.', choices=densities.NAMES
+  )
+  distances: tuple[float, ...] = app.flag(
+    (4.0, 8.0, 16.0), 'mean, landscape: distances of the mean.', low=0.1
+  )
+  methods: tuple[str, ...] = app.flag(
+    ('meco', 'nce'), 'Methods; snis is meco with gamma=1.', choices=METHODS
+  )
+  noises: tuple[str, ...] = app.flag(
+    ('mixture',),
+    'plane: noise distributions.',
+    choices=('gaussian', 'mixture'),
+  )
+  sampling: tuple[str, ...] = app.flag(
+    ('lattice',),
+    'plane: how noise is drawn.',
+    choices=('independent', 'lattice'),
+  )
+  learning_rates: tuple[float, ...] = app.flag(
+    (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
+  )
+  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.', low=1e-6)
+  steps: int = app.flag(2000, 'Steps.', low=1)
+  data_rows: int = app.flag(256, 'Rows of data in a batch.', low=1)
+  noise_rows: int = app.flag(256, 'Rows of noise in a batch.', low=1)
+  seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  precision: str = app.flag(
+    'float32', 'Floating point type.', choices=('float32', 'float64')
+  )
+
+
+class Lane(NamedTuple):
+  """One seed at one learning rate."""
+
+  train: optlab.TrainState
+  key: jax.Array
+  learning_rate: jax.Array
+  noise: Any  # What the noise distribution has adapted to, or None.
+  ess: jax.Array  # Sum of the effective sample sizes of a piece.
+
+
+def estimator_and_start(
+  method: str, log_density: Callable, params: Any, log_z: float, gamma: float
+) -> tuple[optlab.GradientEstimator, Any, Callable[[Any], Any]]:
+  """An estimator, its starting parameters, and how to find the model's."""
+  if method in ('nce', 'ence'):
+    make = getattr(optlab, method)
+    start = optlab.NceParams(params, jnp.asarray(log_z, float))
+    estimator = make(optlab.with_log_normalizer(log_density))
+    return estimator, start, lambda params: params.model
+  estimator = optlab.meco(
+    log_density,
+    1.0 if method == 'snis' else gamma,
+    ratio_correction=method == 'meco_ratio',
+  )
+  return estimator, params, lambda params: params
+
+
+def optimizer(
+  method: str, learning_rate: Any, steps: int, adam: bool
+) -> optax.GradientTransformation:
+  """Adam, SGD, or for eNCE normalized descent; cosine decay to zero."""
+  decay = optax.cosine_decay_schedule(1.0, steps)
+  if adam:
+    direction = optax.scale_by_adam()
+  elif method == 'ence':
+    direction = optlab.normalized_descent(-1.0)
+  else:
+    direction = optax.identity()
+  return optax.chain(
+    direction, optax.scale_by_schedule(decay), optax.scale(-learning_rate)
+  )
+
+
+def ess_of(state: Any) -> jax.Array:
+  """The effective sample size that MECO reports; NCE has none."""
+  found = optax.tree.get(state, 'ess', None)
+  return jnp.asarray(jnp.nan if found is None else found)
+
+
+# The plane.
+
+
+def fit_noise(
+  kind: str, rows: np.ndarray, seed: int
+) -> optlab.noise.GaussianMixture:
+  """One inflated Gaussian, or ten and a wide one, as a mixture."""
+  rows = rows[:5000]
+  mean, covariance = rows.mean(0)[None], np.cov(rows.T)[None]
+  if kind == 'gaussian':
+    return optlab.gaussian_mixture(np.ones(1), mean, 1.5 * covariance)
+  fit = sklearn_mixture.GaussianMixture(
+    10, random_state=seed, reg_covar=1e-4
+  ).fit(rows)
+  return optlab.gaussian_mixture(
+    np.append(0.9 * fit.weights_, 0.1),
+    np.concatenate([fit.means_, mean]),
+    np.concatenate([1.15 * fit.covariances_, 2.25 * covariance]),
+  )
+
+
+class Plane(NamedTuple):
+  """A distribution's rows and fitted noise; leading axis: the seed."""
+
+  train: jax.Array
+  test: jax.Array
+  negative_entropy: jax.Array  # Mean true log density of the test rows.
+  noise: Any
+  noise_of_train: jax.Array  # Log density, once for all steps.
+
+
+@functools.cache
+def plane(name: str, kind: str, seeds: int) -> Plane:
+  """Draws the rows of every seed and fits the noise to them."""
+  distribution = densities.distribution(name)
+
+  def one(seed):
+    key = jax.random.fold_in(jax.random.key(100 + seed), _index(name))
+    train, test = (
+      jnp.asarray(distribution.sample(part, TRAIN_ROWS), float)
+      for part in jax.random.split(key)
+    )
+    noise = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, float),
+      fit_noise(kind, np.asarray(train), seed),
+    )
+    entropy = jnp.mean(distribution.log_prob(test))
+    return Plane(train, test, entropy, noise, noise.log_prob(train))
+
+  return jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), *(one(seed) for seed in range(seeds))
+  )
+
+
+def _index(name: str) -> int:
+  return densities.NAMES.index(name)
+
+
+def _grid_points(half_width: float, cells: int) -> jax.Array:
+  side = (np.arange(cells) + 0.5) / cells * 2 * half_width - half_width
+  points = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+  return jnp.asarray(points, float)
+
+
+def run_plane(session: runner.Session, config: Config) -> None:
+  """Trains every method on every set, all lanes of one in one program."""
+  for name, kind, sampling, method in itertools.product(
+    config.sets, config.noises, config.sampling, config.methods
+  ):
+    _run_plane_method(session, config, name, kind, sampling, method)
+
+
+def _run_plane_method(session, config, name, kind, sampling, method) -> None:
+  label = f'{name}/{kind}/{sampling}/{method}'
+  if session.select('done', method=label):
+    return
+  data = plane(name, kind, config.seeds)
+  rates = jnp.repeat(jnp.asarray(config.learning_rates), config.seeds)
+  seeds = jnp.tile(jnp.arange(config.seeds), len(config.learning_rates))
+
+  def parts(learning_rate, key):
+    estimator, params, model_of = estimator_and_start(
+      method,
+      densities.log_density,
+      densities.init_mlp(key),
+      math.log(8 * math.pi),
+      config.gamma,
+    )
+    tx = optimizer(method, learning_rate, config.steps, adam=True)
+    return estimator, tx, params, model_of
+
+  def begin(seed, learning_rate):
+    init_key, key = jax.random.split(jax.random.key(seed))
+    estimator, tx, params, _ = parts(learning_rate, init_key)
+    state = optlab.init(params, estimator, tx)
+    return Lane(state, key, learning_rate, None, jnp.zeros(()))
+
+  every = math.gcd(config.steps, 100)
+
+  def advance_lane(args):
+    lane, seed = args
+    estimator, tx, _, _ = parts(lane.learning_rate, lane.key)
+    step = optlab.train_step(estimator, tx)
+    rows, log_q = data.train[seed], data.noise_of_train[seed]
+    noise = jax.tree.map(lambda leaf: leaf[seed], data.noise)
+    draw = noise.sample if sampling == 'independent' else noise.sample_lattice
+
+    def body(carry, _):
+      state, key, ess = carry
+      key, row_key, noise_key = jax.random.split(key, 3)
+      index = jax.random.randint(row_key, (config.data_rows,), 0, rows.shape[0])
+      drawn = draw(noise_key, config.noise_rows)
+      batch = optlab.NoiseBatch(
+        rows[index], drawn, noise.log_prob(drawn), log_q[index]
+      )
+      state, _ = step(state, batch)
+      return (state, key, ess + ess_of(state.estimator_state)), None
+
+    carry = (lane.train, lane.key, jnp.zeros(()))
+    (state, key, ess), _ = jax.lax.scan(body, carry, length=every)
+    return Lane(state, key, lane.learning_rate, None, ess)
+
+  # One lane after the other: on a CPU faster than batched small matrices.
+  advance = lambda lanes: jax.lax.map(advance_lane, (lanes, seeds))
+
+  def score_lane(args):
+    lane, seed = args
+    model_of = parts(lane.learning_rate, lane.key)[-1]
+    model = functools.partial(
+      densities.log_density, model_of(lane.train.params)
+    )
+    corner = np.full(2, BOX)
+    log_z = optlab.grid_log_partition(model, -corner, corner, CELLS)
+    kl = data.negative_entropy[seed] - jnp.mean(model(data.test[seed]))
+    return {
+      'kl': kl + log_z.value,
+      'spacing_error': log_z.spacing_error,
+      'box_error': log_z.box_error,
+    }
+
+  score = jax.jit(lambda lanes: jax.lax.map(score_lane, (lanes, seeds)))
+
+  def evaluate(lanes):
+    step = int(lanes.train.step[0])
+    values = {
+      'learning_rate': lanes.learning_rate,
+      'ess': lanes.ess / every if step else np.full(len(seeds), np.nan),
+      'gradients': step,
+      'samples': step * (config.data_rows + config.noise_rows),
+    }
+    if step == config.steps:
+      values |= score(lanes)
+    return values
+
+  lanes = session.run(
+    label,
+    jax.jit(jax.vmap(begin))(seeds, rates),
+    advance,
+    evaluate,
+    steps=config.steps,
+    every=every,
+    seeds=tuple(int(seed) for seed in seeds),
+    show='kl',
+    keep_state=True,
+    set=name,
+    noise=kind,
+    sampling=sampling,
+    algorithm=method,
+  )
+  best = best_rate(session.rows, label, config.steps)
+  lane = config.learning_rates.index(best) * config.seeds
+  model_of = parts(best, jax.random.key(0))[-1]
+  params = model_of(jax.tree.map(lambda leaf: leaf[lane], lanes.train.params))
+  points = _grid_points(PICTURE_HALF_WIDTH, PICTURE_CELLS)
+  session.write(
+    'surface',
+    method=label,
+    set=name,
+    algorithm=method,
+    learning_rate=best,
+    log_density=np.round(densities.log_density(params, points), 2),
+  )
+
+
+def final_kls(
+  rows: Sequence[dict], label: str, steps: int
+) -> dict[float, dict[int, float]]:
+  """Held-out divergence by learning rate and seed."""
+  found: dict[float, dict[int, float]] = {}
+  for row in rows:
+    key = (row['kind'], row['method'], row.get('step'))
+    if key == ('eval', label, steps):
+      rate = float(f'{row["learning_rate"]:.6g}')
+      found.setdefault(rate, {})[row['seed']] = row['kl']
+  return found
+
+
+def best_rate(rows: Sequence[dict], label: str, steps: int) -> float:
+  """The learning rate with the lowest median over seeds."""
+  kls = final_kls(rows, label, steps)
+
+  def median(rate):
+    middle = np.median(list(kls[rate].values()))
+    return math.inf if math.isnan(middle) else middle
+
+  return min(kls, key=median)
+
+
+def report_plane(rows: Sequence[dict], config: Config) -> None:
+  """Two tables: each method at its best rate, paired by seed; and the grid."""
+  steps = config.steps
+  summary, grid = [], []
+  for name, kind, sampling in itertools.product(
+    config.sets, config.noises, config.sampling
+  ):
+    medians = {}
+    for method in config.methods:
+      label = f'{name}/{kind}/{sampling}/{method}'
+      kls = final_kls(rows, label, steps)
+      best = best_rate(rows, label, steps)
+      medians[method] = kls[best]
+      grid.append(
+        [f'{name}, {kind}, {sampling}', method]
+        + [np.median(list(kls[rate].values())) for rate in kls]
+      )
+    first = medians[config.methods[0]]
+    for method in config.methods:
+      values = np.asarray(list(medians[method].values()))
+      pairs = [medians[method][seed] - first[seed] for seed in first]
+      others = f'{sum(pair > 0 for pair in pairs)} of {len(pairs)}'
+      row = [
+        f'{name}, {kind}, {sampling}',
+        method,
+        best_rate(rows, f'{name}/{kind}/{sampling}/{method}', steps),
+        np.median(values),
+        np.min(values),
+        np.max(values),
+        '-' if method == config.methods[0] else others,
+        '-' if method == config.methods[0] else float(np.median(pairs)),
+      ]
+      summary.append(row)
+  report.show(
+    f'Held-out divergence in nats, {config.seeds} seeds, {steps} steps, each'
+    f' at its best learning rate; pairs with {config.methods[0]}',
+    [
+      'set, noise, sampling', 'method', 'rate', 'median', 'low', 'high',
+      f'{config.methods[0]} wins', 'median difference',
+    ],
+    summary,
+  )  # fmt: skip
+  report.show(
+    'Median divergence by learning rate',
+    ['set, noise, sampling', 'method']
+    + [f'{rate:g}' for rate in config.learning_rates],
+    grid,
+  )
+
+
+def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
+  """Densities beside data, energy surfaces, and ESS over training."""
+  surfaces = [row for row in rows if row['kind'] == 'surface']
+  methods = list(dict.fromkeys(row['algorithm'] for row in surfaces))
+  sets = list(dict.fromkeys(row['set'] for row in surfaces))
+  extent = (-PICTURE_HALF_WIDTH, PICTURE_HALF_WIDTH) * 2
+  for picture in ('densities', 'energies'):
+    figure, panels = plt.subplots(
+      len(methods) + 1,
+      len(sets),
+      figsize=(2.2 * len(sets), 2.2 * (len(methods) + 1)),
+      squeeze=False,
+      layout='constrained',
+    )
+    for axes in panels.flat:
+      axes.set(xticks=[], yticks=[])
+    for i, name in enumerate(sets):
+      distribution = densities.distribution(name)
+      points = distribution.sample(jax.random.key(0), 4000)
+      panels[0, i].scatter(*np.asarray(points).T, s=0.4, lw=0, color='k')
+      panels[0, i].set(
+        xlim=extent[:2], ylim=extent[:2], title=name, aspect='equal'
+      )
+      for j, method in enumerate(methods):
+        chosen = [
+          row
+          for row in surfaces
+          if row['set'] == name and row['algorithm'] == method
+        ]
+        if not chosen:
+          continue
+        surface = np.asarray(chosen[-1]['log_density'])
+        surface = surface.reshape(PICTURE_CELLS, PICTURE_CELLS)
+        surface = surface - surface.max()
+        shown = np.exp(surface) if picture == 'densities' else -surface
+        panels[j + 1, i].imshow(
+          shown,
+          origin='lower',
+          extent=extent,
+          cmap='magma' if picture == 'densities' else 'viridis',
+          vmin=0,
+          vmax=None if picture == 'densities' else 12,
+        )
+    for axes, text in zip(panels[:, 0], ['data', *methods], strict=True):
+      axes.set_ylabel(text)
+    what = 'density' if picture == 'densities' else 'energy, clipped at 12 nats'
+    plot.save(
+      figure,
+      folder / f'{picture}.png',
+      title=f'model {what}, seed 0, best learning rate',
+    )
+  pictures = ['densities.png', 'energies.png']
+  figure, axes = plt.subplots(figsize=(6, 4))
+  drawn = False
+  for label in plot.methods(rows):
+    xs, middle, low, high = plot.curves(rows, label, 'step', 'ess')
+    shown = np.isfinite(middle)
+    if np.any(shown):
+      drawn = True
+      axes.plot(xs[shown], middle[shown] / config.noise_rows, label=label)
+      axes.fill_between(
+        xs[shown],
+        low[shown] / config.noise_rows,
+        high[shown] / config.noise_rows,
+        alpha=0.15,
+      )
+  if not drawn:
+    plt.close(figure)
+    return pictures
+  axes.set(
+    xlabel='steps',
+    ylabel='effective sample size / noise rows',
+    ylim=(0, 1),
+  )
+  axes.legend(fontsize=6)
+  plot.save(figure, folder / 'ess.png', title='median and range over lanes')
+  return [*pictures, 'ess.png']
+
+
+# A Gaussian's mean far away.
+
+
+def natural(theta: jax.Array, rows: jax.Array) -> jax.Array:
+  """N(theta, 1) by its natural parameter: its log Z is theta^2 / 2."""
+  return theta * rows[:, 0] - rows[:, 0] ** 2 / 2
+
+
+class Bridge(NamedTuple):
+  """Noise that starts as N(0, 1): a part follows the model, one the data."""
+
+  of_model: optlab.noise.Gaussian
+  of_data: optlab.noise.Gaussian
+  start: optlab.noise.Gaussian
+
+  def mixture(self) -> optlab.noise.Mixture:
+    return optlab.mixture(jnp.asarray([0.45, 0.45, 0.1], float), *self)
+
+  def adapt(self, theta: jax.Array, batch: optlab.NoiseBatch) -> 'Bridge':
+    log_w = natural(theta, batch.noise) - batch.noise_log_prob
+    return self._replace(
+      of_model=optlab.follow(self.of_model, batch.noise, 0.5, log_w, floor=0.3),
+      of_data=optlab.follow(self.of_data, batch.data, 0.1),
+    )
+
+
+def run_mean(session: runner.Session, config: Config) -> None:
+  """Trains every method at every distance, with adaptive noise."""
+  rates = jnp.repeat(jnp.asarray(config.learning_rates), config.seeds)
+  seeds = tuple(range(config.seeds)) * len(config.learning_rates)
+  every = math.gcd(config.steps, 50)
+  for distance, method in itertools.product(config.distances, config.methods):
+
+    def parts(learning_rate, method=method):
+      estimator, params, model_of = estimator_and_start(
+        method, natural, jnp.zeros(()), HALF_LOG_2PI, config.gamma
+      )
+      tx = optimizer(method, learning_rate, config.steps, adam=False)
+      return estimator, tx, params, model_of
+
+    def begin(seed, learning_rate, parts=parts):
+      estimator, tx, params, _ = parts(learning_rate)
+      standard = optlab.gaussian(jnp.zeros(1), jnp.eye(1))
+      return Lane(
+        optlab.init(params, estimator, tx),
+        jax.random.key(seed),
+        learning_rate,
+        Bridge(standard, standard, standard),
+        jnp.zeros(()),
+      )
+
+    def advance_lane(lane, parts=parts, distance=distance):
+      estimator, tx, _, model_of = parts(lane.learning_rate)
+      step = optlab.train_step(estimator, tx)
+
+      def body(carry, _):
+        state, key, bridge, _ = carry
+        key, row_key, noise_key = jax.random.split(key, 3)
+        data = distance + jax.random.normal(row_key, (config.data_rows, 1))
+        batch = optlab.noise_batch(
+          bridge.mixture(), noise_key, data, config.noise_rows, True
+        )
+        bridge = bridge.adapt(model_of(state.params), batch)
+        state, _ = step(state, batch)
+        ess = jnp.asarray(ess_of(state.estimator_state), float)
+        return (state, key, bridge, ess), None
+
+      carry = (lane.train, lane.key, lane.noise, lane.ess)
+      (state, key, bridge, ess), _ = jax.lax.scan(body, carry, length=every)
+      return Lane(state, key, lane.learning_rate, bridge, ess)
+
+    def evaluate(lanes, parts=parts, distance=distance):
+      model_of = parts(0.0)[-1]
+      theta = model_of(lanes.train.params)
+      step = int(lanes.train.step[0])
+      return {
+        'learning_rate': lanes.learning_rate,
+        'theta': theta,
+        'error': jnp.abs(theta - distance),
+        'ess': lanes.ess,
+        'gradients': step,
+        'samples': step * (config.data_rows + config.noise_rows),
+      }
+
+    session.run(
+      f'distance {distance:g}: {method}',
+      jax.jit(jax.vmap(begin))(jnp.asarray(seeds), rates),
+      jax.vmap(advance_lane),
+      evaluate,
+      steps=config.steps,
+      every=every,
+      seeds=seeds,
+      show='error',
+      distance=distance,
+      algorithm=method,
+    )
+
+
+def report_mean(rows: Sequence[dict], config: Config) -> None:
+  """Error of the last parameter, at the learning rate that did best."""
+  table = []
+  for distance, method in itertools.product(config.distances, config.methods):
+    by_rate: dict[float, list[float]] = {}
+    for row in rows:
+      key = [row.get(name) for name in ('step', 'distance', 'algorithm')]
+      if row['kind'] == 'eval' and key == [config.steps, distance, method]:
+        rate = float(f'{row["learning_rate"]:.6g}')
+        by_rate.setdefault(rate, []).append(row['error'])
+    finite = lambda errors: np.nan_to_num(errors, nan=math.inf).tolist()
+    best = min(
+      by_rate, key=lambda rate, by=by_rate: np.median(finite(by[rate]))
+    )
+    errors = finite(by_rate[best])
+    table.append([
+      f'{distance:g}', method, best,
+      float(np.median(errors)), min(errors), max(errors),
+    ])  # fmt: skip
+  report.show(
+    f'|theta - mean| after {config.steps} steps, {config.seeds} seeds, natural'
+    ' parametrization, adaptive noise from N(0, 1)',
+    ['distance', 'method', 'rate', 'median', 'low', 'high'],
+    table,
+  )
+
+
+def draw_mean(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
+  """The error over training, a panel a distance."""
+  figure, panels = plt.subplots(
+    1,
+    len(config.distances),
+    figsize=(4.2 * len(config.distances), 3.6),
+    squeeze=False,
+    sharey=True,
+    layout='constrained',
+  )
+  for axes, distance in zip(panels[0], config.distances, strict=True):
+    mine = [row for row in rows if row.get('distance') == distance]
+    plot.draw_lines(
+      axes, [('', mine)], 'step', 'error', log_x=False, floor=1e-4
+    )
+    axes.set(title=f'distance {distance:g}', ylabel='|theta - mean|')
+    axes.legend(fontsize=6)
+    axes.label_outer()
+  plot.save(figure, folder / 'mean.png')
+  return ['mean.png']
+
+
+# Population losses.
+
+
+def run_landscape(session: runner.Session, config: Config) -> None:
+  """The three losses along theta, with the normalizer at its optimum."""
+  for distance in config.distances:
+    # Wide enough for both distributions and the overlap between them.
+    x = jnp.linspace(-12.0, distance + 12.0, 6001)
+    width = x[1] - x[0]
+    log_data = -((x - distance) ** 2) / 2 - HALF_LOG_2PI
+    log_noise = -(x**2) / 2 - HALF_LOG_2PI
+    log_q = log_noise + jnp.log(width)
+    p, q = jnp.exp(log_data) * width, jnp.exp(log_q)
+
+    def log_ratio(vector, x=x, log_noise=log_noise):
+      theta, log_z = vector
+      return theta * x - x**2 / 2 - log_z - log_noise
+
+    def likelihood(vector, p=p, x=x):
+      theta, _ = vector
+      return theta**2 / 2 + HALF_LOG_2PI - p @ (theta * x - x**2 / 2)
+
+    def nce(vector, p=p, q=q, log_ratio=log_ratio):
+      h = log_ratio(vector)
+      return p @ jax.nn.softplus(-h) + q @ jax.nn.softplus(h)
+
+    def ence(vector, p=p, log_q=log_q, log_ratio=log_ratio):
+      # exp(+-h/2) overflows where the other factor underflows.
+      h = log_ratio(vector)
+      log_p = jnp.log(jnp.maximum(p, 1e-300))
+      noise_term = jnp.sum(jnp.exp(log_q + h / 2))
+      return 0.5 * (jnp.sum(jnp.exp(log_p - h / 2)) + noise_term)
+
+    optimum = jnp.asarray([distance, distance**2 / 2 + HALF_LOG_2PI])
+    thetas = jnp.linspace(0.0, 1.5 * distance, 121)
+    vectors = jnp.stack([thetas, thetas**2 / 2 + HALF_LOG_2PI], 1)
+    for name, loss in (
+      ('likelihood', likelihood),
+      ('nce', nce),
+      ('ence', ence),
+    ):
+      hessian = np.asarray(jax.hessian(loss)(optimum))
+      curvature = hessian[0, 0]
+      if name != 'likelihood':
+        curvature -= hessian[0, 1] ** 2 / hessian[1, 1]
+      session.write(
+        'landscape',
+        distance=distance,
+        loss=name,
+        curvature=float(curvature),
+        theta=thetas,
+        value=jax.jit(jax.vmap(loss))(vectors),
+      )
+
+
+def report_landscape(rows: Sequence[dict], config: Config) -> None:
+  """The curvature in theta at the optimum, normalizer profiled out."""
+  report.show(
+    'Curvature of the population loss in theta at its optimum, q = N(0, 1)',
+    ['distance', 'likelihood', 'nce', 'ence'],
+    [
+      [f'{distance:g}']
+      + [
+        f'{row["curvature"]:.3g}'
+        for row in rows
+        if row['kind'] == 'landscape' and row['distance'] == distance
+      ]
+      for distance in config.distances
+    ],
+  )
+
+
+def draw_landscape(
+  rows: Sequence[dict], config: Config, folder: Any
+) -> list[str]:
+  """The losses above their minimum, a panel a distance."""
+  figure, panels = plt.subplots(
+    1,
+    len(config.distances),
+    figsize=(4.2 * len(config.distances), 3.6),
+    squeeze=False,
+    layout='constrained',
+  )
+  for axes, distance in zip(panels[0], config.distances, strict=True):
+    for row in rows:
+      if row['kind'] == 'landscape' and row['distance'] == distance:
+        value = np.asarray(row['value']) - np.min(row['value'])
+        axes.plot(row['theta'], np.maximum(value, 1e-16), label=row['loss'])
+    axes.set(
+      yscale='log',
+      xlabel='theta',
+      ylabel='loss - least loss',
+      title=f'mean {distance:g}, noise N(0, 1)',
+    )
+    axes.axvline(distance, color='k', lw=0.5)
+    axes.legend()
+  plot.save(figure, folder / 'landscape.png')
+  return ['landscape.png']
+
+
+def main(config: Config) -> None:
+  """Runs one problem, prints its tables and draws its pictures."""
+  if config.problem == 'landscape' and config.precision != 'float64':
+    raise app.UserError(
+      '--problem=landscape needs --precision=float64: the curvature falls to'
+      ' 1e-17'
+    )
+  if config.gamma > 1:
+    raise app.UserError(f'--gamma={config.gamma}: must be at most 1')
+  parts = {
+    'plane': (run_plane, report_plane, draw_plane),
+    'mean': (run_mean, report_mean, draw_mean),
+    'landscape': (run_landscape, report_landscape, draw_landscape),
+  }
+  run, show, draw = parts[config.problem]
+  with runner.Session('density_estimation', config, show='kl') as session:
+    run(session, config)
+  show(session.rows, config)
+  pictures = draw(session.rows, config, session.folder)
+  print(f'record:  {session.folder / "record.jsonl"}')
+  for picture in pictures:
+    print(f'picture: {session.folder / picture}')
+
+
+if __name__ == '__main__':
+  app.run(main, Config)

@@ -1,0 +1,183 @@
+"""Noise distributions: normalized, drawn as they are scored, and adaptive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optlab
+from optlab import noise as noise_lib
+
+COVARIANCE = np.array([[1.0, 0.4], [0.4, 0.5]], np.float32)
+MEAN = np.array([0.5, -0.25], np.float32)
+
+
+def single():
+  return optlab.gaussian(MEAN, COVARIANCE)
+
+
+def several():
+  means = np.stack([MEAN, -2 * MEAN, MEAN + 1])
+  covariances = np.stack([COVARIANCE, 0.3 * COVARIANCE, 0.1 * np.eye(2)])
+  return optlab.gaussian_mixture(
+    np.array([0.5, 0.3, 0.2], np.float32), means, covariances
+  )
+
+
+def bent_rows(num=2000):
+  x = np.random.default_rng(0).normal(size=(num, 2)).astype(np.float32)
+  return jnp.asarray(np.stack([x[:, 0], x[:, 0] ** 2 + 0.3 * x[:, 1]], 1))
+
+
+def flow():
+  start = optlab.init_flow(jax.random.key(0), bent_rows(), 4, 16)
+  fitted, _ = optlab.fit_flow(start, jax.random.key(1), bent_rows(), 300)
+  return fitted
+
+
+MAKERS = {
+  'gaussian': single,
+  'gaussian_mixture': several,
+  'defensive': lambda: optlab.defensive(
+    several(), optlab.gaussian(jnp.zeros(2), 9 * jnp.eye(2)), 0.2
+  ),
+  'mixture': lambda: optlab.mixture(np.array([1.0, 2.0]), single(), several()),
+  'flow': flow,
+}
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_density_integrates_to_one_and_draws_follow_it(name):
+  noise = MAKERS[name]()
+  total = optlab.grid_log_partition(
+    noise.log_prob, [-16.0, -16.0], [16.0, 16.0], 384, tolerance=2e-3
+  )
+  np.testing.assert_allclose(total.value, 0.0, atol=2e-3)
+  # Draws weighed by any other density over theirs average to one: a test of
+  # both functions together, at a standard error of a few thousandths.
+  rows = jax.jit(noise.sample, static_argnums=1)(jax.random.key(0), 40_000)
+  assert rows.shape == (40_000, 2)
+  other = optlab.fit_gaussian(rows, inflate=0.3)
+  weights = np.exp(other.log_prob(rows) - noise.log_prob(rows))
+  error = np.std(weights) / np.sqrt(len(weights))
+  assert error < 0.05
+  np.testing.assert_allclose(np.mean(weights), 1.0, atol=4.5 * error)
+
+
+def test_moments_of_draws():
+  rows = single().sample(jax.random.key(0), 100_000)
+  np.testing.assert_allclose(np.mean(rows, 0), MEAN, atol=0.02)
+  np.testing.assert_allclose(np.cov(np.asarray(rows).T), COVARIANCE, atol=0.02)
+
+
+@pytest.mark.parametrize('make', [single, several])
+def test_lattice_draws_are_unbiased_and_vary_less(make):
+  noise = make()
+
+  def means(sample):
+    keys = jax.random.split(jax.random.key(0), 400)
+    square = lambda key: jnp.mean(sample(key, 256) ** 2, 0)
+    return np.asarray(jax.jit(jax.vmap(square))(keys))
+
+  plain, even = means(noise.sample), means(noise.sample_lattice)
+  error = np.std(plain, 0) / 20
+  np.testing.assert_allclose(even.mean(0), plain.mean(0), atol=5 * error.max())
+  assert np.all(np.std(even, 0) < 0.5 * np.std(plain, 0))
+
+
+def test_lattice_is_uniform_in_each_column():
+  points = np.asarray(noise_lib.lattice(jax.random.key(3), 1000, 3))
+  assert points.min() > 0
+  assert points.max() < 1
+  for column in points.T:
+    gaps = np.sort(column) - (np.arange(1000) + 0.5) / 1000
+    assert np.max(np.abs(gaps)) < 0.01
+
+
+def test_fit_gaussian_has_the_moments_of_its_rows():
+  rows = bent_rows()
+  noise = optlab.fit_gaussian(rows, inflate=2.0)
+  np.testing.assert_allclose(noise.mean, np.mean(rows, 0), rtol=1e-5)
+  covariance = np.cov(np.asarray(rows).T, bias=True)
+  np.testing.assert_allclose(
+    noise.scale @ noise.scale.T, 2 * covariance, rtol=1e-4
+  )
+
+
+@pytest.mark.usefixtures('x64')
+def test_follow_is_the_moment_update():
+  rng = np.random.default_rng(0)
+  rows, log_weights = rng.normal(size=(50, 2)) + 3, rng.normal(size=50)
+  start = optlab.gaussian(MEAN.astype(float), COVARIANCE.astype(float))
+  rate = 0.3
+  moved = optlab.follow(
+    start, jnp.asarray(rows), rate, jnp.asarray(log_weights)
+  )
+  # The moments of the mixture of the old Gaussian and the weighted rows.
+  weights = np.exp(log_weights) / np.sum(np.exp(log_weights))
+  mean = (1 - rate) * MEAN + rate * weights @ rows
+  second = (1 - rate) * (COVARIANCE + np.outer(MEAN, MEAN)) + rate * (
+    rows.T * weights
+  ) @ rows
+  np.testing.assert_allclose(moved.mean, mean)
+  np.testing.assert_allclose(
+    moved.scale @ moved.scale.T,
+    second - np.outer(mean, mean) + rate * 1e-6 * np.eye(2),
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(moved.whiten @ moved.scale, np.eye(2), atol=1e-12)
+
+
+def test_follow_ignores_bad_rows_and_holds_without_weight():
+  start, rows = single(), np.asarray(single().sample(jax.random.key(0), 20))
+  spoiled = rows.copy()
+  spoiled[3] = np.nan
+  kept = np.delete(rows, 3, 0)
+  follow = jax.jit(optlab.follow)
+  moved = follow(start, spoiled, 0.5, np.zeros(20, np.float32))
+  expected = follow(start, kept, 0.5, np.zeros(19, np.float32))
+  np.testing.assert_allclose(moved.mean, expected.mean, rtol=1e-5)
+  held = follow(start, rows, 0.5, np.full(20, -np.inf, np.float32))
+  np.testing.assert_array_equal(held.mean, start.mean)
+  np.testing.assert_array_equal(held.scale, start.scale)
+
+
+def test_adaptive_noise_recompiles_nothing():
+  @jax.jit
+  def step(noise, key):
+    batch = optlab.noise_batch(noise, key, jnp.ones((8, 2)), 16)
+    return optlab.follow(noise, batch.data, 0.1), batch.noise
+
+  noise = single()
+  for key in jax.random.split(jax.random.key(0), 3):
+    noise, _ = step(noise, key)
+  refit = optlab.fit_gaussian(bent_rows())
+  step(refit, key)
+  assert step._cache_size() == 1
+
+
+def test_a_flow_fits_what_a_gaussian_does_not():
+  rows = bent_rows()
+  gaussian = -np.mean(optlab.fit_gaussian(rows).log_prob(rows))
+  assert -np.mean(flow().log_prob(rows)) < gaussian - 0.3
+
+
+def test_bad_arguments():
+  with pytest.raises(ValueError, match='positive definite'):
+    optlab.gaussian(jnp.zeros(2), -jnp.eye(2))
+  with pytest.raises(ValueError, match='shapes'):
+    optlab.gaussian(jnp.zeros(2), jnp.eye(3))
+  with pytest.raises(ValueError, match=r'\[num, d\]'):
+    optlab.fit_gaussian(jnp.zeros(3))
+  with pytest.raises(ValueError, match='shapes'):
+    optlab.gaussian_mixture(jnp.ones(2), jnp.zeros((3, 1)), jnp.ones((3, 1, 1)))
+  with pytest.raises(ValueError, match='weight'):
+    optlab.defensive(single(), single(), 1.0)
+  with pytest.raises(ValueError, match='one a component'):
+    optlab.mixture(np.ones(3), single())
+  with pytest.raises(ValueError, match='rate'):
+    optlab.follow(single(), jnp.zeros((2, 2)), 2.0)
+  with pytest.raises(ValueError, match='d at least 2'):
+    optlab.init_flow(jax.random.key(0), jnp.zeros((4, 1)))
+  with pytest.raises(ValueError, match='num must be'):
+    optlab.noise_batch(single(), jax.random.key(0), jnp.zeros((2, 2)), 0)
