@@ -1,0 +1,204 @@
+"""What the tests of growing batches cost beside a plain gradient.
+
+First the moments of one batch of an MLP by every route; then the growing loop
+beside the same estimator on a static batch; then how often the loop compiles
+while the batch grows from 8 to N. Variants take turns; medians of the ratios
+within a round are shown.
+"""
+
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optlab
+
+BATCH, WIDTHS = 512, (784, 256, 128, 10)
+N = 4096
+ROUNDS = 21
+
+
+def _params(key):
+  params = {}
+  for i, (n, m) in enumerate(itertools.pairwise(WIDTHS)):
+    key, new = jax.random.split(key)
+    params[f'w{i}'] = jax.random.normal(new, (n, m)) / np.sqrt(n)
+    params[f'b{i}'] = jnp.zeros(m)
+  return params
+
+
+def losses(params, batch):
+  x, y = batch
+  for i in range(len(WIDTHS) - 1):
+    x = x if i == 0 else jax.nn.relu(x)
+    x = x @ params[f'w{i}'] + params[f'b{i}']
+  return optax.softmax_cross_entropy_with_integer_labels(x, y)
+
+
+def _compile(function, *args):
+  began = time.perf_counter()
+  compiled = jax.jit(function).lower(*args).compile()
+  return compiled, time.perf_counter() - began
+
+
+def _turns(functions, rounds=ROUNDS):
+  """Seconds of every function, in rounds."""
+  seconds = {name: [] for name in functions}
+  for i in range(rounds + 2):
+    for name, function in functions.items():
+      began = time.perf_counter()
+      jax.block_until_ready(function())
+      if i > 1:
+        seconds[name].append(time.perf_counter() - began)
+  return {name: np.array(taken) for name, taken in seconds.items()}
+
+
+def _table(head, seconds, reference, extra):
+  print(f'{head:44} {"ms":>8} {"ratio":>7} {"compile s":>10}  bound')
+  for name, taken in seconds.items():
+    ratio = np.median(taken / seconds[reference])
+    compiling, bound = extra[name]
+    print(
+      f'{name:44} {1e3 * np.median(taken):8.2f} {ratio:7.2f}'
+      f' {compiling:10.2f}  {bound}'
+    )
+
+
+def _moments(params, batch):
+  tests = {
+    'plain gradient': (None, None, None, ''),
+    'norm test, ghost norms': (
+      optlab.norm_test(0.5), optlab.ghost_norms, None, '1.2'
+    ),
+    'inner product test, JVP': (
+      optlab.inner_product_test(0.5), optlab.plain_grads,
+      optlab.jvp_inner_products, ''
+    ),
+    'augmented test, ghost norms and JVP': (
+      optlab.augmented_inner_product_test(0.5, 0.5), optlab.ghost_norms,
+      optlab.jvp_inner_products, '1.8'
+    ),
+    'norm test, vmap(grad)': (
+      optlab.norm_test(0.5), optlab.vmap_grads, None, ''
+    ),
+    'norm test, vmap(grad) in microbatches of 64': (
+      optlab.norm_test(0.5), optlab.vmap_grads, None, ''
+    ),
+    'norm test, microbatch means of 64': (
+      optlab.norm_test(0.5), optlab.microbatch_means, None, ''
+    ),
+  }  # fmt: skip
+  functions, extra, requests = {}, {}, {}
+  for name, (test, moments, inner_products, bound) in tests.items():
+    if test is None:
+
+      def run(params, batch):
+        return jax.value_and_grad(lambda p: jnp.mean(losses(p, batch)))(params)
+
+    else:
+      estimator = optlab.per_example(
+        losses,
+        moments,
+        inner_products=inner_products,
+        microbatch_size=64 if 'microbatch' in name else None,
+      )
+
+      def run(params, batch, estimator=estimator, test=test):
+        estimate, _ = estimator.estimate(params, (), batch)
+        size = test(estimate.grads, **estimate.extras)
+        return estimate.value, estimate.grads, size
+
+    compiled, seconds = _compile(run, params, batch)
+    functions[name] = lambda compiled=compiled: compiled(params, batch)
+    extra[name] = (seconds, bound)
+    requests[name] = compiled(params, batch)
+  grads = requests['plain gradient'][1]
+  for name, result in requests.items():
+    for a, b in zip(
+      jax.tree.leaves(result[1]), jax.tree.leaves(grads), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+  exact = [
+    float(requests[name][2])
+    for name in requests
+    if name.startswith('norm') and 'means' not in name
+  ]
+  np.testing.assert_allclose(exact, exact[0], rtol=1e-4)
+  _table(
+    f'MLP {WIDTHS}, batch {BATCH}', _turns(functions), 'plain gradient', extra
+  )
+
+
+def _loop(params, data):
+  """The loop against static batches that the same examples were put into."""
+  tx = optax.adagrad(0.05)
+  for size, microbatch in ((BATCH, 128), (BATCH, BATCH), (64, 64)):
+    looped = optlab.per_example(
+      losses, optlab.ghost_norms, microbatch_size=microbatch
+    )
+    static = optlab.per_example(losses, optlab.ghost_norms)
+    # The rule may not grow: both take batches of one size.
+    rule = optax.chain(optlab.grow_batch(optlab.norm_test(1e3), size, size), tx)
+    state = optlab.growing_init(params, looped, rule, data, jax.random.key(0))
+    rows = state.epochs.order[:size]
+    batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+    one, first = _compile(optlab.growing_step(looped, rule), state, data)
+    other, second = _compile(
+      optlab.train_step(static, rule), state.train, batch
+    )
+    np.testing.assert_allclose(
+      one(state, data)[1], other(state.train, batch)[1], rtol=1e-5
+    )
+    names = (f'static batch of {size}', f'loop, microbatches of {microbatch}')
+    functions = {
+      names[0]: lambda other=other, state=state, batch=batch: other(
+        state.train, batch
+      ),
+      names[1]: lambda one=one, state=state: one(state, data),
+    }
+    _table(
+      f'growing loop, batch {size} of {N}',
+      _turns(functions),
+      names[0],
+      {names[0]: (second, ''), names[1]: (first, '1.15')},
+    )
+
+
+def _compilations(params, data):
+  estimator = optlab.per_example(
+    losses, optlab.ghost_norms, microbatch_size=128
+  )
+  tx = optlab.adadagrad(0.02, optlab.norm_test(0.5), 8, N)
+  state = optlab.growing_init(params, estimator, tx, data, jax.random.key(0))
+  traces = []
+
+  def counted(state, data):
+    traces.append(1)
+    return optlab.growing_step(estimator, tx)(state, data)
+
+  step = jax.jit(counted)
+  sizes = [8]
+  while sizes[-1] < N and len(sizes) < 500:
+    state, _ = step(state, data)
+    sizes.append(int(optax.tree.get(state, 'batch_size')))
+  print(
+    f'batch {sizes[0]} to {sizes[-1]} in {len(sizes) - 1} steps, with'
+    f' {len(set(sizes))} sizes; compilations: {len(traces)}'
+  )
+
+
+def main():
+  key = jax.random.key(0)
+  params = _params(key)
+  x = jax.random.normal(key, (N, WIDTHS[0]))
+  y = jnp.argmax(x[:, : WIDTHS[-1]], 1)
+  _moments(params, (x[:BATCH], y[:BATCH]))
+  _loop(params, (x, y))
+  _compilations(params, (x, y))
+
+
+if __name__ == '__main__':
+  main()
