@@ -189,6 +189,12 @@ def bo_rep(
     Under ``vmap`` a round is computed at every step, since a batch of
     conditions becomes a select.
 
+    What survives a far start on the cosh problem of
+    ``experiments.unbounded_smoothness`` is the bounded step with a decaying
+    rate, whatever the estimator: `soba` with `normalized_momentum`, or with a
+    clipped average, is as robust there, and `bo_rep` with plain SGD is not.
+    Longer periods save lower gradients at no loss.
+
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
     grows linearly: ``z_radius`` bounds it and ``linear_residual`` shows it. A
     step with numbers that are not finite is rejected: the state is held, the

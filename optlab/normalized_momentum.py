@@ -128,6 +128,11 @@ def normalized_momentum(
   References:
     Cutkosky, Mehta, `Momentum Improves Normalized SGD
     <https://arxiv.org/abs/2002.03305>`_, ICML 2020.
+
+  Notes:
+    The average remembers large gradients for about ``1 / (1 - beta)`` steps.
+    Where they fall faster than that, it walks past the optimum: with ``beta``
+    0.98 large rates diverge where 0.9 does not.
   """
   base.check_non_negative('learning_rate', learning_rate)
   return optax.chain(

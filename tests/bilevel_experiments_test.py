@@ -1,0 +1,163 @@
+"""The bilevel programs and their text: data, costs, and one small run each."""
+
+import gzip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import bilevel
+from experiments import hyper_cleaning
+from experiments import hyper_representation
+from experiments import hyperparameter_optimization
+from experiments import record
+from experiments import text
+from experiments import unbounded_smoothness
+
+WORDS = ('alpha', 'beta', 'gamma', 'delta', 'caf\xe9\x85')
+
+
+@pytest.fixture
+def trec(tmp_path):
+  """A folder with small TREC files: the label is a function of the words."""
+  random = np.random.RandomState(0)
+
+  def lines(count):
+    for i in range(count):
+      label = i % 3
+      others = random.choice(WORDS[3:], 3)
+      yield f'{label} {WORDS[label]} {" ".join(others)} ?\n'
+
+  for stem, count in (('TREC.train.all', 900), ('TREC.test.all', 60)):
+    with gzip.open(tmp_path / f'{stem}.gz', 'wb') as file:
+      file.write(''.join(lines(count)).encode('latin-1'))
+  return tmp_path
+
+
+def test_loads_padded_latin_1_sentences(trec):
+  data = text.load('trec', str(trec), max_length=4)
+  assert [len(part.labels) for part in (data.train, data.valid, data.test)] == [
+    810, 90, 60,
+  ]  # fmt: skip
+  assert data.classes == 3
+  # Split at spaces: 0x85 is whitespace in Unicode, and ends a word.
+  assert sorted(data.vocabulary[2:]) == sorted(
+    ['?', 'alpha', 'beta', 'gamma', 'delta', 'caf\xe9']
+  )
+  first = [WORDS[label] for label in data.train.labels[:20]]
+  found = [data.vocabulary[row[0]] for row in data.train.tokens[:20]]
+  assert found == first
+  longer = text.load('trec', str(trec), max_length=9)
+  np.testing.assert_array_equal(longer.train.tokens[:, 5:], text.PAD)
+  np.testing.assert_array_equal(longer.train.tokens[:, :4], data.train.tokens)
+
+
+def test_a_bad_line_or_folder_is_named(trec, tmp_path):
+  with (trec / 'TREC.test.all').open('w') as file:
+    file.write('0 fine\nno label\n')
+  (trec / 'TREC.test.all.gz').unlink()
+  with pytest.raises(app.UserError, match='line 2 is not "label words"'):
+    text.load('trec', str(trec))
+  with pytest.raises(app.UserError, match='no such folder'):
+    text.load('trec', str(tmp_path / 'missing'))
+  with pytest.raises(app.UserError, match=r'has no file stsa\.binary\.train'):
+    text.load('sst2', str(trec))
+
+
+def test_flips_the_share_to_wrong_labels():
+  labels = np.arange(1000, dtype=np.int32) % 6
+  noisy, flipped = text.flip(labels, 6, 0.3, seed=1)
+  assert flipped.sum() == 300
+  np.testing.assert_array_equal(noisy != labels, flipped)
+  assert set(noisy) == set(range(6))
+
+
+def test_bags_have_unit_length_and_a_constant():
+  tokens = np.array([[2, 3, 2, 0], [4, 0, 0, 0]], np.int32)
+  dense = text.bags_of_words(tokens).matrix(5).toarray()
+  root = np.sqrt(5.0)
+  expected = [[1.0, 0.0, 2 / root, 1 / root, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0]]
+  np.testing.assert_allclose(dense, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('cell', ['gru', 'lstm'])
+def test_the_encoder_ignores_padding(cell):
+  init, encode = text.functional(lambda r: text.Encoder(9, 4, r, cell=cell))
+  params = init(jax.random.key(0))
+  tokens = jnp.array([[2, 3, 4], [5, 0, 0]])
+  padded = jnp.pad(tokens, ((0, 0), (0, 3)))
+  run = jax.jit(encode)
+  state = run(params, tokens)
+  np.testing.assert_allclose(run(params, padded), state, rtol=0, atol=1e-7)
+  assert np.max(np.abs(run(params, tokens.at[1, 0].set(6)) - state)) > 1e-3
+
+
+def test_budgets_are_equal_calls():
+  table = bilevel.methods(lower_steps=4, terms=3)
+  budget = 1000 * table['bo_rep'].calls
+  for name, method in table.items():
+    steps = method.steps(budget, 5)
+    assert steps % 5 == 0
+    assert abs(steps * method.calls - budget) <= 5 * method.calls, name
+  assert table['soba'].calls == 4
+  assert table['bo_rep'].gradients == 2 + 4 / 2
+  assert table['stocbio'].gradients == 2 + 4
+
+
+def ends(folder):
+  _, rows = record.read(folder)
+  return record.select(rows, 'summary')
+
+
+def test_the_cosh_study_runs_and_draws(tmp_path):
+  config = unbounded_smoothness.Config(
+    output_dir=str(tmp_path / 'cosh'), rates=(0.03, 0.3), steps=600,
+    methods=('bo_rep',), upper_steps=('plain', 'normalized'), seeds=2,
+    start=3.0,
+  )  # fmt: skip
+  with jax.enable_x64(True):
+    unbounded_smoothness.main(config)
+  rows = {
+    (row['upper_step'], row['schedule']): row for row in ends(tmp_path / 'cosh')
+  }
+  assert len(rows) == 4
+  assert rows['normalized', 'cosine']['best_value'] < 0.5
+  assert (tmp_path / 'cosh' / 'unbounded_smoothness.png').stat().st_size > 1e4
+
+
+@pytest.mark.slow
+def test_cleaning_finds_the_flipped_labels(trec, tmp_path):
+  config = hyper_cleaning.Config(
+    output_dir=str(tmp_path / 'clean'), data_dir=str(trec), flipped=(0.3,),
+    methods=('bo_rep',), upper_steps=('normalized',), steps=150, seeds=2,
+    rates=(1.0, 3.0), batch=64,
+  )  # fmt: skip
+  hyper_cleaning.main(config)
+  (row,) = ends(tmp_path / 'clean')
+  assert row['auroc'] > 0.95
+  assert row['refitted_accuracy'] > 0.95
+
+
+@pytest.mark.slow
+def test_representation_and_penalties_are_learned(trec, tmp_path):
+  common = {
+    'methods': ('bo_rep',), 'upper_steps': ('normalized',), 'seeds': 2,
+  }  # fmt: skip
+  config = hyper_representation.Config(
+    output_dir=str(tmp_path / 'rep'), data_dir=str(trec), width=8,
+    max_length=6, steps=60, rates=(0.3, 1.0), **common,
+  )  # fmt: skip
+  hyper_representation.main(config)
+  (row,) = ends(tmp_path / 'rep')
+  assert row['test_accuracy'] > 0.9
+  config = hyperparameter_optimization.Config(
+    output_dir=str(tmp_path / 'ridge'), steps=400, rates=(0.03, 0.1), **common,
+  )  # fmt: skip
+  with jax.enable_x64(True):
+    hyperparameter_optimization.main(config)
+  _, rows = record.read(tmp_path / 'ridge')
+  first = record.select(rows, 'eval', step=0)[0]['regret']
+  (row,) = record.select(rows, 'summary')
+  assert row['regret'] < 0.2 * first
