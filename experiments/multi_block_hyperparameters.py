@@ -186,7 +186,7 @@ def quality(name: str, train: optlab.TrainState, problem: Problem) -> dict:
     'validation': jnp.mean(validation),
     'test': jnp.mean(test),
     'accuracy': jnp.mean(test_right[:, best]),
-    'moved': jnp.sqrt(jnp.mean(jnp.square(train.params))),
+    'moved': optax.tree.norm(train.params) / np.sqrt(problem.train.shape[0]),
   }
 
 
