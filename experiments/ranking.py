@@ -1,0 +1,375 @@
+r"""Top-K ranking: the selection threshold of each query is a lower problem.
+
+python -m experiments.ranking [--top=5] [--steps=2000] ...
+
+.. math::
+  g_q(x, \lambda) &= \tfrac{K}{n} \lambda + \tfrac{\mu}{2} \lambda^2
+    + \tfrac{\epsilon}{n} \textstyle\sum_i
+      \log(1 + e^{(h_i - \lambda) / \epsilon}) \\
+  f_q(x, \lambda) &= -\tfrac{1}{Z_q} \textstyle\sum_i
+    \sigma(\kappa (h_i - \lambda))\, \frac{2^{y_i} - 1}{\log_2(1 + r_i)}
+
+The minimizer of :math:`g_q` parts the K best scores :math:`h` of a query from
+the others, :math:`r_i` is a smooth rank, and so :math:`f_q` is a smooth NDCG@K.
+The data are synthetic: relevance from 0 to 4 by a hidden nonlinear score with
+noise. A pointwise (squared error) and a listwise (softmax cross entropy) loss
+have the same model, queries a step, rates and steps.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from experiments import app
+from experiments import plot
+from experiments import record
+from experiments import report
+from experiments import runner
+import optlab
+
+METHODS = ('bsvrb_v1', 'bsvrb_v2', 'pointwise', 'listwise')
+TUNING_SEED = 10_000
+CUTS = (5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(app.Config):
+  """Flags."""
+
+  queries: int = app.flag(200, 'Training queries, m.', low=1)
+  documents: int = app.flag(40, 'Documents of a query, n.', low=2)
+  features: int = app.flag(20, 'Features of a document.', low=2)
+  hidden: int = app.flag(16, 'Hidden units of the model.', low=1)
+  noise: float = app.flag(0.5, 'Noise of the relevance.', low=0.0)
+  blocks: int = app.flag(20, 'Queries sampled in a step, I.', low=1)
+  top: int = app.flag(10, 'K of the thresholds.', low=1)
+  steps: int = app.flag(2000, 'Steps of the runs.', low=20)
+  warm_fraction: float = app.flag(
+    0.5, 'Part of the steps in which BSVRB trains listwise.', low=0.0
+  )
+  tuning_steps: int = app.flag(1000, 'Steps of the tuning runs.', low=20)
+  looks: int = app.flag(20, 'Evaluations of a run.', low=1)
+  rates: tuple[float, ...] = app.flag(
+    (0.001, 0.003, 0.01, 0.03), 'Grid of rates of Adam.', low=0.0
+  )
+  lower_rate: float = app.flag(
+    0.3, 'Step of a threshold between two visits.', low=0.0
+  )
+  smoothness: float = app.flag(0.1, 'Smoothness of a threshold.', low=1e-6)
+  steepness: float = app.flag(2.0, 'Steepness of the selection.', low=0.0)
+  convexity: float = app.flag(0.01, 'Penalty of a threshold.', low=0.0)
+  methods: tuple[str, ...] = app.flag(METHODS, 'Methods.', choices=METHODS)
+  seeds: int = app.flag(5, 'Number of seeds.', low=1)
+  precision: str = app.flag(
+    'float32', 'Floating point type.', choices=('float32', 'float64')
+  )
+
+
+class Queries(NamedTuple):
+  """Documents and relevance of queries."""
+
+  features: jax.Array  # shape (queries, documents, features)
+  relevance: jax.Array  # shape (queries, documents), 0 to 4
+
+
+class Data(NamedTuple):
+  """Queries for training, for tuning, and for the report."""
+
+  train: Queries
+  validation: Queries
+  test: Queries
+
+
+def synthesize(config: Config) -> Data:
+  """Draws the queries and grades their documents by fixed quantiles."""
+  random = np.random.default_rng(0)
+  mix = random.normal(size=(config.features, 8)) / np.sqrt(config.features)
+  out = random.normal(size=8)
+
+  def queries(count):
+    shift = random.normal(size=(count, 1, config.features))
+    x = random.normal(size=(count, config.documents, config.features))
+    x = x + 0.5 * shift
+    score = np.tanh(2.0 * x @ mix) @ out
+    score = score + config.noise * random.normal(size=score.shape)
+    grades = np.searchsorted(np.quantile(score, (0.6, 0.8, 0.9, 0.96)), score)
+    return Queries(
+      jnp.asarray(x, config.precision),
+      jnp.asarray(grades, config.precision),
+    )
+
+  return Data(queries(config.queries), queries(200), queries(500))
+
+
+def init_model(config: Config, key: jax.Array) -> dict[str, jax.Array]:
+  """Parameters of a network with one hidden layer."""
+  first, second = jax.random.split(key)
+  shape = config.features, config.hidden
+  dtype = jnp.dtype(config.precision)
+  return {
+    'hidden': jax.random.normal(first, shape, dtype) / np.sqrt(shape[0]),
+    'bias': jnp.zeros(config.hidden, dtype),
+    'out': jax.random.normal(second, shape[1:], dtype) / np.sqrt(shape[1]),
+  }
+
+
+def scores(params: Any, features: jax.Array) -> jax.Array:
+  """One score a document."""
+  hidden = jnp.tanh(features @ params['hidden'] + params['bias'])
+  return hidden @ params['out']
+
+
+def gains(relevance: jax.Array) -> jax.Array:
+  """The gain of each grade."""
+  return 2.0**relevance - 1.0
+
+
+def best_dcg(relevance: jax.Array, top: int) -> jax.Array:
+  """DCG@K of the best order, at least a tiny number."""
+  order = jnp.sort(gains(relevance), axis=-1)[..., ::-1][..., :top]
+  discount = jnp.log2(2.0 + jnp.arange(order.shape[-1], dtype=order.dtype))
+  return jnp.maximum(jnp.sum(order / discount, -1), 1e-6)
+
+
+def ndcg(params: Any, queries: Queries, top: int) -> jax.Array:
+  """Mean NDCG@K."""
+  order = jnp.argsort(-scores(params, queries.features), axis=-1)[:, :top]
+  gain = jnp.take_along_axis(gains(queries.relevance), order, -1)
+  discount = jnp.log2(2.0 + jnp.arange(gain.shape[-1], dtype=gain.dtype))
+  dcg = jnp.sum(gain / discount, -1)
+  return jnp.mean(dcg / best_dcg(queries.relevance, top))
+
+
+def levels(config: Config):
+  """The two levels of one query."""
+
+  def lower(params, threshold, query):
+    score = scores(params, query.features)
+    smooth = config.smoothness
+    above = jnp.mean(jax.nn.softplus((score - threshold) / smooth))
+    return (
+      config.top / config.documents * threshold
+      + 0.5 * config.convexity * threshold**2
+      + smooth * above
+    )
+
+  def upper(params, threshold, query):
+    score = scores(params, query.features)
+    margin = jnp.maximum(score[None, :] - score[:, None] + 1.0, 0.0)
+    rank = jnp.sum(margin**2, -1)  # A document counts itself: at least 1.
+    selected = jax.nn.sigmoid(config.steepness * (score - threshold))
+    parts = selected * gains(query.relevance) / jnp.log2(1.0 + rank)
+    return -jnp.sum(parts) / best_dcg(query.relevance, config.top)
+
+  return upper, lower
+
+
+def pointwise(params: Any, query: Queries) -> jax.Array:
+  """Squared error of the grade."""
+  return jnp.mean((scores(params, query.features) - query.relevance) ** 2)
+
+
+def listwise(params: Any, query: Queries) -> jax.Array:
+  """Cross entropy of the softmax of scores to that of grades."""
+  target = jax.nn.softmax(query.relevance)
+  return -jnp.sum(target * jax.nn.log_softmax(scores(params, query.features)))
+
+
+class Run(NamedTuple):
+  """State of one lane."""
+
+  warm: optlab.TrainState
+  train: optlab.TrainState
+  key: jax.Array
+  step: jax.Array
+
+
+def prepare(config: Config, name: str, steps: int, every: int):
+  """Functions that start and advance a lane."""
+  bilevel = name.startswith('bsvrb')
+  warm_steps = int(config.warm_fraction * steps) if bilevel else 0
+  m = config.queries
+
+  def parts(rate):
+    tx = optax.adam(rate)
+    loss = pointwise if name == 'pointwise' else listwise
+    plain = optlab.value_and_grad(
+      lambda params, batch: jnp.mean(
+        jax.vmap(loss, (None, 0))(params, batch.upper)
+      )
+    )
+    dual = {
+      'bsvrb_v1': optlab.track_hessians(config.convexity),
+      'bsvrb_v2': optlab.track_products(),
+    }.get(name)
+    estimator = optlab.bsvrb(
+      *levels(config), m, step_size=config.lower_rate, dual=dual
+    )
+    return plain, estimator, tx
+
+  def start(rate, seed):
+    plain, estimator, tx = parts(rate)
+    key = jax.random.key(seed)
+    params = init_model(config, key)
+    thresholds = jnp.zeros(m, params['bias'].dtype)
+    return Run(
+      optlab.init(params, plain, tx),
+      optlab.init(params, estimator, tx, thresholds),
+      key,
+      jnp.zeros((), jnp.int32),
+    )
+
+  def advance(rate, run, train_queries):
+    plain, estimator, tx = parts(rate)
+    plain_step = optlab.train_step(plain, tx)
+    block_step = optlab.train_step(estimator, tx)
+
+    def step(_, run):
+      key = jax.random.fold_in(run.key, run.step)
+      blocks = optlab.sample_blocks(key, m, config.blocks)
+      queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
+      batch = optlab.BlockBatch(blocks, queries, queries)
+      is_warm = (run.step < warm_steps) | (not bilevel)
+      warm, _ = plain_step(run.warm, batch)
+      # In the warm phase the thresholds follow the scores, and no more.
+      entered = run.train._replace(
+        params=jax.tree.map(
+          lambda a, b: jnp.where(is_warm, a, b),
+          run.warm.params,
+          run.train.params,
+        )
+      )
+      train = entered
+      if bilevel:
+        train, _ = block_step(entered, batch)
+      warm = jax.tree.map(lambda a, b: jnp.where(is_warm, a, b), warm, run.warm)
+      at_switch = run.step + 1 == warm_steps
+      fresh = tx.init(train.params)
+      train = train._replace(
+        params=jax.tree.map(
+          lambda a, b: jnp.where(is_warm, a, b), warm.params, train.params
+        ),
+        opt_state=jax.tree.map(
+          lambda a, b: jnp.where(at_switch, a, b), fresh, train.opt_state
+        ),
+      )
+      return Run(warm, train, run.key, run.step + 1)
+
+    return jax.lax.fori_loop(0, every, step, run)
+
+  return start, advance
+
+
+def run_lanes(
+  session, config: Config, data: Data, label: str, name: str, rates, seeds,
+  steps: int,
+) -> None:  # fmt: skip
+  """Runs lanes with their rates and seeds."""
+  every = max(steps // config.looks, 1)
+  start, advance = prepare(config, name, every * config.looks, every)
+  rate = jnp.asarray(rates, config.precision)
+  state = jax.jit(jax.vmap(start))(rate, jnp.asarray(seeds, jnp.int32))
+
+  @jax.jit
+  def measure(params, data):
+    return {
+      f'{part}{cut}': jax.vmap(
+        lambda p, queries=queries, cut=cut: ndcg(p, queries, cut)
+      )(params)
+      for part, queries in (
+        ('validation', data.validation),
+        ('ndcg', data.test),
+      )
+      for cut in CUTS
+    }
+
+  def evaluate(state):
+    return measure(state.train.params, data) | {
+      'rate': np.asarray(rates),
+      'samples': int(state.step[0]) * config.blocks,
+    }
+
+  ids = range(len(seeds)) if label != name else seeds
+  session.run(
+    label, state,
+    lambda state, data: jax.vmap(advance, (0, 0, None))(rate, state, data),
+    evaluate, steps=every * config.looks, every=every, seeds=tuple(ids),
+    data=data.train, show=f'validation{CUTS[-1]}',
+  )  # fmt: skip
+
+
+def compare(session, config: Config, data: Data, name: str) -> None:
+  """Tunes a method on its own seed, and runs it on the others."""
+  label = f'tuning {name}'
+  seeds = [TUNING_SEED] * len(config.rates)
+  run_lanes(
+    session, config, data, label, name, config.rates, seeds,
+    config.tuning_steps,
+  )  # fmt: skip
+  rows = session.select('eval', method=label)
+  last = [row for row in rows if row['step'] == rows[-1]['step']]
+  best = max(last, key=lambda row: np.nan_to_num(row[f'validation{CUTS[-1]}']))
+  run_lanes(
+    session, config, data, name, name, [best['rate']] * config.seeds,
+    list(range(config.seeds)), config.steps,
+  )  # fmt: skip
+
+
+def draw(rows: list[dict], path) -> None:
+  """Test NDCG at both cuts against queries seen."""
+  figure, panels = plt.subplots(1, len(CUTS), figsize=(10.0, 4.0))
+  for axes, cut in zip(panels, CUTS, strict=True):
+    plot.draw_lines(
+      axes, [('', rows)], 'samples', f'ndcg{cut}', log_x=False, log_y=False,
+      keep=lambda method: not method.startswith('tuning'),
+    )  # fmt: skip
+    axes.set_xlabel('queries seen')
+    axes.set_ylabel(f'test NDCG@{cut}')
+  panels[0].legend(fontsize=8)
+  plot.save(figure, path)
+
+
+def main(config: Config) -> None:
+  """Compares the methods, prints the table and draws the picture."""
+  if config.blocks > config.queries:
+    raise app.UserError(
+      f'--blocks={config.blocks}: more than --queries={config.queries}'
+    )
+  if config.top >= config.documents:
+    raise app.UserError(
+      f'--top={config.top}: must be below --documents={config.documents}'
+    )
+  if config.warm_fraction > 1.0:
+    raise app.UserError('--warm_fraction is a fraction, at most 1')
+  data = synthesize(config)
+  with runner.Session('ranking', config, show='ndcg10') as session:
+    for name in config.methods:
+      compare(session, config, data, name)
+    rows = session.rows
+    table = []
+    for name in config.methods:
+      evals = record.select(rows, 'eval', method=name)
+      last = [row for row in evals if row['step'] == evals[-1]['step']]
+      line = [name, last[0]['rate']]
+      for cut in CUTS:
+        values = [row[f'ndcg{cut}'] for row in last]
+        line += [f'{np.median(values):.4f}', f'{np.ptp(values):.4f}']
+      table.append((*line, last[0]['seconds']))
+    report.show(
+      f'ranking, {config.queries} queries of {config.documents} documents,'
+      f' K = {config.top}: median of {config.seeds} seeds',
+      ('method', 'rate', 'NDCG@5', 'spread', 'NDCG@10', 'spread', 'seconds'),
+      table,
+    )
+    path = session.folder / 'ranking.png'
+    draw(rows, path)
+    print(path)
+
+
+if __name__ == '__main__':
+  app.run(main, Config)
