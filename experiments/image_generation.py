@@ -47,7 +47,7 @@ class Config(app.Config):
   learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
   gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
   chain_steps: int = app.flag(200, 'Langevin steps of a chain.', low=1)
-  step_size: float = app.flag(0.2, 'Of the chains, in whitened pixels.')
+  step_size: float = app.flag(0.03, 'Of the chains, in whitened pixels.')
   seeds: int = app.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
   precision: str = app.flag(
     'float32', 'Floating point type.', choices=('float32',)
@@ -244,8 +244,10 @@ def draw(rows: Sequence[dict], config: Config, side: int, path: Any) -> None:
   )
   for axes, row in zip(panels[0], shown, strict=True):
     cells = np.asarray(row['images']).reshape(-1, 10, side, side)
+    cells = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    height, width = cells.shape[0] * (side + 2), 10 * (side + 2)
     axes.imshow(
-      cells.transpose(0, 2, 1, 3).reshape(-1, 10 * side),
+      cells.transpose(0, 2, 1, 3).reshape(height, width),
       cmap='gray_r',
       vmin=0,
       vmax=1,

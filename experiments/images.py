@@ -99,11 +99,11 @@ def _in_chunks(function: Any, rows: jax.Array, chunk: int = 1000) -> jax.Array:
   return jnp.concatenate(parts)
 
 
-def with_base(fitted: Any, rows: jax.Array) -> jax.Array:
+def with_base(fitted: Any, rows: jax.typing.ArrayLike) -> jax.Array:
   """Rows with a last column that holds the fitted log density."""
-  rows = jnp.asarray(rows)
-  base = _in_chunks(fitted.log_prob, rows)
-  return jnp.concatenate([rows, base[:, None]], 1)
+  pixels = jnp.asarray(rows)
+  base = _in_chunks(fitted.log_prob, pixels)
+  return jnp.concatenate([pixels, base[:, None]], 1)
 
 
 def init_energy(key: jax.Array, columns: int, hidden: int) -> Any:

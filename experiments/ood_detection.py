@@ -103,14 +103,16 @@ def main(config: Config) -> None:
 
 def run(session: runner.Session, config: Config, data: images.Images) -> None:
   """Fits the noise of every seed, then trains and scores each method."""
-  parts, noises = [], []
+  parts: list[Any] = []
+  noises: list[images.Noise] = []
   for seed in range(config.seeds):
     parts.append(split(data, seed))
     noises.append(images.fit_noise(parts[-1][0], config.components, seed))
-    score_baselines(session, seed, *parts[-1], noises[-1])
+    train, inside, outside = parts[-1]
+    score_baselines(session, seed, train, inside, outside, noises[-1])
   stack = lambda *leaves: jnp.stack(leaves)
   all_noise = jax.tree.map(stack, *noises)
-  train = jnp.stack(
+  train_rows = jnp.stack(
     [
       images.with_base(noise.fitted, part[0])
       for noise, part in zip(noises, parts, strict=True)
@@ -124,7 +126,7 @@ def run(session: runner.Session, config: Config, data: images.Images) -> None:
   )
   for method in config.methods:
     params = images.train(
-      session, method, config, train, all_noise, config.hidden, log_q
+      session, method, config, train_rows, all_noise, config.hidden, log_q
     )
     for seed in range(config.seeds):
       if session.select('score', method=method, seed=seed):
@@ -154,7 +156,7 @@ def show(rows: Sequence[dict], config: Config) -> None:
   """AUROC of every method, and the likelihoods with their error bars."""
   found = [row for row in rows if row['kind'] == 'auroc']
   names = list(dict.fromkeys(row['method'] for row in found))
-  table = []
+  table: list[list[Any]] = []
   nearest = {
     row['seed']: row['auroc']
     for row in found
@@ -171,7 +173,7 @@ def show(rows: Sequence[dict], config: Config) -> None:
   report.show(
     f'{config.dataset}: AUROC of left-out classes, {config.seeds} seeds',
     ['score', 'median', 'low', 'high', 'beats nearest neighbour'],
-    sorted(table, key=lambda row: -row[1]),
+    sorted(table, key=lambda row: row[1], reverse=True),
   )
   scores = [row for row in rows if row['kind'] == 'score']
   report.show(
