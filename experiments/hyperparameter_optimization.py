@@ -66,6 +66,8 @@ def split(features, targets):
 def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
   """Ridge or logistic regression; the best log penalty and its value."""
   ridge = config.problem == 'ridge'
+  features: Any
+  targets: Any
   if ridge:
     features, targets = datasets.load_diabetes(return_X_y=True)
     targets = (targets - targets.mean()) / targets.std()

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from experiments import app
-from experiments import images
+from experiments import image_classifiers
 from experiments import plot
 from experiments import record
 from experiments import report
@@ -42,9 +42,11 @@ class Config(app.Config):
     'digits', 'digits, mnist in data_dir, or an IDX file by path.'
   )
   data_dir: str = app.flag('', 'Folder with data files.')
-  model: str = app.flag('mlp', 'Model.', choices=tuple(images.MODELS))
+  model: str = app.flag(
+    'mlp', 'Model.', choices=tuple(image_classifiers.MODELS)
+  )
   optimizers: tuple[str, ...] = app.flag(
-    ('adagrad',), 'Optimizers.', choices=tuple(images.OPTIMIZERS)
+    ('adagrad',), 'Optimizers.', choices=tuple(image_classifiers.OPTIMIZERS)
   )
   batches: tuple[str, ...] = app.flag(
     ('8', '32', '128', '512', 'full')
@@ -85,7 +87,7 @@ class Choice(NamedTuple):
 def run(
   session: runner.Session,
   config: Config,
-  data: images.Images,
+  data: image_classifiers.Images,
   choice: Choice,
   label: str,
   lanes: Sequence[tuple[int, float]],
@@ -93,8 +95,8 @@ def run(
   """Trains one lane for each pair of a seed and a rate, and records them."""
   dtype = jnp.dtype(config.precision)
   length, side = data.train[0].shape[:2]
-  model = images.model(config.model, side, data.classes, dtype)
-  rule = images.batches(choice.batches, config.first_size, length)
+  model = image_classifiers.model(config.model, side, data.classes, dtype)
+  rule = image_classifiers.batches(choice.batches, config.first_size, length)
   microbatch = config.microbatch
   if rule.moments is optlab.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
@@ -111,7 +113,9 @@ def run(
     grow = lambda: optlab.grow_batch(rule.test, rule.size, rule.limit)
 
   def make(rate):
-    return optax.chain(grow(), images.OPTIMIZERS[choice.optimizer](rate))
+    return optax.chain(
+      grow(), image_classifiers.OPTIMIZERS[choice.optimizer](rate)
+    )
 
   resident = jax.tree.map(jnp.asarray, (data.train, data.test))
   seeds = tuple(seed for seed, _ in lanes)
@@ -332,13 +336,17 @@ def draw(session: runner.Session, config: Config) -> None:
 def main(config: Config) -> None:
   """Tunes and runs every choice."""
   dtype = np.dtype(config.precision)
-  data = images.load(config.dataset, config.data_dir, config.test_size, dtype)
+  data = image_classifiers.load(
+    config.dataset, config.data_dir, config.test_size, dtype
+  )
   choices = [
     Choice(*pair)
     for pair in itertools.product(config.optimizers, config.batches)
   ]
   for choice in choices:  # Errors before hours of work.
-    images.batches(choice.batches, config.first_size, len(data.train[1]))
+    image_classifiers.batches(
+      choice.batches, config.first_size, len(data.train[1])
+    )
   with runner.Session('image_classification', config) as session:
     for choice in choices:
       tuning = f'{choice.label}: tuning'

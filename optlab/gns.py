@@ -204,6 +204,7 @@ def gns_newton(
     def search(carry):
       shift = shift_of(carry.gamma)
       if isinstance(prepared, linear.Prepared):
+        solution: Any
         solution, ok, trial_products = prepared.solve(shift)
       else:
         (solution, ok), trial_products = prepared(shift), 0

@@ -241,7 +241,7 @@ def batches(name: str, first_size: int, length: int) -> Batches:
         name, optlab.norm_test(1.0), size, size, optlab.plain_grads, None, False
       )
     value = float(text)
-    routes = {
+    routes: dict[str, Any] = {
       'norm': (optlab.norm_test, optlab.ghost_norms, None),
       'means': (optlab.norm_test, optlab.microbatch_means, None),
       'coordinate': (optlab.coordinate_norm_test, optlab.vmap_grads, None),
@@ -256,13 +256,13 @@ def batches(name: str, first_size: int, length: int) -> Batches:
         optlab.jvp_inner_products,
       ),
     }
+    if kind not in routes:
+      raise app.UserError(
+        f'--batches={name}: no test {kind}; there are {", ".join(routes)}'
+      )
     test, moments, inner_products = routes[kind]
     return Batches(
       name, test(value), first_size, length, moments, inner_products, True
     )
-  except KeyError as error:
-    raise app.UserError(
-      f'--batches={name}: no test {kind}; there are {", ".join(routes)}'
-    ) from error
   except ValueError as error:
     raise app.UserError(f'--batches={name}: {error}') from error
