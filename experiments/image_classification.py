@@ -324,7 +324,7 @@ def draw(session: runner.Session, config: Config) -> None:
     low = np.quantile(ends, 0.1) - 0.05
     axes.set_ylim(max(0.0, low), min(1.0, max(ends) + 0.01))
   handles, labels = panels[0][0].get_legend_handles_labels()
-  figure.tight_layout()
+  figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.97))
   figure.legend(handles, labels, loc='center left', bbox_to_anchor=(1.0, 0.5))
   plot.save(
     figure,

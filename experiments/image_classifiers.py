@@ -230,6 +230,7 @@ def batches(name: str, first_size: int, length: int) -> Batches:
     UserError: It is none of these.
   """
   kind, _, text = name.partition(':')
+  routes: dict[str, Any] = {}
   try:
     if not text:
       size = length if name == 'full' else int(name)

@@ -54,6 +54,7 @@ def _authors_f2_gradient(x):
 FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'F1': f1, 'F2': f2, 'F3': f3,
 }  # fmt: skip
+_EVERY = 5  # Steps from one row of the record to the next.
 OPTIMIZERS = ('diffgrad', 'adam', 'adam_half', 'amsgrad', 'adabelief', 'sgd')
 
 
@@ -91,7 +92,7 @@ class Config(app.Config):
   rate: float = app.flag(0.1, 'Learning rate.', low=0.0)
   b1: float = app.flag(0.95, 'Decay of the first moment.', low=0.0)
   b2: float = app.flag(0.999, 'Decay of the second moment.', low=0.0)
-  steps: int = app.flag(300, 'Steps.', low=1)
+  steps: int = app.flag(300, 'Steps, a multiple of 5.', low=1)
   seeds: int = app.flag(21, 'Number of starts.', low=1)
 
 
@@ -114,7 +115,8 @@ def run(
       updates, opt_state = tx.update(grad(x), opt_state, x)
       return optax.apply_updates(x, updates), opt_state
 
-    return jax.vmap(one)(*state)
+    step = lambda state, _: (jax.vmap(one)(*state), None)
+    return jax.lax.scan(step, state, length=_EVERY)[0]
 
   session.run(
     f'{function}, {name}',
@@ -122,6 +124,7 @@ def run(
     advance,
     lambda state: {'x': state[0], 'value': jax.vmap(value)(state[0])},
     steps=config.steps,
+    every=_EVERY,
     seeds=tuple(range(config.seeds)),
     function=function,
     optimizer=name,
@@ -170,6 +173,7 @@ def draw(session: runner.Session, config: Config) -> None:
     top.plot(grid, jax.jit(FUNCTIONS[function])(grid), 'k', lw=1)
     top.set_title(function)
     top.set_xlabel('x')
+    top.set_xlim(-1.1, 1.1)
     top.set_ylim(-1.0 if function == 'F2' else -0.1, 1.6)
     for i, name in enumerate(config.optimizers):
       rows = session.select('eval', method=f'{function}, {name}', seed=0)
@@ -177,6 +181,7 @@ def draw(session: runner.Session, config: Config) -> None:
                   color=f'C{i}', label=name)  # fmt: skip
       last = rows[-1]
       top.plot(last['x'], last['value'], 'o', color=f'C{i}', ms=9 - i)
+    bottom.set_ylim(-1.1, 1.1)
     bottom.set_xlabel('steps')
     bottom.grid(alpha=0.3)
   panels[0][0].set_ylabel('value; dots: where seed 0 ends')
