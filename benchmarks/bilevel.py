@@ -262,8 +262,25 @@ def squared_gradient(lower: Quadratic, upper: Quadratic):
   return evaluate
 
 
+# Estimator, upper step, and whether its gradient is tracked by STORM.
+VARIANTS = (
+  ('soba', 'plain', False),
+  ('soba', 'plain', True),
+  ('saba', 'plain', False),
+  ('saba', 'plain', True),
+  ('stocbio', 'plain', False),
+  ('stocbio', 'plain', True),
+  ('bo_rep', 'normalized', False),
+  ('bo_rep', 'normalized', True),
+  ('bo_rep', 'plain', False),
+)
+
+
 def finite_sum_quadratic(
-  samples: int = 2**15, budget: int = 2**20, size: int = 64
+  samples: int = 2**15,
+  budget: int = 2**20,
+  size: int = 64,
+  variants: tuple = VARIANTS,
 ) -> None:
   """Squared gradient norm after equal samples, best of one grid each."""
   random = np.random.RandomState(0)
@@ -287,17 +304,6 @@ def finite_sum_quadratic(
   )
   table = bilevel.methods(5, 5)
   rows = []
-  variants = [
-    ('soba', 'plain', False),
-    ('soba', 'plain', True),
-    ('saba', 'plain', False),
-    ('saba', 'plain', True),
-    ('stocbio', 'plain', False),
-    ('stocbio', 'plain', True),
-    ('bo_rep', 'normalized', False),
-    ('bo_rep', 'normalized', True),
-    ('bo_rep', 'plain', False),
-  ]
   start = metric(np.full(10, -2.0))
   for name, upper_step, storm in variants:
     inner = table[name].inner if name in table else 0

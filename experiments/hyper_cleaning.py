@@ -35,7 +35,10 @@ class Config(tuning.Config):
   flipped: tuple[float, ...] = app.flag(
     (0.1, 0.2, 0.3, 0.4), 'Shares of flipped labels.', low=0.0
   )
-  l2: float = app.flag(1e-3, 'Weight of |y|^2 / 2.', low=1e-12)
+  clean: int = app.flag(
+    1000, 'Training sentences kept clean, for the upper level.', low=1
+  )
+  l2: float = app.flag(3e-4, 'Weight of |y|^2 / 2.', low=1e-12)
   batch: int = app.flag(128, 'Sentences of a sample.', low=1)
   rates: tuple[float, ...] = app.flag(
     (0.1, 1.0, 10.0, 1e3, 1e5), 'Grid of upper rates.', low=0.0
@@ -64,21 +67,26 @@ def make_problem(
 ) -> tuple[tuning.Problem, dict[str, float]]:
   """The problem at one share of flipped labels, and its baselines."""
   size = len(sentences.vocabulary)
+  count = config.clean
+  if 2 * count > len(sentences.train.labels):
+    raise app.UserError(
+      f'--clean={count}: more than half of the'
+      f' {len(sentences.train.labels)} training sentences'
+    )
+  # Clean sentences train the weights; those for validation pick the rates.
   noisy, flipped = text.flip(
-    sentences.train.labels, sentences.classes, share, seed=0
+    sentences.train.labels[count:], sentences.classes, share, seed=0
   )
-  train, valid, test = (
+  bags, valid, test = (
     text.bags_of_words(getattr(sentences, part).tokens)
     for part in ('train', 'valid', 'test')
   )
-  # One half of the clean sentences trains the weights, the other picks rates.
-  half = len(sentences.valid.labels) // 2
-  upper_half = text.Bags(*(part[:half] for part in valid))
-  other_half = text.Bags(*(part[half:] for part in valid))
+  train = text.Bags(*(part[count:] for part in bags))
+  upper_bags = text.Bags(*(part[:count] for part in bags))
   data = {
     'train': (train, noisy),
-    'upper': (upper_half, sentences.valid.labels[:half]),
-    'valid': (other_half, sentences.valid.labels[half:]),
+    'upper': (upper_bags, sentences.train.labels[:count]),
+    'valid': (valid, sentences.valid.labels),
     'test': (test, sentences.test.labels),
   }
 
@@ -132,18 +140,20 @@ def make_problem(
     del y
     weights = 1.0 / (1.0 + np.exp(-np.clip(x.astype(np.float64), -50.0, 50.0)))
     found = 0 < flipped.sum() < len(flipped) and np.all(np.isfinite(weights))
+    # Of mean one, so that the penalty weighs what it does in the baselines.
+    scaled = (weights + 1e-12) / np.mean(weights + 1e-12)
     return {
       'auroc': float(metrics.roc_auc_score(~flipped, weights))
       if found
       else float('nan'),
-      'refitted_accuracy': accuracy(train, noisy, weights + 1e-12),
+      'refitted_accuracy': accuracy(train, noisy, scaled),
     }
 
   kept = text.Bags(*(part[~flipped] for part in train))
   baselines = {
     'all': accuracy(train, noisy),
     'clean': accuracy(kept, noisy[~flipped]),
-    'clean_validation_only': accuracy(*data['upper']),
+    'upper_only': accuracy(*data['upper']),
   }
   problem = tuning.Problem(
     upper,
@@ -177,7 +187,7 @@ def main(config: Config) -> None:
         [
           ('all sentences', baselines['all']),
           ('the clean ones', baselines['clean']),
-          ('the clean validation', baselines['clean_validation_only']),
+          ('those of the upper level', baselines['upper_only']),
         ],
       )
     tuning.draw(session, config, problem.reported[0], 'hyper_cleaning')

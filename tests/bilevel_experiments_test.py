@@ -132,7 +132,7 @@ def test_cleaning_finds_the_flipped_labels(trec, tmp_path):
   config = hyper_cleaning.Config(
     output_dir=str(tmp_path / 'clean'), data_dir=str(trec), flipped=(0.3,),
     methods=('bo_rep',), upper_steps=('normalized',), steps=150, seeds=2,
-    rates=(1.0, 3.0), batch=64,
+    rates=(1.0, 3.0), batch=64, clean=200,
   )  # fmt: skip
   hyper_cleaning.main(config)
   (row,) = ends(tmp_path / 'clean')
