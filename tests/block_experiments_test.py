@@ -1,0 +1,76 @@
+"""The multi-block programs end to end, at a size that takes seconds."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import multi_block_hyperparameters
+from experiments import multi_block_logistic as logistic
+from experiments import multi_block_quadratic as quadratic
+from experiments import parallel_speedup
+from experiments import ranking
+from experiments import record
+
+
+def test_log_loss_has_the_derivatives_of_its_definition(x64):
+  z = np.linspace(-30.0, 30.0, 13)
+  sigmoid = 1.0 / (1.0 + np.exp(-z))
+  small = np.exp(-np.abs(z))
+  for fun, expected in (
+    (logistic.log_loss, np.logaddexp(0.0, -z)),
+    (jax.grad(logistic.log_loss), sigmoid - 1.0),
+    (jax.grad(jax.grad(logistic.log_loss)), small / (1.0 + small) ** 2),
+  ):
+    np.testing.assert_allclose(
+      jax.vmap(fun)(z), expected, rtol=1e-12, atol=1e-15
+    )
+
+
+def test_quadratic_starts_where_it_was_recorded(x64):
+  data = quadratic.make()
+  x = jax.jit(quadratic.minimizer)(data)
+  gap = quadratic.objective(np.full(5, 3.0), data) - quadratic.objective(
+    x, data
+  )
+  np.testing.assert_allclose(gap, 4.29, atol=5e-3)
+  grad = jax.grad(quadratic.objective)(x, data)
+  assert np.linalg.norm(grad) < 1e-14
+
+
+def test_parallel_speedup_end_to_end(x64, tmp_path):
+  config = parallel_speedup.Config(
+    output_dir=str(tmp_path), num_blocks=20, blocks=(10, 20), rows=(8,),
+    upper_rates=(0.3,), lower_rates=(0.3,), steps=200, seeds=2, target=0.1,
+  )  # fmt: skip
+  parallel_speedup.main(config)
+  rows = record.read(tmp_path)[1]
+  summaries = record.select(rows, 'summary')
+  assert len(summaries) == 2
+  assert all(row['iterations'] > 0 for row in summaries)
+  assert (tmp_path / 'parallel_speedup.png').stat().st_size > 1000
+
+
+def test_ranking_end_to_end(tmp_path):
+  config = ranking.Config(
+    output_dir=str(tmp_path), queries=20, documents=15, features=4, hidden=3,
+    blocks=5, top=5, steps=40, tuning_steps=20, looks=2, rates=(0.01,),
+    seeds=2, methods=('bsvrb_v2', 'pointwise'),
+  )  # fmt: skip
+  ranking.main(config)
+  rows = record.read(tmp_path)[1]
+  last = record.select(rows, 'eval', method='bsvrb_v2', step=40)
+  assert [row['seed'] for row in last] == [0, 1]
+  assert all(0.0 < row['ndcg5'] <= 1.0 for row in last)
+  assert (tmp_path / 'ranking.png').exists()
+
+
+def test_bad_flags_are_one_line():
+  with pytest.raises(app.UserError, match='more than --num_blocks=4'):
+    parallel_speedup.main(parallel_speedup.Config(num_blocks=4))
+  with pytest.raises(app.UserError, match='--top=40: must be below'):
+    ranking.main(ranking.Config(top=40))
+  with pytest.raises(app.UserError, match='no data set nothing'):
+    multi_block_hyperparameters.main(
+      multi_block_hyperparameters.Config(dataset='nothing')
+    )
