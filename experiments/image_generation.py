@@ -1,0 +1,264 @@
+"""Samples of small images from energies, and how far they are from real ones.
+
+Trains energies on all classes, runs Metropolis-adjusted Langevin chains on them
+from draws of the noise q, and compares features of the samples with those of
+test images by the Frechet distance. Two reference rows say what the numbers
+mean: real training images, the best that can be, and q alone, what the chains
+start from.
+
+  python -m experiments.image_generation
+  python -m experiments.image_generation --dataset=mnist --data_dir=DIR
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn import neural_network
+
+from experiments import app
+from experiments import plot
+from experiments import report
+from experiments import runner
+from experiments import tilted
+import optlab
+
+SHOWN = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(app.Config):
+  """Flags of the program."""
+
+  dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
+  data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
+  methods: tuple[str, ...] = app.flag(
+    tilted.METHODS, 'Energies to train.', choices=tilted.METHODS
+  )
+  steps: int = app.flag(1000, 'Steps.', low=1)
+  batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
+  hidden: int = app.flag(128, 'Width of the energy.', low=1)
+  components: int = app.flag(10, 'Components of the noise.', low=1)
+  learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
+  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
+  chain_steps: int = app.flag(200, 'Langevin steps of a chain.', low=1)
+  step_size: float = app.flag(0.03, 'Of the chains, in whitened pixels.')
+  seeds: int = app.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
+  precision: str = app.flag(
+    'float32', 'Floating point type.', choices=('float32',)
+  )
+
+
+class Features:
+  """The hidden layer of a classifier trained on the training images."""
+
+  def __init__(self, rows: np.ndarray, labels: np.ndarray):
+    self._net = neural_network.MLPClassifier(
+      (32,), max_iter=60, early_stopping=True, random_state=0
+    )
+    self._net.fit(rows, labels)
+
+  def accuracy(self, rows: np.ndarray, labels: np.ndarray) -> float:
+    return float(self._net.score(rows, labels))
+
+  def __call__(self, rows: np.ndarray) -> np.ndarray:
+    hidden = np.asarray(rows) @ self._net.coefs_[0] + self._net.intercepts_[0]
+    return np.maximum(hidden, 0)
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+  """Frechet distance of the Gaussians with the moments of two sets of rows."""
+  gap = first.mean(0) - second.mean(0)
+  a, b = np.cov(first.T), np.cov(second.T)
+  # tr (a b)^(1/2) by the symmetric form, whose eigenvalues are real.
+  values, vectors = np.linalg.eigh(a)
+  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b @ root), 0)).sum()
+  return float(gap @ gap + np.trace(a) + np.trace(b) - 2 * cross)
+
+
+def sample(
+  params: Any, noise: tilted.Noise, key: jax.Array, num: int, config: Config
+) -> tuple[jax.Array, jax.Array]:
+  """Chains on the model in coordinates that whiten the noise.
+
+  Returns:
+    Rows ``[num, columns]``, and the share of accepted proposals.
+  """
+  start_key, chain_key = jax.random.split(key)
+  start = noise.fitted.sample(start_key, num)
+  whole = optlab.fit_gaussian(noise.fitted.sample(start_key, 5000))
+
+  def log_density(white):
+    rows = white @ whole.scale.T + whole.mean
+    return tilted.tilt(params, rows) + noise.fitted.log_prob(rows)
+
+  white = (start - whole.mean) @ whole.whiten.T
+  result = optlab.langevin(
+    log_density, chain_key, white, config.step_size, config.chain_steps
+  )
+  return result.rows @ whole.scale.T + whole.mean, result.acceptance
+
+
+def main(config: Config) -> None:
+  """Trains, samples, and reports."""
+  tilted.check_gamma(config.gamma)
+  if config.step_size <= 0:
+    raise app.UserError(f'--step_size={config.step_size}: must be positive')
+  data = tilted.load(config.dataset, config.data_dir, seed=0)
+  with runner.Session('image_generation', config, show='ess') as session:
+    run(session, config, data)
+  show(session.rows, config)
+  path = session.folder / 'samples.png'
+  draw(session.rows, config, data.side, path)
+  print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
+
+
+def run(session: runner.Session, config: Config, data: tilted.Images) -> None:
+  """Fits noise and features for every seed, then trains and samples."""
+  test_rows, noises, bases, log_qs, features = [], [], [], [], []
+  for seed in range(config.seeds):
+    order = np.random.default_rng(seed).permutation(len(data.rows))
+    cut = int(0.67 * len(order))
+    train, test = data.rows[order[:cut]], data.rows[order[cut:]]
+    noise = tilted.fit_noise(train, config.components, seed)
+    features.append(Features(train, data.labels[order[:cut]]))
+    noises.append(noise)
+    test_rows.append(test)
+    bases.append(tilted.with_base(noise.fitted, train))
+    log_qs.append(noise.noise.log_prob(jnp.asarray(train)))
+    seen = frechet_row(session, features[seed], test, seed)
+    num = min(len(test), len(train))
+    seen('real training images', train[:num])
+    q_rows = noise.fitted.sample(jax.random.key(77 + seed), len(test))
+    seen('mixture q', q_rows)
+    accuracy = features[seed].accuracy(test, data.labels[order[cut:]])
+    session.write('classifier', seed=seed, accuracy=accuracy)
+  stack = lambda *leaves: jnp.stack(leaves)
+  for method in config.methods:
+    params = tilted.train(
+      session,
+      method,
+      config,
+      jnp.stack(bases),
+      jax.tree.map(stack, *noises),
+      config.hidden,
+      jnp.stack(log_qs),
+    )
+    chains = jax.jit(
+      functools.partial(sample, num=len(test_rows[0]), config=config)
+    )
+    for seed in range(config.seeds):
+      if session.select('score', method=method, seed=seed):
+        continue
+      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
+      rows, acceptance = chains(mine, noises[seed], jax.random.key(55 + seed))
+      frechet_row(session, features[seed], test_rows[seed], seed)(method, rows)
+      test = jnp.asarray(test_rows[seed])
+      session.write(
+        'score',
+        method=method,
+        seed=seed,
+        acceptance=acceptance,
+        q_nll=-jnp.mean(noises[seed].fitted.log_prob(test)),
+        **tilted.held_out_nll(mine, noises[seed], test, seed),
+      )
+
+
+def frechet_row(session, features, test, seed):
+  """A function that records how far rows are from the test images."""
+
+  def write(method, rows):
+    rows = np.asarray(rows)
+    session.write(
+      'frechet',
+      method=method,
+      seed=seed,
+      frechet=frechet(features(rows), features(test)),
+      images=np.round(rows[:SHOWN], 2) if seed == 0 else None,
+    )
+
+  return write
+
+
+def show(rows: Sequence[dict], config: Config) -> None:
+  """Distances beside their references, and likelihoods with error bars."""
+  found = [row for row in rows if row['kind'] == 'frechet']
+  scores = [row for row in rows if row['kind'] == 'score']
+  names = list(dict.fromkeys(row['method'] for row in found))
+  from_q = {
+    row['seed']: row['frechet'] for row in found if row['method'] == 'mixture q'
+  }
+  table: list[list[Any]] = []
+  for name in names:
+    mine = {
+      row['seed']: row['frechet'] for row in found if row['method'] == name
+    }
+    values = list(mine.values())
+    wins = sum(mine[seed] < from_q[seed] for seed in mine)
+    accepted = [row['acceptance'] for row in scores if row['method'] == name]
+    table.append([
+      name, float(np.median(values)), min(values), max(values),
+      '-' if name == 'mixture q' else f'{wins} of {len(mine)}',
+      float(np.median(accepted)) if accepted else '-',
+    ])  # fmt: skip
+  accuracy = [row['accuracy'] for row in rows if row['kind'] == 'classifier']
+  report.show(
+    f'{config.dataset}: Frechet distance to test images in the features of a'
+    f' classifier (accuracy {np.median(accuracy):.3f}), {config.seeds} seeds',
+    ['samples', 'median', 'low', 'high', 'nearer than q', 'acceptance'],
+    table,
+  )
+  report.show(
+    'Held-out negative log-likelihood in nats; a dash where log Z is refused',
+    ['method', 'seed', 'NLL', 'standard error', 'NLL of q', 'ESS', 'share'],
+    [
+      [
+        row['method'],
+        row['seed'],
+        f'{row["nll"]:.3f}' if np.isfinite(row['nll']) else '-',
+        row['standard_error'],
+        f'{row["q_nll"]:.3f}',
+        float(round(row['log_z_ess'])),
+        row['largest_share'],
+      ]
+      for row in scores
+    ],
+  )
+
+
+def draw(rows: Sequence[dict], config: Config, side: int, path: Any) -> None:
+  """A grid of images for every method, all of the first seed."""
+  shown = [row for row in rows if row['kind'] == 'frechet' and row['seed'] == 0]
+  figure, panels = plt.subplots(
+    1,
+    len(shown),
+    figsize=(3.2 * len(shown), 2.2),
+    squeeze=False,
+    layout='constrained',
+  )
+  for axes, row in zip(panels[0], shown, strict=True):
+    cells = np.asarray(row['images']).reshape(-1, 10, side, side)
+    cells = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    height, width = cells.shape[0] * (side + 2), 10 * (side + 2)
+    axes.imshow(
+      cells.transpose(0, 2, 1, 3).reshape(height, width),
+      cmap='gray_r',
+      vmin=0,
+      vmax=1,
+    )
+    axes.set(
+      xticks=[], yticks=[], title=f'{row["method"]}: {row["frechet"]:.2f}'
+    )
+  plot.save(
+    figure, path, title=f'{config.dataset}: samples and Frechet distance'
+  )
+
+
+if __name__ == '__main__':
+  app.run(main, Config)
