@@ -9,6 +9,7 @@ a log penalty for each group, or each parameter, of a recurrent classifier.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp

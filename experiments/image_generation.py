@@ -22,10 +22,10 @@ import numpy as np
 from sklearn import neural_network
 
 from experiments import app
-from experiments import image_energies
 from experiments import plot
 from experiments import report
 from experiments import runner
+from experiments import tilted
 import optlab
 
 SHOWN = 40
@@ -38,7 +38,7 @@ class Config(app.Config):
   dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
   data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
   methods: tuple[str, ...] = app.flag(
-    image_energies.METHODS, 'Energies to train.', choices=image_energies.METHODS
+    tilted.METHODS, 'Energies to train.', choices=tilted.METHODS
   )
   steps: int = app.flag(1000, 'Steps.', low=1)
   batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
@@ -83,11 +83,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def sample(
-  params: Any,
-  noise: image_energies.Noise,
-  key: jax.Array,
-  num: int,
-  config: Config,
+  params: Any, noise: tilted.Noise, key: jax.Array, num: int, config: Config
 ) -> tuple[jax.Array, jax.Array]:
   """Chains on the model in coordinates that whiten the noise.
 
@@ -100,7 +96,7 @@ def sample(
 
   def log_density(white):
     rows = white @ whole.scale.T + whole.mean
-    return image_energies.tilt(params, rows) + noise.fitted.log_prob(rows)
+    return tilted.tilt(params, rows) + noise.fitted.log_prob(rows)
 
   white = (start - whole.mean) @ whole.whiten.T
   result = optlab.langevin(
@@ -111,10 +107,10 @@ def sample(
 
 def main(config: Config) -> None:
   """Trains, samples, and reports."""
-  image_energies.check_gamma(config.gamma)
+  tilted.check_gamma(config.gamma)
   if config.step_size <= 0:
     raise app.UserError(f'--step_size={config.step_size}: must be positive')
-  data = image_energies.load(config.dataset, config.data_dir, seed=0)
+  data = tilted.load(config.dataset, config.data_dir, seed=0)
   with runner.Session('image_generation', config, show='ess') as session:
     run(session, config, data)
   show(session.rows, config)
@@ -123,20 +119,18 @@ def main(config: Config) -> None:
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(
-  session: runner.Session, config: Config, data: image_energies.Images
-) -> None:
+def run(session: runner.Session, config: Config, data: tilted.Images) -> None:
   """Fits noise and features for every seed, then trains and samples."""
   test_rows, noises, bases, log_qs, features = [], [], [], [], []
   for seed in range(config.seeds):
     order = np.random.default_rng(seed).permutation(len(data.rows))
     cut = int(0.67 * len(order))
     train, test = data.rows[order[:cut]], data.rows[order[cut:]]
-    noise = image_energies.fit_noise(train, config.components, seed)
+    noise = tilted.fit_noise(train, config.components, seed)
     features.append(Features(train, data.labels[order[:cut]]))
     noises.append(noise)
     test_rows.append(test)
-    bases.append(image_energies.with_base(noise.fitted, train))
+    bases.append(tilted.with_base(noise.fitted, train))
     log_qs.append(noise.noise.log_prob(jnp.asarray(train)))
     seen = frechet_row(session, features[seed], test, seed)
     num = min(len(test), len(train))
@@ -147,7 +141,7 @@ def run(
     session.write('classifier', seed=seed, accuracy=accuracy)
   stack = lambda *leaves: jnp.stack(leaves)
   for method in config.methods:
-    params = image_energies.train(
+    params = tilted.train(
       session,
       method,
       config,
@@ -172,7 +166,7 @@ def run(
         seed=seed,
         acceptance=acceptance,
         q_nll=-jnp.mean(noises[seed].fitted.log_prob(test)),
-        **image_energies.held_out_nll(mine, noises[seed], test, seed),
+        **tilted.held_out_nll(mine, noises[seed], test, seed),
       )
 
 

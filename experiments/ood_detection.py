@@ -21,10 +21,10 @@ from sklearn import metrics
 from sklearn import neighbors
 
 from experiments import app
-from experiments import image_energies
 from experiments import plot
 from experiments import report
 from experiments import runner
+from experiments import tilted
 import optlab
 
 
@@ -35,7 +35,7 @@ class Config(app.Config):
   dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
   data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
   methods: tuple[str, ...] = app.flag(
-    image_energies.METHODS, 'Energies to train.', choices=image_energies.METHODS
+    tilted.METHODS, 'Energies to train.', choices=tilted.METHODS
   )
   steps: int = app.flag(1000, 'Steps.', low=1)
   batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
@@ -49,7 +49,7 @@ class Config(app.Config):
   )
 
 
-def split(data: image_energies.Images, seed: int) -> tuple[np.ndarray, ...]:
+def split(data: tilted.Images, seed: int) -> tuple[np.ndarray, ...]:
   """Training rows, test rows of the same classes, and rows of the others."""
   left_out = [(2 * seed) % 10, (2 * seed + 1) % 10]
   outside = np.isin(data.labels, left_out)
@@ -91,8 +91,8 @@ def auroc(inside: Any, outside: Any) -> float:
 
 def main(config: Config) -> None:
   """Trains, scores, and reports."""
-  image_energies.check_gamma(config.gamma)
-  data = image_energies.load(config.dataset, config.data_dir, seed=0)
+  tilted.check_gamma(config.gamma)
+  data = tilted.load(config.dataset, config.data_dir, seed=0)
   with runner.Session('ood_detection', config, show='ess') as session:
     run(session, config, data)
   show(session.rows, config)
@@ -101,24 +101,20 @@ def main(config: Config) -> None:
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(
-  session: runner.Session, config: Config, data: image_energies.Images
-) -> None:
+def run(session: runner.Session, config: Config, data: tilted.Images) -> None:
   """Fits the noise of every seed, then trains and scores each method."""
   parts: list[Any] = []
-  noises: list[image_energies.Noise] = []
+  noises: list[tilted.Noise] = []
   for seed in range(config.seeds):
     parts.append(split(data, seed))
-    noises.append(
-      image_energies.fit_noise(parts[-1][0], config.components, seed)
-    )
+    noises.append(tilted.fit_noise(parts[-1][0], config.components, seed))
     train, inside, outside = parts[-1]
     score_baselines(session, seed, train, inside, outside, noises[-1])
   stack = lambda *leaves: jnp.stack(leaves)
   all_noise = jax.tree.map(stack, *noises)
   train_rows = jnp.stack(
     [
-      image_energies.with_base(noise.fitted, part[0])
+      tilted.with_base(noise.fitted, part[0])
       for noise, part in zip(noises, parts, strict=True)
     ]
   )
@@ -129,7 +125,7 @@ def run(
     ]
   )
   for method in config.methods:
-    params = image_energies.train(
+    params = tilted.train(
       session, method, config, train_rows, all_noise, config.hidden, log_q
     )
     for seed in range(config.seeds):
@@ -137,8 +133,8 @@ def run(
         continue
       mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
       noise, (_, inside, outside) = noises[seed], parts[seed]
-      score = lambda rows, mine=mine, noise=noise: image_energies.log_density(
-        mine, image_energies.with_base(noise.fitted, rows)
+      score = lambda rows, mine=mine, noise=noise: tilted.log_density(
+        mine, tilted.with_base(noise.fitted, rows)
       )
       session.write(
         'auroc',
@@ -152,7 +148,7 @@ def run(
         method=method,
         seed=seed,
         q_nll=q_nll,
-        **image_energies.held_out_nll(mine, noise, jnp.asarray(inside), seed),
+        **tilted.held_out_nll(mine, noise, jnp.asarray(inside), seed),
       )
 
 

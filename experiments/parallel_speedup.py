@@ -173,7 +173,7 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
   state = jax.jit(jax.vmap(start))(*lanes)
   session.run(
     cell.name, state,
-    lambda state: jax.vmap(advance)(*lanes[:2], state),
+    lambda state: jax.vmap(advance)(lanes[0], lanes[1], state),
     evaluate,
     steps=config.steps // LOOK * LOOK, every=LOOK, stop=stop, show='best',
     blocks=cell.blocks, batch_rows=cell.rows,
