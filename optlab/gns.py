@@ -204,8 +204,8 @@ def gns_newton(
     def search(carry):
       shift = shift_of(carry.gamma)
       if isinstance(prepared, linear.Prepared):
-        solution: Any
-        solution, ok, trial_products = prepared.solve(shift)
+        counted: Any = prepared.solve(shift)
+        solution, ok, trial_products = counted
       else:
         (solution, ok), trial_products = prepared(shift), 0
       step = jax.tree.map(
