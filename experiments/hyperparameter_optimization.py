@@ -67,13 +67,13 @@ def split(features, targets):
 def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
   """Ridge or logistic regression; the best log penalty and its value."""
   ridge = config.problem == 'ridge'
+  features: Any
+  targets: Any
   if ridge:
-    bunch: Any = datasets.load_diabetes()
-    features, targets = bunch.data, bunch.target
+    features, targets = datasets.load_diabetes(return_X_y=True)
     targets = (targets - targets.mean()) / targets.std()
   else:
-    bunch = datasets.load_breast_cancer()
-    features, labels = bunch.data, bunch.target
+    features, labels = datasets.load_breast_cancer(return_X_y=True)
     targets = 2.0 * labels - 1.0
   parts = [
     tuple(np.asarray(leaf, config.precision) for leaf in part)
