@@ -70,11 +70,12 @@ def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
   features: Any
   targets: Any
   if ridge:
-    features, targets = datasets.load_diabetes(return_X_y=True)
+    bunch: Any = datasets.load_diabetes()
+    features, targets = bunch.data, bunch.target
     targets = (targets - targets.mean()) / targets.std()
   else:
-    features, labels = datasets.load_breast_cancer(return_X_y=True)
-    targets = 2.0 * labels - 1.0
+    bunch: Any = datasets.load_breast_cancer()
+    features, targets = bunch.data, 2.0 * bunch.target - 1.0
   parts = [
     tuple(np.asarray(leaf, config.precision) for leaf in part)
     for part in split(features, targets)
