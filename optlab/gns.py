@@ -173,7 +173,7 @@ def gns_newton(
     dtype = state.gamma.dtype
     if curvature is None:
       curvature = curvature_lib.hessian(value_fn)(params)
-    space = metric_lib.Space.make(metric, params, dtype)
+    space: Any = metric_lib.Space.make(metric, params, dtype)
     operator: Any = space.operator(curvature)
     g = space.dual(updates)
     g_norm = jnp.linalg.norm(g)

@@ -39,38 +39,39 @@ def cross_entropy(outputs, batch):
 def explicit(fun, params):
   """Jacobian of ``fun`` as a matrix in the flattened parameters."""
   flat, unravel = ravel_pytree(params)
-  return jax.jacobian(lambda x: fun(unravel(x)))(flat)
+  return jax.jit(jax.jacobian(lambda x: fun(unravel(x))))(flat)
 
 
 def explicit_hessian(fun, params):
   flat, unravel = ravel_pytree(params)
-  return jax.hessian(lambda x: fun(unravel(x)))(flat)
+  return jax.jit(jax.hessian(lambda x: fun(unravel(x))))(flat)
 
 
 def assert_operator(operator, matrix, like):
   """Products, the formed matrix and symmetry all agree with ``matrix``."""
-  np.testing.assert_allclose(
-    operators.as_matrix(operator, like), matrix, rtol=1e-10, atol=1e-12
-  )
   vector = jax.tree.map(lambda leaf: jnp.cos(leaf + 1.0), like)
+  formed, product = jax.jit(
+    lambda operator: (operators.as_matrix(operator, like), operator(vector))
+  )(operator)
+  np.testing.assert_allclose(formed, matrix, rtol=1e-10, atol=1e-12)
   np.testing.assert_allclose(
-    ravel_pytree(operator(vector))[0],
+    ravel_pytree(product)[0],
     matrix @ ravel_pytree(vector)[0],
     rtol=1e-10,
     atol=1e-12,
   )
-  assert jax.tree.structure(operator(vector)) == jax.tree.structure(like)
+  assert jax.tree.structure(product) == jax.tree.structure(like)
 
 
 def test_hessian():
   fun = lambda params, batch: cross_entropy(model(params, batch), batch)
-  operator = optlab.hessian(fun)(tree(), batch())
+  operator = jax.jit(optlab.hessian(fun))(tree(), batch())
   expected = explicit_hessian(lambda params: fun(params, batch()), tree())
   assert_operator(operator, expected, tree())
 
 
 def test_gauss_newton():
-  operator = optlab.gauss_newton(model, cross_entropy)(tree(), batch())
+  operator = jax.jit(optlab.gauss_newton(model, cross_entropy))(tree(), batch())
   jacobian = explicit(lambda params: model(params, batch()).ravel(), tree())
   outer = jax.hessian(lambda u: cross_entropy(u.reshape(-1, 2), batch()))(
     model(tree(), batch()).ravel()
@@ -91,7 +92,7 @@ def test_gauss_newton_of_a_power_of_the_norm_is_the_papers_matrix(p):
   inner = jacobian.T @ u(x)
   expected = norm ** (p - 2) * jacobian.T @ jacobian
   expected += (p - 2) * norm ** (p - 4) * jnp.outer(inner, inner)
-  assert_operator(factory(x), expected, x)
+  assert_operator(jax.jit(factory)(x), expected, x)
 
 
 def test_gauss_newton_weights_outputs_through_a_stopped_gradient():
@@ -101,17 +102,18 @@ def test_gauss_newton_weights_outputs_through_a_stopped_gradient():
   loss = lambda u: 0.5 * jnp.sum(jax.lax.stop_gradient(weights(u)) * u**2)
   jacobian = jax.jacobian(u)(x)
   expected = jacobian.T @ jnp.diag(weights(u(x))) @ jacobian
-  assert_operator(optlab.gauss_newton(u, loss)(x), expected, x)
+  assert_operator(jax.jit(optlab.gauss_newton(u, loss))(x), expected, x)
 
 
 def test_empirical_fisher_is_the_mean_of_outer_products():
   loss = lambda params, features, label: cross_entropy(
     model(params, (features[None],)), (None, label[None])
   )
-  operator = optlab.empirical_fisher(loss)(tree(), *batch())
+  operator = jax.jit(optlab.empirical_fisher(loss))(tree(), *batch())
+  gradient = jax.jit(jax.grad(loss))
   rows = jnp.stack(
     [
-      ravel_pytree(jax.grad(loss)(tree(), features, label))[0]
+      ravel_pytree(gradient(tree(), features, label))[0]
       for features, label in zip(*batch(), strict=True)
     ]
   )
@@ -127,7 +129,7 @@ def test_empirical_fisher_covers_the_rank_one_term_of_the_paper():
   norm = jnp.linalg.norm(u(x))
   expected = (p - 2) * norm ** (p - 4) * jnp.outer(inner, inner)
   factory = optlab.empirical_fisher(fun, lambda f: (p - 2) / (p * f))
-  operator = factory(x)
+  operator = jax.jit(factory)(x)
   assert operator.factor.shape == (1, 3)
   assert_operator(operator, expected, x)
 
@@ -145,9 +147,9 @@ def test_fisher_is_the_gauss_newton_matrix_of_the_cross_entropy():
   log_probs = lambda params, features: jax.nn.log_softmax(
     model(params, (features[None],))[0]
   )
-  operator = optlab.fisher(log_probs)(tree(), batch()[0])
+  operator = jax.jit(optlab.fisher(log_probs))(tree(), batch()[0])
   expected = operators.as_matrix(
-    optlab.gauss_newton(model, cross_entropy)(tree(), batch()), tree()
+    jax.jit(optlab.gauss_newton(model, cross_entropy))(tree(), batch()), tree()
   )
   assert operator.factor.shape == (10, 8)
   assert_operator(operator, expected, tree())
@@ -173,7 +175,7 @@ def test_dense_forms_the_matrix(make):
   expected = (
     jnp.outer(grad, grad) if make == 'low_rank' else jax.hessian(fun)(x)
   )
-  operator = optlab.dense(factory)(x)
+  operator = jax.jit(optlab.dense(factory))(x)
   assert operator.matrix.shape == (3, 3)
   assert_operator(operator, expected, x)
 
@@ -190,7 +192,7 @@ def test_linear_gauss_newton_is_the_hessian(classes):
     targets = jnp.asarray(rng.integers(0, classes, size=20))
     loss = cross_entropy
   factory = optlab.linear_gauss_newton(lambda batch: batch[0], loss, l2=0.1)
-  operator = factory(x, (features, targets))
+  operator = jax.jit(factory)(x, (features, targets))
   fun = lambda x: loss(features @ x, (features, targets)) + 0.05 * jnp.sum(x**2)
   assert_operator(operator, explicit_hessian(fun, x), x)
 
@@ -199,7 +201,7 @@ def test_linear_gauss_newton_keeps_indefinite_weights_and_narrow_inputs():
   features = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
   loss = lambda u: jnp.sum(jnp.cos(u))
   x = jnp.ones(3)
-  operator = optlab.linear_gauss_newton(lambda: features, loss)(x)
+  operator = jax.jit(optlab.linear_gauss_newton(lambda: features, loss))(x)
   expected = explicit_hessian(lambda x: loss(features @ x), x)
   assert np.linalg.eigvalsh(expected)[0] < 0 < np.linalg.eigvalsh(expected)[-1]
   assert_operator(operator, expected, x)

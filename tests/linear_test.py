@@ -1,5 +1,7 @@
 """Shifted solvers against numpy.linalg.solve."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,11 @@ def symmetric(values):
 
 def right_side():
   return np.random.default_rng(1).normal(size=N)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve(solver, operator, b, smallest, shift):
+  return solver(operator, b, smallest)(shift)
 
 
 DEFINITE = np.geomspace(1e-3, 10.0, N)
@@ -68,10 +75,9 @@ def test_not_ok_where_the_shifted_operator_is_not_definite(x64, solver):
   operator = optlab.Dense(jnp.asarray(symmetric(INDEFINITE)))
   b = jnp.asarray(right_side())
   # Prepared for a shift that is too small, it serves those that are not.
-  solve = solver(operator, b, 0.25)
-  assert not solve(0.25)[1]
-  assert not solve(0.5)[1]
-  x, ok = solve(2.0)
+  assert not solve(solver, operator, b, 0.25, 0.25)[1]
+  assert not solve(solver, operator, b, 0.25, 0.5)[1]
+  x, ok = solve(solver, operator, b, 0.25, 2.0)
   assert ok
   np.testing.assert_allclose(
     x, np.linalg.solve(operator.matrix + 2.0 * np.eye(N), b), rtol=1e-8
@@ -81,16 +87,16 @@ def test_not_ok_where_the_shifted_operator_is_not_definite(x64, solver):
 @pytest.mark.parametrize('name', ['cholesky', 'eigh'])
 def test_direct_solvers_refuse_a_singular_matrix(x64, name):
   matrix = np.ones((3, 3))  # Rank one; the pivots are exact zeros or rounding.
-  solve = EXACT[name](optlab.Dense(jnp.asarray(matrix)), jnp.arange(3.0), 0.0)
-  assert not solve(0.0)[1]
-  assert not solve(-1e-3)[1]
-  assert solve(1e-3)[1]
+  system = EXACT[name], optlab.Dense(jnp.asarray(matrix)), jnp.arange(3.0), 0.0
+  assert not solve(*system, 0.0)[1]
+  assert not solve(*system, -1e-3)[1]
+  assert solve(*system, 1e-3)[1]
 
 
 @over_solvers
 def test_non_finite_operators_are_not_ok(solver):
   operator = optlab.Dense(jnp.full((3, 3), jnp.nan))
-  assert not solver(operator, jnp.ones(3), 1.0)(1.0)[1]
+  assert not solve(solver, operator, jnp.ones(3), 1.0, 1.0)[1]
 
 
 @pytest.mark.parametrize('rank', [1, 5])
@@ -99,18 +105,20 @@ def test_woodbury_agrees_with_numpy(x64, rank, shift):
   factor = np.random.default_rng(0).normal(size=(rank, N))
   operator = optlab.LowRank(jnp.asarray(factor))
   b = factor[0] + 1e-3 * right_side()  # Nearly in the range: cancellation.
-  x, ok = optlab.woodbury()(operator, jnp.asarray(b), shift)(shift)
+  solver = optlab.woodbury()
+  x, ok = solve(solver, operator, jnp.asarray(b), shift, shift)
   matrix = factor.T @ factor + shift * np.eye(N)
   assert ok
   np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-7)
-  assert not optlab.woodbury()(operator, jnp.asarray(b), 0.0)(0.0)[1]
+  assert not solve(solver, operator, jnp.asarray(b), 0.0, 0.0)[1]
 
 
 @over_solvers
 def test_low_rank_operators_suit_every_solver(x64, solver):
   factor = np.random.default_rng(0).normal(size=(4, N))
   b = right_side()
-  x, ok = solver(optlab.LowRank(jnp.asarray(factor)), jnp.asarray(b), 0.1)(0.1)
+  operator = optlab.LowRank(jnp.asarray(factor))
+  x, ok = solve(solver, operator, jnp.asarray(b), 0.1, 0.1)
   assert ok
   matrix = factor.T @ factor + 0.1 * np.eye(N)
   np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-8)
@@ -125,8 +133,9 @@ def test_woodbury_names_an_operator_without_factor():
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 def test_pytrees_in_and_out_in_their_dtype(solver, dtype):
   b = {'w': jnp.ones((2, 2), dtype), 'b': jnp.ones((), dtype), 'none': {}}
-  operator = lambda v: jax.tree.map(lambda leaf: 3 * leaf, v)
-  x, ok = solver(operator, b, 1.0)(1.0)
+  triple = lambda v: jax.tree.map(lambda leaf: 3 * leaf, v)
+  operator = jax.tree_util.Partial(triple)
+  x, ok = solve(solver, operator, b, 1.0, 1.0)
   assert ok
   assert jax.tree.structure(x) == jax.tree.structure(b)
   for leaf, like in zip(jax.tree.leaves(x), jax.tree.leaves(b), strict=True):
@@ -136,9 +145,11 @@ def test_pytrees_in_and_out_in_their_dtype(solver, dtype):
 
 @over_solvers
 def test_zero_right_side_and_empty_tree(solver):
-  x, _ = solver(optlab.Dense(jnp.eye(3)), jnp.zeros(3), 1.0)(1.0)
+  operator = optlab.Dense(jnp.eye(3))
+  x, _ = solve(solver, operator, jnp.zeros(3), 1.0, 1.0)
   np.testing.assert_array_equal(x, np.zeros(3))
-  x, _ = solver(lambda v: v, {}, 1.0)(1.0)
+  identity = jax.tree_util.Partial(lambda v: v)
+  x, _ = solve(solver, identity, {}, 1.0, 1.0)
   assert x == {}
 
 
@@ -160,17 +171,22 @@ def test_lanczos_stops_at_the_residual_asked_for(x64):
   values = np.geomspace(1e-4, 1.0, 60)
   matrix = np.diag(values)
   b = np.ones(60)
-  sizes = []
-  for rtol in (1e-1, 1e-3, 1e-6):
+
+  @jax.jit
+  def solve_to(rtol):
     prepared = optlab.lanczos(rtol=rtol, power=0.0)(
       optlab.Dense(jnp.asarray(matrix)), jnp.asarray(b), 1e-3
     )
-    x, ok = prepared(1e-3)
+    return *prepared(1e-3), prepared.products
+
+  sizes = []
+  for rtol in (1e-1, 1e-3, 1e-6):
+    x, ok, size = solve_to(rtol)
     residual = b - matrix @ x - 1e-3 * np.asarray(x)
     # Just below it: not more work than needed.
     ratio = np.linalg.norm(residual) / np.linalg.norm(b) / rtol
     assert ok and 1e-2 < ratio <= 1.0
-    sizes.append(int(prepared.products))
+    sizes.append(int(size))
   assert sizes[0] < sizes[1] < sizes[2] < 60
 
 
