@@ -25,6 +25,7 @@ from sklearn import linear_model
 from sklearn.linear_model import _linear_loss
 
 from experiments import app
+from experiments import data as data_lib
 from experiments import plot
 from experiments import problems
 from experiments import report
@@ -53,6 +54,26 @@ class Config(app.Config):
   )
   tolerance: float = app.flag(1e-8, 'Stop at f - f* <= tolerance.', low=0.0)
   max_steps: int = app.flag(1000, 'The most steps of a solver.', low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionConfig(Config):
+  """Flags of logistic and softmax regression."""
+
+  dataset: str = app.flag(
+    'mushrooms',
+    'mushrooms, breast_cancer, digits, mnist in data_dir, a LIBSVM or IDX file'
+    ' by path or by name in data_dir, or openml:NAME.',
+  )
+  data_dir: str = app.flag('', 'Folder with data files.')
+  l2: float | None = app.flag(
+    None, 'Weight of |x|^2 / 2; 1 / rows if not given.', low=1e-12
+  )
+  optimizers: tuple[str, ...] = app.flag(
+    tuple(name for name in OPTIMIZERS if name != 'gns_paper'),
+    'Solvers.',
+    choices=OPTIMIZERS,
+  )
 
 
 class Method(NamedTuple):
@@ -471,3 +492,20 @@ def _report(problem, config, session, least) -> None:
     f' {config.tolerance:g}, where f* = {least:.10g}',
     columns, rows,
   )  # fmt: skip
+
+
+def regress(
+  program: str,
+  make: Callable[[data_lib.Dataset, float], problems.Problem],
+  config: RegressionConfig,
+) -> None:
+  """Loads the data, and compares the solvers on it.
+
+  Args:
+    program: The program's name.
+    make: ``(dataset, l2) -> problem``.
+    config: The program's configuration.
+  """
+  dataset = data_lib.load(config.dataset, config.data_dir)
+  l2 = 1.0 / len(dataset.labels) if config.l2 is None else config.l2
+  compare(program, make(dataset, l2), config, config.optimizers)
