@@ -20,7 +20,7 @@ from experiments import report
 import optlab
 
 NUM_BLOCKS, SAMPLED, ROWS, L2 = 100, 10, 32, 1e-5
-STEP_SIZE, ALPHA, BETA, RATE = 1.0, 0.1, 0.1, 10.0
+STEP_SIZE, ALPHA, BETA, RATE = 0.1, 0.1, 0.1, 10.0
 REPEATS = 9
 
 

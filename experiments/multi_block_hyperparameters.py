@@ -53,7 +53,9 @@ class Config(app.Config):
     (1.0, 10.0, 100.0, 1000.0), 'Grid of rates of the weights.', low=0.0
   )
   lower_rates: tuple[float, ...] = app.flag(
-    (1.0, 3.0, 10.0), 'Grid of steps of a block between two visits.', low=0.0
+    (0.03, 0.1, 0.3),
+    'Grid of steps of a block between two visits.',
+    low=0.0,
   )
   alpha: float = app.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
   beta: float = app.flag(0.1, 'Rate of the hypergradient.', low=0.0)
