@@ -144,7 +144,7 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
     np.asarray(config.upper_rates), np.asarray(config.lower_rates),
     np.arange(config.seeds), indexing='ij',
   )  # fmt: skip
-  lanes = [jnp.asarray(axis.ravel()) for axis in grid]
+  upper, lower, seeds = (jnp.asarray(axis.ravel()) for axis in grid)
 
   def start(upper, lower, seed):
     return lane(config, data, cell, upper, lower)[0](seed)
@@ -173,10 +173,10 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
       rows = [*rows, *latest]
     return reached(rows, config) is not None
 
-  state = jax.jit(jax.vmap(start))(*lanes)
+  state = jax.jit(jax.vmap(start))(upper, lower, seeds)
   session.run(
     cell.name, state,
-    lambda state: jax.vmap(advance)(*lanes[:2], state),
+    lambda state: jax.vmap(advance)(upper, lower, state),
     evaluate,
     steps=config.steps // LOOK * LOOK, every=LOOK, stop=stop, show='best',
     blocks=cell.blocks, batch_rows=cell.rows,
