@@ -230,9 +230,13 @@ def track_hessians(
 
 def project_floor(matrices, floor, use):
   """Lifts the eigenvalues of the used matrices to ``floor`` where below it."""
-  matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
   floor = jnp.asarray(floor, matrices.dtype)
   identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+  matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
+  # Besides keeping NaN from LAPACK, this orders the factorizations: `use` is
+  # known after the solves of this step. On XLA's CPU backend a Cholesky and a
+  # triangular solve that run at once may wait for each other for ever.
+  matrices = jnp.where(align(use, matrices), matrices, (1 + floor) * identity)
   factors = jnp.linalg.cholesky(matrices - floor * identity)
   above = jnp.all(jnp.isfinite(factors), axis=(-2, -1))
 

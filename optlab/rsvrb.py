@@ -169,8 +169,7 @@ def rsvrb(
 
     return jax.vmap(block)(inner, batch.upper, batch.lower)
 
-  def hypergradient(tracked, outer, use):
-    rows = tracking.gather_rows(tracked, outer)
+  def hypergradient(rows, use):
     hessian = block_dual.project_floor(rows.hessian, floor, use)
     factor = jnp.linalg.cholesky(hessian)
     dual = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(
@@ -235,8 +234,14 @@ def rsvrb(
     tracked = jax.tree.map(follow, state.tracked, now, before)
     outer_use = tracking.distinct_blocks(batch.outer, num_blocks)
     unravel = flatten_util.ravel_pytree(state.hypergrad)[1]
-    new = unravel(hypergradient(tracked, batch.outer, outer_use))
-    old = unravel(hypergradient(state.tracked, batch.outer, outer_use))
+    # Both points in one batch: see project_floor on solves that run at once.
+    rows = [
+      tracking.gather_rows(t, batch.outer) for t in (tracked, state.tracked)
+    ]
+    both = jax.vmap(hypergradient, (0, None))(
+      jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), outer_use
+    )
+    new, old = unravel(both[0]), unravel(both[1])
     follow_z = tracking.storm(state.hypergrad, new, old, rate)
     any_accepted = accepted > 0
     hypergrad = block_points.select(
