@@ -160,7 +160,7 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
 
   def evaluate(run):
     step = int(run.train.step[0])
-    gaps = np.asarray(gap(run))
+    gaps: Any = np.asarray(gap(run))
     return {
       'gaps': gaps[None],
       'best': float(np.min(np.nan_to_num(np.median(gaps, -1), nan=np.inf))),
