@@ -32,26 +32,12 @@ SHOWN = 40
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(tilted.Config):
   """Flags of the program."""
 
-  dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
-  data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
-  methods: tuple[str, ...] = app.flag(
-    tilted.METHODS, 'Energies to train.', choices=tilted.METHODS
-  )
-  steps: int = app.flag(1000, 'Steps.', low=1)
-  batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
-  hidden: int = app.flag(128, 'Width of the energy.', low=1)
-  components: int = app.flag(10, 'Components of the noise.', low=1)
-  learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
-  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
   chain_steps: int = app.flag(200, 'Langevin steps of a chain.', low=1)
   step_size: float = app.flag(0.03, 'Of the chains, in whitened pixels.')
   seeds: int = app.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
-  precision: str = app.flag(
-    'float32', 'Floating point type.', choices=('float32',)
-  )
 
 
 class Features:
@@ -107,7 +93,6 @@ def sample(
 
 def main(config: Config) -> None:
   """Trains, samples, and reports."""
-  tilted.check_gamma(config.gamma)
   if config.step_size <= 0:
     raise app.UserError(f'--step_size={config.step_size}: must be positive')
   data = tilted.load(config.dataset, config.data_dir, seed=0)

@@ -29,24 +29,10 @@ import optlab
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(tilted.Config):
   """Flags of the program."""
 
-  dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
-  data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
-  methods: tuple[str, ...] = app.flag(
-    tilted.METHODS, 'Energies to train.', choices=tilted.METHODS
-  )
-  steps: int = app.flag(1000, 'Steps.', low=1)
-  batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
-  hidden: int = app.flag(128, 'Width of the energy.', low=1)
-  components: int = app.flag(10, 'Components of the noise.', low=1)
-  learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
-  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
   seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
-  precision: str = app.flag(
-    'float32', 'Floating point type.', choices=('float32',)
-  )
 
 
 def split(data: tilted.Images, seed: int) -> tuple[np.ndarray, ...]:
@@ -91,7 +77,6 @@ def auroc(inside: Any, outside: Any) -> float:
 
 def main(config: Config) -> None:
   """Trains, scores, and reports."""
-  tilted.check_gamma(config.gamma)
   data = tilted.load(config.dataset, config.data_dir, seed=0)
   with runner.Session('ood_detection', config, show='ess') as session:
     run(session, config, data)

@@ -6,6 +6,7 @@ wide component mixed in; both are fixed, so their log densities of data and of a
 pool of draws are computed once, and a training row carries its own.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -24,6 +25,31 @@ import optlab
 METHODS = ('meco', 'nce')
 POOL = 20_000
 WIDE_SHARE, WIDE_INFLATION = 0.05, 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(app.Config):
+  """Flags of the programs that train energies of images."""
+
+  dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
+  data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
+  methods: tuple[str, ...] = app.flag(
+    METHODS, 'Energies to train.', choices=METHODS
+  )
+  steps: int = app.flag(1000, 'Steps.', low=1)
+  batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
+  hidden: int = app.flag(128, 'Width of the energy.', low=1)
+  components: int = app.flag(10, 'Components of the noise.', low=1)
+  learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
+  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
+  precision: str = app.flag(
+    'float32', 'Floating point type.', choices=('float32',)
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 < self.gamma <= 1:
+      raise app.UserError(f'--gamma={self.gamma}: must be in (0, 1]')
 
 
 class Images(NamedTuple):
@@ -254,9 +280,3 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
     'largest_share': first.largest_share,
     'agree': agree,
   }
-
-
-def check_gamma(gamma: float) -> None:
-  """Raises a `UserError` unless gamma is in (0, 1]."""
-  if not 0 < gamma <= 1:
-    raise app.UserError(f'--gamma={gamma}: must be in (0, 1]')

@@ -314,9 +314,9 @@ def is_finite(*trees: base.Params) -> jax.Array:
 def accept(
   value: jax.Array,
   grads: base.Updates,
-  new: Any,
   old: Any,
   *others: base.Params,
+  **fields: Any,
 ) -> tuple[base.Estimate, Any]:
   """Commits a step, or holds the state where it is not finite.
 
@@ -326,13 +326,14 @@ def accept(
   Args:
     value: The upper objective.
     grads: The hypergradient.
-    new: The state to commit.
-    old: The state to hold.
+    old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
+    **fields: What the step changes in the state, beside its count.
 
   Returns:
     The estimate and the state.
   """
+  new = old._replace(step=old.step + 1, **fields)
   ok = is_finite(grads, new.inner, getattr(new, 'dual', ()), others)
   grads = jax.tree.map(lambda leaf: jnp.where(ok, leaf, 0), grads)
   state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -249,17 +249,16 @@ def bo_rep(
       dual = bilevel.project(dual, origin, z_radius)
     if fresh_dual:
       cross, _ = products(dual)
-    new = bilevel.BilevelState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      bilevel.hypergradient(grad_x, cross),
+      state,
+      grad_lower,
       inner=inner,
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       linear_residual=residual,
-      rejected=state.rejected,
-    )
-    return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)

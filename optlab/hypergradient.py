@@ -88,17 +88,16 @@ def soba(
     updates, lower_opt_state = optimizer.update(
       grad_lower, state.lower_opt_state, state.inner
     )
-    new = bilevel.BilevelState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      bilevel.hypergradient(grad_x, cross),
+      state,
+      grad_lower,
       inner=optax.apply_updates(state.inner, updates),
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       linear_residual=residual,
-      rejected=state.rejected,
-    )
-    return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)
@@ -188,17 +187,16 @@ def implicit(
     )
     cross, hessian_dual = products(dual)
     _, residual = bilevel.linear_step(dual, hessian_dual, grad_y, 0.0)
-    new = bilevel.BilevelState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      bilevel.hypergradient(grad_x, cross),
+      state,
+      grad_lower,
       inner=inner,
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       linear_residual=residual,
-      rejected=state.rejected,
-    )
-    return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)

@@ -99,17 +99,16 @@ def stocbio(
     dual = jax.lax.fori_loop(1, neumann_steps, add_term, dual)
     cross, hessian_dual = products(dual)
     _, residual = bilevel.linear_step(dual, hessian_dual, grad_y, rate)
-    new = bilevel.BilevelState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      bilevel.hypergradient(grad_x, cross),
+      state,
+      grad_lower,
       inner=inner,
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       linear_residual=residual,
-      rejected=state.rejected,
-    )
-    return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)
@@ -228,17 +227,16 @@ def ttsa(
     )
     dual = jax.lax.fori_loop(0, power, multiply, dual)
     cross, _ = products(dual)
-    new = TtsaState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      bilevel.hypergradient(grad_x, cross),
+      state,
+      grad_lower,
       inner=inner,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       power=power,
       key=key,
-      rejected=state.rejected,
-    )
-    return bilevel.accept(
-      value, bilevel.hypergradient(grad_x, cross), new, state, grad_lower
     )
 
   return base.GradientEstimator(init, estimate)

@@ -191,18 +191,17 @@ def saba(
     )
     inner = optax.apply_updates(state.inner, updates)
     ok = bilevel.is_finite(grads, inner, dual)
-    new = state._replace(
-      step=state.step + 1,
+    held = state._replace(upper_memory=(), lower_memory=())
+    result, new = bilevel.accept(
+      value,
+      grads,
+      held,
       inner=inner,
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=bilevel.norm(grad_lower),
       linear_residual=residual,
-      upper_memory=(),
-      lower_memory=(),
     )
-    held = state._replace(upper_memory=(), lower_memory=())
-    result, new = bilevel.accept(value, grads, new, held)
     new = new._replace(
       upper_memory=_remember(
         state.upper_memory, upper_change, batch.upper.index, ok

@@ -122,13 +122,12 @@ def unrolled(
     (value, (inner, lower_opt_state)), grads = jax.value_and_grad(
       run, has_aux=True
     )(params)
-    new = UnrolledState(
-      step=state.step + 1,
+    return bilevel.accept(
+      value,
+      grads,
+      state,
       inner=inner,
       lower_opt_state=lower_opt_state,
-      start=state.start,
-      rejected=state.rejected,
     )
-    return bilevel.accept(value, grads, new, state)
 
   return base.GradientEstimator(init, estimate)
