@@ -147,6 +147,10 @@ def _define(config_type: type[BareConfig]) -> None:
       flags.DEFINE_list(field.name, default, help_text)
     else:
       _DEFINE[value_type](field.name, field.default, help_text)
+    # Else --help takes the flags for those of this module, and leaves them out.
+    flags.FLAGS.register_key_flag_for_module(
+      sys.argv[0], flags.FLAGS[field.name]
+    )
 
 
 def _from_flags(
