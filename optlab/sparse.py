@@ -23,25 +23,33 @@ class Gather:
   Attributes:
     index: int32, shape ``(pieces, width)``; ``size`` where there is nothing.
     values: Like ``index``, or ``None`` for ones.
-    segment: int32, shape ``(pieces,)``, the output that a piece belongs to.
+    segment: int32, shape ``(pieces,)``, the output that a piece belongs to;
+      ``None`` where each output has one piece.
     shape: Static, ``(outputs, size)``.
   """
 
   index: jax.Array
   values: jax.Array | None
-  segment: jax.Array
+  segment: jax.Array | None
   shape: tuple[int, int] = dataclasses.field(metadata={'static': True})
 
   def __call__(self, vector: jax.Array) -> jax.Array:
-    # Padding reads the zero that is appended.
-    table = jnp.append(vector, jnp.zeros((), vector.dtype))[self.index]
+    # Padding reads the zero behind the vector. A scatter puts the vector there,
+    # which XLA does not fuse with the gather: it would compute what made the
+    # vector once for every entry of the table (an optimization barrier is
+    # dropped on CPUs).
+    padded = jnp.zeros(self.shape[1] + 1, vector.dtype)
+    padded = padded.at[jnp.arange(self.shape[1])].set(
+      vector, indices_are_sorted=True, unique_indices=True
+    )
+    table = padded[self.index]
     if self.values is not None:
       table = table * self.values.astype(vector.dtype)
+    sums = jnp.sum(table, axis=1)
+    if self.segment is None:
+      return sums
     return jax.ops.segment_sum(
-      jnp.sum(table, axis=1),
-      self.segment,
-      num_segments=self.shape[0],
-      indices_are_sorted=True,
+      sums, self.segment, self.shape[0], indices_are_sorted=True
     )
 
 
@@ -178,9 +186,14 @@ def _pairs(csr):
 def _gather(csr):
   """Rows cut into pieces of one width, as wide as wastes little."""
   counts = np.diff(csr.indptr)
-  mean = csr.nnz / max(1, np.count_nonzero(counts))
-  width = int(np.clip(2 ** np.round(np.log2(max(mean, 1.0))), 4, 128))
-  pieces = -(-counts // width)
+  mean = csr.nnz / max(1, len(counts))
+  widest = int(counts.max(initial=1))
+  if widest <= 2 * mean:
+    width, pieces = widest, np.ones_like(counts)
+  else:
+    mean = csr.nnz / max(1, np.count_nonzero(counts))
+    width = int(np.clip(2 ** np.round(np.log2(max(mean, 1.0))), 4, 128))
+    pieces = -(-counts // width)
   total = int(pieces.sum())
   start = np.concatenate([[0], np.cumsum(pieces)[:-1]])
   within = np.arange(csr.nnz) - np.repeat(csr.indptr[:-1], counts)
@@ -192,5 +205,8 @@ def _gather(csr):
     values = np.zeros((total, width))
     values[piece, within % width] = csr.data
     values = jnp.asarray(values, base.accumulator_dtype(jnp.asarray(values)))
-  segment = np.repeat(np.arange(len(counts), dtype=np.int32), pieces)
-  return Gather(jnp.asarray(index), values, jnp.asarray(segment), csr.shape)
+  segment = None
+  if not np.all(pieces == 1):
+    segment = np.repeat(np.arange(len(counts), dtype=np.int32), pieces)
+    segment = jnp.asarray(segment)
+  return Gather(jnp.asarray(index), values, segment, csr.shape)
