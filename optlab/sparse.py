@@ -21,7 +21,8 @@ class Gather:
   """The linear map ``v -> sums of v[index] * values`` over short rows.
 
   Attributes:
-    index: int32, shape ``(pieces, width)``; ``size`` where there is nothing.
+    index: uint16 or int32, shape ``(pieces, width)``; ``size`` where there is
+      nothing.
     values: Like ``index``, or ``None`` for ones.
     segment: int32, shape ``(pieces,)``, the output that a piece belongs to;
       ``None`` where each output has one piece.
@@ -42,7 +43,7 @@ class Gather:
     padded = padded.at[jnp.arange(self.shape[1])].set(
       vector, indices_are_sorted=True, unique_indices=True
     )
-    table = padded[self.index]
+    table = padded.at[self.index].get(mode='promise_in_bounds')
     if self.values is not None:
       table = table * self.values.astype(vector.dtype)
     sums = jnp.sum(table, axis=1)
@@ -198,7 +199,8 @@ def _gather(csr):
   start = np.concatenate([[0], np.cumsum(pieces)[:-1]])
   within = np.arange(csr.nnz) - np.repeat(csr.indptr[:-1], counts)
   piece = np.repeat(start, counts) + within // width
-  index = np.full((total, width), csr.shape[1], np.int32)
+  kind = np.uint16 if csr.shape[1] < 2**16 else np.int32
+  index = np.full((total, width), csr.shape[1], kind)
   index[piece, within % width] = csr.indices
   values = None
   if not np.all(csr.data == 1.0):
