@@ -10,6 +10,8 @@ import pytest
 # first use of a backend.
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_platforms', 'cpu')
+# Compiling takes most of the tests' time; this takes a third off it.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture

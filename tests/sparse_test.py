@@ -1,5 +1,7 @@
 """Sparse products against dense ones."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,3 +74,15 @@ def test_what_is_missing_or_wrong_is_named():
     matrix.gram(jnp.ones(3))
   with pytest.raises(TypeError, match='must be a scipy sparse matrix'):
     optlab.sparse_matrix(np.eye(3))
+
+
+def test_what_made_the_vector_is_not_computed_again_in_the_gather():
+  # XLA fused it there once: an exponential for every entry of the table.
+  data = scipy.sparse.random_array((50, 9), density=0.4, rng=0)
+  matrix = optlab.sparse_matrix(data, gram=True)
+  fun = lambda x: matrix.gram(jnp.exp(matrix @ jnp.exp(x)))
+  text = jax.jit(fun).lower(jnp.ones(9)).compile().as_text()
+  gathered_from = re.findall(r' gather\(%(\w+)', text)
+  assert len(gathered_from) == 2
+  # The operand comes from outside of the fusion that gathers.
+  assert all('param' in name for name in gathered_from)
