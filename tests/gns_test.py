@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sklearn.datasets
 
 import optlab
 from optlab import smoothness
@@ -552,6 +553,41 @@ def test_stochastic_batches_never_see_a_stale_value(x64):
     assert after < before or before == 0
     np.testing.assert_allclose(state.opt_state.value, after, rtol=1e-12)
   np.testing.assert_allclose(state.params, weights, atol=1e-2)
+
+
+@pytest.mark.parametrize('curvature', ['gauss_newton', 'empirical_fisher'])
+def test_a_small_network_on_batches_of_digits(curvature):
+  data = sklearn.datasets.load_digits()
+  images = jnp.asarray(data.data / 16, jnp.float32)
+  labels = jnp.asarray(data.target)
+  keys = jax.random.split(jax.random.key(0))
+  params = (
+    jax.random.normal(keys[0], (64, 16)) / 8,
+    jax.random.normal(keys[1], (16, 10)) / 4,
+  )
+  model = lambda params, batch: jnp.tanh(batch[0] @ params[0]) @ params[1]
+  losses = optax.softmax_cross_entropy_with_integer_labels
+  loss = lambda outputs, batch: losses(outputs, batch[1]).mean()
+  fun = lambda params, batch: loss(model(params, batch), batch)
+  factory = {
+    'gauss_newton': optlab.gauss_newton(model, loss),
+    'empirical_fisher': optlab.empirical_fisher(fun),
+  }[curvature]
+  estimator = optlab.with_curvature(optlab.value_and_grad(fun), factory)
+  # The network's curvature is crude, and each batch is another function.
+  tx = optlab.gns_newton(rule=smoothness.measured())
+  take = optlab.train_step(estimator, tx)
+
+  def some(state, start):
+    rows = jax.lax.dynamic_slice_in_dim(order, start, 128)
+    return take(state, (images[rows], labels[rows]))[0], None
+
+  order = jax.random.permutation(jax.random.key(1), len(labels))
+  starts = jnp.tile(jnp.arange(0, 1500, 128), 3)
+  state = optlab.init(params, estimator, tx)
+  state, _ = jax.jit(lambda state: jax.lax.scan(some, state, starts))(state)
+  after = fun(state.params, (images, labels))
+  assert after < 0.3, after
 
 
 def test_vmap_over_problems_and_over_gamma(x64):
