@@ -96,7 +96,9 @@ def _regression_curvatures(
   matrix_free = ridge(optlab.gauss_newton(model, outputs_loss))
   inputs = lambda data: data[0]
   empirical = optlab.empirical_fisher(example_loss)
-  fisher = ridge(lambda params, data: empirical(params, *data))
+  # Rows are those of a dense matrix, which comes last.
+  rows = lambda data: data[2] if len(data) > 2 else data[0]
+  fisher = ridge(lambda params, data: empirical(params, rows(data), data[1]))
   curvatures = {'gauss_newton': Curvature(matrix_free)}
   if size <= DENSE_LIMIT:
     exact = optlab.linear_gauss_newton(inputs, outputs_loss, l2)
@@ -119,6 +121,11 @@ def logistic(dataset: data_lib.Dataset, l2: float) -> Problem:
     The problem; parameters have shape ``[columns]``.
   """
   features, labels = data_lib.dense(dataset), data_lib.signs(dataset)
+  data: tuple[Any, ...] = (features, labels)
+  if not isinstance(dataset.features, np.ndarray):
+    with jax.enable_x64(True):  # Runs in float64 use the values as well.
+      products = optlab.sparse_matrix(dataset.features, gram=True)
+    data = (products, labels, features)
   row_loss = lambda output, label: jax.nn.softplus(-label * output)
 
   def fun(params, data):
@@ -130,7 +137,7 @@ def logistic(dataset: data_lib.Dataset, l2: float) -> Problem:
   return Problem(
     name=f'logistic regression, {dataset.name}',
     fun=fun,
-    data=(features, labels),
+    data=data,
     start=_start((size,)),
     curvatures=_regression_curvatures(row_loss, l2, size),
     regression=(dataset.features, labels, l2),
