@@ -4,14 +4,19 @@ python -m experiments.image_classification [--dataset=digits] [--model=mlp]
 [--optimizers=adagrad] [--batches=8,32,128,512,full,norm:1,inner:0.5]
 
 Every optimizer and batch rule passes over the training images equally often.
-Learning rates are tuned for each on one grid, by the training loss at the end
-of a run with a seed that is used for nothing else; what is reported are other
-seeds. The seeds of a constant batch run under one vmap; those of a growing one
-in one program after the other, because a vmap of loops is as slow as its
-largest batch.
+Learning rates are tuned for each on one grid, by the loss on validation images
+that are taken out of the training images, with seeds that are used for nothing
+else; so is the best of the constant batches picked. Other seeds then train on
+all training images, and only these see the test images. A growing batch stands
+beside the smallest constant batch, the best one, and the one of its own average
+size, which takes as many steps for as many samples.
+
+The seeds of a constant batch run under one vmap; those of a growing one in one
+program after the other, because a vmap of loops is as slow as its largest
+batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
@@ -30,7 +35,7 @@ from experiments import report
 from experiments import runner
 import optlab
 
-TUNING_SEED = 10_000
+TUNING_SEED = 10_000  # And those that follow it.
 _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
 
 
@@ -59,7 +64,11 @@ class Config(app.Config):
   rates: tuple[float, ...] = app.flag(
     (0.003, 0.01, 0.03, 0.1, 0.3), 'Grid of learning rates.', low=0.0
   )
-  test_size: int = app.flag(360, 'Images held out.', low=1)
+  test_size: int = app.flag(360, 'Images held out for the report.', low=1)
+  valid_size: int = app.flag(
+    287, 'Of the others, held out while rates are tuned.', low=1
+  )
+  tuning_seeds: int = app.flag(2, 'Seeds of the tuning.', low=1)
   seeds: int = app.flag(5, 'Number of seeds.', low=1)
   precision: str = app.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
@@ -83,20 +92,65 @@ class Choice(NamedTuple):
   def label(self) -> str:
     return f'{self.optimizer}, {self.batches}'
 
+  @property
+  def grows(self) -> bool:
+    return ':' in self.batches
+
+
+class Task(NamedTuple):
+  """What is trained and measured; the same for every choice.
+
+  Attributes:
+    data: The images, split.
+    model: The model.
+    measure: ``(params, resident data) -> dict`` of scalars, jitted.
+  """
+
+  data: image_classifiers.Images
+  model: image_classifiers.Model
+  measure: Callable[..., dict[str, jax.Array]]
+
+
+def task(config: Config, data: image_classifiers.Images) -> Task:
+  """Makes a `Task`."""
+  dtype = jnp.dtype(config.precision)
+  side = data.train[0].shape[1]
+  model = image_classifiers.model(config.model, side, data.classes, dtype)
+  watch = optlab.per_example(model.losses, optlab.ghost_norms)
+
+  @jax.jit
+  def measure(params, resident):
+    (x, y), (held_x, held_y) = resident
+    estimate, _ = watch.estimate(params, (), (x[:_WATCHED], y[:_WATCHED]))
+    count = estimate.extras['sample_size'] - 1
+    variance = estimate.extras['sum_sq_diff_norm'] / count
+    right = jnp.argmax(model.logits(params, held_x), -1) == held_y
+    return {
+      'train_loss': jnp.mean(model.losses(params, (x, y))),
+      f'{data.name}_loss': jnp.mean(model.losses(params, (held_x, held_y))),
+      f'{data.name}_accuracy': jnp.mean(right.astype(dtype)),
+      'signal_to_noise': optax.tree.norm(estimate.grads) ** 2 / variance,
+    }
+
+  return Task(data, model, measure)
+
 
 def run(
   session: runner.Session,
   config: Config,
-  data: image_classifiers.Images,
+  task: Task,
   choice: Choice,
   label: str,
   lanes: Sequence[tuple[int, float]],
 ) -> None:
   """Trains one lane for each pair of a seed and a rate, and records them."""
   dtype = jnp.dtype(config.precision)
-  length, side = data.train[0].shape[:2]
-  model = image_classifiers.model(config.model, side, data.classes, dtype)
-  rule = image_classifiers.batches(choice.batches, config.first_size, length)
+  data, model = task.data, task.model
+  length = len(data.train[1])
+  name = choice.batches
+  if name.isdigit():  # The average of a growing batch, while rates are tuned.
+    name = str(min(int(name), length))
+  rule = image_classifiers.batches(name, config.first_size, length)
   microbatch = config.microbatch
   if rule.moments is optlab.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
@@ -117,7 +171,7 @@ def run(
       grow(), image_classifiers.OPTIMIZERS[choice.optimizer](rate)
     )
 
-  resident = jax.tree.map(jnp.asarray, (data.train, data.test))
+  resident = jax.tree.map(jnp.asarray, (data.train, data.held))
   seeds = tuple(seed for seed, _ in lanes)
   rates = np.array([rate for _, rate in lanes])
 
@@ -149,26 +203,15 @@ def run(
       state = jax.vmap(run)(lanes.state, lanes.rate)
     return lanes._replace(state=state)
 
-  watch = optlab.per_example(model.losses, optlab.ghost_norms)
-
-  @jax.jit
-  def measure(params, resident):
-    def one(params):
-      (x, y), (test_x, test_y) = resident
-      some = (x[:_WATCHED], y[:_WATCHED])
-      estimate, _ = watch.estimate(params, (), some)
-      variance = estimate.extras['sum_sq_diff_norm'] / (len(some[1]) - 1)
-      right = jnp.argmax(model.logits(params, test_x), -1) == test_y
-      return {
-        'train_loss': jnp.mean(model.losses(params, (x, y))),
-        'test_loss': jnp.mean(model.losses(params, (test_x, test_y))),
-        'test_accuracy': jnp.mean(right.astype(dtype)),
-        'signal_to_noise': optax.tree.norm(estimate.grads) ** 2 / variance,
-      }
-
-    return jax.lax.map(one, params)
-
   def evaluate(lanes):
+    params = lanes.state.train.params
+    rows = [
+      task.measure(jax.tree.map(lambda leaf, i=i: leaf[i], params), resident)
+      for i in range(len(seeds))
+    ]
+    values = {
+      name: np.array([row[name] for row in rows], float) for name in rows[0]
+    }
     state = jax.device_get(lanes.state._replace(epochs=None))
     epochs = lanes.state.epochs
     samples = np.asarray(epochs.epoch, np.int64) * length + epochs.position
@@ -176,7 +219,6 @@ def run(
     sizes = np.full(len(seeds), rule.size)
     if rule.grows:
       sizes = optax.tree.get(state.train.opt_state, 'batch_size')
-    values = jax.device_get(measure(lanes.state.train.params, resident))
     return {
       **values,
       # Of the mean gradient of the batch that comes next.
@@ -188,12 +230,11 @@ def run(
       'learning_rate': rates,
     }
 
-  states = [start(seed) for seed in dict.fromkeys(seeds)]
-  by_seed = dict(zip(dict.fromkeys(seeds), states, strict=True))
+  by_seed = {seed: start(seed) for seed in dict.fromkeys(seeds)}
   state = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(by_seed[seed] for seed in seeds)
   )
-  tuning = len(set(seeds)) < len(seeds)
+  tuning = data.name == 'valid'
   session.run(
     label,
     Lanes(state, jnp.asarray(rates, dtype)),
@@ -203,7 +244,7 @@ def run(
     # While tuning, the lanes are rates: their numbers stand for the seeds.
     seeds=tuple(range(len(lanes))) if tuning else seeds,
     data=resident,
-    show='test_accuracy',
+    show=f'{data.name}_accuracy',
     **choice._asdict(),
   )
 
@@ -215,82 +256,181 @@ def last(rows: list[dict], method: str) -> list[dict]:
   return [row for row in found if row['step'] == step]
 
 
-def summarize(session: runner.Session, choices: Sequence[Choice]) -> list[dict]:
-  """One summary row a choice: means and deviations over the seeds."""
-  summary = []
-  for choice in choices:
-    ends = last(session.rows, choice.label)
-    row: dict[str, Any] = {
-      **choice._asdict(), 'learning_rate': ends[0]['learning_rate'],
-    }  # fmt: skip
-    for name in (
-      'test_accuracy', 'test_loss', 'train_loss', 'updates', 'samples',
-      'average_batch', 'batch_size',
-    ):  # fmt: skip
-      values = np.array([end[name] for end in ends], float)
-      row[name] = float(np.mean(values))
-      row[f'{name}_std'] = float(np.std(values))
-    seconds = [end['seconds'] for end in ends]
-    row['seconds'] = float(np.mean(seconds))
-    session.write('summary', **row)
-    summary.append(row)
-  return summary
+def tune(
+  session: runner.Session, config: Config, task: Task, choice: Choice
+) -> tuple[float, float]:
+  """Tries every rate of the grid.
+
+  Args:
+    session: The run.
+    config: Its flags.
+    task: With validation images in the place of test images.
+    choice: What is tuned.
+
+  Returns:
+    The rate with the lowest validation loss, the mean over the tuning seeds at
+    the end of their runs, and that loss.
+  """
+  label = f'{choice.label}: tuning'
+  seeds = range(TUNING_SEED, TUNING_SEED + config.tuning_seeds)
+  lanes = list(itertools.product(seeds, config.rates))
+  run(session, config, task, choice, label, lanes)
+  rows = last(session.rows, label)
+  losses = {}
+  for rate in config.rates:
+    values = [row['valid_loss'] for row in rows if row['learning_rate'] == rate]
+    losses[rate] = float(np.nan_to_num(np.mean(values), nan=np.inf))
+  best = min(losses, key=lambda rate: losses[rate])
+  return best, losses[best]
 
 
-def show(config: Config, summary: list[dict]) -> None:
-  """Prints the table, and each growing batch beside the constant ones."""
+def same_average(row: dict) -> str:
+  """The constant batch that takes as many steps as a growing one's row."""
+  return str(round(row['average_batch']))
+
+
+def summarize(
+  session: runner.Session, choice: Choice, rate: float, valid_loss: float
+) -> dict:
+  """The summary row of a choice: means and deviations over the seeds."""
+  ends = last(session.rows, choice.label)
+  row: dict[str, Any] = {
+    **choice._asdict(), 'learning_rate': rate, 'valid_loss': valid_loss,
+  }  # fmt: skip
+  for name in (
+    'test_accuracy', 'test_loss', 'train_loss', 'updates', 'samples',
+    'average_batch', 'batch_size',
+  ):  # fmt: skip
+    values = np.array([end[name] for end in ends], float)
+    row[name] = float(np.mean(values))
+    row[f'{name}_std'] = float(np.std(values))
+  row['seconds'] = float(np.mean([end['seconds'] for end in ends]))
+  session.write('summary', **row)
+  return row
+
+
+def references(
+  config: Config, summary: Sequence[dict]
+) -> list[tuple[Choice, str, Choice]]:
+  """What is compared with what: choices, with a word for the second."""
+  pairs, champions = [], {}
+  grid = [name for name in config.batches if ':' not in name]
+  for optimizer in config.optimizers:
+    rows = {
+      row['batches']: row for row in summary if row['optimizer'] == optimizer
+    }
+    words = {}
+    if grid:
+      smallest = max(grid, key=lambda name: rows[name]['updates'])
+      best = min(grid, key=lambda name: rows[name]['valid_loss'])
+      champions[optimizer] = Choice(optimizer, best)
+      words = {f'smallest, {smallest}': smallest, f'best, {best}': best}
+    for name, row in rows.items():
+      if ':' in name:
+        same = same_average(row)
+        for word, other in (words | {f'same average, {same}': same}).items():
+          pairs.append(
+            (Choice(optimizer, name), word, Choice(optimizer, other))
+          )
+  for optimizer in config.optimizers[1:]:
+    if grid:
+      ours, theirs = champions[config.optimizers[0]], champions[optimizer]
+      pairs.append((ours, theirs.label, theirs))
+  return pairs
+
+
+def compare(
+  session: runner.Session, pairs: Sequence[tuple[Choice, str, Choice]]
+) -> list[dict]:
+  """Differences within the seeds, which share start and first permutation."""
+  rows = []
+  for choice, word, other in pairs:
+    ours, theirs = (last(session.rows, c.label) for c in (choice, other))
+    gaps = np.array(
+      [
+        a['test_accuracy'] - b['test_accuracy']
+        for a, b in zip(ours, theirs, strict=True)
+      ]
+    )
+    mean = lambda ends, name: float(np.mean([end[name] for end in ends]))
+    rows.append(
+      {
+        **choice._asdict(),
+        'against': word,
+        'accuracy_gap': float(np.mean(gaps)),
+        'accuracy_gap_low': float(np.min(gaps)),
+        'accuracy_gap_high': float(np.max(gaps)),
+        'won': int(np.sum(gaps > 0.0)),
+        'lost': int(np.sum(gaps < 0.0)),
+        'loss_gap': mean(ours, 'test_loss') - mean(theirs, 'test_loss'),
+        'steps_ratio': mean(theirs, 'updates') / mean(ours, 'updates'),
+      }
+    )
+    session.write('comparison', **rows[-1])
+  return rows
+
+
+def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
+  """Prints the papers' columns, and then differences within the seeds."""
 
   def spread(row, name, scale=1.0, digits=2):
     mean, deviation = scale * row[name], scale * row[f'{name}_std']
     return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
+  def rate(row):
+    """With a mark where the grid may have ended too early."""
+    value = row['learning_rate']
+    edges = (min(config.rates), max(config.rates))
+    return f'{value:g}{"*" if value in edges else ""}'
+
   report.show(
     f'{config.dataset}, {config.model}: {config.epochs} epochs, mean ±'
-    f' deviation over {config.seeds} seeds; learning rates from'
-    f' {", ".join(f"{rate:g}" for rate in config.rates)}',
+    f' deviation over {config.seeds} seeds; rates of the lowest validation loss'
+    f' out of {", ".join(f"{rate:g}" for rate in config.rates)} (* at an end)',
     (
-      'optimizer', 'batch', 'rate', 'test accuracy %', 'test loss',
-      'train loss', 'steps', 'average batch', 'final batch',
+      'optimizer', 'batch', 'rate', 'valid loss', 'test accuracy %',
+      'test loss', 'train loss', 'steps', 'average batch', 'final batch',
     ),
     [
       (
-        row['optimizer'], row['batches'], f'{row["learning_rate"]:g}',
-        spread(row, 'test_accuracy', 100.0), spread(row, 'test_loss', 1.0, 4),
-        spread(row, 'train_loss', 1.0, 4), round(row['updates']),
-        round(row['average_batch']), round(row['batch_size']),
+        row['optimizer'], row['batches'], rate(row),
+        f'{row["valid_loss"]:.4f}', spread(row, 'test_accuracy', 100.0),
+        spread(row, 'test_loss', 1.0, 4), spread(row, 'train_loss', 1.0, 4),
+        round(row['updates']), round(row['average_batch']),
+        round(row['batch_size']),
       )
       for row in summary
     ],
   )  # fmt: skip
-  for optimizer in config.optimizers:
-    rows = [row for row in summary if row['optimizer'] == optimizer]
-    constant = [row for row in rows if ':' not in row['batches']]
-    if not constant:
-      continue
-    smallest = max(constant, key=lambda row: row['updates'])
-    best = max(constant, key=lambda row: row['test_accuracy'])
-    for row in rows:
-      if ':' not in row['batches']:
-        continue
-      words = []
-      for name, other in (('smallest', smallest), ('best', best)):
-        gap = 100.0 * (row['test_accuracy'] - other['test_accuracy'])
-        ratio = other['updates'] / row['updates']
-        steps = f'{ratio:.1f} times fewer steps'
-        if ratio < 1.0:
-          steps = f'{1.0 / ratio:.1f} times more steps'
-        words.append(
-          f'against the {name} constant batch {other["batches"]} {gap:+.2f}'
-          f' points in {steps}'
-        )
-      print(f'{optimizer}, {row["batches"]}: {"; ".join(words)}')
+  if not compared:
+    return
+  report.show(
+    'Differences within the seeds, for as many samples',
+    (
+      'optimizer', 'batch', 'against', 'accuracy, points', 'lowest', 'highest',
+      'seeds won, lost', 'test loss', 'steps saved, times',
+    ),
+    [
+      (
+        row['optimizer'], row['batches'], row['against'],
+        *(
+          f'{100.0 * row[name]:+.2f}'
+          for name in ('accuracy_gap', 'accuracy_gap_low', 'accuracy_gap_high')
+        ),
+        f'{row["won"]}, {row["lost"]}', f'{row["loss_gap"]:+.4f}',
+        f'{row["steps_ratio"]:.2f}',
+      )
+      for row in compared
+    ],
+  )  # fmt: skip
 
 
-def draw(session: runner.Session, config: Config) -> None:
+def draw(
+  session: runner.Session, config: Config, choices: Sequence[Choice]
+) -> None:
   """Batch size and signal-to-noise over samples; accuracy over both."""
   rows = session.select('eval')
   figure, panels = plt.subplots(2, 2, figsize=(10.5, 8.0))
-  choices = list(itertools.product(config.optimizers, config.batches))
   for axes, (x, y, log_x, log_y) in zip(
     panels.flat,
     (
@@ -301,13 +441,16 @@ def draw(session: runner.Session, config: Config) -> None:
     ),
     strict=True,
   ):
-    for i, pair in enumerate(choices):
-      choice = Choice(*pair)
+    for i, choice in enumerate(choices):
       xs, middle, low, high = plot.curves(rows, choice.label, x, y)
-      style = '-' if ':' in choice.batches else '--'
+      if log_x:  # The start has no place on the axis.
+        xs, middle, low, high = xs[1:], middle[1:], low[1:], high[1:]
       color = plt.get_cmap('tab20')(i % 20)
+      listed = choice.batches in config.batches
+      style = '-' if choice.grows else '--' if listed else ':'
       axes.plot(xs, middle, style, color=color, label=choice.label, marker='.')
-      axes.fill_between(xs, low, high, color=color, alpha=0.12, lw=0)
+      if listed:
+        axes.fill_between(xs, low, high, color=color, alpha=0.12, lw=0)
     axes.set_xscale('log' if log_x else 'linear')
     axes.set_yscale('log' if log_y else 'linear')
     axes.set_xlabel({'samples': 'samples', 'updates': 'steps'}[x])
@@ -319,7 +462,11 @@ def draw(session: runner.Session, config: Config) -> None:
       }[y]
     )
     axes.grid(alpha=0.3)
-  ends = [row['test_accuracy'] for row in rows if row['step'] == config.epochs]
+  ends = [
+    row['test_accuracy']
+    for row in rows
+    if row['step'] == config.epochs and 'test_accuracy' in row
+  ]
   for axes in panels[1]:
     low = np.quantile(ends, 0.1) - 0.05
     axes.set_ylim(max(0.0, low), min(1.0, max(ends) + 0.01))
@@ -335,33 +482,38 @@ def draw(session: runner.Session, config: Config) -> None:
 
 def main(config: Config) -> None:
   """Tunes and runs every choice."""
-  dtype = np.dtype(config.precision)
   data = image_classifiers.load(
-    config.dataset, config.data_dir, config.test_size, dtype
+    config.dataset, config.data_dir, config.test_size,
+    np.dtype(config.precision),
+  )  # fmt: skip
+  fit = image_classifiers.hold_out(
+    *data.train, config.valid_size, 'valid', data.classes
   )
-  choices = [
-    Choice(*pair)
-    for pair in itertools.product(config.optimizers, config.batches)
-  ]
-  for choice in choices:  # Errors before hours of work.
-    image_classifiers.batches(
-      choice.batches, config.first_size, len(data.train[1])
-    )
+  for name in config.batches:  # Errors before hours of work.
+    image_classifiers.batches(name, config.first_size, len(fit.train[1]))
+  tuning, final = task(config, fit), task(config, data)
+  summary: list[dict] = []
+  choices: list[Choice] = []
+
   with runner.Session('image_classification', config) as session:
-    for choice in choices:
-      tuning = f'{choice.label}: tuning'
-      lanes = [(TUNING_SEED, rate) for rate in config.rates]
-      run(session, config, data, choice, tuning, lanes)
-      losses = {
-        row['learning_rate']: np.nan_to_num(row['train_loss'], nan=np.inf)
-        for row in last(session.rows, tuning)
-      }
-      best = min(losses, key=lambda rate: losses[rate])
-      lanes = [(seed, best) for seed in range(config.seeds)]
-      run(session, config, data, choice, choice.label, lanes)
-    summary = summarize(session, choices)
-    show(config, summary)
-    draw(session, config)
+
+    def add(choice):
+      if choice in choices:
+        return
+      choices.append(choice)
+      rate, valid_loss = tune(session, config, tuning, choice)
+      lanes = [(seed, rate) for seed in range(config.seeds)]
+      run(session, config, final, choice, choice.label, lanes)
+      summary.append(summarize(session, choice, rate, valid_loss))
+
+    for pair in itertools.product(config.optimizers, config.batches):
+      add(Choice(*pair))
+    for row in list(summary):
+      if ':' in row['batches']:
+        add(Choice(row['optimizer'], same_average(row)))
+    compared = compare(session, references(config, summary))
+    show(config, summary, compared)
+    draw(session, config, choices)
     print(f'\n{session.folder}/record.jsonl, image_classification.png')
 
 

@@ -20,13 +20,44 @@ class Images(NamedTuple):
 
   Attributes:
     train: Images [rows, side, side, 1] and int32 labels [rows].
-    test: The same.
+    held: The same, of what is held out.
+    name: What that is for: ``test`` or ``valid``.
     classes: Number of classes.
   """
 
   train: tuple[np.ndarray, np.ndarray]
-  test: tuple[np.ndarray, np.ndarray]
+  held: tuple[np.ndarray, np.ndarray]
+  name: str
   classes: int
+
+
+def hold_out(
+  images: np.ndarray, labels: np.ndarray, size: int, name: str, classes: int
+) -> Images:
+  """Splits images, always in the same way, with equal shares of the labels.
+
+  Args:
+    images: Images [rows, side, side, 1].
+    labels: int32 labels [rows].
+    size: Images held out.
+    name: What they are for: ``test`` or ``valid``.
+    classes: Number of classes.
+
+  Returns:
+    The `Images`.
+
+  Raises:
+    UserError: There are too few.
+  """
+  if not classes <= size <= len(images) - classes:
+    raise app.UserError(
+      f'--{name}_size={size}: must leave an image of each of the {classes}'
+      f' classes on both sides, of {len(images)} images'
+    )
+  parts = model_selection.train_test_split(
+    images, labels, test_size=size, random_state=0, stratify=labels
+  )
+  return Images((parts[0], parts[2]), (parts[1], parts[3]), name, classes)
 
 
 def load(name: str, data_dir: str, test_size: int, dtype: Any) -> Images:
@@ -35,7 +66,7 @@ def load(name: str, data_dir: str, test_size: int, dtype: Any) -> Images:
   Args:
     name: See `data.load`.
     data_dir: Folder with data files.
-    test_size: Images held out, by a fixed stratified split.
+    test_size: Images held out, see `hold_out`.
     dtype: Floating point type of the pixels.
 
   Returns:
@@ -51,17 +82,9 @@ def load(name: str, data_dir: str, test_size: int, dtype: Any) -> Images:
     raise app.UserError(
       f'--dataset={name}: rows of {rows.shape[1]} columns are no square images'
     )
-  if not 0 < test_size < len(rows):
-    raise app.UserError(
-      f'--test_size={test_size}: the data set has {len(rows)} images'
-    )
   images = rows.reshape(-1, side, side, 1).astype(dtype)
   labels = dataset.labels.astype(np.int32)
-  parts = model_selection.train_test_split(
-    images, labels, test_size=test_size, random_state=0, stratify=labels
-  )
-  train, test = (parts[0], parts[2]), (parts[1], parts[3])
-  return Images(train, test, len(dataset.classes))
+  return hold_out(images, labels, test_size, 'test', len(dataset.classes))
 
 
 class Logistic(nnx.Module):

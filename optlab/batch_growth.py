@@ -24,6 +24,7 @@ class GrowBatchState(NamedTuple):
 
   count: jax.Array  # shape (), int32, steps seen
   batch_size: jax.Array  # shape (), int32, the size of the next batch
+  max_batch_size: jax.Array  # shape (), int32, which `growing_init` checks
   requested_size: jax.Array  # shape (), float, what the last test asked for
 
 
@@ -134,7 +135,9 @@ def grow_batch(
   def init_fn(params):
     return GrowBatchState(
       count=jnp.zeros((), jnp.int32),
-      batch_size=jnp.asarray(batch_size, jnp.int32),
+      # Copies: the state may be donated.
+      batch_size=jnp.array(batch_size, jnp.int32),
+      max_batch_size=jnp.array(max_batch_size, jnp.int32),
       requested_size=jnp.zeros(
         (), jnp.finfo(base.accumulator_dtype(params)).dtype
       ),
@@ -171,6 +174,7 @@ def grow_batch(
     return updates, GrowBatchState(
       count=jnp.asarray(optax.safe_increment(state.count)),
       batch_size=jnp.where(tested, grown, now).astype(jnp.int32),
+      max_batch_size=limit,
       requested_size=jnp.where(tested, requested, state.requested_size),
     )
 

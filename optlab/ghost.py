@@ -65,15 +65,9 @@ def ghost_norms(
   without touching them. Exact where each array of the parameters meets the data
   in one operation; choose it for models built of dense layers.
 
-  Args:
-    losses: ``(params, examples) -> (n,)`` losses, where loss i depends on
-      example i alone (no batch normalisation).
-    params: The parameters.
-    examples: Batch of n examples on the leading axes.
-    mask: Shape (n,), 1 where an example counts and 0 where it doesn't.
-
-  Returns:
-    `Moments` with ``sum_sq_diff_norm``.
+  It takes what `plain_grads` takes; loss i must depend on example i alone (no
+  batch normalisation). Its `Moments` have ``sum_sq_norm``, which `per_example`
+  centres when all groups are merged.
 
   Raises:
     ValueError: An array of the parameters meets the data more than once
@@ -110,10 +104,8 @@ def ghost_norms(
     lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / total, sums
   )
   values = jnp.where(mask > 0.0, values.astype(wide), 0.0)
-  spread = jnp.sum(sq_norms) - count * base.sq_norm(grads, wide)
-  spread = jnp.where(spread < 0.0, 0.0, spread)  # NaN stays NaN.
   return moments.Moments(
-    count, count, jnp.sum(values) / total, grads, None, spread
+    count, count, jnp.sum(values) / total, grads, sum_sq_norm=jnp.sum(sq_norms)
   )
 
 

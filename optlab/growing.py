@@ -63,9 +63,9 @@ def growing_init(
     A `GrowingState`.
 
   Raises:
-    ValueError: The data have no common leading axis, are fewer than
-      ``max_batch_size``, are not divisible by ``num_shards``, or the first
-      batch is too small for the estimator.
+    ValueError: The data have no common leading axis, are fewer than the
+      ``max_batch_size`` of `grow_batch`, are not divisible by ``num_shards``,
+      or the first batch is too small for the estimator.
   """
   length = batch_length(data)
   base.check_int('num_shards', num_shards, 1)
@@ -76,15 +76,16 @@ def growing_init(
     )
   state = training.init(params, estimator, tx)
   start = jnp.zeros((), jnp.int32)
+  largest = optax.tree.get(state.opt_state, 'max_batch_size', 0)
+  if not isinstance(largest, jax.core.Tracer) and np.max(largest) > length:
+    raise ValueError(
+      f'max_batch_size must be at most the {length} examples of data, got'
+      f' {np.max(largest)}.'
+    )
   size = optax.tree.get(state.opt_state, 'batch_size', None)
   if size is not None and not isinstance(size, jax.core.Tracer):
     first = int(np.min(size)) // num_shards
     local = length // num_shards
-    if first > local:
-      raise ValueError(
-        f'batch_size must be at most the {length} examples of data, got'
-        f' {int(np.min(size))}.'
-      )
     if num_shards == 1:
       # Nothing runs: the estimator sees a size that it can refuse.
       jax.eval_shape(

@@ -1,8 +1,8 @@
 r"""Moments of per-example gradients, by routes that differ in what they cost.
 
 A *route* is a function ``(losses, params, examples, mask) -> Moments`` of one
-group of examples. Groups are merged exactly by Chan's formula, so that a batch
-may be passed in microbatches, or spread over devices.
+group of examples; `plain_grads` documents its arguments. Groups are merged
+exactly, so that a batch may be passed in microbatches, or spread over devices.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Losses = Callable[[base.Params, base.Batch], jax.Array]
 
 
 class Moments(NamedTuple):
-  """Count, mean and central second moments of a group of gradients.
+  """Count, mean and second moments of a group of gradients.
 
   Attributes:
     count: Scalar, the number n of examples, in the accumulators' dtype.
@@ -30,14 +30,17 @@ class Moments(NamedTuple):
     sum_sq_diff_grads: Tree of the parameters' shapes, ``sum_i (g_i - g)^2``
       per coordinate, or ``None`` where the route doesn't know it.
     sum_sq_diff_norm: Scalar, ``sum_i ||g_i - g||^2``, or ``None``.
+    sum_sq_norm: Scalar, ``sum_i ||g_i||^2``, of routes that know it in place of
+      the last: groups are then merged by a sum of scalars.
   """
 
   count: jax.Array
   units: jax.Array
   value: jax.Array
-  grads: base.Updates
+  grads: chex.ArrayTree
   sum_sq_diff_grads: Any = None
   sum_sq_diff_norm: Any = None
+  sum_sq_norm: Any = None
 
 
 Route = Callable[[Losses, base.Params, base.Batch, jax.Array], Moments]
@@ -78,6 +81,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     sum_sq_diff_norm=add(
       a.sum_sq_diff_norm, b.sum_sq_diff_norm, base.sq_norm(delta, weight.dtype)
     ),
+    sum_sq_norm=None
+    if a.sum_sq_norm is None
+    else a.sum_sq_norm + b.sum_sq_norm,
   )
 
 
@@ -111,7 +117,18 @@ def merge_over(moments: Moments, axis_name: Any) -> Moments:
     grads=grads,
     sum_sq_diff_grads=add(moments.sum_sq_diff_grads, squares),
     sum_sq_diff_norm=add(moments.sum_sq_diff_norm, norm),
+    sum_sq_norm=jax.tree.map(total, moments.sum_sq_norm),
   )
+
+
+def centred(moments: Moments) -> Moments:
+  """Fills in ``sum_sq_diff_norm`` where a route knows ``sum_sq_norm``."""
+  if moments.sum_sq_norm is None:
+    return moments
+  count, grads = moments.count, moments.grads
+  spread = moments.sum_sq_norm - count * base.sq_norm(grads, count.dtype)
+  spread = jnp.where(spread < 0.0, 0.0, spread)  # Rounding; NaN stays.
+  return moments._replace(sum_sq_diff_norm=spread)
 
 
 # Helpers of the routes. Losses are one number an example; a mask is 1 where the
@@ -193,14 +210,8 @@ def microbatch_means(
   which is unbiased, but has the variance of K draws in place of n. Any model;
   needs ``microbatch_size`` at most half of the batch. Cost: one gradient.
 
-  Args:
-    losses: ``(params, examples) -> (n,)`` losses.
-    params: The parameters.
-    examples: One microbatch, n examples on the leading axes.
-    mask: Shape (n,), 1 where an example counts and 0 where it doesn't.
-
-  Returns:
-    `Moments` of one unit, with a ``sum_sq_diff_norm`` that merging makes.
+  It takes what `plain_grads` takes; its `Moments` are of one unit, with a
+  ``sum_sq_diff_norm`` that merging makes.
   """
   value, grads = _mean_and_pullback(losses, params, examples, mask)
   count = jnp.sum(mask)
@@ -218,14 +229,7 @@ def vmap_grads(
   memory of the parameters (pass microbatches to bound it), and on a CPU tens of
   times the time of a plain gradient.
 
-  Args:
-    losses: ``(params, examples) -> (n,)`` losses.
-    params: The parameters.
-    examples: Batch of n examples on the leading axes.
-    mask: Shape (n,), 1 where an example counts and 0 where it doesn't.
-
-  Returns:
-    `Moments` with every field.
+  It takes what `plain_grads` takes; its `Moments` have every central moment.
   """
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   wide = mask.dtype
@@ -304,16 +308,8 @@ def vmap_inner_products(
   the deviations are far below the rounding of :math:`\|g\|^2`. Cost: as
   `vmap_grads`; XLA shares it where both run on the whole batch.
 
-  Args:
-    losses: ``(params, examples) -> (n,)`` losses.
-    params: The parameters.
-    grads: The mean gradient g of the whole batch.
-    examples: A group of n examples of the batch.
-    mask: Shape (n,), 1 where an example counts and 0 where it doesn't.
-
-  Returns:
-    Shape (n,), the deviations :math:`\langle g_i - g, g \rangle`, 0 where
-    masked.
+  It takes what `jvp_inner_products` takes, and returns
+  :math:`\langle g_i - g, g \rangle`.
   """
   wide = mask.dtype
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)

@@ -164,8 +164,9 @@ def per_example(
     sum_sq_diff_norm 4.0
 
   Notes:
-    Microbatches and devices are merged by Chan's formula, exactly. Cost: see
-    the routes; with ``inner_products`` a second pass over the batch.
+    Microbatches and devices are merged exactly: squared norms as sums, central
+    moments by Chan's formula. Cost: see the routes; with ``inner_products`` a
+    second pass over the batch.
   """
   base.check_callable('losses', losses, '(params, examples) -> (n,) losses')
   base.check_callable('moments', moments, 'such as optlab.ghost_norms')
@@ -218,6 +219,7 @@ def per_example(
     result = add_up(group, count, moments_lib.merge)
     if axis_name is not None:
       result = moments_lib.merge_over(result, axis_name)
+    result = moments_lib.centred(result)
     # What K units say about the sum over n examples.
     spread = (result.count - 1.0) / (result.units - 1.0)
     extras = {

@@ -199,8 +199,10 @@ def test_over_two_devices_the_union_of_their_windows():
 
 
 def test_bad_input_of_the_loop():
-  big = optlab.adadagrad(0.1, optlab.norm_test(0.5), N + 1, 2 * N)
-  with pytest.raises(ValueError, match='at most the 40 examples'):
+  big = optlab.adadagrad(0.1, optlab.norm_test(0.5), 8, N + 1)
+  with pytest.raises(
+    ValueError, match='max_batch_size must be at most the 40 examples.*got 41'
+  ):
     start(big)
   with pytest.raises(ValueError, match='num_shards=3, got 40.*leave out 1'):
     start(num_shards=3)

@@ -1,0 +1,182 @@
+"""The programs of growing batches and of diffGrad, at a size of seconds."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import image_classification
+from experiments import image_classifiers
+from experiments import record
+from experiments import runner
+from experiments import synthetic_functions
+
+
+@pytest.fixture
+def config(tmp_path):
+  """197 digits to train on, 137 of them while rates are tuned."""
+  return image_classification.Config(
+    output_dir=str(tmp_path / 'run'), model='logistic', epochs=2,
+    batches=('16', 'norm:1'), rates=(1e-4, 0.1), microbatch=16,
+    test_size=1600, valid_size=60, tuning_seeds=1, seeds=2,
+    checkpoint_every=0.0,
+  )  # fmt: skip
+
+
+def numbers(rows):
+  """Rows without their times."""
+  return [
+    {name: value for name, value in row.items() if 'seconds' not in name}
+    for row in rows
+  ]
+
+
+def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
+  image_classification.main(config)
+  shown = capsys.readouterr().out
+  _, rows = record.read(config.output_dir)
+  summaries = record.select(rows, 'summary')
+  assert [row['batches'] for row in summaries[:2]] == ['16', 'norm:1']
+  # The third is the constant batch of the growing one's average size.
+  average = summaries[1]['average_batch']
+  assert 8.0 < average < 137.0
+  assert summaries[2]['batches'] == str(round(average))
+  steps = summaries[1]['updates']
+  assert abs(summaries[2]['updates'] - steps) <= 0.2 * steps + 1
+  for summary in summaries:
+    label = f'adagrad, {summary["batches"]}'
+    tuning = record.select(rows, 'eval', method=f'{label}: tuning', step=2)
+    assert not any('test_accuracy' in row for row in tuning)
+    losses = {row['learning_rate']: row['valid_loss'] for row in tuning}
+    assert losses[0.1] < losses[1e-4]
+    assert summary['learning_rate'] == 0.1
+    assert summary['valid_loss'] == losses[0.1]
+    ends = record.select(rows, 'eval', method=label, step=2)
+    assert [row['seed'] for row in ends] == [0, 1]
+    assert all(row['samples'] == 2 * 197 for row in ends)
+    accuracies = [row['test_accuracy'] for row in ends]
+    assert summary['test_accuracy'] == pytest.approx(np.mean(accuracies))
+    assert summary['test_accuracy'] > 0.3
+  compared = record.select(rows, 'comparison', batches='norm:1')
+  same = summaries[2]['batches']
+  assert [row['against'] for row in compared] == [
+    'smallest, 16', 'best, 16', f'same average, {same}',
+  ]  # fmt: skip
+  gap = summaries[1]['test_accuracy'] - summaries[0]['test_accuracy']
+  assert compared[0]['accuracy_gap'] == pytest.approx(gap)
+  assert 'same average' in shown
+  assert '0.1*' in shown  # At an end of the grid.
+  folder = pathlib.Path(config.output_dir)
+  assert (folder / 'image_classification.png').stat().st_size > 10_000
+
+
+def test_a_run_of_growing_batches_resumes(config):
+  choice = image_classification.Choice('adagrad', 'norm:1')
+  data = image_classifiers.load('digits', '', config.test_size, np.float32)
+  task = image_classification.task(config, data)
+  lanes = [(0, 0.1), (1, 0.1)]
+
+  def go(folder, measure, resume=False):
+    now = dataclasses.replace(config, output_dir=str(folder), resume=resume)
+    with runner.Session('image_classification', now) as session:
+      image_classification.run(
+        session, now, task._replace(measure=measure), choice, 'it', lanes
+      )
+    return numbers(record.read(folder)[1])
+
+  calls = []
+
+  def interrupt(params, resident):
+    calls.append(1)
+    if len(calls) == 3:  # The first of two lanes, after the first epoch.
+      os.kill(os.getpid(), signal.SIGINT)
+    return task.measure(params, resident)
+
+  folder = pathlib.Path(config.output_dir)
+  whole = go(folder / 'whole', task.measure)
+  with pytest.raises(app.InterruptedRun, match='at step 1 of it'):
+    go(folder / 'cut', interrupt)
+  assert go(folder / 'cut', task.measure, resume=True) == whole
+  ends = record.select(whole, 'eval', step=2)
+  assert all(row['batch_size'] > config.first_size for row in ends)
+
+
+@pytest.mark.parametrize(
+  ('batches', 'message'),
+  [
+    ('1', 'a size must be from 2 to the 137 images'),
+    ('138', 'a size must be from 2 to the 137 images'),
+    ('many', 'invalid literal'),
+    ('norm:0', 'eta must be in'),
+    ('norm:small', 'could not convert'),
+    ('random:1', 'no test random; there are norm, means, coordinate'),
+  ],
+)
+def test_bad_batches_are_one_line(config, batches, message):
+  with pytest.raises(app.UserError, match=f'--batches={batches}: .*{message}'):
+    image_classification.main(dataclasses.replace(config, batches=(batches,)))
+
+
+def test_bad_splits_are_one_line(config):
+  for name, size in (('test_size', 1790), ('valid_size', 190)):
+    with pytest.raises(app.UserError, match=f'--{name}={size}: must leave'):
+      image_classification.main(dataclasses.replace(config, **{name: size}))
+  with pytest.raises(app.UserError, match='are no square images'):
+    image_classification.main(
+      dataclasses.replace(config, dataset='breast_cancer')
+    )
+
+
+@pytest.mark.parametrize('name', ['cnn', 'mlp'])
+def test_models_give_one_loss_an_image(name):
+  """On images of either size; examples do not see each other."""
+  for side in (8, 28):
+    model = image_classifiers.model(name, side, 10, np.float32)
+    images = np.random.default_rng(0).normal(size=(3, side, side, 1))
+    labels = np.arange(3)
+    losses = jax.jit(model.losses)
+    together = losses(model.start(0), (images, labels))
+    alone = losses(model.start(0), (images[::-1], labels[::-1]))[::-1]
+    assert together.shape == (3,)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_the_synthetic_functions_are_the_papers():
+  for function, points in (
+    (synthetic_functions.f1, {-0.3: 0.0, 0.2: 0.05, -1.0: 0.49}),
+    (synthetic_functions.f2, {-1.0: 4.85, 0.0: 0.85}),
+    (synthetic_functions.f3, {0.0: 0.0, 0.4: 0.35, 0.5: 0.25, -1.0: 1.0}),
+  ):
+    for x, value in points.items():
+      np.testing.assert_allclose(function(jnp.float32(x)), value, atol=1e-6)
+  # They are continuous where their pieces meet (f1 jumps in the paper, too).
+  for function, seam in (
+    (synthetic_functions.f2, -0.9),
+    (synthetic_functions.f3, 0.4),
+    (synthetic_functions.f3, 0.5),
+  ):
+    below, above = (function(jnp.float32(seam + e)) for e in (-1e-6, 1e-6))
+    np.testing.assert_allclose(below, above, atol=2e-2)
+
+
+def test_synthetic_functions_end_where_the_paper_says(tmp_path, x64, capsys):
+  config = synthetic_functions.Config(
+    output_dir=str(tmp_path), functions=('F1',), seeds=2,
+    optimizers=('diffgrad', 'adam'),
+  )  # fmt: skip
+  synthetic_functions.main(config)
+  _, rows = record.read(tmp_path)
+  ends = {row['optimizer']: row['x'] for row in record.select(rows, 'summary')}
+  assert ends['diffgrad'] == pytest.approx(-0.3, abs=1e-3)
+  assert ends['adam'] == pytest.approx(0.2, abs=1e-3)
+  assert '-0.300' in capsys.readouterr().out
+  assert (tmp_path / 'synthetic_functions.png').stat().st_size > 10_000
+  again = dataclasses.replace(config, resume=True)
+  synthetic_functions.main(again)
+  assert numbers(record.read(tmp_path)[1]) == numbers(rows)
