@@ -65,11 +65,17 @@ class Config(app.Config):
   )
   sampling: tuple[str, ...] = app.flag(
     ('lattice',),
-    'plane: how noise is drawn.',
+    'How noise is drawn; the mean takes the first.',
     choices=('independent', 'lattice'),
   )
   learning_rates: tuple[float, ...] = app.flag(
     (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
+  )
+  decay: str = app.flag(
+    'cosine',
+    'Of the learning rate: to zero by a cosine, or as rate / (1 + rate t / 3),'
+    ' which averages over all steps where the curvature is one.',
+    choices=('cosine', 'inverse'),
   )
   gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.', low=1e-6)
   steps: int = app.flag(2000, 'Steps.', low=1)
@@ -144,10 +150,12 @@ def estimator_and_start(
 
 
 def optimizer(
-  method: str, learning_rate: Any, steps: int, adam: bool
+  method: str, learning_rate: Any, config: Config, adam: bool
 ) -> optax.GradientTransformation:
-  """Adam, SGD, or for eNCE normalized descent; cosine decay to zero."""
-  decay = optax.cosine_decay_schedule(1.0, steps)
+  """Adam, SGD, or for eNCE normalized descent, with a decaying rate."""
+  decay: optax.Schedule = optax.cosine_decay_schedule(1.0, config.steps)
+  if config.decay == 'inverse':
+    decay = lambda count: 1 / (1 + learning_rate * count / 3)
   if adam:
     direction = optax.scale_by_adam()
   elif method == 'ence':
@@ -198,7 +206,7 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
       math.log(8 * math.pi),
       config.gamma,
     )
-    tx = optimizer(method, learning_rate, config.steps, adam=True)
+    tx = optimizer(method, learning_rate, config, adam=True)
     return estimator, tx, params, model_of
 
   def begin(seed, learning_rate):
@@ -494,8 +502,10 @@ class Bridge(NamedTuple):
   of_data: optlab.noise.Gaussian
   start: optlab.noise.Gaussian
 
-  def mixture(self) -> optlab.noise.Mixture:
-    return optlab.mixture(jnp.asarray([0.45, 0.45, 0.1], float), *self)
+  def mixture(self) -> optlab.noise.GaussianMixture:
+    parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self)
+    weights = jnp.log(jnp.asarray([0.45, 0.45, 0.1], float))
+    return optlab.noise.GaussianMixture(weights, *parts)
 
   def adapt(self, theta: jax.Array, batch: optlab.NoiseBatch) -> 'Bridge':
     log_w = natural(theta, batch.noise) - batch.noise_log_prob
@@ -516,7 +526,7 @@ def run_mean(session: runner.Session, config: Config) -> None:
       estimator, params, model_of = estimator_and_start(
         method, natural, jnp.zeros(()), HALF_LOG_2PI, config.gamma
       )
-      tx = optimizer(method, learning_rate, config.steps, adam=False)
+      tx = optimizer(method, learning_rate, config, adam=False)
       return estimator, tx, params, model_of
 
     def begin(seed, learning_rate, parts=parts):
@@ -538,8 +548,12 @@ def run_mean(session: runner.Session, config: Config) -> None:
         state, key, bridge, _ = carry
         key, row_key, noise_key = jax.random.split(key, 3)
         data = distance + jax.random.normal(row_key, (config.data_rows, 1))
-        batch = optlab.noise_batch(
-          bridge.mixture(), noise_key, data, config.noise_rows, True
+        noise = bridge.mixture()
+        lattice = config.sampling[0] == 'lattice'
+        draw = noise.sample_lattice if lattice else noise.sample
+        drawn = draw(noise_key, config.noise_rows)
+        batch = optlab.NoiseBatch(
+          data, drawn, noise.log_prob(drawn), noise.log_prob(data)
         )
         bridge = bridge.adapt(model_of(state.params), batch)
         state, _ = step(state, batch)

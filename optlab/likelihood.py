@@ -161,10 +161,10 @@ def joint_gradient(
 
   A zero cotangent does not protect: backward through a row whose log density
   is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
-  forward pass, so the gradient is checked, and where it is not finite the pass
-  is repeated with those rows replaced by a good one. The repetition is a loop
-  of at most one turn, which costs nothing under `jax.vmap` while no lane needs
-  it.
+  forward pass, so where there are any the gradient is checked, and where it is
+  not finite the pass is repeated with those rows replaced by a good one. Check
+  and repetition are loops of at most one turn, which cost nothing under
+  `jax.vmap` while no lane needs them.
 
   Args:
     log_density: ``(params, rows) -> [rows]``.
@@ -196,9 +196,9 @@ def joint_gradient(
   (grads,) = pullback(cotangent)
 
   good = jnp.isfinite(wide)
-  first_good = jnp.arange(total) == jnp.argmax(good)
 
   def replace(leaf):
+    first_good = jnp.arange(total) == jnp.argmax(good)
     keep, pick = (
       mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
       for mask in (good, first_good)
