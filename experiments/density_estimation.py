@@ -460,30 +460,33 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
       title=f'model {what}, seed 0, best learning rate',
     )
   pictures = ['densities.png', 'energies.png']
-  figure, axes = plt.subplots(figsize=(6, 4))
-  drawn = False
-  for label in plot.methods(rows):
-    xs, middle, low, high = plot.curves(rows, label, 'step', 'ess')
-    shown = np.isfinite(middle)
-    if np.any(shown):
-      drawn = True
-      axes.plot(xs[shown], middle[shown] / config.noise_rows, label=label)
-      axes.fill_between(
-        xs[shown],
-        low[shown] / config.noise_rows,
-        high[shown] / config.noise_rows,
-        alpha=0.15,
-      )
-  if not drawn:
+  figure, panels = plt.subplots(
+    1,
+    len(sets),
+    figsize=(2.6 * len(sets), 3.2),
+    squeeze=False,
+    sharey=True,
+    layout='constrained',
+  )
+  for axes, name in zip(panels[0], sets, strict=True):
+    for label in plot.methods([row for row in rows if row.get('set') == name]):
+      xs, middle, low, high = plot.curves(rows, label, 'step', 'ess')
+      shown = np.isfinite(middle)
+      if not np.any(shown):
+        continue
+      part = label.removeprefix(f'{name}/')
+      axes.plot(xs[shown], middle[shown] / config.noise_rows, label=part)
+      low, high = (end[shown] / config.noise_rows for end in (low, high))
+      axes.fill_between(xs[shown], low, high, alpha=0.15)
+    axes.set(title=name, xlabel='steps', ylim=(0, 1))
+  panels[0, 0].set_ylabel('effective sample size / noise rows')
+  handles, labels = panels[0, 0].get_legend_handles_labels()
+  if not handles:
     plt.close(figure)
     return pictures
-  axes.set(
-    xlabel='steps',
-    ylabel='effective sample size / noise rows',
-    ylim=(0, 1),
-  )
-  axes.legend(fontsize=6)
-  plot.save(figure, folder / 'ess.png', title='median and range over lanes')
+  figure.legend(handles, labels, loc='outside lower center', ncols=4)
+  title = 'median and range over seeds and learning rates'
+  plot.save(figure, folder / 'ess.png', title=title)
   return [*pictures, 'ess.png']
 
 
