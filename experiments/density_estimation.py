@@ -346,7 +346,7 @@ def best_rate(rows: Sequence[dict], label: str) -> float:
   )
 
 
-def verdict(differences: Sequence[float]) -> tuple[str, str]:
+def verdict(differences: Sequence[float] | np.ndarray) -> tuple[str, str]:
   """A paired t test at 95 %: the interval of the mean, and what it says.
 
   A win is the first method's.
