@@ -22,7 +22,7 @@ import optlab
 
 ROWS = 256
 STEPS = 200
-PAIRS = 15
+PAIRS = 41
 
 
 def plain_nce(params, batch):

@@ -41,6 +41,7 @@ class Config(app.Config):
   hidden: int = app.flag(128, 'Width of the energy.', low=1)
   components: int = app.flag(10, 'Components of the noise.', low=1)
   learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
+  weight_decay: float = app.flag(1e-2, "Of Adam's, decoupled.", low=0.0)
   gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
   precision: str = app.flag(
     'float32', 'Floating point type.', choices=('float32',)
@@ -103,11 +104,12 @@ def fit_noise(rows: np.ndarray, components: int, seed: int) -> Noise:
   mean = rows.mean(0)[None]
   wide = WIDE_INFLATION * np.cov(rows.T)[None]
   wide += 1e-3 * np.eye(rows.shape[1])
-  covariances = 1.1 * fit.covariances_
-  fitted = optlab.gaussian_mixture(fit.weights_, fit.means_, covariances)
+  weights, means = np.asarray(fit.weights_), np.asarray(fit.means_)
+  covariances = 1.1 * np.asarray(fit.covariances_)
+  fitted = optlab.gaussian_mixture(weights, means, covariances)
   noise = optlab.gaussian_mixture(
-    np.append((1 - WIDE_SHARE) * fit.weights_, WIDE_SHARE),
-    np.concatenate([fit.means_, mean]),
+    np.append((1 - WIDE_SHARE) * weights, WIDE_SHARE),
+    np.concatenate([means, mean]),
     np.concatenate([covariances, wide]),
   )
   fitted, noise = jax.tree.map(
@@ -176,7 +178,7 @@ def train(
   Args:
     session: The run.
     method: One of `METHODS`.
-    config: With ``steps``, ``batch``, ``learning_rate``, ``gamma``, ``seeds``.
+    config: A `Config`.
     data: ``[seeds, rows, columns + 1]``.
     noises: With a leading axis of seeds.
     hidden: Width of the network.
@@ -187,7 +189,8 @@ def train(
   """
   decay = optax.cosine_decay_schedule(config.learning_rate, config.steps)
   tx = optax.chain(
-    optax.clip_by_global_norm(10.0), optax.adamw(decay, weight_decay=1e-2)
+    optax.clip_by_global_norm(10.0),
+    optax.adamw(decay, weight_decay=config.weight_decay),
   )
   if method == 'nce':
     estimator = optlab.nce(optlab.with_log_normalizer(log_density))

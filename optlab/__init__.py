@@ -75,12 +75,12 @@ from optlab.nce import with_log_normalizer
 from optlab.neumann import TtsaState
 from optlab.neumann import stocbio
 from optlab.neumann import ttsa
-from optlab.noise import defensive
 from optlab.noise import fit_gaussian
 from optlab.noise import follow
 from optlab.noise import gaussian
 from optlab.noise import gaussian_mixture
-from optlab.noise import mixture
+from optlab.noise_mixture import defensive
+from optlab.noise_mixture import mixture
 from optlab.normalized_momentum import ScaleByNormalizedMomentumState
 from optlab.normalized_momentum import normalized_momentum
 from optlab.normalized_momentum import scale_by_normalized_momentum

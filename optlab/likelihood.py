@@ -161,10 +161,10 @@ def joint_gradient(
 
   A zero cotangent does not protect: backward through a row whose log density
   is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
-  forward pass, so the gradient is checked, and where it is not finite the pass
-  is repeated with those rows replaced by a good one. The repetition is a loop
-  of at most one turn, which costs nothing under `jax.vmap` while no lane needs
-  it.
+  forward pass, so where there are any the gradient is checked, and where it is
+  not finite the pass is repeated with those rows replaced by a good one. Check
+  and repetition are loops of at most one turn, which cost nothing under
+  `jax.vmap` while no lane needs them.
 
   Args:
     log_density: ``(params, rows) -> [rows]``.
@@ -196,18 +196,19 @@ def joint_gradient(
   (grads,) = pullback(cotangent)
 
   good = jnp.isfinite(wide)
-  first_good = jnp.arange(total) == jnp.argmax(good)
 
-  def repeat(carry):
-    def replace(leaf):
-      keep, pick = (
-        mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
-        for mask in (good, first_good)
-      )
-      # A sum, because an index into a sharded axis is not allowed.
-      row = jnp.sum(jnp.where(pick, leaf, 0), 0).astype(leaf.dtype)
-      return jnp.where(keep, leaf, row)
+  def replace(leaf):
+    first_good = jnp.arange(total) == jnp.argmax(good)
+    keep, pick = (
+      mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
+      for mask in (good, first_good)
+    )
+    # A sum, because an index into a sharded axis is not allowed.
+    row = jnp.sum(jnp.where(pick, leaf, 0), 0).astype(leaf.dtype)
+    return jnp.where(keep, leaf, row)
 
+  def repeat(unused):
+    del unused
     replaced = jax.tree.map(replace, rows)
     _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)
     (grads,) = pullback(cotangent)
@@ -218,8 +219,15 @@ def joint_gradient(
     )
     return grads, jnp.asarray(False)
 
+  def check(carry):
+    grads, _ = carry
+    return jax.lax.while_loop(
+      lambda carry: carry[1], repeat, (grads, ~base.all_finite(grads))
+    )
+
+  # The gradient is looked at only where a row is bad, or it costs every step.
   grads, _ = jax.lax.while_loop(
-    lambda carry: carry[1], repeat, (grads, ~base.all_finite(grads))
+    lambda carry: carry[1], check, (grads, ~jnp.all(good))
   )
   return grads, aux
 
@@ -235,9 +243,19 @@ def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
 
 
-def effective_sample_size(log_weights: jax.Array) -> jax.Array:
-  """``(sum w)^2 / sum w^2`` of weights given by their logarithms; 0 if none."""
+class Weights(NamedTuple):
+  """Importance weights of a batch, from one exponential of each."""
+
+  scaled: jax.Array  # shape [m], the weights over their largest
+  log_scale: jax.Array  # shape (), the logarithm of the largest, -inf if none
+  total: jax.Array  # shape (), the sum of `scaled`, 0 if none
+  ess: jax.Array  # shape (), (sum w)^2 / sum w^2, 0 if none
+
+
+def importance_weights(log_weights: jax.Array) -> Weights:
+  """Weights given by their logarithms, which are finite or -inf."""
   top = jnp.max(log_weights)
-  weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0))
-  total = jnp.sum(weights**2)
-  return jnp.where(total > 0, jnp.sum(weights) ** 2 / total, 0)
+  scaled = jnp.exp(log_weights - jnp.where(top > -jnp.inf, top, 0))
+  total = jnp.sum(scaled)
+  squares = jnp.maximum(jnp.sum(scaled**2), jnp.finfo(scaled.dtype).tiny)
+  return Weights(scaled, top, total, total**2 / squares)

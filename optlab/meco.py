@@ -152,10 +152,11 @@ def meco(
     def rule(log_p_data, log_p_noise):
       data_good = jnp.isfinite(log_p_data)
       noise_good = likelihood.good_noise(log_p_noise, log_q)
-      m = jnp.maximum(jnp.sum(noise_good), 1).astype(dtype)
-      n = jnp.maximum(jnp.sum(data_good), 1).astype(dtype)
+      n_good, m_good = jnp.sum(data_good), jnp.sum(noise_good)
+      n, m = (jnp.maximum(num, 1).astype(dtype) for num in (n_good, m_good))
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
-      log_g = special.logsumexp(log_w) - jnp.log(m)
+      weights = likelihood.importance_weights(log_w)
+      log_g = weights.log_scale + jnp.log(weights.total) - jnp.log(m)
       has_weight = log_g > -jnp.inf
 
       # 1 - (1 - gamma)^t, in a form that a schedule may drive.
@@ -179,16 +180,17 @@ def meco(
         state.log_normalizer,
       )
 
-      usable = jnp.any(noise_good) & jnp.any(data_good)
-      data_cotangent = jnp.where(data_good & usable, -1 / n, 0)
-      noise_cotangent = jnp.where(usable, jnp.exp(log_w - log_u) / m, 0)
-      value = log_u - likelihood.mean_of(log_p_data, data_good)
-      rejected = jnp.sum(~data_good) + jnp.sum(~noise_good)
+      usable = (n_good > 0) & (m_good > 0)
+      data_cotangent = jnp.where(data_good, jnp.where(usable, -1 / n, 0), 0)
+      share = jnp.where(usable, jnp.exp(weights.log_scale - log_u) / m, 0)
+      noise_cotangent = weights.scaled * share
+      value = log_u - jnp.sum(jnp.where(data_good, log_p_data, 0)) / n
+      rejected = data_good.size + noise_good.size - n_good - m_good
       new_state = MecoState(
         count=state.count + 1,
         log_normalizer=log_u,
         weight=jnp.where(has_weight, weight, state.weight),
-        ess=likelihood.effective_sample_size(log_w),
+        ess=weights.ess,
         rejected=rejected.astype(jnp.int32),
         held=state.held + (~has_weight).astype(jnp.int32),
         previous=params if ratio_correction else None,
