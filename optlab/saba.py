@@ -8,6 +8,7 @@ import optax
 
 from optlab import base
 from optlab import bilevel
+from optlab import trees
 
 
 class IndexedBatch(NamedTuple):
@@ -44,7 +45,7 @@ class SabaState(NamedTuple):
 
 
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
-  zeros = bilevel.zeros_accumulator(like)
+  zeros = trees.zeros_accumulator(like)
   table = jax.tree.map(
     lambda leaf: jnp.zeros((blocks, *leaf.shape), leaf.dtype), zeros
   )
@@ -182,15 +183,15 @@ def saba(
       state.dual, hessian_dual, grad_y, bilevel.at(linear_lr, state.step)
     )
     updates, lower_opt_state = optimizer.update(
-      bilevel.cast_like(grad_lower, bilevel.dtypes(state.inner)),
+      trees.cast_like(grad_lower, trees.dtypes(state.inner)),
       state.lower_opt_state,
       state.inner,
     )
-    grads = bilevel.cast_like(
-      bilevel.hypergradient(grad_x, cross), bilevel.dtypes(params)
+    grads = trees.cast_like(
+      bilevel.hypergradient(grad_x, cross), trees.dtypes(params)
     )
     inner = optax.apply_updates(state.inner, updates)
-    ok = bilevel.is_finite(grads, inner, dual)
+    ok = trees.is_finite(grads, inner, dual)
     held = state._replace(upper_memory=(), lower_memory=())
     result, new = bilevel.accept(
       value,
@@ -199,7 +200,7 @@ def saba(
       inner=inner,
       dual=dual,
       lower_opt_state=lower_opt_state,
-      lower_grad_norm=bilevel.norm(grad_lower),
+      lower_grad_norm=trees.norm(grad_lower),
       linear_residual=residual,
     )
     new = new._replace(
