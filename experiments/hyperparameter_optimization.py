@@ -49,11 +49,11 @@ class Config(tuning.Config):
   per_parameter: bool = app.flag(False, 'A penalty for each parameter.')
   batch: int = app.flag(8, 'Rows of a sample.', low=1)
   steps: int = app.flag(
-    1000, 'Steps of bo_rep; the others have as many calls.', low=1
+    4000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  lower_rate: float = app.flag(0.2, 'Rate of the lower variable.', low=0.0)
+  lower_rate: float = app.flag(0.05, 'Rate of the lower variable.', low=0.0)
   linear_rate: float = app.flag(
-    0.2, 'Rate of the linear system and the Neumann series.', low=0.0
+    0.05, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   rates: tuple[float, ...] = app.flag(
     (0.01, 0.03, 0.1, 0.3, 1.0), 'Grid of upper rates.', low=0.0

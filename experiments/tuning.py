@@ -63,7 +63,7 @@ class Config(app.Config):
     METHODS, 'Estimators.', choices=('saba', *bilevel.METHODS)
   )
   upper_steps: tuple[str, ...] = app.flag(
-    ('plain', 'normalized'), 'Upper steps.', choices=bilevel.UPPER_STEPS
+    ('normalized', 'plain'), 'Upper steps.', choices=bilevel.UPPER_STEPS
   )
   schedules: tuple[str, ...] = app.flag(
     ('cosine',), 'Schedules of the upper rate.', choices=bilevel.SCHEDULES
@@ -402,18 +402,19 @@ def compare(
 def summarize(
   session: runner.Session, config: Config, problem: Problem, group: str
 ) -> list[dict]:
-  """One summary row a choice: means over seeds, and pairs with the first."""
+  """One summary row a choice: medians over seeds, and pairs with the first."""
   first, rows = problem.reported[0], []
   sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
-  reference = [
-    sign * row[first]
-    for row in last(session.rows, choices(config, group)[0].label)
-  ]
+  reference = None
   for choice in choices(config, group):
     ends = last(session.rows, choice.label)
     rate, tried = ends[0]['rate'], tuning_losses(session.rows, choice)
+    worse = np.array([sign * row[first] for row in ends])
+    worse[np.isnan(worse)] = np.inf
+    reference = worse if reference is None else reference
     # Positive where the first choice of the table is better.
-    gaps = np.array([sign * row[first] for row in ends]) - reference
+    with np.errstate(invalid='ignore'):
+      gaps = worse - reference
     row: dict[str, Any] = {
       **choice._asdict(),
       'rate': rate,
@@ -422,15 +423,16 @@ def summarize(
       'calls': ends[0]['gradients'] + ends[0]['products'],
       'gap': float(np.mean(gaps)),
       'gap_error': float(np.std(gaps, ddof=1) / np.sqrt(len(gaps)))
-      if len(gaps) > 1
+      if len(gaps) > 1 and np.all(np.isfinite(gaps))
       else None,
-      'wins': int(np.sum(gaps < 0)),
-      'losses': int(np.sum(gaps > 0)),
+      'wins': int(np.sum(worse < reference)),
+      'losses': int(np.sum(worse > reference)),
     }
     for name in problem.reported:
       values = [end[name] for end in ends]
-      row[name] = float(np.mean(values))
-      row[f'{name}_std'] = float(np.std(values))
+      row[name] = float(np.median(values))
+      row[f'{name}_low'] = float(np.min(values))
+      row[f'{name}_high'] = float(np.max(values))
     session.write('summary', **row)
     rows.append(row)
   return rows
@@ -440,7 +442,8 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
   """Prints the summary."""
 
   def spread(row, name):
-    return f'{row[name]:.4f} ± {row[f"{name}_std"]:.4f}'
+    low, high = row[f'{name}_low'], row[f'{name}_high']
+    return f'{row[name]:.4g} ({low:.4g} to {high:.4g})'
 
   def gap(row):
     error = row['gap_error']
@@ -448,8 +451,8 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     return text if error is None else f'{text} ± {error:.4f}'
 
   report.show(
-    f'{title}; gap: how much worse than the first line in'
-    f' {problem.reported[0]}, by seed, with its standard error',
+    f'{title}; medians (and ranges) over seeds; gap: how much worse than the'
+    f' first line in {problem.reported[0]}, by seed, with its standard error',
     (
       'method, upper step, schedule',
       'rate',
