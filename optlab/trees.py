@@ -76,10 +76,13 @@ def own(tree: base.Params) -> base.Params:
 
 def is_finite(*trees: base.Params) -> jax.Array:
   """Whether all floating point numbers are finite."""
-  return base.all_finite(
-    [
-      leaf
-      for leaf in jax.tree.leaves(trees)
-      if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
+  # A maximum carries NaN on, and costs a third of a conjunction on CPUs.
+  return jnp.isfinite(
+    largest(
+      [
+        leaf
+        for leaf in jax.tree.leaves(trees)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+      ]
+    )
   )
