@@ -262,8 +262,8 @@ def squared_gradient(lower: Quadratic, upper: Quadratic):
   return evaluate
 
 
-LOWER_RATES = (0.03, 0.1, 0.3, 1.0)
-UPPER_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+LOWER_RATES = (0.1, 0.3, 1.0, 3.0)
+UPPER_RATES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Estimator, upper step, and whether its gradient is tracked by STORM.
 VARIANTS = (
   ('soba', 'plain', False),
