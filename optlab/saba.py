@@ -143,6 +143,13 @@ def saba(
     Cost: that of `soba`. Memory: ``upper_blocks`` times x and y, and
     ``lower_blocks`` times x and twice y. Donate the state, or each step copies
     the tables.
+
+    In ``python -m benchmarks bilevel`` (means of 2**15 quadratics, 2**20
+    samples, rates tuned for each) its squared gradient norm ends at 0.06, where
+    `soba` and `bo_rep` with SGD reach 0.22 and 0.24 and `stocbio` 2.2;
+    `with_storm` over any of them changes little. On five blocks of a ridge
+    regression, at a lower rate that every other estimator bears, it fails:
+    like SAGA it needs smaller ones.
   """
   bilevel.check_objectives(upper, lower)
   base.check_positive('linear_lr', linear_lr)

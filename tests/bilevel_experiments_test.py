@@ -14,6 +14,7 @@ from experiments import hyper_cleaning
 from experiments import hyper_representation
 from experiments import hyperparameter_optimization
 from experiments import record
+from experiments import runner
 from experiments import text
 from experiments import tuning
 from experiments import unbounded_smoothness
@@ -226,16 +227,21 @@ def test_a_study_cut_short_goes_on_where_it_was(tmp_path):
     output_dir=str(tmp_path), methods=('saba',), upper_steps=('plain',),
     steps=10, seeds=2, rates=(0.1, 1.0), tuning_seeds=1,
   )  # fmt: skip
+
+  def study(config, problem):
+    with runner.Session('hyperparameter_optimization', config) as session:
+      tuning.compare(session, config, problem)
+
   with jax.enable_x64(True):
-    hyperparameter_optimization.main(config)
+    problem, *_ = hyperparameter_optimization.linear_problem(config)
+    study(config, problem)
     path = tmp_path / 'record.jsonl'
     whole = record.read(path)[1]
     lines = path.read_text().split('\n')
     # Up to the last piece of the runs that are reported.
     cut = max(i for i, line in enumerate(lines) if '"eval"' in line)
     path.write_text('\n'.join(lines[: cut - 1]) + '\n')
-    resumed = dataclasses.replace(config, resume=True)
-    hyperparameter_optimization.main(resumed)
+    study(dataclasses.replace(config, resume=True), problem)
   times = ('seconds', 'compile_seconds', 'time')
   strip = lambda rows: [
     {name: value for name, value in row.items() if name not in times}
