@@ -197,8 +197,8 @@ def bo_rep(
     Longer periods save lower gradients at no loss. The penalty of a ridge
     regression (``experiments.hyperparameter_optimization``) says the same: all
     estimators but `saba` find it with decaying normalized steps, `soba`
-    closest, and none with plain ones. Where the path is short and the lower level slow, as in the
-    logistic regression there, plain steps end nearer.
+    closest, and none with plain ones. Where the path is short and the lower
+    level slow, as in the logistic regression there, plain steps end nearer.
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
     grows linearly: ``z_radius`` bounds it and ``linear_residual`` shows it. A
