@@ -262,10 +262,13 @@ def squared_gradient(lower: Quadratic, upper: Quadratic):
   return evaluate
 
 
+LOWER_RATES = (0.1, 0.3, 1.0, 3.0)
+UPPER_RATES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Estimator, upper step, and whether its gradient is tracked by STORM.
 VARIANTS = (
   ('soba', 'plain', False),
   ('soba', 'plain', True),
+  ('soba', 'normalized', False),
   ('saba', 'plain', False),
   ('saba', 'plain', True),
   ('stocbio', 'plain', False),
@@ -273,7 +276,12 @@ VARIANTS = (
   ('bo_rep', 'normalized', False),
   ('bo_rep', 'normalized', True),
   ('bo_rep', 'plain', False),
+  ('bo_rep', 'plain', True),
 )
+
+
+def marked(rate: float, grid: tuple[float, ...]) -> str:
+  return f'{rate:g}' + (' (edge)' if rate in (grid[0], grid[-1]) else '')
 
 
 def finite_sum_quadratic(
@@ -296,17 +304,16 @@ def finite_sum_quadratic(
   grid = np.array(
     [
       (lower_rate, upper_rate, cosine)
-      for lower_rate in (0.03, 0.1, 0.3)
-      for upper_rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+      for lower_rate in LOWER_RATES
+      for upper_rate in UPPER_RATES
       for cosine in (0.0, 1.0)
-    ],
-    np.float32,
+    ]
   )
-  table = bilevel.methods(5, 5)
+  table = bilevel.methods(5, 5, blocks=(upper_blocks, lower_blocks))
   rows = []
   start = metric(np.full(10, -2.0))
   for name, upper_step, storm in variants:
-    inner = table[name].inner if name in table else 0
+    inner, indexed = table[name].inner, table[name].indexed
     rounds = 1 / PERIOD if name == 'bo_rep' else 1
     step_samples = size * (2 + inner * rounds)
     steps = int(budget / step_samples)
@@ -314,56 +321,53 @@ def finite_sum_quadratic(
     def make(rates, name=name, upper_step=upper_step, storm=storm, steps=steps):
       lower_rate, upper_rate, cosine = rates
       optimizer = optax.sgd(lower_rate)
-      if name == 'saba':
-        estimator = optlab.saba(
-          level,
-          level,
-          optimizer,
-          lower_rate,
-          upper_blocks=upper_blocks,
-          lower_blocks=lower_blocks,
-        )
-      else:
-        estimator = table[name].make(level, level, optimizer, lower_rate)
+      estimator = table[name].make(level, level, optimizer, lower_rate)
       if storm:
         estimator = optlab.with_storm(estimator, 0.1)
       rate = bilevel.schedule(upper_rate, cosine > 0, steps)
       beta = 0.0 if storm else 0.9
       return estimator, bilevel.upper_step(upper_step, rate, beta)
 
-    @jax.jit
-    def run(rates, seed, data, make=make, inner=inner, name=name, steps=steps):
-      estimator, tx = make(rates)
-      step = optlab.train_step(estimator, tx)
+    def run(rates, seed, data, make=make, inner=inner, indexed=indexed,
+            steps=steps):  # fmt: skip
+      step = optlab.train_step(*make(rates))
       lower_data, upper_data = data
       key = jax.random.key(seed)
 
-      def body(state, _):
-        keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
+      def body(state, t):
+        # Blocks depend on the seed alone, so all rates share them.
+        keys = jax.random.split(jax.random.fold_in(key, t))
         i = jax.random.randint(keys[0], (1 + inner,), 0, lower_blocks)
         j = jax.random.randint(keys[1], (), 0, upper_blocks)
         take = lambda part, k: jax.tree.map(lambda leaf: leaf[k], part)
         up, low = take(upper_data, j), take(lower_data, i[0])
-        if name == 'saba':
-          up = optlab.IndexedBatch(j, up)
-          low = optlab.IndexedBatch(i[0], low)
+        if indexed:
+          up, low = optlab.IndexedBatch(j, up), optlab.IndexedBatch(i[0], low)
         rest = take(lower_data, i[1:]) if inner else ()
         return step(state, optlab.BilevelBatch(up, low, rest))[0], None
 
-      state = optlab.init(jnp.full(10, -2.0), estimator, tx, jnp.zeros(100))
-      return jax.lax.scan(body, state, length=steps)[0].params
+      state = optlab.init(jnp.full(10, -2.0), *make(rates), jnp.zeros(100))
+      return jax.lax.scan(body, state, jnp.arange(steps))[0].params
 
-    one = lambda rates, seed, run=run: run(rates, seed, data)
-    tuned = jax.lax.map(functools.partial(one, seed=100), jnp.asarray(grid))
+    # All rates together, but tables of a memory one by one: they stay in place.
+    lanes = 1 if indexed else len(grid)
+    tune = jax.jit(
+      lambda rates, data, run=run, lanes=lanes: jax.lax.map(
+        lambda rate: run(rate, 100, data), rates, batch_size=lanes
+      )
+    )
+    tuned = tune(jnp.asarray(grid, jnp.float32), data)
     scores = [metric(x) for x in np.asarray(tuned)]
     best = grid[int(np.argmin(scores))]
-    finals = [metric(one(jnp.asarray(best), seed)) for seed in range(5)]
+    repeat = jax.jit(jax.vmap(run, (None, 0, None)))
+    ends = repeat(jnp.asarray(best, jnp.float32), jnp.arange(5), data)
+    finals = [metric(x) for x in np.asarray(ends)]
     rows.append(
       (
         f'{name}, {upper_step}' + (', STORM' if storm else ''),
         steps,
-        f'{best[0]:g}',
-        f'{best[1]:g}',
+        marked(best[0], LOWER_RATES),
+        marked(best[1], UPPER_RATES),
         'cosine' if best[2] else 'constant',
         f'{np.median(finals):.2e}',
         f'{np.min(finals):.1e} to {np.max(finals):.1e}',

@@ -23,6 +23,7 @@ class Method(NamedTuple):
     gradients: Gradients a step, on average.
     products: Hessian-vector and cross products a step, on average.
     keyed: Whether ``init`` takes a key too.
+    indexed: Whether batches are blocks of a finite sum, with their index.
   """
 
   make: Callable[..., optlab.GradientEstimator]
@@ -30,6 +31,7 @@ class Method(NamedTuple):
   gradients: float
   products: float
   keyed: bool = False
+  indexed: bool = False
 
   @property
   def calls(self) -> float:
@@ -55,13 +57,19 @@ def _bo_rep(period: int, lower_steps: int, average: bool = True) -> Method:
   return Method(make, lower_steps, 2 + lower_steps / period, 2)
 
 
-def methods(lower_steps: int, terms: int, iterations: int = 10) -> dict:
+def methods(
+  lower_steps: int,
+  terms: int,
+  iterations: int = 10,
+  blocks: tuple[int, int] | None = None,
+) -> dict:
   """The methods by name.
 
   Args:
     lower_steps: Lower steps of a round, of every method that has rounds.
     terms: Terms of the Neumann series.
     iterations: The most iterations of conjugate gradients.
+    blocks: Upper and lower blocks of a finite sum; without them, no saba.
 
   Returns:
     `Method` by name.
@@ -94,7 +102,7 @@ def methods(lower_steps: int, terms: int, iterations: int = 10) -> dict:
       upper, lower, lower_optimizer, lower_steps=n, max_iterations=iterations
     )
 
-  return {
+  table = {
     'bo_rep': _bo_rep(2, n),
     'bo_rep_period1': _bo_rep(1, n),
     'bo_rep_period4': _bo_rep(4, n),
@@ -106,6 +114,17 @@ def methods(lower_steps: int, terms: int, iterations: int = 10) -> dict:
     'unrolled_cold': Method(unrolled(False), n, 1 + n, 2 * n),
     'implicit': Method(implicit, n, 2 + n, iterations + 3),
   }
+  if blocks is not None:
+    upper_blocks, lower_blocks = blocks
+
+    def saba(upper, lower, lower_optimizer, linear_lr):
+      return optlab.saba(
+        upper, lower, lower_optimizer, linear_lr, upper_blocks=upper_blocks,
+        lower_blocks=lower_blocks,
+      )  # fmt: skip
+
+    table['saba'] = Method(saba, 0, 2, 2, indexed=True)
+  return table
 
 
 METHODS = tuple(methods(1, 1))
@@ -136,6 +155,32 @@ def upper_step(name: str, rate: Any, beta: float) -> Any:
   if name == 'clipped':
     average.append(optax.clip_by_global_norm(1.0))
   return optax.chain(*average, optax.scale_by_learning_rate(rate))
+
+
+def one_of(transformations: list[Any], which: jax.Array) -> Any:
+  """The transformation of that number, which may be a tracer; all are run.
+
+  Args:
+    transformations: Optax transformations.
+    which: int32 scalar.
+
+  Returns:
+    An optax transformation.
+  """
+
+  def init(params):
+    return tuple(tx.init(params) for tx in transformations)
+
+  def update(updates, state, params=None, **extra):
+    results = [
+      optax.with_extra_args_support(tx).update(updates, old, params, **extra)
+      for tx, old in zip(transformations, state, strict=True)
+    ]
+    updates, state = zip(*results, strict=True)
+    pick = lambda *leaves: jax.lax.select_n(which, *leaves)
+    return jax.tree.map(pick, *updates), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def schedule(rate: Any, cosine: Any, steps: int) -> optax.Schedule:

@@ -32,11 +32,14 @@ class Config(tuning.Config):
   """Flags."""
 
   dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = app.flag(
+    2, 'Words seen less often in training are unknown.', low=1
+  )
   flipped: tuple[float, ...] = app.flag(
     (0.1, 0.2, 0.3, 0.4), 'Shares of flipped labels.', low=0.0
   )
   clean: int = app.flag(
-    1000, 'Training sentences kept clean, for the upper level.', low=1
+    1024, 'Training sentences kept clean, for the upper level.', low=1
   )
   l2: float = app.flag(3e-4, 'Weight of |y|^2 / 2.', low=1e-12)
   batch: int = app.flag(128, 'Sentences of a sample.', low=1)
@@ -73,18 +76,25 @@ def make_problem(
       f'--clean={count}: more than half of the'
       f' {len(sentences.train.labels)} training sentences'
     )
+  if count % config.batch:
+    raise app.UserError(
+      f'--clean={count}: must be a multiple of --batch={config.batch}'
+    )
   # Clean sentences train the weights; those for validation pick the rates.
+  upper_blocks = count // config.batch
+  lower_blocks = (len(sentences.train.labels) - count) // config.batch
+  rows = slice(count, count + lower_blocks * config.batch)
   noisy, flipped = text.flip(
-    sentences.train.labels[count:], sentences.classes, share, seed=0
+    sentences.train.labels[rows], sentences.classes, share, seed=0
   )
   bags, valid, test = (
     text.bags_of_words(getattr(sentences, part).tokens)
     for part in ('train', 'valid', 'test')
   )
-  train = text.Bags(*(part[count:] for part in bags))
+  train = text.Bags(*(part[rows] for part in bags))
   upper_bags = text.Bags(*(part[:count] for part in bags))
   data = {
-    'train': (train, noisy),
+    'train': (np.arange(len(noisy)), train, noisy),
     'upper': (upper_bags, sentences.train.labels[:count]),
     'valid': (valid, sentences.valid.labels),
     'test': (test, sentences.test.labels),
@@ -109,19 +119,16 @@ def make_problem(
     return losses + 0.5 * config.l2 * jnp.sum(y**2)
 
   def sample(key, data):
-    upper_key, lower_key = jax.random.split(key)
-    draw = lambda key, labels: jax.random.randint(
-      key, (config.batch,), 0, len(labels)
+    keys = jax.random.split(key)
+    return (
+      tuning.draw_block(keys[0], data['upper'], upper_blocks),
+      tuning.draw_block(keys[1], data['train'], lower_blocks),
     )
-    rows = draw(lower_key, data['train'][1])
-    clean = draw(upper_key, data['upper'][1])
-    take = lambda part, rows: jax.tree.map(lambda a: a[rows], data[part])
-    return take('upper', clean), (rows, *take('train', rows))
 
   def start(key, data):
     del key
     zeros = lambda *shape: jnp.zeros(shape, config.precision)
-    return zeros(len(data['train'][1])), zeros(size, sentences.classes)
+    return zeros(len(noisy)), zeros(size, sentences.classes)
 
   def measure(x, y, data):
     del x
@@ -164,13 +171,16 @@ def make_problem(
     measure,
     ('test_loss', 'test_accuracy', 'auroc', 'refitted_accuracy'),
     finish=finish,
+    blocks=(upper_blocks, lower_blocks),
   )
   return problem, baselines
 
 
 def main(config: Config) -> None:
   """Runs the comparison at every share of flipped labels."""
-  sentences = text.load(config.dataset, config.data_dir)
+  sentences = text.load(
+    config.dataset, config.data_dir, min_count=config.min_count
+  )
   for share in config.flipped:
     if share >= 1.0:
       raise app.UserError(f'--flipped={share}: must be below 1')

@@ -28,6 +28,9 @@ class Config(tuning.Config):
   """Flags."""
 
   dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = app.flag(
+    2, 'Words seen less often in training are unknown.', low=1
+  )
   cell: str = app.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
   width: int = app.flag(24, 'Width of embedding and state.', low=1)
   max_length: int = app.flag(12, 'Words of a sentence.', low=1)
@@ -218,8 +221,9 @@ def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
 def main(config: Config) -> None:
   """Runs the comparison."""
   sentences = text.load(
-    config.dataset, config.data_dir, max_length=config.max_length
-  )
+    config.dataset, config.data_dir, max_length=config.max_length,
+    min_count=config.min_count,
+  )  # fmt: skip
   problem = make_problem(config, sentences)
   program = 'hyper_representation'
   with runner.Session(program, config, show='valid_loss') as session:

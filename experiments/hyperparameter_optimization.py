@@ -25,7 +25,8 @@ from experiments import tuning
 
 # Log penalty before learning.
 START = {'ridge': -7.0, 'logistic': 0.0, 'text': -7.0}
-TRAIN_ROWS = 40
+# Few rows to train on, so that a penalty helps.
+TRAIN_ROWS, VALID_ROWS = 40, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Config(tuning.Config):
     'ridge', 'What is regularized.', choices=('ridge', 'logistic', 'text')
   )
   dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = app.flag(
+    2, 'Words seen less often in training are unknown.', low=1
+  )
   cell: str = app.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
   width: int = app.flag(24, 'Width of embedding and state.', low=1)
   max_length: int = app.flag(12, 'Words of a sentence.', low=1)
@@ -43,13 +47,13 @@ class Config(tuning.Config):
     'float64', 'Floating point type.', choices=('float32', 'float64')
   )
   per_parameter: bool = app.flag(False, 'A penalty for each parameter.')
-  batch: int = app.flag(32, 'Rows of a sample.', low=1)
+  batch: int = app.flag(8, 'Rows of a sample.', low=1)
   steps: int = app.flag(
-    1000, 'Steps of bo_rep; the others have as many calls.', low=1
+    4000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  lower_rate: float = app.flag(0.2, 'Rate of the lower variable.', low=0.0)
+  lower_rate: float = app.flag(0.05, 'Rate of the lower variable.', low=0.0)
   linear_rate: float = app.flag(
-    0.2, 'Rate of the linear system and the Neumann series.', low=0.0
+    0.05, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   rates: tuple[float, ...] = app.flag(
     (0.01, 0.03, 0.1, 0.3, 1.0), 'Grid of upper rates.', low=0.0
@@ -57,15 +61,19 @@ class Config(tuning.Config):
 
 
 def split(features, targets):
-  """Few rows to train on, so that a penalty helps; the others in halves."""
+  """Rows to train on, to validate and to test."""
   order = np.random.RandomState(0).permutation(len(targets))
-  rows = [order[:TRAIN_ROWS], *np.array_split(order[TRAIN_ROWS:], 2)]
+  rows = np.split(order, [TRAIN_ROWS, TRAIN_ROWS + VALID_ROWS])
   features = (features - features.mean(0)) / features.std(0)
   return [(features[part], targets[part]) for part in rows]
 
 
 def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
   """Ridge or logistic regression; the best log penalty and its value."""
+  if TRAIN_ROWS % config.batch or VALID_ROWS % config.batch:
+    raise app.UserError(
+      f'--batch={config.batch}: must divide {TRAIN_ROWS} and {VALID_ROWS} rows'
+    )
   ridge = config.problem == 'ridge'
   features: Any
   targets: Any
@@ -96,13 +104,14 @@ def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
   def lower(x, y, batch):
     return loss(y, batch) + 0.5 * jnp.exp(x) * jnp.sum(y**2)
 
-  def sample(key, data):
-    def draw(key, part):
-      rows = jax.random.randint(key, (config.batch,), 0, len(part[1]))
-      return jax.tree.map(lambda leaf: leaf[rows], part)
+  blocks = (VALID_ROWS // config.batch, TRAIN_ROWS // config.batch)
 
+  def sample(key, data):
     keys = jax.random.split(key)
-    return draw(keys[0], data['valid']), draw(keys[1], data['train'])
+    return tuple(
+      tuning.draw_block(key, data[part], count)
+      for key, part, count in zip(keys, ('valid', 'train'), blocks, strict=True)
+    )
 
   def start(key, data):
     del key
@@ -153,6 +162,7 @@ def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
     start,
     measure,
     ('regret', 'test_loss', 'log_penalty'),
+    blocks=blocks,
   )
   return problem, float(found.x), float(found.fun)
 
@@ -160,8 +170,9 @@ def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
 def text_problem(config: Config) -> tuning.Problem:
   """A recurrent classifier, all of it in the lower level."""
   sentences = text.load(
-    config.dataset, config.data_dir, max_length=config.max_length
-  )
+    config.dataset, config.data_dir, max_length=config.max_length,
+    min_count=config.min_count,
+  )  # fmt: skip
   init, encode = text.functional(
     lambda rngs: text.Encoder(
       len(sentences.vocabulary), config.width, rngs, cell=config.cell

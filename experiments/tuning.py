@@ -1,9 +1,10 @@
 """Bilevel methods on one problem: tuned on one grid, compared over seeds.
 
 Every method, upper step and schedule gets the same oracle calls and the same
-grid of upper rates. The rate is picked by the validation loss on one seed that
-is used for nothing else; what is reported are other seeds, paired: the same
-start and the same samples for every method.
+grid of upper rates, which goes on while the best rate is at its edge. The rate
+is picked by the validation loss on seeds that are used for nothing else; what
+is reported are other seeds, paired: the same start and the same samples for
+every method.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from experiments import runner
 import optlab
 
 TUNING_SEED = 10_000
+EXTENSIONS = 2  # How often a grid is continued, by its own length.
 PIECES = 5
 METHODS = (
   'bo_rep',
@@ -58,15 +60,16 @@ class Config(app.Config):
   terms: int = app.flag(5, 'Terms of the Neumann series.', low=1)
   beta: float = app.flag(0.9, 'Momentum of the upper step.', low=0.0)
   methods: tuple[str, ...] = app.flag(
-    METHODS, 'Estimators.', choices=bilevel.METHODS
+    METHODS, 'Estimators.', choices=('saba', *bilevel.METHODS)
   )
   upper_steps: tuple[str, ...] = app.flag(
-    ('plain', 'normalized'), 'Upper steps.', choices=bilevel.UPPER_STEPS
+    ('normalized', 'plain'), 'Upper steps.', choices=bilevel.UPPER_STEPS
   )
   schedules: tuple[str, ...] = app.flag(
     ('cosine',), 'Schedules of the upper rate.', choices=bilevel.SCHEDULES
   )
   seeds: int = app.flag(5, 'Number of seeds.', low=1)
+  tuning_seeds: int = app.flag(2, 'Number of seeds that pick rates.', low=1)
   precision: str = app.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
@@ -79,13 +82,16 @@ class Problem(NamedTuple):
     upper: ``(x, y, batch) -> scalar``.
     lower: ``(x, y, batch) -> scalar``.
     data: Pytree of arrays that the next three take.
-    sample: ``(key, data) -> (upper batch, lower batch)``.
+    sample: ``(key, data) -> (upper batch, lower batch)``; of a finite sum,
+      `optlab.IndexedBatch` both.
     start: ``(key, data) -> (x, y)``.
     measure: ``(x, y, data) -> dict`` of scalars, with ``valid_loss``.
     reported: Fields of the table; the first is drawn and compared in pairs,
       and less is better unless its name ends in ``accuracy`` or ``auroc``.
     lower_optimizer: ``rate -> optimizer``.
     finish: ``(x, y) -> dict`` of numbers, in NumPy, once at the end.
+    blocks: Of a finite sum, the numbers of upper and of lower blocks: what
+      saba needs.
   """
 
   upper: Callable[..., Any]
@@ -97,18 +103,36 @@ class Problem(NamedTuple):
   reported: tuple[str, ...]
   lower_optimizer: Callable[..., Any] = optax.sgd
   finish: Callable[..., dict[str, float]] = lambda x, y: {}
+  blocks: tuple[int, int] | None = None
+
+
+def draw_block(key: jax.Array, rows: Any, blocks: int) -> optlab.IndexedBatch:
+  """One of so many blocks of consecutive rows."""
+  index = jax.random.randint(key, (), 0, blocks)
+  size = jax.tree.leaves(rows)[0].shape[0] // blocks
+  cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, size)
+  return optlab.IndexedBatch(index, jax.tree.map(cut, rows))
+
+
+class UpperStep(NamedTuple):
+  """The upper step of a lane."""
+
+  rate: jax.Array
+  cosine: jax.Array
+  which: jax.Array  # int32, its place in the configuration's upper steps
 
 
 class RunState(NamedTuple):
   """All lanes of one method.
 
-  The rates are in it, and the data an argument, so that tuning, the runs that
-  are reported and other variants of a problem are one compiled program.
+  What the lanes differ in is in it, and the data an argument, so that tuning,
+  the runs that are reported, all upper steps and schedules and other variants
+  of a problem are one compiled program.
   """
 
   train: Any
   key: jax.Array
-  rate: jax.Array
+  upper: UpperStep
 
 
 class Choice(NamedTuple):
@@ -132,10 +156,101 @@ def choices(config: Config, group: str) -> list[Choice]:
   return [Choice(*entry) for entry in grid]
 
 
+class Program(NamedTuple):
+  """One estimator on one problem; `UpperStep` and seed make a lane."""
+
+  method: bilevel.Method
+  steps: int
+  refinement: int  # gradients before the first step
+  start: Callable[..., RunState]  # (seeds, upper, data)
+  advance: Callable[..., RunState]  # (state, data), all lanes
+  measure: Callable[..., dict]  # (train, data), all lanes
+
+
+def make_program(config: Config, problem: Problem, estimator: str) -> Program:
+  """The functions that train and measure lanes of an estimator."""
+  table = bilevel.methods(
+    config.lower_steps, config.terms, blocks=problem.blocks
+  )
+  method = table[estimator]
+  refinement = config.lower_steps * (2**config.refine_epochs - 1)
+  budget = table['bo_rep'].calls * config.steps + refinement
+  refined = estimator.startswith('bo_rep') and config.refine_epochs > 0
+  spent = refinement if refined else 0
+  steps = method.steps(budget - spent, PIECES)
+
+  def parts(upper):
+    estimator = method.make(
+      problem.upper,
+      problem.lower,
+      problem.lower_optimizer(config.lower_rate),
+      config.linear_rate,
+    )
+    schedule = bilevel.schedule(upper.rate, upper.cosine, steps)
+    tx = bilevel.one_of(
+      [
+        bilevel.upper_step(name, schedule, config.beta)
+        for name in config.upper_steps
+      ],
+      upper.which,
+    )
+    return estimator, tx
+
+  def sample(key, data):
+    batches = problem.sample(key, data)
+    if problem.blocks is None or method.indexed:
+      return batches
+    return tuple(batch.data for batch in batches)
+
+  def start(seed, upper, data):
+    key, start_key, refine_key = jax.random.split(jax.random.key(seed), 3)
+    x, y = problem.start(start_key, data)
+    if refined:
+      keys = jax.random.split(refine_key, refinement)
+      y = optlab.refine(
+        problem.lower,
+        x,
+        y,
+        jax.vmap(lambda key: sample(key, data)[1])(keys),
+        learning_rate=config.lower_rate,
+        first_steps=config.lower_steps,
+        epochs=config.refine_epochs,
+      )
+    train = method.init(*parts(upper), x, y, start_key)
+    return RunState(train, key, upper)
+
+  def advance_lane(state, data):
+    step = optlab.train_step(*parts(state.upper))
+
+    def body(train, _):
+      key = jax.random.fold_in(state.key, train.step)
+      batch = bilevel.draw(key, lambda key: sample(key, data), method.inner)
+      return step(train, batch)[0], None
+
+    train, _ = jax.lax.scan(body, state.train, length=steps // PIECES)
+    return state._replace(train=train)
+
+  def measure(train, data):
+    lane = lambda train: problem.measure(
+      train.params, train.estimator_state.inner, data
+    )
+    return jax.lax.map(lane, train)
+
+  return Program(
+    method,
+    steps,
+    spent,
+    jax.jit(jax.vmap(start, (0, 0, None))),
+    jax.vmap(advance_lane, (0, None)),
+    jax.jit(measure),
+  )
+
+
 def run(
   session: runner.Session,
   config: Config,
   problem: Problem,
+  program: Program,
   choice: Choice,
   label: str,
   lanes: list[tuple[int, float]],
@@ -148,71 +263,25 @@ def run(
     session: The open session.
     config: The flags.
     problem: The problem.
+    program: Of the choice's estimator.
     choice: What to run.
     label: Its name in the record.
     lanes: Pairs of a seed and an upper rate, trained together.
     finish: Whether to measure what is measured once, at the end.
   """
-  table = bilevel.methods(config.lower_steps, config.terms)
-  method = table[choice.estimator]
-  refined = choice.estimator.startswith('bo_rep') and config.refine_epochs
-  refinement = config.lower_steps * (2**config.refine_epochs - 1)
-  spent = refinement if refined else 0
-  budget = table['bo_rep'].calls * config.steps + refinement
-  steps = method.steps(budget - spent, PIECES)
+  method, steps = program.method, program.steps
   seeds = tuple(seed for seed, _ in lanes)
   rates = np.array([rate for _, rate in lanes])
-  rate = jnp.asarray(rates, config.precision)
-
-  def parts(rate):
-    estimator = method.make(
-      problem.upper,
-      problem.lower,
-      problem.lower_optimizer(config.lower_rate),
-      config.linear_rate,
-    )
-    schedule = bilevel.schedule(rate, choice.schedule == 'cosine', steps)
-    tx = bilevel.upper_step(choice.upper_step, schedule, config.beta)
-    return estimator, tx
-
-  def start(seed, rate, data):
-    key, start_key, refine_key = jax.random.split(jax.random.key(seed), 3)
-    x, y = problem.start(start_key, data)
-    if refined:
-      keys = jax.random.split(refine_key, refinement)
-      y = optlab.refine(
-        problem.lower,
-        x,
-        y,
-        jax.vmap(lambda key: problem.sample(key, data)[1])(keys),
-        learning_rate=config.lower_rate,
-        first_steps=config.lower_steps,
-        epochs=config.refine_epochs,
-      )
-    train = method.init(*parts(rate), x, y, start_key)
-    return RunState(train, key, rate)
-
-  def advance_lane(state, data):
-    step = optlab.train_step(*parts(state.rate))
-
-    def body(train, _):
-      key = jax.random.fold_in(state.key, train.step)
-      sample = lambda key: problem.sample(key, data)
-      return step(train, bilevel.draw(key, sample, method.inner))[0], None
-
-    train, _ = jax.lax.scan(body, state.train, length=steps // PIECES)
-    return state._replace(train=train)
-
-  @jax.jit
-  def measure(train, data):
-    lane = lambda train: problem.measure(
-      train.params, train.estimator_state.inner, data
-    )
-    return jax.lax.map(lane, train)
+  which = config.upper_steps.index(choice.upper_step)
+  upper = UpperStep(
+    jnp.asarray(rates, config.precision),
+    jnp.full(len(lanes), choice.schedule == 'cosine'),
+    jnp.full(len(lanes), which, jnp.int32),
+  )
 
   def evaluate(state):
     step = int(state.train.step[0])
-    values = jax.device_get(measure(state.train, problem.data))
+    values = jax.device_get(program.measure(state.train, problem.data))
     if step == steps and finish:
       ends = jax.device_get(
         (state.train.params, state.train.estimator_state.inner)
@@ -227,17 +296,15 @@ def run(
     return {
       **values,
       'rate': rates,
-      'gradients': spent + step * method.gradients,
+      'gradients': program.refinement + step * method.gradients,
       'products': step * method.products,
       'rejected': optax.tree.get(state.train.estimator_state, 'rejected'),
     }
 
   session.run(
     label,
-    jax.jit(jax.vmap(start, (0, 0, None)))(
-      jnp.asarray(seeds), rate, problem.data
-    ),
-    jax.vmap(advance_lane, (0, None)),
+    program.start(jnp.asarray(seeds), upper, problem.data),
+    program.advance,
     evaluate,
     steps=steps,
     every=steps // PIECES,
@@ -251,8 +318,55 @@ def run(
 def last(rows: list[dict], method: str) -> list[dict]:
   """The rows of a method's last evaluation."""
   found = record.select(rows, 'eval', method=method)
-  step = max(row['step'] for row in found)
+  step = max((row['step'] for row in found), default=0)
   return [row for row in found if row['step'] == step]
+
+
+def continued(rates: list[float], best: float, count: int) -> list[float]:
+  """So many rates beyond the edge that ``best`` is at; none if it is inside."""
+  if len(rates) < 2 or best not in (rates[0], rates[-1]):
+    return []
+  edge, inside = rates[:2] if best == rates[0] else rates[:-3:-1]
+  # Three digits, so that powers of ten and the like stay what they are.
+  return [
+    float(f'{edge * (edge / inside) ** k:.3g}') for k in range(1, count + 1)
+  ]
+
+
+def tune(
+  session: runner.Session,
+  config: Config,
+  problem: Problem,
+  program: Program,
+  choice: Choice,
+) -> float:
+  """The upper rate of the least validation loss, a median over tuning seeds."""
+  new = sorted(config.rates)
+  for grid in range(1 + EXTENSIONS):
+    label = f'{choice.label}: tuning, grid {grid}'
+    # A run for each seed: with as many rates as seeds in the runs that are
+    # reported, nothing is compiled for them again.
+    for seed in range(TUNING_SEED, TUNING_SEED + config.tuning_seeds):
+      lanes = [(seed, rate) for rate in new]
+      run(session, config, problem, program, choice, label, lanes, finish=False)
+    losses = tuning_losses(session.rows, choice)
+    best = min(losses, key=lambda rate: losses[rate])
+    new = continued(sorted(losses), best, len(config.rates))
+    if not new:
+      break
+  return best
+
+
+def tuning_losses(rows: list[dict], choice: Choice) -> dict[float, float]:
+  """The median validation loss at the end of tuning, by rate."""
+  losses: dict[float, list[float]] = {}
+  for grid in range(1 + EXTENSIONS):
+    for row in last(rows, f'{choice.label}: tuning, grid {grid}'):
+      loss = row['valid_loss']
+      losses.setdefault(row['rate'], []).append(
+        np.inf if np.isnan(loss) else loss
+      )
+  return {rate: float(np.median(values)) for rate, values in losses.items()}
 
 
 def compare(
@@ -270,54 +384,55 @@ def compare(
     The summary rows, which are in the record too.
 
   Raises:
-    UserError: There are no rates.
+    UserError: A method is not for this problem.
   """
-  if not config.rates:
-    raise app.UserError('--rates is empty: give at least one upper rate')
+  if 'saba' in config.methods and problem.blocks is None:
+    raise app.UserError('--methods=saba: this problem is not a finite sum')
+  programs = {
+    name: make_program(config, problem, name) for name in config.methods
+  }
   for choice in choices(config, group):
-    tuning = f'{choice.label}: tuning'
-    lanes = [(TUNING_SEED, rate) for rate in config.rates]
-    run(session, config, problem, choice, tuning, lanes, finish=False)
-    losses = {
-      row['rate']: np.nan_to_num(row['valid_loss'], nan=np.inf)
-      for row in last(session.rows, tuning)
-    }
-    best = min(losses, key=lambda rate: losses[rate])
+    context = (session, config, problem, programs[choice.estimator], choice)
+    best = tune(*context)
     lanes = [(seed, best) for seed in range(config.seeds)]
-    run(session, config, problem, choice, choice.label, lanes, finish=True)
+    run(*context, choice.label, lanes, finish=True)
   return summarize(session, config, problem, group)
 
 
 def summarize(
   session: runner.Session, config: Config, problem: Problem, group: str
 ) -> list[dict]:
-  """One summary row a choice: means over seeds, and pairs with the first."""
+  """One summary row a choice: medians over seeds, and pairs with the first."""
   first, rows = problem.reported[0], []
   sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
-  reference = [
-    sign * row[first]
-    for row in last(session.rows, choices(config, group)[0].label)
-  ]
+  reference = None
   for choice in choices(config, group):
     ends = last(session.rows, choice.label)
+    rate, tried = ends[0]['rate'], tuning_losses(session.rows, choice)
+    worse = np.array([sign * row[first] for row in ends])
+    worse[np.isnan(worse)] = np.inf
+    reference = worse if reference is None else reference
     # Positive where the first choice of the table is better.
-    gaps = np.array([sign * row[first] for row in ends]) - reference
+    with np.errstate(invalid='ignore'):
+      gaps = worse - reference
     row: dict[str, Any] = {
       **choice._asdict(),
-      'rate': ends[0]['rate'],
+      'rate': rate,
+      'edge': rate in (min(tried), max(tried)),
       'steps': ends[0]['step'],
       'calls': ends[0]['gradients'] + ends[0]['products'],
       'gap': float(np.mean(gaps)),
       'gap_error': float(np.std(gaps, ddof=1) / np.sqrt(len(gaps)))
-      if len(gaps) > 1
+      if len(gaps) > 1 and np.all(np.isfinite(gaps))
       else None,
-      'wins': int(np.sum(gaps < 0)),
-      'losses': int(np.sum(gaps > 0)),
+      'wins': int(np.sum(worse < reference)),
+      'losses': int(np.sum(worse > reference)),
     }
     for name in problem.reported:
       values = [end[name] for end in ends]
-      row[name] = float(np.mean(values))
-      row[f'{name}_std'] = float(np.std(values))
+      row[name] = float(np.median(values))
+      row[f'{name}_low'] = float(np.min(values))
+      row[f'{name}_high'] = float(np.max(values))
     session.write('summary', **row)
     rows.append(row)
   return rows
@@ -327,7 +442,8 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
   """Prints the summary."""
 
   def spread(row, name):
-    return f'{row[name]:.4f} ± {row[f"{name}_std"]:.4f}'
+    low, high = row[f'{name}_low'], row[f'{name}_high']
+    return f'{row[name]:.4g} ({low:.4g} to {high:.4g})'
 
   def gap(row):
     error = row['gap_error']
@@ -335,8 +451,8 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     return text if error is None else f'{text} ± {error:.4f}'
 
   report.show(
-    f'{title}; gap: how much worse than the first line in'
-    f' {problem.reported[0]}, by seed, with its standard error',
+    f'{title}; medians (and ranges) over seeds; gap: how much worse than the'
+    f' first line in {problem.reported[0]}, by seed, with its standard error',
     (
       'method, upper step, schedule',
       'rate',
@@ -348,7 +464,7 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     [
       (
         ', '.join(row[name] for name in Choice._fields[1:]),
-        f'{row["rate"]:g}',
+        f'{row["rate"]:g}' + (' (edge)' if row['edge'] else ''),
         row['steps'],
         *(spread(row, name) for name in problem.reported),
         gap(row),

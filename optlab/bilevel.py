@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optlab import base
+from optlab import trees
 
 Objective = Callable[[base.Params, base.Params, base.Batch], jax.Array]
 
@@ -58,62 +59,6 @@ def at(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
   return value(step) if callable(value) else value
 
 
-def cast_like(tree: base.Params, like: base.Params) -> base.Params:
-  """Casts each leaf to the dtype of the corresponding leaf of ``like``."""
-  return jax.tree.map(lambda leaf, to: leaf.astype(to), tree, like)
-
-
-def zeros_accumulator(tree: base.Params) -> base.Params:
-  """Zeros of the shapes of ``tree``, in float32 or wider."""
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(jnp.shape(leaf), base.accumulator_dtype(leaf)), tree
-  )
-
-
-def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
-  """Maps ``function`` in float32 or wider, back to the first tree's dtypes."""
-
-  def leaf_wise(first, *rest):
-    dtype = base.accumulator_dtype(first)
-    leaves = [leaf.astype(dtype) for leaf in (first, *rest)]
-    return function(*leaves).astype(jnp.asarray(first).dtype)
-
-  return jax.tree.map(leaf_wise, *trees)
-
-
-def norm(tree: base.Params) -> jax.Array:
-  """Euclidean norm in float32 or wider; of an empty tree, zero."""
-  dtype = base.accumulator_dtype(tree)
-  squares = [
-    jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
-
-
-def largest(tree: base.Params) -> jax.Array:
-  """The largest magnitude in a tree; of an empty tree, zero."""
-  dtype = base.accumulator_dtype(tree)
-  tops = [
-    jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.max(jnp.stack(tops)) if tops else jnp.zeros((), dtype)
-
-
-def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
-  """The nearest point in the ball of ``radius`` around ``centre``."""
-  distance = norm(combine(jnp.subtract, tree, centre))
-  outside = distance > radius
-  scale = radius / jnp.where(outside, distance, 1.0)
-  return combine(
-    lambda leaf, middle: jnp.where(
-      outside, middle + scale.astype(leaf.dtype) * (leaf - middle), leaf
-    ),
-    tree,
-    centre,
-  )
-
-
 def linearize(
   lower: Objective,
   params: base.Params,
@@ -134,12 +79,9 @@ def linearize(
   gradient, vjp = jax.vjp(
     lambda x, y: jax.grad(lower, argnums=1)(x, y, batch), params, inner
   )
-  return gradient, lambda dual: vjp(cast_like(dual, dtypes(gradient)))
-
-
-def dtypes(tree: base.Params) -> base.Params:
-  """The dtypes of a tree's leaves."""
-  return jax.tree.map(lambda leaf: leaf.dtype, tree)
+  return gradient, lambda dual: vjp(
+    trees.cast_like(dual, trees.dtypes(gradient))
+  )
 
 
 def upper_value_and_grads(
@@ -157,7 +99,7 @@ def upper_value_and_grads(
 
 def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
   """Returns ``f_x - g_xy z``."""
-  return combine(jnp.subtract, grad_x, cross)
+  return trees.combine(jnp.subtract, grad_x, cross)
 
 
 def linear_step(
@@ -176,7 +118,7 @@ def linear_step(
   dual = jax.tree.map(
     lambda z, r: (z - rate * r).astype(z.dtype), dual, residual
   )
-  return dual, norm(residual)
+  return dual, trees.norm(residual)
 
 
 def check_inner(batches: base.Batch, count: int, name: str) -> None:
@@ -235,7 +177,7 @@ def descend(
     )
     y = optax.apply_updates(y, updates)
     if radius is not None:
-      y = project(y, inner, radius)
+      y = trees.project(y, inner, radius)
     if average:
       mean = jax.tree.map(
         lambda m, leaf: m + (leaf.astype(m.dtype) - m) / (count + 1),
@@ -244,24 +186,24 @@ def descend(
       )
     return (y, opt_state, mean, count + 1), None
 
-  mean = zeros_accumulator(inner) if average else ()
+  mean = trees.zeros_accumulator(inner) if average else ()
   count = jnp.zeros((), jnp.float32)
   body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
   (last, opt_state, mean, _), _ = jax.lax.scan(
     body, (inner, opt_state, mean, count), batches, length=steps
   )
   if average:
-    last = cast_like(mean, dtypes(inner))
+    last = trees.cast_like(mean, trees.dtypes(inner))
   return last, opt_state
 
 
 def lower_round(
   lower: Objective,
+  lower_steps: int,
   optimizer: optax.GradientTransformationExtraArgs,
   params: base.Params,
   state: Any,
   batch: BilevelBatch,
-  lower_steps: int,
 ) -> tuple[base.Params, optax.OptState]:
   """`descend` from the state's lower variable on the batch's inner samples."""
   return descend(
@@ -275,39 +217,21 @@ def lower_round(
   )
 
 
-def own(tree: base.Params) -> base.Params:
-  """A copy without weak types, so that state in equals state out."""
-  return jax.tree.map(
-    lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype), tree
-  )
-
-
 def init_state(
   optimizer: optax.GradientTransformation,
   inner: base.Params,
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0``."""
-  inner = own(inner)
+  inner = trees.own(inner)
   dtype = base.accumulator_dtype(inner)
   return BilevelState(
     step=jnp.zeros((), jnp.int32),
     inner=inner,
-    dual=zeros_accumulator(inner),
+    dual=trees.zeros_accumulator(inner),
     lower_opt_state=optimizer.init(inner),
     lower_grad_norm=jnp.zeros((), dtype),
     linear_residual=jnp.zeros((), dtype),
     rejected=jnp.zeros((), jnp.int32),
-  )
-
-
-def is_finite(*trees: base.Params) -> jax.Array:
-  """Whether all floating point numbers are finite."""
-  return base.all_finite(
-    [
-      leaf
-      for leaf in jax.tree.leaves(trees)
-      if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
   )
 
 
@@ -334,8 +258,65 @@ def accept(
     The estimate and the state.
   """
   new = old._replace(step=old.step + 1, **fields)
-  ok = is_finite(grads, new.inner, getattr(new, 'dual', ()), others)
+  ok = trees.is_finite(grads, new.inner, getattr(new, 'dual', ()), others)
   grads = jax.tree.map(lambda leaf: jnp.where(ok, leaf, 0), grads)
   state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
   rejected = old.rejected + (~ok).astype(jnp.int32)
   return base.Estimate(value, grads), state._replace(rejected=rejected)
+
+
+def linear_system_estimator(
+  upper: Objective,
+  lower: Objective,
+  lower_optimizer: optax.GradientTransformation,
+  solve: Callable[..., tuple[base.Params, base.Params, jax.Array]],
+  move: Callable[..., tuple[base.Params, optax.OptState]] | None = None,
+) -> base.GradientEstimator:
+  """An estimator of ``f_x - g_xy z`` with a `BilevelState`.
+
+  Args:
+    upper: The upper objective.
+    lower: The lower objective.
+    lower_optimizer: Of the lower variable.
+    solve: ``(state, products, f_y) -> (z, g_xy z, residual)``: the next z, the
+      cross product that the estimate takes, and the norm of ``g_yy z - f_y``.
+    move: ``(optimizer, params, state, batch) -> (y, lower_opt_state)``, before
+      the derivatives are taken; without it, y takes one step after them.
+
+  Returns:
+    A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
+  """
+  check_objectives(upper, lower)
+  optimizer = optax.with_extra_args_support(lower_optimizer)
+
+  def init(params, inner):
+    del params
+    return init_state(optimizer, inner)
+
+  def estimate(params, state, batch):
+    inner, lower_opt_state = state.inner, state.lower_opt_state
+    if move is not None:
+      inner, lower_opt_state = move(optimizer, params, state, batch)
+    value, grad_x, grad_y = upper_value_and_grads(
+      upper, params, inner, batch.upper
+    )
+    grad_lower, products = linearize(lower, params, inner, batch.lower)
+    dual, cross, residual = solve(state, products, grad_y)
+    if move is None:
+      updates, lower_opt_state = optimizer.update(
+        grad_lower, lower_opt_state, inner
+      )
+      inner = optax.apply_updates(inner, updates)
+    return accept(
+      value,
+      hypergradient(grad_x, cross),
+      state,
+      grad_lower,
+      inner=inner,
+      dual=dual,
+      lower_opt_state=lower_opt_state,
+      lower_grad_norm=trees.norm(grad_lower),
+      linear_residual=residual,
+    )
+
+  return base.GradientEstimator(init, estimate)

@@ -6,11 +6,14 @@ tolerance and is the reference. `stocbio` and `ttsa` (neumann.py), `saba` and
 functions and the same batch.
 """
 
+import functools
+
 import jax
 import optax
 
 from optlab import base
 from optlab import bilevel
+from optlab import trees
 
 
 def soba(
@@ -66,41 +69,16 @@ def soba(
     and one cross product. Unstable where f_y changes by much in one step: z
     then lags behind.
   """
-  bilevel.check_objectives(upper, lower)
   base.check_positive('linear_lr', linear_lr)
-  optimizer = optax.with_extra_args_support(lower_optimizer)
 
-  def init(params, inner):
-    del params
-    return bilevel.init_state(optimizer, inner)
-
-  def estimate(params, state, batch):
-    value, grad_x, grad_y = bilevel.upper_value_and_grads(
-      upper, params, state.inner, batch.upper
-    )
-    grad_lower, products = bilevel.linearize(
-      lower, params, state.inner, batch.lower
-    )
+  def solve(state, products, grad_y):
     cross, hessian_dual = products(state.dual)
     dual, residual = bilevel.linear_step(
       state.dual, hessian_dual, grad_y, bilevel.at(linear_lr, state.step)
     )
-    updates, lower_opt_state = optimizer.update(
-      grad_lower, state.lower_opt_state, state.inner
-    )
-    return bilevel.accept(
-      value,
-      bilevel.hypergradient(grad_x, cross),
-      state,
-      grad_lower,
-      inner=optax.apply_updates(state.inner, updates),
-      dual=dual,
-      lower_opt_state=lower_opt_state,
-      lower_grad_norm=bilevel.norm(grad_lower),
-      linear_residual=residual,
-    )
+    return dual, cross, residual
 
-  return base.GradientEstimator(init, estimate)
+  return bilevel.linear_system_estimator(upper, lower, lower_optimizer, solve)
 
 
 def implicit(
@@ -159,44 +137,24 @@ def implicit(
     cross product. Conjugate gradients need ``g_yy`` positive definite on the
     sample; ``linear_residual`` shows where they failed.
   """
-  bilevel.check_objectives(upper, lower)
   base.check_int('lower_steps', lower_steps, 1)
   base.check_int('max_iterations', max_iterations, 1)
   base.check_non_negative('tol', tol)
-  optimizer = optax.with_extra_args_support(lower_optimizer)
 
-  def init(params, inner):
-    del params
-    return bilevel.init_state(optimizer, inner)
-
-  def estimate(params, state, batch):
-    inner, lower_opt_state = bilevel.lower_round(
-      lower, optimizer, params, state, batch, lower_steps
-    )
-    value, grad_x, grad_y = bilevel.upper_value_and_grads(
-      upper, params, inner, batch.upper
-    )
-    grad_lower, products = bilevel.linearize(lower, params, inner, batch.lower)
-    wide = bilevel.dtypes(state.dual)
+  def solve(state, products, grad_y):
+    wide = trees.dtypes(state.dual)
     dual, _ = jax.scipy.sparse.linalg.cg(
-      lambda z: bilevel.cast_like(products(z)[1], wide),
-      bilevel.cast_like(grad_y, wide),
+      lambda z: trees.cast_like(products(z)[1], wide),
+      trees.cast_like(grad_y, wide),
       x0=state.dual,
       tol=tol,
       maxiter=max_iterations,
     )
     cross, hessian_dual = products(dual)
     _, residual = bilevel.linear_step(dual, hessian_dual, grad_y, 0.0)
-    return bilevel.accept(
-      value,
-      bilevel.hypergradient(grad_x, cross),
-      state,
-      grad_lower,
-      inner=inner,
-      dual=dual,
-      lower_opt_state=lower_opt_state,
-      lower_grad_norm=bilevel.norm(grad_lower),
-      linear_residual=residual,
-    )
+    return dual, cross, residual
 
-  return base.GradientEstimator(init, estimate)
+  move = functools.partial(bilevel.lower_round, lower, lower_steps)
+  return bilevel.linear_system_estimator(
+    upper, lower, lower_optimizer, solve, move
+  )

@@ -1,5 +1,6 @@
 """Hypergradients by a Neumann series of the lower Hessian: StocBiO and TTSA."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from optlab import base
 from optlab import bilevel
+from optlab import trees
 
 
 def stocbio(
@@ -67,24 +69,11 @@ def stocbio(
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
     residual) and one cross product.
   """
-  bilevel.check_objectives(upper, lower)
   base.check_positive('neumann_lr', neumann_lr)
   base.check_int('lower_steps', lower_steps, 1)
   base.check_int('neumann_steps', neumann_steps, 1)
-  optimizer = optax.with_extra_args_support(lower_optimizer)
 
-  def init(params, inner):
-    del params
-    return bilevel.init_state(optimizer, inner)
-
-  def estimate(params, state, batch):
-    inner, lower_opt_state = bilevel.lower_round(
-      lower, optimizer, params, state, batch, lower_steps
-    )
-    value, grad_x, grad_y = bilevel.upper_value_and_grads(
-      upper, params, inner, batch.upper
-    )
-    grad_lower, products = bilevel.linearize(lower, params, inner, batch.lower)
+  def solve(state, products, grad_y):
     rate = bilevel.at(neumann_lr, state.step)
 
     def add_term(_, dual):
@@ -99,19 +88,12 @@ def stocbio(
     dual = jax.lax.fori_loop(1, neumann_steps, add_term, dual)
     cross, hessian_dual = products(dual)
     _, residual = bilevel.linear_step(dual, hessian_dual, grad_y, rate)
-    return bilevel.accept(
-      value,
-      bilevel.hypergradient(grad_x, cross),
-      state,
-      grad_lower,
-      inner=inner,
-      dual=dual,
-      lower_opt_state=lower_opt_state,
-      lower_grad_norm=bilevel.norm(grad_lower),
-      linear_residual=residual,
-    )
+    return dual, cross, residual
 
-  return base.GradientEstimator(init, estimate)
+  move = functools.partial(bilevel.lower_round, lower, lower_steps)
+  return bilevel.linear_system_estimator(
+    upper, lower, lower_optimizer, solve, move
+  )
 
 
 class TtsaState(NamedTuple):
@@ -193,7 +175,7 @@ def ttsa(
 
   def init(params, inner, key):
     del params
-    inner = bilevel.own(inner)
+    inner = trees.own(inner)
     return TtsaState(
       step=jnp.zeros((), jnp.int32),
       inner=inner,
@@ -206,7 +188,7 @@ def ttsa(
 
   def estimate(params, state, batch):
     inner, lower_opt_state = bilevel.lower_round(
-      lower, optimizer, params, state, batch, 1
+      lower, 1, optimizer, params, state, batch
     )
     value, grad_x, grad_y = bilevel.upper_value_and_grads(
       upper, params, inner, batch.upper
@@ -222,7 +204,7 @@ def ttsa(
     power = jax.random.randint(subkey, (), 0, neumann_steps, jnp.int32)
     dual = jax.tree.map(
       lambda z, fy: (neumann_steps * rate * fy.astype(z.dtype)).astype(z.dtype),
-      bilevel.zeros_accumulator(grad_y),
+      trees.zeros_accumulator(grad_y),
       grad_y,
     )
     dual = jax.lax.fori_loop(0, power, multiply, dual)
@@ -234,7 +216,7 @@ def ttsa(
       grad_lower,
       inner=inner,
       lower_opt_state=lower_opt_state,
-      lower_grad_norm=bilevel.norm(grad_lower),
+      lower_grad_norm=trees.norm(grad_lower),
       power=power,
       key=key,
     )

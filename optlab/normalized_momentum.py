@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import optax
 
 from optlab import base
-from optlab import bilevel
+from optlab import trees
 
 
 def _safe_norm(tree: base.Params) -> jax.Array:
   """The norm, without overflow or underflow of the squares."""
-  plain = bilevel.norm(tree)
+  plain = trees.norm(tree)
   info = jnp.finfo(plain.dtype)
   safe = (plain > info.tiny**0.25) & (plain < info.max**0.5)
 
   def scaled():
-    top = bilevel.largest(tree)
+    top = trees.largest(tree)
     divisor = jnp.where(top > 0, top, 1)
     small = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), tree)
-    return top * bilevel.norm(small)
+    return top * trees.norm(small)
 
   return jax.lax.cond(safe, lambda: plain, scaled)
 
@@ -65,11 +65,11 @@ def scale_by_normalized_momentum(
   base.check_real('beta', beta, low=0.0, high=1.0, high_open=True)
 
   def init(params):
-    return ScaleByNormalizedMomentumState(bilevel.zeros_accumulator(params))
+    return ScaleByNormalizedMomentumState(trees.zeros_accumulator(params))
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    top = bilevel.largest(updates)  # NaN where a number is NaN.
+    top = trees.largest(updates)  # NaN where a number is NaN.
     informative = jnp.isfinite(top) & (top > 0)
     mu = jax.tree.map(
       lambda m, g: jnp.where(

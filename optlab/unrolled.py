@@ -9,6 +9,7 @@ import optax
 
 from optlab import base
 from optlab import bilevel
+from optlab import trees
 
 
 class UnrolledState(NamedTuple):
@@ -92,12 +93,12 @@ def unrolled(
 
   def init(params, inner):
     del params
-    inner = bilevel.own(inner)
+    inner = trees.own(inner)
     return UnrolledState(
       step=jnp.zeros((), jnp.int32),
       inner=inner,
       lower_opt_state=optimizer.init(inner),
-      start=() if warm else bilevel.own(inner),
+      start=() if warm else trees.own(inner),
       rejected=jnp.zeros((), jnp.int32),
     )
 

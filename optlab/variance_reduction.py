@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optlab import base
-from optlab import bilevel
+from optlab import trees
 
 
 class WithStormState(NamedTuple):
@@ -70,8 +70,8 @@ def with_storm(
   def init(params, *inner):
     return WithStormState(
       estimator_state=estimator.init(params, *inner),
-      tracker=bilevel.zeros_accumulator(params),
-      previous_params=bilevel.own(params),
+      tracker=trees.zeros_accumulator(params),
+      previous_params=trees.own(params),
       previous_state=estimator.init(params, *inner),
       started=jnp.asarray(False),
     )
@@ -84,9 +84,9 @@ def with_storm(
       state.previous_params, state.previous_state, batch
     )
     informative = (
-      bilevel.is_finite(now.grads, before.grads)
-      & (bilevel.largest(now.grads) > 0)
-      & (~state.started | (bilevel.largest(before.grads) > 0))
+      trees.is_finite(now.grads, before.grads)
+      & (trees.largest(now.grads) > 0)
+      & (~state.started | (trees.largest(before.grads) > 0))
     )
 
     def track(d, new, old):

@@ -1,5 +1,6 @@
 """The bilevel programs and their text: data, costs, and one small run each."""
 
+import dataclasses
 import gzip
 
 import jax
@@ -13,7 +14,9 @@ from experiments import hyper_cleaning
 from experiments import hyper_representation
 from experiments import hyperparameter_optimization
 from experiments import record
+from experiments import runner
 from experiments import text
+from experiments import tuning
 from experiments import unbounded_smoothness
 
 WORDS = ('alpha', 'beta', 'gamma', 'delta', 'caf\xe9\x85')
@@ -102,8 +105,64 @@ def test_budgets_are_equal_calls():
     assert steps % 5 == 0
     assert abs(steps * method.calls - budget) <= 5 * method.calls, name
   assert table['soba'].calls == 4
+  assert 'saba' not in table
+  assert bilevel.methods(4, 3, blocks=(2, 5))['saba'].calls == 4
   assert table['bo_rep'].gradients == 2 + 4 / 2
   assert table['stocbio'].gradients == 2 + 4
+
+
+def test_a_grid_goes_on_where_its_best_rate_is_at_the_edge():
+  grid = [0.1, 0.3, 1.0]
+  assert tuning.continued(grid, 0.3, 3) == []
+  assert tuning.continued(grid, 1.0, 2) == [3.33, 11.1]
+  assert tuning.continued(grid, 0.1, 2) == [0.0333, 0.0111]
+  assert tuning.continued([0.1], 0.1, 1) == []
+
+
+def test_a_run_that_diverged_is_never_picked():
+  choice = tuning.Choice('', 'soba', 'plain', 'cosine')
+  losses = [(0.1, 2.0), (0.1, 3.0), (1.0, 1.0), (1.0, np.inf), (3.0, np.nan)]
+  rows = [
+    {'kind': 'eval', 'method': f'{choice.label}: tuning, grid 0', 'step': 5,
+     'rate': rate, 'valid_loss': loss}
+    for rate, loss in losses
+  ]  # fmt: skip
+  assert tuning.tuning_losses(rows, choice) == {
+    0.1: 2.5,
+    1.0: np.inf,
+    3.0: np.inf,
+  }
+
+
+@pytest.mark.parametrize(
+  ('program', 'flags', 'message'),
+  [
+    (hyper_cleaning, {'clean': 500}, '--clean=500: more than half'),
+    (
+      hyper_cleaning,
+      {'clean': 100, 'batch': 64},
+      '--clean=100: must be a mult',
+    ),
+    (hyper_cleaning, {'flipped': (0.1, 1.0)}, '--flipped=1.0: must be below 1'),
+    (hyper_cleaning, {'rates': ()}, '--rates is empty'),
+    (hyper_cleaning, {'dataset': 'imdb'}, '--dataset=imdb: not one of'),
+    (hyper_representation, {'methods': ('saba',)}, '--methods=saba: this'),
+    (hyper_representation, {'vectors': 'no.txt'}, '--vectors=no.txt: No such'),
+    (hyper_representation, {'l2': 0.0}, '--l2=0.0: must be at least'),
+    (hyperparameter_optimization, {'batch': 7}, '--batch=7: must divide 40'),
+    (
+      hyperparameter_optimization,
+      {'problem': 'text', 'data_dir': ''},
+      '--data_dir=: no such folder',
+    ),
+  ],
+)
+def test_flags_that_make_no_sense_are_said_in_a_line(
+  trec, tmp_path, program, flags, message
+):
+  common = {'data_dir': str(trec), 'output_dir': str(tmp_path / 'bad')}
+  with pytest.raises(app.UserError, match=f'^{message}'):
+    program.main(program.Config(**common | flags))
 
 
 def ends(folder):
@@ -161,3 +220,32 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   first = record.select(rows, 'eval', step=0)[0]['regret']
   (row,) = record.select(rows, 'summary')
   assert row['regret'] < 0.2 * first
+
+
+def test_a_study_cut_short_goes_on_where_it_was(tmp_path):
+  config = hyperparameter_optimization.Config(
+    output_dir=str(tmp_path), methods=('saba',), upper_steps=('plain',),
+    steps=10, seeds=2, rates=(0.1, 1.0), tuning_seeds=1,
+  )  # fmt: skip
+
+  def study(config, problem):
+    with runner.Session('hyperparameter_optimization', config) as session:
+      tuning.compare(session, config, problem)
+
+  with jax.enable_x64(True):
+    problem, *_ = hyperparameter_optimization.linear_problem(config)
+    study(config, problem)
+    path = tmp_path / 'record.jsonl'
+    whole = record.read(path)[1]
+    lines = path.read_text().split('\n')
+    # Up to the last piece of the runs that are reported.
+    cut = max(i for i, line in enumerate(lines) if '"eval"' in line)
+    path.write_text('\n'.join(lines[: cut - 1]) + '\n')
+    study(dataclasses.replace(config, resume=True), problem)
+  times = ('seconds', 'compile_seconds', 'time')
+  strip = lambda rows: [
+    {name: value for name, value in row.items() if name not in times}
+    for row in rows
+  ]
+  assert strip(record.read(path)[1]) == strip(whole)
+  assert len(record.select(whole, 'summary')) == 1

@@ -429,14 +429,17 @@ def test_storm_without_noise_is_the_estimator_and_follows_its_recursion(x64):
       new, _ = step(state, optlab.BilevelBatch(None, noise))
       return new, state.params
 
-    return jax.jit(lambda s: jax.lax.scan(body, s, noises))(state)[1]
+    return jax.lax.scan(body, state, noises)[1]
 
   silent = jnp.zeros((6, 4))
   noisy = jax.random.normal(jax.random.key(0), (6, 4))
   close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
-  tracked = run(optlab.with_storm(plain, 0.2), silent)
-  close(tracked, run(plain, silent))
-  close(run(optlab.with_storm(plain, 1.0), noisy), run(plain, noisy))
+  storm = jax.jit(
+    lambda beta, noises: run(optlab.with_storm(plain, beta), noises)
+  )
+  soba = jax.jit(functools.partial(run, plain))
+  close(storm(0.2, silent), soba(silent))
+  close(storm(1.0, noisy), soba(noisy))
 
   # By hand: the estimator is called at two points with one sample.
   estimate = jax.jit(plain.estimate)
@@ -452,7 +455,7 @@ def test_storm_without_noise_is_the_estimator_and_follows_its_recursion(x64):
     before = (x, state)
     path.append(x)
     x, state = x - 0.01 * tracker, new
-  close(run(optlab.with_storm(plain, 0.2), noisy), jnp.stack(path))
+  close(storm(0.2, noisy), jnp.stack(path))
 
 
 def test_bad_arguments_name_the_argument():
