@@ -22,6 +22,7 @@ class Space(NamedTuple):
   @classmethod
   def make(cls, metric, params, dtype):
     flat, unravel = ravel_pytree(params)
+    is_vector = hasattr(params, 'ndim') and params.ndim == 1
     ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
     back = lambda vector: unravel(vector.astype(flat.dtype))
     if metric is None:
@@ -45,6 +46,9 @@ class Space(NamedTuple):
         return operators.Dense(forward(forward(matrix).T))
       if hasattr(a, 'factor'):
         return operators.LowRank(forward(a.factor.astype(dtype).T).T)
+      # A solver of the user's own finds the structure of the user's operator.
+      if metric is None and is_vector and flat.dtype == dtype:
+        return a
       return jax.tree_util.Partial(
         lambda v: forward(ravel(a(back(backward(v)))))
       )

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -553,6 +554,29 @@ def test_stochastic_batches_never_see_a_stale_value(x64):
     assert after < before or before == 0
     np.testing.assert_allclose(state.opt_state.value, after, rtol=1e-12)
   np.testing.assert_allclose(state.params, weights, atol=1e-2)
+
+
+def test_a_solver_finds_the_structure_of_the_users_operator(x64):
+  class Diagonal(NamedTuple):
+    diagonal: jax.Array
+
+    def __call__(self, v):
+      return self.diagonal * v
+
+  def solver(operator, b, shift):
+    del shift
+    return lambda shift: (b / (operator.diagonal + shift), jnp.asarray(True))
+
+  fun = lambda x: jnp.sum(jnp.cosh(x))
+  run = minimize(
+    fun,
+    jnp.array([3.0, -1.0]),
+    optlab.gns_newton(solver),
+    max_steps=30,
+    grad_tol=1e-9,
+    curvature=lambda x: Diagonal(jnp.cosh(x)),
+  )
+  assert run.status == training.GRAD_TOL
 
 
 @pytest.mark.parametrize('curvature', ['gauss_newton', 'empirical_fisher'])
