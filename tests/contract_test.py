@@ -7,6 +7,9 @@ the same row runs on a tree with an empty subtree and on a single leaf.
 
 from collections.abc import Callable
 import functools
+import inspect
+import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -590,3 +593,30 @@ def test_map_params_and_unknown_extras(row):
     estimate.grads
   )
   assert str(actual) == str(expected)
+
+
+# Tested inside what they are a link of.
+PARTS = {
+  'scale_by_adagrad_norm': 'adagrad_norm',
+  'scale_by_diffgrad': 'diffgrad',
+  'scale_by_normalized_momentum': 'normalized_momentum',
+  'stateless': 'value_and_grad',
+}
+
+
+def test_every_public_method_has_a_row():
+  kinds = (
+    optax.GradientTransformation,
+    optax.GradientTransformationExtraArgs,
+    optlab.GradientEstimator,
+  )
+  source = pathlib.Path(__file__).read_text()
+  table = source[: source.index('# Tested inside what')]
+  found = 0
+  for name, public in vars(optlab).items():
+    if inspect.isfunction(public):
+      if inspect.signature(public).return_annotation in kinds:
+        found += 1
+        pattern = rf"(optlab\.|'){PARTS.get(name, name)}\b"
+        assert re.search(pattern, table), f'{name} has no row in ROWS'
+  assert found >= 30
