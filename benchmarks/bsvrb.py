@@ -128,8 +128,8 @@ def ours(split, scales, dtype, dual=None):
     blocks, rows, validation_rows = index
     batch = optlab.BlockBatch(
       blocks,
-      (validation[validation_rows], scale[blocks]),
-      (train[rows], rows, scale[blocks]),
+      (logistic.pick(validation, validation_rows), scale[blocks]),
+      (logistic.pick(train, rows), rows, scale[blocks]),
     )
     return train_step(state, batch)
 

@@ -154,8 +154,8 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
       rows = jax.random.randint(keys[2], shape, 0, len(problem.train))
       held = jax.random.randint(keys[3], shape, 0, len(problem.validation))
       scale = problem.scale[blocks]
-      upper_batch = problem.validation[held], scale
-      lower_batch = problem.train[rows], rows, scale
+      upper_batch = logistic.pick(problem.validation, held), scale
+      lower_batch = logistic.pick(problem.train, rows), rows, scale
       batch = optlab.BlockBatch(blocks, upper_batch, lower_batch)
       if name == 'rsvrb':
         batch = optlab.PairedBlockBatch(*batch, outer)

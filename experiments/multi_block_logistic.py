@@ -40,6 +40,13 @@ def _log_loss_jvp(primals, tangents):
   return log_loss(margin), -jax.nn.sigmoid(-margin) * tangent
 
 
+def pick(array: jax.Array, index: jax.Array) -> jax.Array:
+  """``array[index]`` for indices known to be in range, which is faster."""
+  return array.at[index].get(
+    mode='promise_in_bounds', wrap_negative_indices=False
+  )
+
+
 class Levels(NamedTuple):
   """The two objectives, for batches ``(rows, scale)``, lower with indices."""
 
@@ -47,7 +54,7 @@ class Levels(NamedTuple):
 
   def lower(self, p, w, batch):
     rows, index, scale = batch
-    losses = jax.nn.sigmoid(p[index]) * log_loss(rows @ w / scale)
+    losses = jax.nn.sigmoid(pick(p, index)) * log_loss(rows @ w / scale)
     return jnp.mean(losses) + 0.5 * self.l2 * jnp.sum(w**2)
 
   def upper(self, p, w, batch):

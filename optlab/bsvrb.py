@@ -203,12 +203,10 @@ def bsvrb(
 
     accepted = jnp.sum(sampled.ok)
     any_accepted = accepted > 0
-    mean = jax.tree.map(
+    now, before = jax.tree.map(
       lambda total: total / jnp.maximum(accepted, 1).astype(total.dtype),
       sampled.hypergrad,
     )
-    now = jax.tree.map(lambda leaf: leaf[0], mean)
-    before = jax.tree.map(lambda leaf: leaf[1], mean)
     storm_rate = block_points.at_step(beta, step)
     recursive = tracking.storm(state.hypergrad, now, before, storm_rate)
     hypergrad = block_points.select(

@@ -309,7 +309,10 @@ def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
   Returns:
     Pytree with leading axis ``sampled``.
   """
-  return jax.tree.map(lambda leaf: leaf.at[blocks].get(mode='clip'), table)
+  return jax.tree.map(
+    lambda leaf: leaf.at[blocks].get(mode='clip', wrap_negative_indices=False),
+    table,
+  )
 
 
 def scatter_rows(

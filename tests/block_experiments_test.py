@@ -65,6 +65,46 @@ def test_ranking_end_to_end(tmp_path):
   assert (tmp_path / 'ranking.png').exists()
 
 
+def test_spoiled_labels_are_those_of_training_rows_alone():
+  def load(**kwargs):
+    random = np.random.default_rng(0)
+    return logistic.load('breast_cancer', '', random=random, **kwargs)
+
+  clean, few = load(), load(keep_positive=0.25)
+  turned = load(keep_positive=0.25, flip=0.3)
+  for split in (few, turned):
+    np.testing.assert_array_equal(split.validation, clean.validation)
+    np.testing.assert_array_equal(split.test, clean.test)
+  positive = clean.train[:, 0] > 0
+  assert 0.15 < np.mean(few.train[:, 0] > 0) / np.mean(positive) < 0.6
+  assert np.sum(few.train[:, 0] < 0) == np.sum(~positive)
+  flipped = np.any(turned.train != few.train, axis=1)
+  np.testing.assert_array_equal(turned.train[flipped], -few.train[flipped])
+  assert 0.2 < np.mean(flipped) < 0.4
+
+
+def test_multi_block_hyperparameters_end_to_end(tmp_path):
+  config = multi_block_hyperparameters.Config(
+    output_dir=str(tmp_path), dataset='breast_cancer', train_rows=30,
+    num_blocks=6, blocks=2, rows=4, steps=40, tuning_steps=20, looks=2,
+    upper_rates=(1.0,), lower_rates=(0.1, 1e6), seeds=2,
+    methods=('frozen', 'rsvrb'),
+  )  # fmt: skip
+  multi_block_hyperparameters.main(config)
+  rows = record.read(tmp_path)[1]
+  for name in config.methods:
+    # The rate at which the lower problems diverge is not chosen.
+    start = record.select(rows, 'eval', method=name, step=0)
+    last = record.select(rows, 'eval', method=name, step=40)
+    assert [row['seed'] for row in last] == [0, 1]
+    assert all(row['lower_rate'] == 0.1 for row in last)
+    for before, after in zip(start, last, strict=True):
+      assert after['validation'] < before['validation']
+      assert (after['moved'] == 0.0) == (name == 'frozen')
+  path = tmp_path / 'multi_block_hyperparameters.png'
+  assert path.stat().st_size > 1000
+
+
 def test_bad_flags_are_one_line():
   with pytest.raises(app.UserError, match='more than --num_blocks=4'):
     parallel_speedup.main(parallel_speedup.Config(num_blocks=4))
