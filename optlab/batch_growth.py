@@ -98,6 +98,15 @@ def grow_batch(
 
     Cost: scalars. What the moments cost depends on the route, see
     `per_example`.
+
+    Against constant batches (an MLP, AdaGrad and AdaGrad-Norm, rates tuned on
+    validation images, 5 seeds, as many samples): beside a batch of 8, growing
+    ones took 10 to 150 times fewer steps, and on MNIST lost 1 to 7 points of
+    accuracy, on digits 0 to 4 (the coordinate-wise test, which jumps to all
+    data, not counted). Beside the constant batch of their own average
+    size, which takes as many steps, they lost 0.7 to 3 points on MNIST in 9
+    cases of 10, and on digits won half of the cases. Tune a constant batch
+    first.
   """
   base.check_callable('test', test, 'such as optlab.norm_test(0.5)')
   base.check_int('multiple_of', multiple_of, 1)
