@@ -199,6 +199,9 @@ def bo_rep(
     estimators but `saba` find it with decaying normalized steps, `soba`
     closest, and none with plain ones. Where the path is short and the lower
     level slow, as in the logistic regression there, plain steps end nearer.
+    In data cleaning (``experiments.hyper_cleaning``, TREC, 40 % flipped) `soba`
+    and `saba` end at a lower test loss for all five seeds, and `stocbio`,
+    `ttsa` and `unrolled` at a higher one.
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
     grows linearly: ``z_radius`` bounds it and ``linear_residual`` shows it. A
