@@ -203,8 +203,8 @@ def bo_rep(
     and `saba` end at a lower test loss for all five seeds, and `stocbio`,
     `ttsa` and `unrolled` at a higher one. With a recurrent encoder above
     (``experiments.hyper_representation``, TREC) it is level with `soba`, plain
-    steps with normalized ones and period 1 with 2, ahead of 4; `stocbio`,
-    `ttsa` and `unrolled` end higher for all five seeds.
+    steps with normalized ones and period 1 with 2, ahead of 4; normalized
+    `stocbio`, `ttsa` and `unrolled` end higher for all five seeds.
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
     grows linearly: ``z_radius`` bounds it and ``linear_residual`` shows it. A
