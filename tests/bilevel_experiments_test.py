@@ -212,7 +212,8 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   (row,) = ends(tmp_path / 'rep')
   assert row['test_accuracy'] > 0.9
   config = hyperparameter_optimization.Config(
-    output_dir=str(tmp_path / 'ridge'), steps=400, rates=(0.03, 0.1), **common,
+    output_dir=str(tmp_path / 'ridge'), steps=400, rates=(0.03, 0.1),
+    lower_rate=0.2, linear_rate=0.2, **common,
   )  # fmt: skip
   with jax.enable_x64(True):
     hyperparameter_optimization.main(config)
