@@ -58,9 +58,9 @@ class Solver(Protocol):
   ``shift`` is the smallest shift of interest: a solver may use it to decide how
   far to prepare. The result maps a shift to ``(x, ok)``; ``ok`` is false where
   the shifted operator is not positive definite, and ``x`` is then undefined.
-  `gns_newton` passes flat vectors; where the parameters are one vector and there
-  is no metric, the operator is the user's own, with the structure that a solver
-  may use (bands, say).
+  `gns_newton` passes flat vectors; where the parameters are one vector and
+  there is no metric, the operator is the user's own, with the structure that a
+  solver may use (bands, say).
   """
 
   def __call__(
