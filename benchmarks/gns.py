@@ -544,16 +544,23 @@ def chebyshev():
 # Timing.
 
 
-def fastest(contenders, tries=3):
-  """The one with the least time of a few runs."""
-  for contender in contenders:
-    contender.run()
-  best = {}
-  for _ in range(tries):
-    for contender in contenders:
-      taken, _ = seconds(contender.run)
-      best[contender.name] = min(taken, best.get(contender.name, np.inf))
-  return min(contenders, key=lambda contender: best[contender.name])
+def timed_in_turn(contenders, rounds):
+  """The seconds of each contender, which run in turn, by name."""
+  times = {name: [] for name in contenders}
+  for _ in range(rounds):
+    for name, contender in contenders.items():
+      # The threads of BLAS spin for a while after a call, on cores that the
+      # next contender needs.
+      time.sleep(0.1)
+      times[name].append(seconds(contender.run)[0])
+  return times
+
+
+def fastest(contenders):
+  """The one with the least median time."""
+  by_name = {contender.name: contender for contender in contenders}
+  times = timed_in_turn(by_name, 5)
+  return by_name[min(times, key=lambda name: statistics.median(times[name]))]
 
 
 def measure(case):
@@ -564,13 +571,7 @@ def measure(case):
     gap = case.value(contender.run()) - case.optimum
     if not gap <= 1.001 * GAP:
       raise RuntimeError(f'{case.name}: {name} ends {gap:.1e} above f*')
-  times = {name: [] for name in contenders}
-  for _ in range(ROUNDS):
-    for name, contender in contenders.items():
-      # The threads of BLAS spin for a while after a call, on cores that the
-      # next contender needs.
-      time.sleep(0.2)
-      times[name].append(seconds(contender.run)[0])
+  times = timed_in_turn(contenders, ROUNDS)
   ours = statistics.median(times['ours'])
   rows = []
   for name, peer in peers.items():

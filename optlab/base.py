@@ -9,18 +9,23 @@ shifts.
 
 from collections.abc import Callable
 import numbers
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+if TYPE_CHECKING:
+  from chex import ArrayTree
+else:
+  # Importing chex takes as long as a tenth of optax.
+  ArrayTree = Any
+
 Params = optax.Params
 Updates = optax.Updates
 Batch = Any
-Operator = Callable[[chex.ArrayTree], chex.ArrayTree]
+Operator = Callable[[ArrayTree], ArrayTree]
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
 
@@ -64,8 +69,8 @@ class Solver(Protocol):
   """
 
   def __call__(
-    self, operator: Operator, b: chex.ArrayTree, shift: jax.Array
-  ) -> Callable[[jax.Array], tuple[chex.ArrayTree, jax.Array]]: ...
+    self, operator: Operator, b: ArrayTree, shift: jax.Array
+  ) -> Callable[[jax.Array], tuple[ArrayTree, jax.Array]]: ...
 
 
 # Checks. They see Python and numpy numbers and concrete arrays; tracers and
@@ -182,7 +187,7 @@ def check_callable(name: str, value: Any, expected: str) -> None:
 
 
 def check_same_tree(
-  name: str, tree: chex.ArrayTree, like_name: str, like: chex.ArrayTree
+  name: str, tree: ArrayTree, like_name: str, like: ArrayTree
 ) -> None:
   """Raises a ``ValueError`` unless both trees have one structure and shapes.
 
@@ -229,13 +234,13 @@ def require_extra(method: str, maker: str, **extras: Any) -> None:
 # Trees.
 
 
-def all_finite(tree: chex.ArrayTree) -> jax.Array:
+def all_finite(tree: ArrayTree) -> jax.Array:
   """Whether every number in ``tree`` is finite; true for an empty tree."""
   leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
 
 
-def sq_norm(tree: chex.ArrayTree, dtype: Any) -> jax.Array:
+def sq_norm(tree: ArrayTree, dtype: Any) -> jax.Array:
   """The sum of all squared magnitudes in ``tree``, summed in ``dtype``."""
   return sum(
     (

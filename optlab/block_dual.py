@@ -9,7 +9,6 @@ Hessian and solves with it.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
@@ -47,8 +46,8 @@ class Dual(NamedTuple):
 class ProductState(NamedTuple):
   """State of `track_products`."""
 
-  dual: chex.ArrayTree  # like inner: v at the block's last visit
-  residual: chex.ArrayTree  # like inner: u, times step_ratio
+  dual: base.ArrayTree  # like inner: v at the block's last visit
+  residual: base.ArrayTree  # like inner: u, times step_ratio
 
 
 def track_products(
@@ -267,8 +266,8 @@ def align(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def advance(
-  table: chex.ArrayTree, slope: chex.ArrayTree, elapsed: jax.Array
-) -> chex.ArrayTree:
+  table: base.ArrayTree, slope: base.ArrayTree, elapsed: jax.Array
+) -> base.ArrayTree:
   """Takes the steps that rows have not taken since they were written.
 
   Args:

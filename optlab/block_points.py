@@ -8,7 +8,6 @@ finite, and let the trackers follow.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ class Rows(NamedTuple):
 
   touched: jax.Array
   visited: jax.Array
-  inner: chex.ArrayTree
-  inner_grad: chex.ArrayTree
+  inner: base.ArrayTree
+  inner_grad: base.ArrayTree
   dual: Any
 
 
@@ -34,13 +33,13 @@ class Sampled(NamedTuple):
   """What one step sampled; points are stacked on a leading axis of two."""
 
   rows: Rows
-  inner: chex.ArrayTree  # at both points
+  inner: base.ArrayTree  # at both points
   held: Any  # at both points
   clock: jax.Array  # shape (2,), now
   count: jax.Array  # shape (), blocks that count
   ok: jax.Array  # shape (sampled,), those of them with finite samples
   value: jax.Array  # shape (sampled,)
-  inner_grad: chex.ArrayTree  # samples at both points
+  inner_grad: base.ArrayTree  # samples at both points
   dual: Any  # samples at both points
   hypergrad: tuple[base.Updates, base.Updates]  # sums over those, a point each
 
@@ -268,7 +267,7 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
   )
 
 
-def finite_rows(tree: chex.ArrayTree) -> jax.Array:
+def finite_rows(tree: base.ArrayTree) -> jax.Array:
   """Which rows of leaves of shape ``(2, sampled, ...)`` are all finite."""
   finite = [
     jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim)))
@@ -296,7 +295,7 @@ def check_first(batch: Any, num_blocks: int) -> None:
 
 
 def check_leading(
-  name: str, tree: chex.ArrayTree, size: int, like: str
+  name: str, tree: base.ArrayTree, size: int, like: str
 ) -> None:
   """Raises a ``ValueError`` unless all leaves have a leading axis ``size``."""
   for path, leaf in jax.tree.leaves_with_path(tree):

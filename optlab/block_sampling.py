@@ -6,7 +6,6 @@ block comes once.
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +13,7 @@ from optlab import base
 
 
 def sample_blocks(
-  key: chex.PRNGKey, num_blocks: int, sampled: int, *, replace: bool = False
+  key: jax.Array, num_blocks: int, sampled: int, *, replace: bool = False
 ) -> jax.Array:
   r"""Samples blocks uniformly.
 
@@ -63,9 +62,7 @@ def _floyd(chosen, step):
   return chosen.at[index].set(jnp.where(taken, top, draw)), None
 
 
-def epoch_of_blocks(
-  key: chex.PRNGKey, num_blocks: int, sampled: int
-) -> jax.Array:
+def epoch_of_blocks(key: jax.Array, num_blocks: int, sampled: int) -> jax.Array:
   """One pass over all blocks in random order, cut into batches.
 
   Args:

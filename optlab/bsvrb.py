@@ -8,7 +8,6 @@ methods with parallel speedup for multi-block bilevel optimization
 import functools
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -43,8 +42,8 @@ class BSVRBState(NamedTuple):
   clock: jax.Array  # shape (2, 2), sum of step sizes now and one step ago
   touched: jax.Array  # shape (num_blocks, 2), the clock at the last visit
   visited: jax.Array  # shape (num_blocks,), int32, 1 + last visit; -1: never
-  inner: chex.ArrayTree  # y at the block's last visit, see inner_variables
-  inner_grad: chex.ArrayTree  # like inner: s
+  inner: base.ArrayTree  # y at the block's last visit, see inner_variables
+  inner_grad: base.ArrayTree  # like inner: s
   dual: Any  # ProductState or HessianState
 
 
@@ -236,7 +235,7 @@ def bsvrb(
   return base.GradientEstimator(init, estimate)
 
 
-def inner_variables(state: BSVRBState) -> chex.ArrayTree:
+def inner_variables(state: BSVRBState) -> base.ArrayTree:
   """The lower variables of all blocks as of now, for evaluation.
 
   Args:
@@ -249,7 +248,7 @@ def inner_variables(state: BSVRBState) -> chex.ArrayTree:
   return block_dual.advance(state.inner, state.inner_grad, elapsed)
 
 
-def dual_variables(state: BSVRBState) -> chex.ArrayTree:
+def dual_variables(state: BSVRBState) -> base.ArrayTree:
   """The dual variables of all blocks as of now, before any projection.
 
   Args:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,7 @@ def hessian(fun: Callable[..., jax.Array]) -> operators.OperatorFactory:
 
 
 def gauss_newton(
-  model: Callable[..., chex.ArrayTree], loss: Callable[..., jax.Array]
+  model: Callable[..., base.ArrayTree], loss: Callable[..., jax.Array]
 ) -> operators.OperatorFactory:
   r"""The generalized Gauss-Newton matrix, matrix-free.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,8 +69,8 @@ def scale_by_diffgrad(
   eps_root: float | jax.Array = 0.0,
   *,
   eps_uncorrected: bool = False,
-  mu_dtype: chex.ArrayDType | None = None,
-  prev_grad_dtype: chex.ArrayDType | None = None,
+  mu_dtype: Any | None = None,
+  prev_grad_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Rescales updates by diffGrad; see `diffgrad` for the ready optimizer.
 
@@ -167,8 +166,8 @@ def diffgrad(
   *,
   decoupled: bool = True,
   eps_uncorrected: bool = False,
-  mu_dtype: chex.ArrayDType | None = None,
-  prev_grad_dtype: chex.ArrayDType | None = None,
+  mu_dtype: Any | None = None,
+  prev_grad_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam with a friction that falls where the gradient stands still.
 

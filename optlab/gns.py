@@ -6,7 +6,6 @@ symmetric approximation of the Hessian (Semenov, Jaggi and Doikov, ICLR 2026).
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,7 +47,7 @@ class GNSNewtonState(NamedTuple):
 
 def gns_newton(
   solver: base.Solver | None = None,
-  metric: chex.ArrayTree | None = None,
+  metric: base.ArrayTree | None = None,
   gamma_init: float | jax.Array | None = None,
   rule: smoothness.SearchRule | None = None,
   max_trials: int | jax.Array = 40,
@@ -301,7 +300,7 @@ def gns_newton(
 
 def gns_newton_paper(
   solver: base.Solver | None = None,
-  metric: chex.ArrayTree | None = None,
+  metric: base.ArrayTree | None = None,
   gamma_init: float | jax.Array = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
   """`gns_newton` exactly as published (Algorithm 1 and the authors' code).

@@ -21,7 +21,6 @@ solver           to prepare                        a shift
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
@@ -38,10 +37,10 @@ class Prepared(NamedTuple):
     products: int32 scalar, the operator-vector products of the preparation.
   """
 
-  solve: Callable[[jax.Array], tuple[chex.ArrayTree, jax.Array, jax.Array]]
+  solve: Callable[[jax.Array], tuple[base.ArrayTree, jax.Array, jax.Array]]
   products: jax.Array
 
-  def __call__(self, shift: jax.Array) -> tuple[chex.ArrayTree, jax.Array]:
+  def __call__(self, shift: jax.Array) -> tuple[base.ArrayTree, jax.Array]:
     return self.solve(shift)[:2]
 
 

@@ -8,7 +8,6 @@ the figure would not be worth printing.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.scipy import special
@@ -40,7 +39,7 @@ class LogPartition(NamedTuple):
 
 
 def log_partition(
-  log_density: Callable[[chex.ArrayTree], jax.Array],
+  log_density: Callable[[base.ArrayTree], jax.Array],
   noise: likelihood.Noise,
   key: jax.Array,
   num: int = 100_000,

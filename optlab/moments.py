@@ -8,7 +8,6 @@ exactly, so that a batch may be passed in microbatches, or spread over devices.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +36,7 @@ class Moments(NamedTuple):
   count: jax.Array
   units: jax.Array
   value: jax.Array
-  grads: chex.ArrayTree
+  grads: base.ArrayTree
   sum_sq_diff_grads: Any = None
   sum_sq_diff_norm: Any = None
   sum_sq_norm: Any = None
@@ -325,7 +324,7 @@ def vmap_inner_products(
   return jnp.where(mask > 0.0, deviations, 0.0)
 
 
-def batch_length(batch: chex.ArrayTree) -> int:
+def batch_length(batch: base.ArrayTree) -> int:
   """The common length of the leading axes of ``batch``.
 
   Args:

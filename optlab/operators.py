@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ class Dense(NamedTuple):
 
   matrix: jax.Array
 
-  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+  def __call__(self, vector: base.ArrayTree) -> base.ArrayTree:
     flat, unravel = ravel_pytree(vector)
     return unravel((self.matrix @ flat).astype(flat.dtype))
 
@@ -36,7 +35,7 @@ class LowRank(NamedTuple):
 
   factor: jax.Array
 
-  def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+  def __call__(self, vector: base.ArrayTree) -> base.ArrayTree:
     flat, unravel = ravel_pytree(vector)
     # `w @ factor` is many times faster than `factor.T @ w` on a CPU.
     return unravel(((self.factor @ flat) @ self.factor).astype(flat.dtype))
@@ -70,7 +69,7 @@ def dense(factory: OperatorFactory) -> OperatorFactory:
   return lambda params, *args: Dense(as_matrix(factory(params, *args), params))
 
 
-def as_matrix(operator: base.Operator, like: chex.ArrayTree) -> jax.Array:
+def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
   """The matrix of an operator on pytrees like ``like``, shape ``(n, n)``.
 
   Args:
@@ -91,6 +90,6 @@ def as_matrix(operator: base.Operator, like: chex.ArrayTree) -> jax.Array:
   return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
 
 
-def ravel(tree: chex.ArrayTree) -> jax.Array:
+def ravel(tree: base.ArrayTree) -> jax.Array:
   """All numbers of a tree in one vector."""
   return ravel_pytree(tree)[0]

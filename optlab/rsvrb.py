@@ -7,7 +7,6 @@ for multi-task stochastic bilevel optimization
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
@@ -53,8 +52,8 @@ class RSVRBState(NamedTuple):
   rejected: jax.Array  # shape (), int32, sampled blocks left out so far
   hypergrad: base.Updates  # like params
   previous: base.Params  # x one step ago
-  inner: chex.ArrayTree  # y, leading axis num_blocks
-  inner_before: chex.ArrayTree  # y one step ago
+  inner: base.ArrayTree  # y, leading axis num_blocks
+  inner_before: base.ArrayTree  # y one step ago
   tracked: Tracked
 
 

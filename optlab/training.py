@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,7 +23,7 @@ def init(
   params: base.Params,
   estimator: base.GradientEstimator,
   tx: optax.GradientTransformation,
-  *inner: chex.ArrayTree,
+  *inner: base.ArrayTree,
 ) -> TrainState:
   """Returns the state before the first step.
 
