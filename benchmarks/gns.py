@@ -550,8 +550,9 @@ def timed_in_turn(contenders, rounds):
   for _ in range(rounds):
     for name, contender in contenders.items():
       # The threads of BLAS spin for a while after a call, on cores that the
-      # next contender needs.
+      # next contender needs; after the pause a run warms the caches again.
       time.sleep(0.1)
+      contender.run()
       times[name].append(seconds(contender.run)[0])
   return times
 
