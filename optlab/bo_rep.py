@@ -194,7 +194,7 @@ def bo_rep(
     ``experiments.unbounded_smoothness`` is the bounded step with a decaying
     rate, whatever the estimator: `soba` with `normalized_momentum`, or with a
     clipped average, is as robust there, and `bo_rep` with plain SGD is not.
-    Longer periods save lower gradients at no loss. The penalty of a ridge
+    Longer periods save lower gradients at no loss there. The penalty of a ridge
     regression (``experiments.hyperparameter_optimization``) says the same: all
     estimators but `saba` find it with decaying normalized steps, `soba`
     closest, and none with plain ones. Where the path is short and the lower

@@ -120,8 +120,8 @@ def sparse_matrix(matrix: Any, *, gram: bool = False) -> SparseMatrix:
 
   Args:
     matrix: ``scipy.sparse`` matrix or array of shape ``(m, d)``.
-    gram: Whether to prepare ``SparseMatrix.gram``, which takes four bytes per
-      pair.
+    gram: Whether to prepare ``SparseMatrix.gram``, which takes two bytes per
+      pair, four above 65,535 rows.
 
   Returns:
     A `SparseMatrix`. It must not be differentiated with respect to.
