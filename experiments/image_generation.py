@@ -199,22 +199,7 @@ def show(rows: Sequence[dict], config: Config) -> None:
     ['samples', 'median', 'low', 'high', 'nearer than q', 'acceptance'],
     table,
   )
-  report.show(
-    'Held-out negative log-likelihood in nats; a dash where log Z is refused',
-    ['method', 'seed', 'NLL', 'standard error', 'NLL of q', 'ESS', 'share'],
-    [
-      [
-        row['method'],
-        row['seed'],
-        f'{row["nll"]:.3f}' if np.isfinite(row['nll']) else '-',
-        row['standard_error'],
-        f'{row["q_nll"]:.3f}',
-        float(round(row['log_z_ess'])),
-        row['largest_share'],
-      ]
-      for row in scores
-    ],
-  )
+  tilted.show_likelihoods(scores)
 
 
 def draw(rows: Sequence[dict], config: Config, side: int, path: Any) -> None:

@@ -6,6 +6,7 @@ wide component mixed in; both are fixed, so their log densities of data and of a
 pool of draws are computed once, and a training row carries its own.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from sklearn import mixture as sklearn_mixture
 from experiments import app
 from experiments import data as data_lib
 from experiments import densities
+from experiments import report
 from experiments import runner
 import optlab
 
@@ -283,3 +285,23 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
     'largest_share': first.largest_share,
     'agree': agree,
   }
+
+
+def show_likelihoods(scores: Sequence[dict]) -> None:
+  """A table of held-out likelihoods, each with its standard error."""
+  report.show(
+    'Held-out negative log-likelihood in nats; a dash where log Z is refused',
+    ['method', 'seed', 'NLL', 'standard error', 'NLL of q', 'ESS', 'share'],
+    [
+      [
+        row['method'],
+        row['seed'],
+        f'{row["nll"]:.3f}' if np.isfinite(row['nll']) else '-',
+        row['standard_error'],
+        f'{row["q_nll"]:.3f}',
+        float(round(row['log_z_ess'])),
+        row['largest_share'],
+      ]
+      for row in scores
+    ],
+  )
