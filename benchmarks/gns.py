@@ -39,7 +39,7 @@ from experiments import data as data_lib
 import optlab
 
 GAP = 1e-8
-ROUNDS = 7
+ROUNDS = 11
 TOLERANCES = [c * 10.0**-e for e in range(2, 9) for c in (1.0, 0.5, 0.2)]
 
 
@@ -240,32 +240,38 @@ def logistic(name, folder):
     compiled('gathers', fun, sparse, start, tx, optimum, narrow, taken),
     compiled('gathered gram', fun, mixed, start, tx, optimum, narrow, taken),
   ]
-  # Curvature from a part of the rows, drawn once.
+  # Curvature from a part of the rows, drawn once; the objective as gathers, or
+  # dense where the data stay in the cache.
   order = np.random.RandomState(0).permutation(rows)
-  for part, rule in itertools.product((0.5, 0.25, 0.125), ('hold', 'measured')):
+  objectives = {'gathers': plain}
+  if rows * d < 2e6:
+    objectives['dense'] = filled
+  for part in (0.6, 0.5, 0.25, 0.125):
     picked = np.sort(order[: int(part * rows)])
     setup, some = seconds(
       lambda picked=picked: optlab.sparse_matrix(features[picked], gram=True)
     )
-    data = {
-      'features': plain,
-      'inputs': {'inputs': some, 'labels': targets[picked]},
-      'labels': targets,
-    }
     thinned = lambda x, data: narrow(x, data['inputs'])
-    rule_made = getattr(optlab.smoothness, rule)()
-    ours.append(
-      compiled(
-        f'gathers, {part:g} of the rows, {rule}',
-        fun,
-        data,
-        start,
-        optlab.gns_newton(rule=rule_made),
-        optimum,
-        thinned,
-        setup,
+    for (kind, matrix), rule in itertools.product(
+      objectives.items(), ('hold', 'measured')
+    ):
+      data = {
+        'features': matrix,
+        'inputs': {'inputs': some, 'labels': targets[picked]},
+        'labels': targets,
+      }
+      ours.append(
+        compiled(
+          f'{kind}, {part:g} of the rows, {rule}',
+          fun,
+          data,
+          start,
+          optlab.gns_newton(rule=getattr(optlab.smoothness, rule)()),
+          optimum,
+          thinned,
+          setup,
+        )
       )
-    )
   # Products alone, in the norm of the root of the Hessian's diagonal at zero.
   squares = np.asarray(features.multiply(features).mean(axis=0)).ravel()
   metric = jnp.sqrt(jnp.asarray(squares) / 4 + l2)
@@ -550,9 +556,12 @@ def timed_in_turn(contenders, rounds):
   for _ in range(rounds):
     for name, contender in contenders.items():
       # The threads of BLAS spin for a while after a call, on cores that the
-      # next contender needs; after the pause a run warms the caches again.
+      # next contender needs; after the pause, runs warm caches and clock.
       time.sleep(0.1)
+      warm = time.perf_counter() + 0.05
       contender.run()
+      while time.perf_counter() < warm:
+        contender.run()
       times[name].append(seconds(contender.run)[0])
   return times
 
