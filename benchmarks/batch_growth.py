@@ -4,9 +4,9 @@ First the moments of one batch of an MLP by every route. Then the growing loop
 beside the same estimator on batches of a static size: one that takes its rows
 from an epoch's permutation of the same resident data, as the loop does, one
 that was gathered before, and, where the loop takes several microbatches, one
-that takes the same ones, written out. Then how often the loop compiles while the batch
-grows from 8 to N. Variants take turns; medians of the ratios within a round are
-shown.
+that takes the same ones, written out. Then how often the loop compiles while
+the batch grows from 8 to N. Variants take turns; medians of the ratios within a
+round are shown.
 """
 
 import itertools

@@ -26,6 +26,7 @@ import optlab
 
 METHODS = ('meco', 'nce')
 POOL = 20_000
+LOG_Z_DRAWS = 100_000
 WIDE_SHARE, WIDE_INFLATION = 0.05, 2.0
 
 
@@ -271,7 +272,7 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
   first, second = (
     jax.jit(
       lambda q, key: optlab.log_partition(
-        model, q, key, num=100_000, chunk=2000
+        model, q, key, num=LOG_Z_DRAWS, chunk=2000
       )
     )(q, jax.random.key(1000 + 2 * seed + i))
     for i, q in enumerate((noise.noise, wider))
