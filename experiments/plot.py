@@ -34,8 +34,8 @@ _STYLES = ('-', '--', '-.', ':')
 
 
 def get(row: dict[str, Any], name: str) -> float:
-  """A field of a row, or the sum of gradients and products for ``calls``."""
-  if name == 'calls':
+  """A field of a row; ``calls`` may be the sum of gradients and products."""
+  if name == 'calls' and name not in row:
     counts = [row.get('gradients'), row.get('products')]
     return sum(count for count in counts if count is not None)
   value = row.get(name)

@@ -1,0 +1,71 @@
+"""The program that compares anything with anything."""
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import app
+from experiments import compare
+from experiments import contests
+from experiments import record
+
+
+@pytest.fixture
+def config(tmp_path):
+  return compare.Config(
+    output_dir=str(tmp_path / 'run'), problem='blocks',
+    methods=('bsvrb_v2', 'rsvrb'), budget=400.0, rates=(1e-3, 0.1), seeds=3,
+    tuning_seeds=1, precision='float32',
+  )  # fmt: skip
+
+
+def test_tunes_runs_pairs_and_draws(config, capsys):
+  compare.main(config)
+  shown = capsys.readouterr().out
+  _, rows = record.read(config.output_dir)
+  summaries = {row['method']: row for row in record.select(rows, 'summary')}
+  assert list(summaries) == ['bsvrb_v2', 'rsvrb']
+  for method, summary in summaries.items():
+    ends = record.select(rows, 'eval', method=method, step=compare.PIECES)
+    assert [row['seed'] for row in ends] == [0, 1, 2]
+    # Equal calls: ten blocks a step, 400 in all.
+    assert [row['calls'] for row in ends] == [400.0] * 3
+    assert [row['updates'] for row in ends] == [40] * 3
+    starts = record.select(rows, 'eval', method=method, step=0)
+    assert ends[0]['value'] < starts[0]['value']
+    tuned = record.select(
+      rows, 'eval', method=f'{method}: tuning 10000', step=compare.PIECES
+    )
+    best = min(tuned, key=lambda row: row['tuning'])
+    assert ends[0]['rate'] == pytest.approx(best['rate'])
+    assert summary['rate'].endswith('*')  # Both rates are edges of the grid.
+  values = [
+    [row['value'] for row in record.select(
+      rows, 'eval', method=method, step=compare.PIECES
+    )]
+    for method in summaries
+  ]  # fmt: skip
+  wins = sum(a < b for a, b in zip(*values, strict=True))
+  assert summaries['rsvrb']['wins'] == f'{wins} of 3'
+  assert 'sampled blocks' in shown
+  assert 'compare.png' in shown
+
+
+@pytest.mark.parametrize(
+  ('problem', 'method', 'match'),
+  [
+    ('blocks', 'adam', 'not one of bsvrb_v1'),
+    ('ridge', 'bo_rep:lion', 'upper steps'),
+    ('density', 'sgd', 'not one of meco'),
+    ('images', 'softmax', 'neither optlab nor optax'),
+    ('images', 'MultiSteps', 'neither optlab nor optax'),
+  ],
+)
+def test_unknown_methods_are_refused(problem, method, match):
+  with pytest.raises(app.UserError, match=match):
+    contests.PROBLEMS[problem]().entry(method)
+
+
+def test_any_optimizer_of_optax_is_a_method():
+  tx, ones = contests.optimizer('sign_sgd')(0.5), jnp.ones(2)
+  updates, _ = tx.update(3.0 * ones, tx.init(ones), ones)
+  assert updates.tolist() == [-0.5, -0.5]
