@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench notebooks reproduce install clean
+.PHONY: demo test lint bench notebooks reproduce crash-test install clean
 
 install: $(INSTALLED)
 
@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m experiments.logistic_regression --output_dir=results/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'not slow and not crash'
 	$(MAKE) --no-print-directory lint
 
 lint: $(INSTALLED)
@@ -33,6 +33,10 @@ bench: $(INSTALLED)
 # Slow reproductions.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Programs killed at random moments and resumed, 60 times.
+crash-test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m crash
 
 # Executes the text twins and writes the pictures into the .ipynb files.
 notebooks: $(INSTALLED)

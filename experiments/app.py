@@ -18,7 +18,9 @@ notebook calls it without flags.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import json
 import math
+import pathlib
 import sys
 import types
 import typing
@@ -176,6 +178,63 @@ def _from_flags(
   return config_type(**values)
 
 
+def _repeated(config_type: type[BareConfig], header: dict) -> BareConfig:
+  """The configuration of a record; only --output_dir is taken from the flags.
+
+  Args:
+    config_type: The program's configuration.
+    header: First row of the record.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    UserError: The record is of another program, or of other flags.
+  """
+  program = pathlib.Path(sys.argv[0]).stem
+  if header['program'] != program:
+    raise UserError(
+      f'--repeat: the record is of {header["program"]}, this is {program}'
+    )
+  names = {field.name for field in dataclasses.fields(config_type)}
+  if names != set(header['config']):
+    changed = ', '.join(sorted(names ^ set(header['config'])))
+    raise UserError(f'--repeat: the program has other flags now: {changed}')
+  values = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in header['config'].items()
+  }
+  values |= {'output_dir': flags.FLAGS.output_dir, 'resume': False}
+  return config_type(**values)
+
+
+def _check_repeated(rows: list[dict], again: list[dict]) -> None:
+  """Raises a `UserError` unless two runs have the same numbers."""
+
+  def numbers(row):
+    return {key: value for key, value in row.items() if 'seconds' not in key}
+
+  for i, (row, new) in enumerate(zip(rows, again, strict=False)):
+    # As text, in which NaN equals NaN.
+    row, new = numbers(row), numbers(new)
+    changed = [
+      key
+      for key in row | new
+      if json.dumps(row.get(key)) != json.dumps(new.get(key))
+    ]
+    if changed:
+      key = changed[0]
+      raise UserError(
+        f'--repeat: row {i + 2} differs: {key} was {row.get(key)}, is'
+        f' {new.get(key)}'
+      )
+  if len(rows) != len(again):
+    raise UserError(
+      f'--repeat: there were {len(rows)} rows, there are {len(again)}'
+    )
+  print(f'repeated: {len(rows)} rows with the same numbers')
+
+
 def _fail(message: str) -> typing.NoReturn:
   print(f'error: {message}', file=sys.stderr)
   sys.exit(1)
@@ -195,15 +254,40 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
     main: The program.
     config_type: Its configuration, a subclass of `BareConfig`.
   """
+  from experiments import record  # It imports this module.
+
   _define(config_type)
+  has_record = issubclass(config_type, Config)
+  if has_record:
+    flags.DEFINE_string(
+      'repeat',
+      '',
+      'A record that is run again, with its flags; --output_dir counts too.',
+    )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['repeat'])
 
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
     try:
-      config = _from_flags(config_type, argv[1:])
+      earlier = None
+      if has_record and flags.FLAGS.repeat:
+        header, earlier = record.read(flags.FLAGS.repeat)
+        config = _repeated(config_type, header)
+        now = record.versions()
+        for name, version in header['versions'].items():
+          if now.get(name) != version:
+            print(
+              f'--repeat: {name} was {version}, is {now.get(name)}',
+              file=sys.stderr,
+            )
+      else:
+        config = _from_flags(config_type, argv[1:])
       if isinstance(config, Config):
         jax.config.update('jax_enable_x64', config.precision == 'float64')
       main(config)
+      if earlier is not None:
+        folder = flags.FLAGS.output_dir or f'results/{header["program"]}'
+        _check_repeated(earlier, record.read(folder)[1])
     except UserError as error:
       _fail(str(error))
     except InterruptedRun as stopped:

@@ -1,5 +1,9 @@
 """The program that compares anything with anything."""
 
+import json
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import pytest
 
@@ -69,3 +73,35 @@ def test_any_optimizer_of_optax_is_a_method():
   tx, ones = contests.optimizer('sign_sgd')(0.5), jnp.ones(2)
   updates, _ = tx.update(3.0 * ones, tx.init(ones), ones)
   assert updates.tolist() == [-0.5, -0.5]
+
+
+def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
+  """In processes of their own, as users do."""
+
+  def launch(*arguments):
+    return subprocess.run(
+      [sys.executable, '-m', 'experiments.synthetic_functions', *arguments],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  first, again = tmp_path / 'first', tmp_path / 'again'
+  ran = launch(f'--output_dir={first}', '--steps=10', '--seeds=2')
+  assert ran.returncode == 0, ran.stderr
+  ran = launch(f'--repeat={first}', f'--output_dir={again}')
+  assert ran.returncode == 0, ran.stderr
+  header, rows = record.read(again)
+  assert header['config']['steps'] == 10
+  assert f'repeated: {len(rows)} rows with the same numbers' in ran.stdout
+
+  path = first / 'record.jsonl'
+  lines = path.read_text().splitlines()
+  row = json.loads(lines[1])
+  assert row['kind'] == 'eval'
+  lines[1] = json.dumps(row | {'seed': 17})
+  path.write_text('\n'.join(lines) + '\n')
+  ran = launch(f'--repeat={first}', f'--output_dir={again}')
+  assert ran.returncode == 1
+  assert 'row 2 differs: seed was 17, is 0' in ran.stderr
+  assert 'Traceback' not in ran.stderr
