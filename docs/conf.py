@@ -8,6 +8,7 @@ from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math import latex2mathml
 import optax
+from sphinx.errors import ExtensionError
 from sphinx.util.typing import stringify_annotation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,6 +49,7 @@ nb_output_stderr = 'remove'
 
 # `name` in a docstring is a link where the name is documented, else code.
 default_role = 'py:obj'
+add_function_parentheses = False
 autodoc_typehints_format = 'short'
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
@@ -77,7 +79,7 @@ def to_mathml(latex: str, block: bool) -> str:
   try:
     return latex2mathml.tex2mathml(latex, as_block=block)
   except (MathError, AttributeError) as error:
-    raise ValueError(f'{error} in the mathematics {latex!r}') from error
+    raise ExtensionError(f'{error} in the mathematics {latex!r}') from error
 
 
 def visit_math(translator, node):
