@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 
 from docutils import nodes
@@ -58,10 +59,14 @@ napoleon_attr_annotations = False
 # File systems that ignore case have room for one of dense and Dense.
 autosummary_filename_map = {'optlab.Dense': 'optlab.DenseOperator'}
 
-# Python writes out what these names stand for.
+# Python writes out what these names stand for. Long ones come first: they
+# contain the others.
 ALIASES = {
   stringify_annotation(alias, 'smart'): name
   for name, alias in (
+    ('InnerProducts', optlab.moments.InnerProducts),
+    ('Route', optlab.moments.Route),
+    ('Losses', optlab.moments.Losses),
     ('Schedule', optax.Schedule),
     ('ArrayTree', optax.Params),
   )
@@ -96,11 +101,13 @@ def visit_math_block(translator, node):
 
 
 def shorten(app, what, name, obj, options, signature, returned):
-  """Puts the names of type aliases back into a signature."""
+  """Puts the names of aliases and functions back into a signature."""
   del app, what, name, obj, options
   for written, alias in ALIASES.items():
-    signature = (signature or '').replace(written, alias)
+    signature = signature and signature.replace(written, alias)
     returned = returned and returned.replace(written, alias)
+  # A default that is a function; Sphinx cannot parse the brackets.
+  signature = signature and re.sub(r'<function (\w+)>', r'\1', signature)
   return signature, returned
 
 
