@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench notebooks reproduce crash-test install clean
+.PHONY: demo test lint bench notebooks docs reproduce crash-test install clean
 
 install: $(INSTALLED)
 
@@ -42,5 +42,11 @@ crash-test: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/python -m notebooks.build
 
+# The pages' cells are executed; a warning is an error.
+docs: $(INSTALLED)
+	rm -rf docs/_build docs/reference
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'Open docs/_build/html/index.html'
+
 clean:
-	rm -rf .venv results build *.egg-info
+	rm -rf .venv results build docs/_build docs/reference *.egg-info

@@ -27,7 +27,7 @@ def soba(
   The cheapest estimator: choose it where noise is small or steps are.
 
   .. math::
-    d_t &= f_x - g_{xy} z_t, \quad y_{t+1} = y_t - \rho\, g_y, \quad
+    d_t = f_x - g_{xy} z_t, \quad y_{t+1} = y_t - \rho\, g_y, \quad
     z_{t+1} = z_t - \nu (g_{yy} z_t - f_y)
 
   with all derivatives at :math:`(x_t, y_t)`.
