@@ -129,6 +129,7 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
       sum_sq_diff_grads=squares,
       sample_size=extras.get('sample_size'),
     )
+    base.check_same_tree('sum_sq_diff_grads', squares, 'grads', grads)
     wide = _real(grads)
     scale = jnp.asarray(eta, wide) ** 2
 

@@ -186,6 +186,11 @@ def fisher(log_probs: Callable[..., jax.Array]) -> operators.OperatorFactory:
   def curvature(params, *args):
     def rows(*example):
       logs, vjp = jax.vjp(lambda params: log_probs(params, *example), params)
+      if jnp.ndim(logs) != 1:
+        raise ValueError(
+          'log_probs must return one number a class of one example, shape'
+          f' (classes,), got shape {jnp.shape(logs)}.'
+        )
       grads = jax.vmap(lambda e: operators.ravel(vjp(e)[0]))(
         jnp.eye(logs.shape[0], dtype=logs.dtype)
       )

@@ -122,6 +122,7 @@ def gaussian(
       'mean and covariance must have shapes [d] and [d, d], got'
       f' {mean.shape} and {covariance.shape}.'
     )
+  base.check_real('mean', mean, low_open=True, high_open=True)
   scale = _cholesky('covariance', covariance)
   return Gaussian(mean.astype(scale.dtype), scale, _inverse(scale))
 
@@ -190,9 +191,10 @@ def gaussian_mixture(
     >>> print(np.allclose(scores, fit.score_samples(rows), atol=1e-4))
     True
   """
-  base.check_positive('weights', weights)
-  base.check_positive('inflate', inflate)
   weights, means, covariances = map(jnp.asarray, (weights, means, covariances))
+  base.check_positive('weights', weights)
+  base.check_real('means', means, low_open=True, high_open=True)
+  base.check_positive('inflate', inflate)
   if means.ndim != 2 or (
     weights.shape != means.shape[:1]
     or covariances.shape != means.shape + means.shape[1:]
@@ -251,9 +253,20 @@ def follow(
   """
   base.check_real('rate', rate, low=0.0, high=1.0)
   base.check_positive('floor', floor)
+  base.check_fields('noise', noise, Gaussian._fields, 'a Gaussian')
+  if jnp.shape(rows)[1:] != noise.mean.shape:
+    raise ValueError(
+      f'rows must have shape [num, {noise.mean.shape[0]}], as the noise has,'
+      f' got {jnp.shape(rows)}.'
+    )
   dtype = noise.mean.dtype
   if log_weights is None:
     log_weights = jnp.zeros(rows.shape[:1], dtype)
+  if jnp.shape(log_weights) != jnp.shape(rows)[:1]:
+    raise ValueError(
+      f'log_weights must have shape {jnp.shape(rows)[:1]}, one a row, got'
+      f' {jnp.shape(log_weights)}.'
+    )
   finite = jnp.all(jnp.isfinite(rows), -1) & (log_weights < jnp.inf)
   log_weights = jnp.where(finite, log_weights, -jnp.inf)
   top = jnp.max(log_weights)

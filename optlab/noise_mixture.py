@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.scipy import special
 
 from optlab import base
+from optlab import likelihood
 
 
 class Mixture(NamedTuple):
@@ -56,6 +57,8 @@ def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
       f'weights must have shape ({len(components)},), one a component, got'
       f' {weights.shape}.'
     )
+  for i, component in enumerate(components):
+    likelihood.check_noise(f'components[{i}]', component)
   return Mixture(jnp.log(weights / jnp.sum(weights)), tuple(components))
 
 

@@ -172,6 +172,8 @@ def msvr(
       num_blocks = _num_blocks(tracker)
       sampled = jnp.sum(distinct_blocks(blocks, num_blocks))
       gamma = msvr_gamma(num_blocks, sampled, alpha)
+  else:
+    base.check_non_negative('gamma', gamma)
   return _update(tracker, now, before, alpha, gamma, blocks)
 
 
@@ -191,14 +193,16 @@ def msvr_gamma(
   Returns:
     Scalar; ``1 - alpha``, plain `storm`, where every block is sampled.
   """
+  base.check_int('num_blocks', num_blocks, 1)
+  is_array = isinstance(sampled, jax.Array)
+  base.check_int('sampled', sampled, 0 if is_array else 1, traced=True)
+  check_rate('alpha', alpha)
   # An empty batch updates no row; it must only not divide by zero.
-  sampled = (
-    jnp.maximum(sampled, 1) if isinstance(sampled, jax.Array) else sampled
-  )
+  sampled = jnp.maximum(sampled, 1) if is_array else sampled
   return (num_blocks - sampled) / sampled / (1.0 - alpha) + (1.0 - alpha)
 
 
-def check_rate(name: str, value: Any) -> None:
+def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
   """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
   base.check_real(
     name,
@@ -208,6 +212,7 @@ def check_rate(name: str, value: Any) -> None:
     low_open=True,
     high_open=True,
     remedy='0.1 is a stable start.',
+    schedule=schedule,
   )
 
 
@@ -221,15 +226,33 @@ def _update(tracker, now, before, alpha, gamma, blocks):
 
     return jax.tree.map(leaf, tracker, now, before)
 
+  for path, leaf in jax.tree.leaves_with_path(tracker):
+    if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+      raise TypeError(
+        f'tracker{jax.tree_util.keystr(path)} must be floating, got dtype'
+        f' {jnp.asarray(leaf).dtype}: an average of integers would not move.'
+      )
+  like, like_name, use = tracker, 'tracker', None
+  if blocks is not None:
+    use = distinct_blocks(blocks, _num_blocks(tracker))
+    like, like_name = gather_rows(tracker, blocks), 'tracker[blocks]'
+  base.check_same_tree('now', now, like_name, like)
+  if before is not now:
+    base.check_same_tree('before', before, like_name, like)
+  rows = blend(like, now, before)
   if blocks is None:
-    return blend(tracker, now, before)
-  use = distinct_blocks(blocks, _num_blocks(tracker))
-  rows = blend(gather_rows(tracker, blocks), now, before)
+    return rows
   return scatter_rows(tracker, rows, blocks, use)
 
 
 def _num_blocks(table):
-  return jax.tree.leaves(table)[0].shape[0]
+  lengths = {(jnp.shape(leaf) or (-1,))[0] for leaf in jax.tree.leaves(table)}
+  if len(lengths) != 1 or -1 in lengths:
+    raise ValueError(
+      'tracker must be a table, arrays with one leading axis of blocks, got'
+      f' shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(table)]}.'
+    )
+  return lengths.pop()
 
 
 # Block tables.
