@@ -247,6 +247,7 @@ def inner_variables(state: BSVRBState) -> base.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
+  _check_state(state)
   elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.inner, state.inner_grad, elapsed)
 
@@ -260,6 +261,7 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
+  _check_state(state)
   base.check_fields(
     'state.dual',
     state.dual,
@@ -268,3 +270,7 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
   )
   elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.dual.dual, state.dual.residual, elapsed)
+
+
+def _check_state(state):
+  base.check_fields('state', state, BSVRBState._fields, 'the state of bsvrb')

@@ -154,6 +154,8 @@ def fit_gaussian(
   rows = jnp.asarray(rows)
   if rows.ndim != 2:
     raise ValueError(f'rows must have shape [num, d], got {rows.shape}.')
+  if not rows.shape[0]:
+    raise ValueError(f'rows must have at least one row, got {rows.shape}.')
   mean = jnp.mean(rows, 0)
   centred = rows - mean
   return gaussian(mean, inflate * centred.T @ centred / rows.shape[0])
