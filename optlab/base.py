@@ -224,6 +224,33 @@ def check_callable(name: str, value: Any, expected: str) -> None:
     )
 
 
+def check_floating(name: str, tree: Any, remedy: str = '') -> None:
+  """Raises a ``TypeError`` for leaves of integers or bools.
+
+  Args:
+    name: Name of ``tree``, for the message.
+    tree: A tree of arrays.
+    remedy: What to do about it, for the message.
+  """
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    dtype = jnp.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be floating, got dtype'
+        f' {dtype}.' + (f' {remedy}' if remedy else '')
+      )
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+  """An array of ``value``, or a ``TypeError`` that names it."""
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f'{name} must be an array of numbers, got {value!r}.'
+    ) from error
+
+
 def check_fields(
   name: str, value: Any, fields: tuple[str, ...], expected: str
 ) -> None:

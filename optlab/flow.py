@@ -170,6 +170,7 @@ def fit_flow(
       f'rows must have shape [num, {flow.mean.shape[0]}] with num at least 1,'
       f' as the flow has, got {jnp.shape(rows)}.'
     )
+  rows = jnp.asarray(rows)
   base.check_non_negative('learning_rate', learning_rate)
   base.check_non_negative('jitter', jitter)
   schedule = optax.cosine_decay_schedule(learning_rate, num_steps)

@@ -86,6 +86,7 @@ def ghost_norms(
     clipped at 0, and far below any request to grow.
   """
   moments.check_mask(mask)
+  base.check_floating('params', params)
   wide = mask.dtype
   # Laid out over devices as the losses are; jit removes the evaluation.
   slots = jnp.zeros_like(

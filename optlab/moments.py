@@ -326,6 +326,7 @@ def vmap_inner_products(
   """
   check_mask(mask)
   wide = mask.dtype
+  jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
 
   def product(rows, mean):

@@ -116,7 +116,8 @@ def gaussian(
     >>> print(f'{noise.log_prob(jnp.zeros((1, 2)))[0]:.3f}')
     -1.838
   """
-  mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+  mean = base.as_array('mean', mean)
+  covariance = base.as_array('covariance', covariance)
   if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
     raise ValueError(
       'mean and covariance must have shapes [d] and [d, d], got'
@@ -151,7 +152,7 @@ def fit_gaussian(
     [0.] [[2.]]
   """
   base.check_positive('inflate', inflate)
-  rows = jnp.asarray(rows)
+  rows = base.as_array('rows', rows)
   if rows.ndim != 2:
     raise ValueError(f'rows must have shape [num, d], got {rows.shape}.')
   if not rows.shape[0]:
@@ -193,7 +194,9 @@ def gaussian_mixture(
     >>> print(np.allclose(scores, fit.score_samples(rows), atol=1e-4))
     True
   """
-  weights, means, covariances = map(jnp.asarray, (weights, means, covariances))
+  weights = base.as_array('weights', weights)
+  means = base.as_array('means', means)
+  covariances = base.as_array('covariances', covariances)
   base.check_positive('weights', weights)
   base.check_real('means', means, low_open=True, high_open=True)
   base.check_positive('inflate', inflate)

@@ -50,7 +50,7 @@ def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
     ValueError: There are not as many weights as components, or one is not
       positive.
   """
-  weights = jnp.asarray(weights)
+  weights = base.as_array('weights', weights)
   base.check_positive('weights', weights)
   if not components or weights.shape != (len(components),):
     raise ValueError(

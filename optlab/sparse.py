@@ -82,11 +82,7 @@ class SparseMatrix:
         f'vector must have shape {self.shape[1:]} for a SparseMatrix of shape'
         f' {self.shape}, got {jnp.shape(vector)}.'
       )
-    if not jnp.issubdtype(jnp.asarray(vector).dtype, jnp.inexact):
-      raise TypeError(
-        'vector must be floating, in which the entries are read, got dtype'
-        f' {jnp.asarray(vector).dtype}.'
-      )
+    base.check_floating('vector', vector, 'The entries are read in its dtype.')
     return jax.custom_derivatives.linear_call(
       lambda matrix, v: matrix.rows(v),
       lambda matrix, v: matrix.columns(v),

@@ -221,18 +221,16 @@ def _update(tracker, now, before, alpha, gamma, blocks):
     def leaf(old, now, before):
       dtype = old.dtype
       a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
-      now, before = now.astype(dtype), before.astype(dtype)
+      now, before = jnp.asarray(now, dtype), jnp.asarray(before, dtype)
       return (1 - a) * old + a * now + g * (now - before)
 
     return jax.tree.map(leaf, tracker, now, before)
 
-  for path, leaf in jax.tree.leaves_with_path(tracker):
-    if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
-      raise TypeError(
-        f'tracker{jax.tree_util.keystr(path)} must be floating, got dtype'
-        f' {jnp.asarray(leaf).dtype}: an average of integers would not move.'
-      )
-  like, like_name, use = tracker, 'tracker', None
+  tracker = jax.tree.map(jnp.asarray, tracker)
+  base.check_floating(
+    'tracker', tracker, 'An average of integers stands still.'
+  )
+  like, like_name = tracker, 'tracker'
   if blocks is not None:
     use = distinct_blocks(blocks, _num_blocks(tracker))
     like, like_name = gather_rows(tracker, blocks), 'tracker[blocks]'
