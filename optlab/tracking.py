@@ -217,29 +217,25 @@ def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
 
 
 def _update(tracker, now, before, alpha, gamma, blocks):
-  def blend(tracker, now, before):
-    def leaf(old, now, before):
-      dtype = old.dtype
-      a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
-      now, before = jnp.asarray(now, dtype), jnp.asarray(before, dtype)
-      return (1 - a) * old + a * now + g * (now - before)
+  def blend(name, old):
+    base.check_same_tree('now', now, name, old)
+    base.check_same_tree('before', before, name, old)
+    return jax.tree.map(leaf, old, now, before)
 
-    return jax.tree.map(leaf, tracker, now, before)
+  def leaf(old, now, before):
+    dtype = old.dtype
+    a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
+    now, before = jnp.asarray(now, dtype), jnp.asarray(before, dtype)
+    return (1 - a) * old + a * now + g * (now - before)
 
   tracker = jax.tree.map(jnp.asarray, tracker)
   base.check_floating(
     'tracker', tracker, 'An average of integers stands still.'
   )
-  like, like_name = tracker, 'tracker'
-  if blocks is not None:
-    use = distinct_blocks(blocks, _num_blocks(tracker))
-    like, like_name = gather_rows(tracker, blocks), 'tracker[blocks]'
-  base.check_same_tree('now', now, like_name, like)
-  if before is not now:
-    base.check_same_tree('before', before, like_name, like)
-  rows = blend(like, now, before)
   if blocks is None:
-    return rows
+    return blend('tracker', tracker)
+  use = distinct_blocks(blocks, _num_blocks(tracker))
+  rows = blend('tracker[blocks]', gather_rows(tracker, blocks))
   return scatter_rows(tracker, rows, blocks, use)
 
 
