@@ -122,6 +122,7 @@ def adagrad_norm(
     A gradient that is not finite stays in the accumulator: wrap in
     `optax.apply_if_finite` where that may happen.
   """
+  base.check_learning_rate(learning_rate)
   return optax.chain(
     scale_by_adagrad_norm(initial_accumulator_value, eps),
     optax.scale_by_learning_rate(learning_rate),

@@ -73,8 +73,8 @@ class Solver(Protocol):
   ) -> Callable[[jax.Array], tuple[ArrayTree, jax.Array]]: ...
 
 
-# Checks. They see Python and numpy numbers and concrete arrays; tracers and
-# schedules pass, so that hyperparameters may be vmapped over and injected.
+# Checks. They see Python and numpy numbers and concrete arrays; tracers pass,
+# so that hyperparameters may be vmapped over and injected.
 
 
 def check_real(
@@ -86,31 +86,39 @@ def check_real(
   low_open: bool = False,
   high_open: bool = False,
   remedy: str = '',
+  schedule: bool = False,
 ) -> None:
   """Raises unless ``value`` is a real number in the interval.
 
   Args:
     name: The argument's name, for the message.
-    value: A number, an array of numbers, or something that passes: a tracer, a
-      schedule.
+    value: A number, an array of numbers, or a tracer, which passes.
     low: Lower end of the interval.
     high: Upper end of the interval.
     low_open: Whether the lower end is excluded.
     high_open: Whether the upper end is excluded.
     remedy: What to do about it, for the message.
+    schedule: Whether a schedule passes.
 
   Raises:
     TypeError: ``value`` is not numeric.
     ValueError: ``value`` is NaN or outside the interval.
   """
-  if isinstance(value, jax.core.Tracer) or callable(value):
+  if isinstance(value, jax.core.Tracer) or (schedule and callable(value)):
     return
-  if isinstance(value, bool) or not isinstance(
-    value, (numbers.Real, np.ndarray, jax.Array)
-  ):
+  dtype = getattr(value, 'dtype', None)
+  if dtype is None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  else:
+    real = isinstance(value, (np.generic, np.ndarray, jax.Array)) and (
+      jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    )
+  if not real:
     raise TypeError(
-      f'{name} must be a real number, got {value!r} of type'
-      f' {type(value).__name__}.'
+      f'{name} must be a real number{" or a schedule" * schedule}, got'
+      f' {value!r} of type {type(value).__name__}.'
+      + ' Schedule it by optax.inject_hyperparams.'
+      * callable(value)
     )
   array = np.asarray(value)
   above = array > low if low_open else array >= low
@@ -126,7 +134,9 @@ def check_real(
     )
 
 
-def check_positive(name: str, value: Any, remedy: str = '') -> None:
+def check_positive(
+  name: str, value: Any, remedy: str = '', *, schedule: bool = False
+) -> None:
   """Raises unless ``value`` is a finite number above zero, see `check_real`."""
   check_real(
     name,
@@ -136,33 +146,61 @@ def check_positive(name: str, value: Any, remedy: str = '') -> None:
     low_open=True,
     high_open=True,
     remedy=remedy,
+    schedule=schedule,
   )
 
 
-def check_non_negative(name: str, value: Any, remedy: str = '') -> None:
+def check_non_negative(
+  name: str, value: Any, remedy: str = '', *, schedule: bool = False
+) -> None:
   """Raises unless ``value`` is a finite number >= 0, see `check_real`."""
-  check_real(name, value, low=0.0, high=np.inf, high_open=True, remedy=remedy)
+  check_real(
+    name,
+    value,
+    low=0.0,
+    high=np.inf,
+    high_open=True,
+    remedy=remedy,
+    schedule=schedule,
+  )
 
 
-def check_int(name: str, value: Any, minimum: int, remedy: str = '') -> None:
+def check_int(
+  name: str,
+  value: Any,
+  minimum: int,
+  remedy: str = '',
+  *,
+  traced: bool = False,
+) -> None:
   """Raises unless ``value`` is a Python or numpy integer >= ``minimum``.
 
-  For integers that give shapes or lengths; they cannot be tracers.
+  Integers that give shapes or lengths cannot be tracers.
 
   Args:
     name: The argument's name, for the message.
     value: The integer.
     minimum: The smallest value allowed.
     remedy: What to do about it, for the message.
+    traced: Whether scalar arrays and tracers pass too, for integers that give
+      no shape.
 
   Raises:
     TypeError: ``value`` is not an integer.
     ValueError: ``value`` is below ``minimum``.
   """
+  is_array = isinstance(value, (np.ndarray, jax.Array))
+  if traced and is_array:
+    if isinstance(value, jax.core.Tracer):
+      return
+    if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
+      value = int(value)
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
     raise TypeError(
       f'{name} must be an integer, got {value!r} of type'
       f' {type(value).__name__}.'
+      + ' It is part of the program: pass a Python integer.'
+      * (is_array and not traced)
     )
   if value < minimum:
     raise ValueError(
@@ -184,6 +222,81 @@ def check_callable(name: str, value: Any, expected: str) -> None:
       f'{name} must be a function {expected}, got {value!r} of type'
       f' {type(value).__name__}.'
     )
+
+
+def check_floating(name: str, tree: Any, remedy: str = '') -> None:
+  """Raises a ``TypeError`` for leaves of integers or bools.
+
+  Args:
+    name: Name of ``tree``, for the message.
+    tree: A tree of arrays.
+    remedy: What to do about it, for the message.
+  """
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    dtype = jnp.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be floating, got dtype'
+        f' {dtype}.' + (f' {remedy}' if remedy else '')
+      )
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+  """An array of ``value``, or a ``TypeError`` that names it."""
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(
+      f'{name} must be an array of numbers, got {value!r}.'
+    ) from error
+
+
+def check_fields(
+  name: str, value: Any, fields: tuple[str, ...], expected: str
+) -> None:
+  """Raises a ``TypeError`` unless ``value`` has the attributes ``fields``.
+
+  Args:
+    name: The argument's name, for the message.
+    value: A pair of functions, or a batch.
+    fields: The attributes that are needed.
+    expected: What it must be and who makes it, for the message.
+  """
+  if not all(hasattr(value, field) for field in fields):
+    raise TypeError(
+      f'{name} must be {expected}, with {" and ".join(fields)}; got'
+      f' {type(value).__name__}.'
+    )
+
+
+def check_estimator(estimator: Any) -> None:
+  """Raises a ``TypeError`` unless ``estimator`` is a `GradientEstimator`."""
+  check_fields(
+    'estimator',
+    estimator,
+    GradientEstimator._fields,
+    'a GradientEstimator such as optlab.value_and_grad(loss)',
+  )
+
+
+def check_transformation(name: str, tx: Any) -> None:
+  """Raises a ``TypeError`` unless ``tx`` is a transformation of optax."""
+  check_fields(
+    name,
+    tx,
+    ('init', 'update'),
+    'an optax transformation such as optax.sgd(0.1)',
+  )
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+  """Raises unless it is a schedule or a finite number >= 0."""
+  check_non_negative(
+    'learning_rate',
+    learning_rate,
+    'Updates descend; to ascend, negate the objective.',
+    schedule=True,
+  )
 
 
 def check_same_tree(

@@ -114,16 +114,20 @@ def grow_batch(
     ('batch_size', batch_size),
     ('max_batch_size', max_batch_size),
   ):
-    if isinstance(size, jax.Array):
-      continue
-    base.check_int(name, size, 2, 'The variance of one example is undefined.')
-    if size % multiple_of:
+    base.check_int(
+      name,
+      size,
+      2,
+      'The variance of one example is undefined.',
+      traced=True,
+    )
+    if not isinstance(size, jax.core.Tracer) and size % multiple_of:
       raise ValueError(
         f'{name} must be a multiple of multiple_of={multiple_of}, got {size}:'
         f' take {size + -size % multiple_of} or {size - size % multiple_of}.'
       )
-  static = not isinstance(batch_size, jax.Array | jax.core.Tracer)
-  static &= not isinstance(max_batch_size, jax.Array | jax.core.Tracer)
+  static = not isinstance(batch_size, jax.core.Tracer)
+  static &= not isinstance(max_batch_size, jax.core.Tracer)
   if static and batch_size > max_batch_size:
     raise ValueError(
       f'batch_size must be at most max_batch_size={max_batch_size}, got'
@@ -131,7 +135,7 @@ def grow_batch(
     )
   if static and max_batch_size > np.iinfo(np.int32).max:
     raise ValueError(f'max_batch_size must be an int32, got {max_batch_size}.')
-  base.check_real('test_interval', test_interval, low=1)
+  base.check_int('test_interval', test_interval, 1, traced=True)
   if growth_cap is not None:
     base.check_real(
       'growth_cap',
@@ -222,6 +226,11 @@ def adadagrad(
   References:
     Lau, Liu, Kolar, *AdAdaGrad*, 2024, https://arxiv.org/abs/2402.11215
   """
+  base.check_learning_rate(learning_rate)
+  base.check_non_negative(
+    'initial_accumulator_value', initial_accumulator_value
+  )
+  base.check_non_negative('eps', eps)
   return optax.chain(
     grow_batch(test, batch_size, max_batch_size, **growth),
     optax.adagrad(learning_rate, initial_accumulator_value, eps),

@@ -7,6 +7,7 @@ examples and gradients :math:`g_i` of mean g, all variances have the divisor
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,13 +123,14 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
   base.check_positive('eta', eta)
 
   def test(grads, **extras):
-    squares = extras.get('sum_sq_diff_grads')
+    squares: Any = extras.get('sum_sq_diff_grads')
     base.require_extra(
       'coordinate_norm_test',
       'per_example(losses, vmap_grads)',
       sum_sq_diff_grads=squares,
       sample_size=extras.get('sample_size'),
     )
+    base.check_same_tree('sum_sq_diff_grads', squares, 'grads', grads)
     wide = _real(grads)
     scale = jnp.asarray(eta, wide) ** 2
 

@@ -121,6 +121,11 @@ def linear_step(
   return dual, trees.norm(residual)
 
 
+def check_batch(batch: Any) -> None:
+  """Raises a ``TypeError`` unless ``batch`` is a `BilevelBatch`."""
+  base.check_fields('batch', batch, BilevelBatch._fields, 'a BilevelBatch')
+
+
 def check_inner(batches: base.Batch, count: int, name: str) -> None:
   """Raises unless every leaf has a leading axis of ``count``."""
   for path, leaf in jax.tree.leaves_with_path(batches):
@@ -287,6 +292,7 @@ def linear_system_estimator(
     A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
   """
   check_objectives(upper, lower)
+  base.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
@@ -294,6 +300,7 @@ def linear_system_estimator(
     return init_state(optimizer, inner)
 
   def estimate(params, state, batch):
+    check_batch(batch)
     inner, lower_opt_state = state.inner, state.lower_opt_state
     if move is not None:
       inner, lower_opt_state = move(optimizer, params, state, batch)

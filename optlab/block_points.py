@@ -278,6 +278,9 @@ def finite_rows(tree: base.ArrayTree) -> jax.Array:
 
 def check_batch(batch: Any, num_blocks: int) -> None:
   """Raises unless ``batch`` has blocks, and data for each of them."""
+  base.check_fields(
+    'batch', batch, ('blocks', 'upper', 'lower'), 'a BlockBatch'
+  )
   tracking.check_blocks(batch.blocks, num_blocks)
   sampled = batch.blocks.shape[0]
   check_leading('batch.upper', batch.upper, sampled, 'blocks')

@@ -212,7 +212,7 @@ def bo_rep(
     step with numbers that are not finite is rejected: the state is held, the
     hypergradient is zero, and ``rejected`` counts it.
   """
-  base.check_positive('linear_lr', linear_lr)
+  base.check_positive('linear_lr', linear_lr, schedule=True)
   base.check_int('period', period, 1)
   base.check_int('lower_steps', lower_steps, 1)
   for name, value in (('radius', radius), ('z_radius', z_radius)):

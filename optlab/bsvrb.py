@@ -156,12 +156,15 @@ def bsvrb(
   base.check_callable('upper', upper, '(params, inner, batch) -> scalar')
   base.check_callable('lower', lower, '(params, inner, batch) -> scalar')
   base.check_int('num_blocks', num_blocks, 1)
-  base.check_non_negative('step_size', step_size)
-  tracking.check_rate('alpha', alpha)
-  base.check_real('beta', beta, low=0.0, high=1.0, low_open=True)
+  base.check_non_negative('step_size', step_size, schedule=True)
+  tracking.check_rate('alpha', alpha, schedule=True)
+  base.check_real('beta', beta, low=0.0, high=1.0, low_open=True, schedule=True)
   if gamma is not None:
-    base.check_non_negative('gamma', gamma)
+    base.check_non_negative('gamma', gamma, schedule=True)
   dual = block_dual.track_products() if dual is None else dual
+  base.check_fields(
+    'dual', dual, block_dual.Dual._fields, 'a Dual such as track_products()'
+  )
   sample = functools.partial(
     block_points.sample, upper, lower, dual, num_blocks
   )
@@ -244,6 +247,7 @@ def inner_variables(state: BSVRBState) -> base.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
+  _check_state(state)
   elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.inner, state.inner_grad, elapsed)
 
@@ -257,5 +261,16 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
   """
+  _check_state(state)
+  base.check_fields(
+    'state.dual',
+    state.dual,
+    block_dual.ProductState._fields,
+    'the state of track_products()',
+  )
   elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
   return block_dual.advance(state.dual.dual, state.dual.residual, elapsed)
+
+
+def _check_state(state):
+  base.check_fields('state', state, BSVRBState._fields, 'the state of bsvrb')

@@ -82,12 +82,19 @@ def langevin(
   base.check_callable('log_density', log_density, 'rows -> [rows]')
   base.check_positive('step_size', step_size)
   base.check_int('num_steps', num_steps, 1)
+  dtype = getattr(rows, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'rows must be a floating array, got {type(rows).__name__} of dtype'
+      f' {dtype}.'
+    )
   step_size = jnp.asarray(step_size, rows.dtype)
   wide = base.accumulator_dtype(rows)
 
   def score(rows):
     def total(rows):
       log_p = log_density(rows)
+      likelihood.check_rows(log_p, rows.shape[0])
       return jnp.sum(log_p), log_p
 
     slope, log_p = jax.grad(total, has_aux=True)(rows)
@@ -241,6 +248,11 @@ def contrastive_divergence(
     _, m = likelihood.check_batch('contrastive_divergence', batch)
     dtype = state.acceptance.dtype
     key, restart_key, chain_key = jax.random.split(state.key, 3)
+    if batch.noise.shape[1:] != state.chains.shape[1:]:
+      raise ValueError(
+        'contrastive_divergence: chains must have the shape of the rows of'
+        f' noise, {batch.noise.shape[1:]}, got {state.chains.shape[1:]}.'
+      )
     if persistent:
       num = state.chains.shape[0]
       anew = jax.random.uniform(restart_key, (num,)) < restart

@@ -92,6 +92,7 @@ def gauss_newton(
     return vjp(outer(jvp(vector)))[0]
 
   def curvature(params, *args):
+    base.check_floating('params', params)
     outputs_fn = lambda params: model(params, *args)
     outputs, vjp = jax.vjp(outputs_fn, params)
     jvp = jax.linearize(outputs_fn, params)[1]
@@ -184,8 +185,15 @@ def fisher(log_probs: Callable[..., jax.Array]) -> operators.OperatorFactory:
   base.check_callable('log_probs', log_probs, '(params, *example) -> array')
 
   def curvature(params, *args):
+    base.check_floating('params', params)
+
     def rows(*example):
       logs, vjp = jax.vjp(lambda params: log_probs(params, *example), params)
+      if jnp.ndim(logs) != 1:
+        raise ValueError(
+          'log_probs must return one number a class of one example, shape'
+          f' (classes,), got shape {jnp.shape(logs)}.'
+        )
       grads = jax.vmap(lambda e: operators.ravel(vjp(e)[0]))(
         jnp.eye(logs.shape[0], dtype=logs.dtype)
       )

@@ -242,6 +242,7 @@ def diffgrad(
     As with Adam, a gradient that is not finite stays in the moments: wrap in
     `optax.apply_if_finite` where that may happen.
   """
+  base.check_learning_rate(learning_rate)
   if weight_decay is not None:
     base.check_non_negative('weight_decay', weight_decay)
     decay = optax.add_decayed_weights(weight_decay, mask)

@@ -95,6 +95,7 @@ def with_curvature(
     >>> print(estimate.extras['curvature'](x))
     [6. 6.]
   """
+  base.check_estimator(estimator)
   base.check_callable('curvature', curvature, '(params, batch) -> operator')
 
   def estimate(params, state, batch):

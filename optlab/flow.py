@@ -85,10 +85,16 @@ def init_flow(
   """
   base.check_int('num_layers', num_layers, 1)
   base.check_int('hidden', hidden, 1)
-  if rows.ndim != 2 or rows.shape[1] < 2:
+  shape = jnp.shape(rows)
+  if len(shape) != 2 or shape[1] < 2 or shape[0] < 1:
     raise ValueError(
-      f'rows must have shape [num, d] with d at least 2, got {rows.shape}.'
+      'rows must have shape [num, d] with num at least 1 and d at least 2, got'
+      f' {shape}.'
     )
+  base.check_real('rows', rows, low_open=True, high_open=True)
+  rows = jnp.asarray(rows)
+  if jnp.issubdtype(rows.dtype, jnp.integer):
+    rows = rows.astype(base.accumulator_dtype(rows))
   size, dtype = rows.shape[1], rows.dtype
   mask_key, inner_key = jax.random.split(key)
   # Every other layer frees what the one before kept.
@@ -158,6 +164,15 @@ def fit_flow(
   """
   base.check_int('num_steps', num_steps, 1)
   base.check_int('batch_size', batch_size, 1)
+  base.check_fields('flow', flow, Flow._fields, 'a Flow that init_flow makes')
+  if jnp.shape(rows)[1:] != flow.mean.shape or not jnp.shape(rows)[0]:
+    raise ValueError(
+      f'rows must have shape [num, {flow.mean.shape[0]}] with num at least 1,'
+      f' as the flow has, got {jnp.shape(rows)}.'
+    )
+  rows = jnp.asarray(rows)
+  base.check_non_negative('learning_rate', learning_rate)
+  base.check_non_negative('jitter', jitter)
   schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
   tx = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
   fixed, weights = flow[:3], flow[3:]

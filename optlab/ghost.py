@@ -85,6 +85,8 @@ def ghost_norms(
     of the gradients is below 1e-6 of their mean in float32, it is rounding,
     clipped at 0, and far below any request to grow.
   """
+  moments.check_mask(mask)
+  base.check_floating('params', params)
   wide = mask.dtype
   # Laid out over devices as the losses are; jit removes the evaluation.
   slots = jnp.zeros_like(

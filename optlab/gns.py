@@ -15,6 +15,7 @@ from optlab import curvature as curvature_lib
 from optlab import krylov
 from optlab import linear
 from optlab import metric as metric_lib
+from optlab import operators
 from optlab import smoothness
 
 
@@ -126,6 +127,7 @@ def gns_newton(
     base.check_positive('gamma_init', gamma_init)
   base.check_real('max_trials', max_trials, low=1)
   base.check_non_negative('gamma_offset', gamma_offset)
+  _check_metric(metric)
   if rule is None:
     rule = smoothness.hold()
   if not isinstance(rule, smoothness.SearchRule):
@@ -169,9 +171,14 @@ def gns_newton(
       grad=grad,
       value_fn=value_fn,
     )
+    base.check_callable('value_fn', value_fn, 'params -> scalar')
+    base.check_same_tree('grad', grad, 'params', params)
     dtype = state.gamma.dtype
     if curvature is None:
       curvature = curvature_lib.hessian(value_fn)(params)
+    operators.check_operator(
+      'curvature', curvature, sum(map(jnp.size, jax.tree.leaves(params)))
+    )
     space: Any = metric_lib.Space.make(metric, params, dtype)
     operator: Any = space.operator(curvature)
     g = space.dual(updates)
@@ -336,6 +343,15 @@ class _Search(NamedTuple):
   accepted: jax.Array
   stalled: jax.Array
   products: jax.Array
+
+
+def _check_metric(metric):
+  """Raises unless what is seen of the metric's diagonal is positive."""
+  matrix = getattr(metric, 'matrix', None)
+  if matrix is not None and not isinstance(matrix, jax.core.Tracer):
+    metric = jnp.diagonal(matrix)
+  for path, leaf in jax.tree.leaves_with_path(metric):
+    base.check_positive(f'metric{jax.tree_util.keystr(path)}', leaf)
 
 
 def _default_solver(operator):

@@ -165,6 +165,8 @@ def growing_step(
     where it may pass 2^31.
   """
   train_step = training.train_step(estimator, tx)
+  if batch_size is not None:
+    base.check_int('batch_size', batch_size, 1, traced=True)
 
   def step(state, data):
     train, epochs = state
@@ -215,6 +217,11 @@ def growing_specs(axis_name: str) -> GrowingState:
   Returns:
     A prefix tree: the permutation is split, all else the same everywhere.
   """
+  if not isinstance(axis_name, str):
+    raise TypeError(
+      f'axis_name must be the name of a mesh axis, got {axis_name!r} of type'
+      f' {type(axis_name).__name__}.'
+    )
   everywhere: Any = jax.P()
   split: Any = jax.P(axis_name)
   return GrowingState(

@@ -110,6 +110,10 @@ def host_loader(
   """
   base.check_callable('gather', gather, 'indices -> examples')
   base.check_int('num_examples', num_examples, 1)
+  if not isinstance(buckets, Sequence):
+    raise TypeError(
+      f'buckets must be a sequence such as bucket_sizes makes, got {buckets!r}.'
+    )
   for size in buckets:
     base.check_int('buckets', size, 1)
   if not buckets or any(b <= a for a, b in itertools.pairwise(buckets)):
@@ -129,10 +133,11 @@ def host_loader(
     return LoaderState(*(np.asarray(n, np.int64) for n in (seed, 0, 0)))
 
   def take(state, batch_size):
+    base.check_int('batch_size', batch_size, 1, traced=True)
     batch_size = int(batch_size)
-    if not 1 <= batch_size <= buckets[-1]:
+    if batch_size > buckets[-1]:
       raise ValueError(
-        f'batch_size must be from 1 to the last bucket {buckets[-1]}, got'
+        f'batch_size must be at most the last bucket {buckets[-1]}, got'
         f' {batch_size}.'
       )
     seed, epoch, position = map(int, state)

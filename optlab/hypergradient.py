@@ -69,7 +69,7 @@ def soba(
     and one cross product. Unstable where f_y changes by much in one step: z
     then lags behind.
   """
-  base.check_positive('linear_lr', linear_lr)
+  base.check_positive('linear_lr', linear_lr, schedule=True)
 
   def solve(state, products, grad_y):
     cross, hessian_dual = products(state.dual)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import linear
+from optlab import operators
 
 
 def cg(
@@ -220,6 +221,7 @@ def _forcing(norm, rtol, power):
 
 def _flat_product(operator, b):
   flat, unravel = linear.flatten(b)
+  operators.check_operator('operator', operator, flat.size)
 
   def product(vector):
     image = ravel_pytree(operator(unravel(vector)))[0]

@@ -77,6 +77,7 @@ def noise_batch(
     >>> print(batch.noise.shape, batch.noise_log_prob.shape)
     (8, 1) (8,)
   """
+  check_noise('noise', noise)
   base.check_int('num', num, 1)
   rows = noise.sample(key, num)
   return NoiseBatch(
@@ -85,6 +86,25 @@ def noise_batch(
     noise_log_prob=noise.log_prob(rows),
     data_log_prob=noise.log_prob(data) if score_data else None,
   )
+
+
+def check_noise(name: str, noise: Any) -> None:
+  """Raises a ``TypeError`` unless ``noise`` can be drawn from and scored."""
+  base.check_fields(
+    name,
+    noise,
+    ('sample', 'log_prob'),
+    'a distribution such as optlab.gaussian makes',
+  )
+
+
+def check_rows(log_density_of_rows: jax.Array, num: int) -> None:
+  """Raises a ``ValueError`` unless a log density is one number a row."""
+  shape = jnp.shape(log_density_of_rows)
+  if shape != (num,):
+    raise ValueError(
+      f'log_density must return one number a row, shape {(num,)}, got {shape}.'
+    )
 
 
 def check_batch(
@@ -143,6 +163,11 @@ def check_batch(
         f'{method} needs {name}: build the batch with'
         ' optlab.noise_batch(..., score_data=True).'
       )
+    if not hasattr(array, 'dtype'):
+      raise TypeError(
+        f'{method}: {name} must be an array, got {type(array).__name__};'
+        ' convert it with jnp.asarray.'
+      )
     if jnp.shape(array) != (size,):
       raise ValueError(
         f'{method}: {name} must have shape {(size,)}, got {jnp.shape(array)}.'
@@ -184,11 +209,7 @@ def joint_gradient(
   n = jnp.shape(jax.tree.leaves(batch.data)[0])[0]
   total = jnp.shape(jax.tree.leaves(rows)[0])[0]
   log_p, pullback = jax.vjp(lambda p: log_density(p, rows), params)
-  if log_p.shape != (total,):
-    raise ValueError(
-      f'log_density must return one number a row, shape {(total,)}, got'
-      f' {log_p.shape}.'
-    )
+  check_rows(log_p, total)
   wide = log_p.astype(dtype)
   data_cotangent, noise_cotangent, aux = rule(wide[:n], wide[n:])
   cotangent = jnp.concatenate([data_cotangent, noise_cotangent])

@@ -148,6 +148,7 @@ def woodbury() -> base.Solver:
         f' makes, got {operator!r}; use cholesky, cg or lanczos for others.'
       )
     flat, unravel = flatten(b)
+    operators.check_operator('operator', operator, flat.size)
     factor = operator.factor.astype(flat.dtype)
     gram = factor @ factor.T
 

@@ -86,17 +86,16 @@ def log_partition(
   base.check_int('num', num, chunk, 'Lower chunk, or draw more.')
   if num % chunk:
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
+  likelihood.check_noise('noise', noise)
+  base.check_non_negative('min_ess', min_ess)
+  base.check_positive('max_share', max_share)
 
   def add(sums, key):
     rows = noise.sample(key, chunk)
     log_q = noise.log_prob(rows)
     dtype = base.accumulator_dtype(log_q)
     log_p, log_q = log_density(rows).astype(dtype), log_q.astype(dtype)
-    if log_p.shape != (chunk,):
-      raise ValueError(
-        f'log_density must return one number a row, shape {(chunk,)}, got'
-        f' {log_p.shape}.'
-      )
+    likelihood.check_rows(log_p, chunk)
     good = likelihood.good_noise(log_p, log_q)
     log_w = jnp.where(good, log_p - log_q, -jnp.inf)
     chunk_sums = (
@@ -141,6 +140,11 @@ def agree(
   Returns:
     Boolean scalar; false where either is refused.
   """
+  for name, estimate in (('first', first), ('second', second)):
+    base.check_fields(
+      name, estimate, LogPartition._fields, 'a result of log_partition'
+    )
+  base.check_positive('sigmas', sigmas)
   error = jnp.hypot(first.standard_error, second.standard_error)
   close = jnp.abs(first.value - second.value) <= sigmas * error
   return first.ok & second.ok & close
@@ -201,6 +205,10 @@ def grid_log_partition(
   """
   base.check_callable('log_density', log_density, '[rows, d] -> [rows]')
   base.check_int('num', num, 2)
+  base.check_positive('tolerance', tolerance)
+  for name, end in (('low', low), ('high', high)):
+    if not np.issubdtype(np.asarray(end).dtype, np.number):
+      raise TypeError(f'{name} must be numbers, got {end!r}.')
   low, high = (np.atleast_1d(np.asarray(end)) for end in (low, high))
   if low.ndim != 1 or low.shape != high.shape or low.size not in (1, 2):
     raise ValueError(
@@ -209,6 +217,8 @@ def grid_log_partition(
     )
   if not np.all(low < high):
     raise ValueError(f'low must be below high, got {low} and {high}.')
+  if not np.all(np.isfinite(high - low)):
+    raise ValueError(f'low and high must be finite, got {low} and {high}.')
 
   def integrate(low, high, num):
     width = (high - low) / num
@@ -219,10 +229,14 @@ def grid_log_partition(
     points = jnp.asarray(
       points.reshape(num, -1, low.size), jnp.result_type(float)
     )
+
+    def slab(rows):
+      log_p = log_density(rows)
+      likelihood.check_rows(log_p, rows.shape[0])
+      return special.logsumexp(log_p)
+
     # One slab of the grid at a time.
-    parts = jax.lax.map(
-      lambda rows: special.logsumexp(log_density(rows)), points
-    )
+    parts = jax.lax.map(slab, points)
     return special.logsumexp(parts) + np.sum(np.log(width))
 
   middle, half = (low + high) / 2, (high - low) / 2

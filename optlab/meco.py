@@ -128,7 +128,9 @@ def meco(
     well.
   """
   base.check_callable('log_density', log_density, '(params, rows) -> [rows]')
-  base.check_real('gamma', gamma, low=0.0, high=1.0, low_open=True)
+  base.check_real(
+    'gamma', gamma, low=0.0, high=1.0, low_open=True, schedule=True
+  )
 
   def init(params):
     dtype = base.accumulator_dtype(params)

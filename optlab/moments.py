@@ -157,8 +157,20 @@ def checked(
   return values
 
 
+def check_mask(mask: jax.Array) -> None:
+  """Raises a ``TypeError`` unless the mask has a dtype in which to sum."""
+  dtype = getattr(mask, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'mask must be a floating array of ones and zeros, shape (n,), got'
+      f' {type(mask).__name__} of dtype {dtype}; jnp.ones(n) counts every'
+      ' example.'
+    )
+
+
 def _mean_and_pullback(losses, params, examples, mask):
   """Mean loss and gradient by one reverse pass, in the accumulators' dtype."""
+  check_mask(mask)
   wide = mask.dtype
   count = jnp.sum(mask)
 
@@ -230,6 +242,7 @@ def vmap_grads(
 
   It takes what `plain_grads` takes; its `Moments` have every central moment.
   """
+  check_mask(mask)
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   wide = mask.dtype
   values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
@@ -285,6 +298,7 @@ def jvp_inner_products(
   Returns:
     Shape (n,), the deviations :math:`p_i - \|g\|^2`, 0 where masked.
   """
+  check_mask(mask)
   wide = mask.dtype
   tangent = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   _, products = jax.jvp(
@@ -310,7 +324,9 @@ def vmap_inner_products(
   It takes what `jvp_inner_products` takes, and returns
   :math:`\langle g_i - g, g \rangle`.
   """
+  check_mask(mask)
   wide = mask.dtype
+  jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
 
   def product(rows, mean):

@@ -47,9 +47,14 @@ def with_log_normalizer(
     [1.]
   """
   base.check_callable('log_density', log_density, '(params, rows) -> [rows]')
-  return lambda params, rows: (
-    log_density(params.model, rows) - params.log_normalizer
-  )
+
+  def normalized(params, rows):
+    base.check_fields(
+      'params', params, NceParams._fields, 'NceParams(model, log_normalizer)'
+    )
+    return log_density(params.model, rows) - params.log_normalizer
+
+  return normalized
 
 
 class NceState(NamedTuple):
@@ -264,6 +269,7 @@ def normalized_descent(
     The gradient is divided by its largest magnitude before the norm is taken:
     its square would overflow float32 from 1e19 on.
   """
+  base.check_learning_rate(learning_rate)
 
   def update(updates, state, params=None, **extras):
     del params, extras

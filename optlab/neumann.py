@@ -69,7 +69,7 @@ def stocbio(
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
     residual) and one cross product.
   """
-  base.check_positive('neumann_lr', neumann_lr)
+  base.check_positive('neumann_lr', neumann_lr, schedule=True)
   base.check_int('lower_steps', lower_steps, 1)
   base.check_int('neumann_steps', neumann_steps, 1)
 
@@ -169,8 +169,9 @@ def ttsa(
     grows with Q.
   """
   bilevel.check_objectives(upper, lower)
-  base.check_positive('neumann_lr', neumann_lr)
+  base.check_positive('neumann_lr', neumann_lr, schedule=True)
   base.check_int('neumann_steps', neumann_steps, 1)
+  base.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner, key):
@@ -187,6 +188,7 @@ def ttsa(
     )
 
   def estimate(params, state, batch):
+    bilevel.check_batch(batch)
     inner, lower_opt_state = bilevel.lower_round(
       lower, 1, optimizer, params, state, batch
     )

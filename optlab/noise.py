@@ -116,12 +116,14 @@ def gaussian(
     >>> print(f'{noise.log_prob(jnp.zeros((1, 2)))[0]:.3f}')
     -1.838
   """
-  mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+  mean = base.as_array('mean', mean)
+  covariance = base.as_array('covariance', covariance)
   if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
     raise ValueError(
       'mean and covariance must have shapes [d] and [d, d], got'
       f' {mean.shape} and {covariance.shape}.'
     )
+  base.check_real('mean', mean, low_open=True, high_open=True)
   scale = _cholesky('covariance', covariance)
   return Gaussian(mean.astype(scale.dtype), scale, _inverse(scale))
 
@@ -150,9 +152,11 @@ def fit_gaussian(
     [0.] [[2.]]
   """
   base.check_positive('inflate', inflate)
-  rows = jnp.asarray(rows)
+  rows = base.as_array('rows', rows)
   if rows.ndim != 2:
     raise ValueError(f'rows must have shape [num, d], got {rows.shape}.')
+  if not rows.shape[0]:
+    raise ValueError(f'rows must have at least one row, got {rows.shape}.')
   mean = jnp.mean(rows, 0)
   centred = rows - mean
   return gaussian(mean, inflate * centred.T @ centred / rows.shape[0])
@@ -190,9 +194,12 @@ def gaussian_mixture(
     >>> print(np.allclose(scores, fit.score_samples(rows), atol=1e-4))
     True
   """
+  weights = base.as_array('weights', weights)
+  means = base.as_array('means', means)
+  covariances = base.as_array('covariances', covariances)
   base.check_positive('weights', weights)
+  base.check_real('means', means, low_open=True, high_open=True)
   base.check_positive('inflate', inflate)
-  weights, means, covariances = map(jnp.asarray, (weights, means, covariances))
   if means.ndim != 2 or (
     weights.shape != means.shape[:1]
     or covariances.shape != means.shape + means.shape[1:]
@@ -251,9 +258,20 @@ def follow(
   """
   base.check_real('rate', rate, low=0.0, high=1.0)
   base.check_positive('floor', floor)
+  base.check_fields('noise', noise, Gaussian._fields, 'a Gaussian')
+  if jnp.shape(rows)[1:] != noise.mean.shape:
+    raise ValueError(
+      f'rows must have shape [num, {noise.mean.shape[0]}], as the noise has,'
+      f' got {jnp.shape(rows)}.'
+    )
   dtype = noise.mean.dtype
   if log_weights is None:
     log_weights = jnp.zeros(rows.shape[:1], dtype)
+  if jnp.shape(log_weights) != jnp.shape(rows)[:1]:
+    raise ValueError(
+      f'log_weights must have shape {jnp.shape(rows)[:1]}, one a row, got'
+      f' {jnp.shape(log_weights)}.'
+    )
   finite = jnp.all(jnp.isfinite(rows), -1) & (log_weights < jnp.inf)
   log_weights = jnp.where(finite, log_weights, -jnp.inf)
   top = jnp.max(log_weights)

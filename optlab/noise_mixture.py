@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.scipy import special
 
 from optlab import base
+from optlab import likelihood
 
 
 class Mixture(NamedTuple):
@@ -49,13 +50,15 @@ def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
     ValueError: There are not as many weights as components, or one is not
       positive.
   """
-  weights = jnp.asarray(weights)
+  weights = base.as_array('weights', weights)
   base.check_positive('weights', weights)
   if not components or weights.shape != (len(components),):
     raise ValueError(
       f'weights must have shape ({len(components)},), one a component, got'
       f' {weights.shape}.'
     )
+  for i, component in enumerate(components):
+    likelihood.check_noise(f'components[{i}]', component)
   return Mixture(jnp.log(weights / jnp.sum(weights)), tuple(components))
 
 

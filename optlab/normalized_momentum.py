@@ -134,7 +134,7 @@ def normalized_momentum(
     Where they fall faster than that, it walks past the optimum: with ``beta``
     0.98 large rates diverge where 0.9 does not.
   """
-  base.check_non_negative('learning_rate', learning_rate)
+  base.check_learning_rate(learning_rate)
   return optax.chain(
     scale_by_normalized_momentum(beta),
     optax.scale_by_learning_rate(learning_rate),

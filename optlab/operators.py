@@ -1,7 +1,7 @@
 """Operators that show more than their products, and how to make them so."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -80,14 +80,44 @@ def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
     Its matrix, in float32 or wider.
   """
   dtype = base.accumulator_dtype(like)
+  flat, unravel = ravel_pytree(like)
+  check_operator('operator', operator, flat.size)
   if hasattr(operator, 'matrix'):
     return operator.matrix.astype(dtype)
   if hasattr(operator, 'factor'):
     factor = operator.factor.astype(dtype)
     return factor.T @ factor
-  flat, unravel = ravel_pytree(like)
   columns = jax.vmap(lambda unit: ravel(operator(unravel(unit))))
   return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
+
+
+def check_operator(name: str, operator: Any, size: int) -> None:
+  """Raises unless ``operator`` maps vectors of ``size`` numbers.
+
+  Args:
+    name: The argument's name, for the message.
+    operator: Any operator; the shapes of `Dense` and `LowRank` are checked.
+    size: The numbers in the pytrees that it is for.
+
+  Raises:
+    TypeError: It is not a function.
+    ValueError: Its ``matrix`` or ``factor`` is of another shape.
+  """
+  base.check_callable(
+    name, operator, 'v -> A v (wrap a matrix in optlab.Dense)'
+  )
+  matrix = getattr(operator, 'matrix', None)
+  if matrix is not None and jnp.shape(matrix) != (size, size):
+    raise ValueError(
+      f'{name} must have a matrix of shape {(size, size)}, got'
+      f' {jnp.shape(matrix)}.'
+    )
+  factor = getattr(operator, 'factor', None)
+  if factor is not None and jnp.shape(factor)[1:] != (size,):
+    raise ValueError(
+      f'{name} must have a factor of shape (r, {size}), got'
+      f' {jnp.shape(factor)}.'
+    )
 
 
 def ravel(tree: base.ArrayTree) -> jax.Array:

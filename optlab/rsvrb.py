@@ -137,8 +137,8 @@ def rsvrb(
   base.check_callable('upper', upper, '(params, inner, batch) -> scalar')
   base.check_callable('lower', lower, '(params, inner, batch) -> scalar')
   base.check_int('num_blocks', num_blocks, 1)
-  base.check_non_negative('step_size', step_size)
-  tracking.check_rate('beta', beta)
+  base.check_non_negative('step_size', step_size, schedule=True)
+  tracking.check_rate('beta', beta, schedule=True)
   base.check_positive('floor', floor)
 
   def sample(params, inner, batch):
@@ -205,6 +205,9 @@ def rsvrb(
     )
 
   def estimate(params, state, batch):
+    base.check_fields(
+      'batch', batch, PairedBlockBatch._fields, 'a PairedBlockBatch'
+    )
     tracking.check_blocks(batch.outer, num_blocks)
     block_points.check_batch(batch, num_blocks)
     step = state.iteration

@@ -44,6 +44,18 @@ class SabaState(NamedTuple):
   rejected: jax.Array  # shape (), int32, estimates that were not finite
 
 
+def _check_indexed(level: str, batch: Any, blocks: int) -> None:
+  """Raises unless a level's sample names its block; tracers pass."""
+  name = f'batch.{level}'
+  base.check_fields(name, batch, IndexedBatch._fields, 'an IndexedBatch')
+  index = batch.index
+  base.check_int(f'{name}.index', index, 0, traced=True)
+  if not isinstance(index, jax.core.Tracer) and index >= blocks:
+    raise ValueError(
+      f'{name}.index must be below {level}_blocks={blocks}, got {index}.'
+    )
+
+
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
   zeros = trees.zeros_accumulator(like)
   table = jax.tree.map(
@@ -152,9 +164,10 @@ def saba(
     like SAGA it needs smaller ones.
   """
   bilevel.check_objectives(upper, lower)
-  base.check_positive('linear_lr', linear_lr)
+  base.check_positive('linear_lr', linear_lr, schedule=True)
   base.check_int('upper_blocks', upper_blocks, 1)
   base.check_int('lower_blocks', lower_blocks, 1)
+  base.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
@@ -172,6 +185,9 @@ def saba(
     )
 
   def estimate(params, state, batch):
+    bilevel.check_batch(batch)
+    _check_indexed('upper', batch.upper, upper_blocks)
+    _check_indexed('lower', batch.lower, lower_blocks)
     value, grad_x, grad_y = bilevel.upper_value_and_grads(
       upper, params, state.inner, batch.upper.data
     )

@@ -77,6 +77,12 @@ class SparseMatrix:
     return self.rows.shape
 
   def __matmul__(self, vector: jax.Array) -> jax.Array:
+    if jnp.shape(vector) != self.shape[1:]:
+      raise ValueError(
+        f'vector must have shape {self.shape[1:]} for a SparseMatrix of shape'
+        f' {self.shape}, got {jnp.shape(vector)}.'
+      )
+    base.check_floating('vector', vector, 'The entries are read in its dtype.')
     return jax.custom_derivatives.linear_call(
       lambda matrix, v: matrix.rows(v),
       lambda matrix, v: matrix.columns(v),
@@ -100,6 +106,11 @@ class SparseMatrix:
       raise ValueError(
         'this SparseMatrix has no Gram matrix; make it with'
         ' sparse_matrix(..., gram=True).'
+      )
+    if jnp.shape(weights) != self.shape[:1]:
+      raise ValueError(
+        f'weights must have shape {self.shape[:1]}, one a row, got'
+        f' {jnp.shape(weights)}.'
       )
     d = self.shape[1]
     row, column = self.place[:, 0], self.place[:, 1]

@@ -172,6 +172,8 @@ def msvr(
       num_blocks = _num_blocks(tracker)
       sampled = jnp.sum(distinct_blocks(blocks, num_blocks))
       gamma = msvr_gamma(num_blocks, sampled, alpha)
+  else:
+    base.check_non_negative('gamma', gamma)
   return _update(tracker, now, before, alpha, gamma, blocks)
 
 
@@ -191,14 +193,16 @@ def msvr_gamma(
   Returns:
     Scalar; ``1 - alpha``, plain `storm`, where every block is sampled.
   """
+  base.check_int('num_blocks', num_blocks, 1)
+  is_array = isinstance(sampled, jax.Array)
+  base.check_int('sampled', sampled, 0 if is_array else 1, traced=True)
+  check_rate('alpha', alpha)
   # An empty batch updates no row; it must only not divide by zero.
-  sampled = (
-    jnp.maximum(sampled, 1) if isinstance(sampled, jax.Array) else sampled
-  )
+  sampled = jnp.maximum(sampled, 1) if is_array else sampled
   return (num_blocks - sampled) / sampled / (1.0 - alpha) + (1.0 - alpha)
 
 
-def check_rate(name: str, value: Any) -> None:
+def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
   """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
   base.check_real(
     name,
@@ -208,28 +212,41 @@ def check_rate(name: str, value: Any) -> None:
     low_open=True,
     high_open=True,
     remedy='0.1 is a stable start.',
+    schedule=schedule,
   )
 
 
 def _update(tracker, now, before, alpha, gamma, blocks):
-  def blend(tracker, now, before):
-    def leaf(old, now, before):
-      dtype = old.dtype
-      a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
-      now, before = now.astype(dtype), before.astype(dtype)
-      return (1 - a) * old + a * now + g * (now - before)
+  def blend(name, old):
+    base.check_same_tree('now', now, name, old)
+    base.check_same_tree('before', before, name, old)
+    return jax.tree.map(leaf, old, now, before)
 
-    return jax.tree.map(leaf, tracker, now, before)
+  def leaf(old, now, before):
+    dtype = old.dtype
+    a, g = jnp.asarray(alpha, dtype), jnp.asarray(gamma, dtype)
+    now, before = jnp.asarray(now, dtype), jnp.asarray(before, dtype)
+    return (1 - a) * old + a * now + g * (now - before)
 
+  tracker = jax.tree.map(jnp.asarray, tracker)
+  base.check_floating(
+    'tracker', tracker, 'An average of integers stands still.'
+  )
   if blocks is None:
-    return blend(tracker, now, before)
+    return blend('tracker', tracker)
   use = distinct_blocks(blocks, _num_blocks(tracker))
-  rows = blend(gather_rows(tracker, blocks), now, before)
+  rows = blend('tracker[blocks]', gather_rows(tracker, blocks))
   return scatter_rows(tracker, rows, blocks, use)
 
 
 def _num_blocks(table):
-  return jax.tree.leaves(table)[0].shape[0]
+  lengths = {(jnp.shape(leaf) or (-1,))[0] for leaf in jax.tree.leaves(table)}
+  if len(lengths) != 1 or -1 in lengths:
+    raise ValueError(
+      'tracker must be a table, arrays with one leading axis of blocks, got'
+      f' shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(table)]}.'
+    )
+  return lengths.pop()
 
 
 # Block tables.

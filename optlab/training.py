@@ -37,6 +37,8 @@ def init(
   Returns:
     A `TrainState`.
   """
+  base.check_estimator(estimator)
+  base.check_transformation('tx', tx)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -75,6 +77,8 @@ def train_step(
     0.81
     0.64
   """
+  base.check_estimator(estimator)
+  base.check_transformation('tx', tx)
   tx = optax.with_extra_args_support(tx)
 
   def step(state, batch):
@@ -191,6 +195,12 @@ def minimize(
   base.check_non_negative('stall_tol', stall_tol)
   if stall_steps is not None:
     base.check_int('stall_steps', stall_steps, 1)
+  base.check_transformation('tx', tx)
+  base.check_real('target_value', target_value)
+  if curvature is not None:
+    base.check_callable('curvature', curvature, 'params -> operator')
+  if trace is not None:
+    base.check_callable('trace', trace, 'MinimizeResult -> row')
   tx = optax.with_extra_args_support(tx)
   if opt_state is None:
     opt_state = tx.init(params)

@@ -89,6 +89,7 @@ def unrolled(
   base.check_int('lower_steps', lower_steps, 1)
   if start is not None:
     base.check_callable('start', start, '(x, y) -> y')
+  base.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
@@ -103,6 +104,7 @@ def unrolled(
     )
 
   def estimate(params, state, batch):
+    bilevel.check_batch(batch)
     first = state.inner if warm else state.start
     opt_state = state.lower_opt_state if warm else optimizer.init(first)
 

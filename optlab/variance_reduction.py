@@ -65,6 +65,7 @@ def with_storm(
     rejected one) gives a zero gradient and leaves tracker and previous point
     alone.
   """
+  base.check_estimator(estimator)
   base.check_real('beta', beta, low=0.0, high=1.0, low_open=True)
 
   def init(params, *inner):

@@ -19,7 +19,19 @@ def test_check_positive_names_argument_value_and_remedy(value):
     base.check_positive('rate', value, remedy='Try 0.1.')
 
 
-@pytest.mark.parametrize('value', ['a', None, True, [1.0], 1j])
+@pytest.mark.parametrize(
+  'value',
+  [
+    'a',
+    None,
+    True,
+    [1.0],
+    1j,
+    np.array('a'),
+    jnp.ones(2) * 1j,
+    jnp.ones(2) > 0,
+  ],
+)
 def test_check_positive_refuses_what_is_not_a_number(value):
   with pytest.raises(TypeError, match='rate must be a real number, got'):
     base.check_positive('rate', value)
@@ -31,9 +43,13 @@ def test_checks_pass_good_values_schedules_and_tracers():
     0.5,
     np.float32(2.0),
     jnp.ones(()),
-    optax.constant_schedule(1.0),
+    jnp.ones((), jnp.bfloat16),
   ):
     base.check_positive('rate', value)
+  schedule = optax.constant_schedule(1.0)
+  base.check_positive('rate', schedule, schedule=True)
+  with pytest.raises(TypeError, match=r'got <function .*inject_hyperparams'):
+    base.check_positive('rate', schedule)
   base.check_non_negative('rate', 0.0)
   base.check_real('b1', 0.0, low=0.0, high=1.0, high_open=True)
   with pytest.raises(ValueError, match=r'b1 must be in \[0.0, 1.0\), got 1.0'):
@@ -56,6 +72,27 @@ def test_check_int():
     ValueError, match='period must be at least 1, got 0. Use 1.'
   ):
     base.check_int('period', 0, 1, 'Use 1.')
+
+
+def test_check_int_of_what_gives_no_shape():
+  for value in (3, np.int64(3), jnp.int32(3), np.array(3)):
+    base.check_int('size', value, 2, traced=True)
+  jax.jit(lambda n: base.check_int('size', n, 2, traced=True))(1)
+  with pytest.raises(ValueError, match='size must be at least 2, got 1'):
+    base.check_int('size', jnp.int32(1), 2, traced=True)
+  for value in (jnp.ones(()), jnp.ones(2, int)):
+    with pytest.raises(TypeError, match='size must be an integer'):
+      base.check_int('size', value, 2, traced=True)
+  with pytest.raises(TypeError, match='pass a Python integer'):
+    base.check_int('size', jnp.int32(3), 2)
+
+
+def test_check_fields_says_what_it_needs():
+  base.check_estimator(base.GradientEstimator(lambda p: (), lambda p, s, b: 1))
+  with pytest.raises(TypeError, match='estimate; got EmptyState'):
+    base.check_estimator(optax.EmptyState())
+  with pytest.raises(TypeError, match='tx must be an optax .*got NoneType'):
+    base.check_transformation('tx', None)
 
 
 def test_check_same_tree_names_the_leaf():

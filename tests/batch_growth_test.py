@@ -331,7 +331,7 @@ def test_bad_constants_of_the_tests(make, name, value):
     ({'batch_size': 101}, ValueError, 'at most max_batch_size=100, got 101'),
     ({'max_batch_size': 1}, ValueError, 'max_batch_size must be at least 2'),
     ({'max_batch_size': 2**31}, ValueError, 'must be an int32'),
-    ({'test_interval': 0}, ValueError, 'test_interval must be in'),
+    ({'test_interval': 0}, ValueError, 'test_interval must be at least 1'),
     ({'growth_cap': 1.0}, ValueError, 'growth_cap must be in'),
     ({'growth_cap': float('nan')}, ValueError, 'growth_cap must be in'),
     ({'multiple_of': 0}, ValueError, 'multiple_of must be at least 1'),
