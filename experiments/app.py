@@ -269,7 +269,7 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
     try:
-      earlier = None
+      header, earlier = {}, None
       if has_record and flags.FLAGS.repeat:
         header, earlier = record.read(flags.FLAGS.repeat)
         config = _repeated(config_type, header)

@@ -224,7 +224,7 @@ def images() -> Problem:
     def calls(before, after):
       # The last batch of an epoch is what is left of it.
       left = len(data[1]) - before.epochs.position
-      asked = size
+      asked: Any = size
       if size is None:
         asked = optax.tree.get(before.train.opt_state, 'batch_size')
       return jnp.minimum(asked, left)
