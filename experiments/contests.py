@@ -333,10 +333,11 @@ def blocks() -> Problem:
       chosen = optlab.sample_blocks(keys[0], count, sampled)
       drawn = noise * jax.random.normal(keys[1], (2, sampled, dim))
       rows = jax.tree.map(lambda leaf: leaf[chosen], data)
-      batch: Any = optlab.BlockBatch(chosen, (rows, drawn[0]), (rows, drawn[1]))
+      parts = chosen, (rows, drawn[0]), (rows, drawn[1])
+      batch: Any = optlab.BlockBatch(*parts)
       if name == 'rsvrb':  # It samples blocks for the upper level apart.
         outer = optlab.sample_blocks(keys[2], count, sampled)
-        batch = optlab.PairedBlockBatch(*batch, outer)
+        batch = optlab.PairedBlockBatch(*parts, outer)
       return optlab.train_step(estimator, optax.sgd(rate))(state, batch)[0]
 
     return Entry(start, step, lambda before, after: sampled)

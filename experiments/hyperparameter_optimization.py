@@ -169,14 +169,14 @@ def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
 
 def text_problem(config: Config) -> tuning.Problem:
   """A recurrent classifier, all of it in the lower level."""
-  if config.precision != 'float32':
-    raise app.UserError(
-      '--problem=text needs --precision=float32: the cells carry float32'
-    )
   sentences = text.load(
     config.dataset, config.data_dir, max_length=config.max_length,
     min_count=config.min_count,
   )  # fmt: skip
+  if config.precision != 'float32':
+    raise app.UserError(
+      '--problem=text needs --precision=float32: the cells carry float32'
+    )
   init, encode = text.functional(
     lambda rngs: text.Encoder(
       len(sentences.vocabulary), config.width, rngs, cell=config.cell
