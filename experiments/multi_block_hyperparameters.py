@@ -13,8 +13,8 @@ What it shows (4,000 steps, medians of 5 seeds, test loss): with a fifth of the
 labels flipped and three in ten positive rows kept, tuned weights win, on a8a
 0.378 with v2 and 0.383 with v1 against 0.477 with frozen weights, on w8a 0.118
 with v2 against 0.290. On clean data they bring little: a8a 0.341 with v1, 0.345
-with v2, 0.346 frozen; w8a 0.138 with v2, 0.110 frozen. Lower problems diverge at
-a step of 3 on a8a.
+with v2, 0.346 frozen; w8a 0.138 with v2, 0.110 frozen. Lower problems diverge
+at a step of 3 on a8a.
 """
 
 import dataclasses
