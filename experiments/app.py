@@ -210,13 +210,8 @@ def _repeated(config_type: type[BareConfig], header: dict) -> BareConfig:
 
 def _check_repeated(rows: list[dict], again: list[dict]) -> None:
   """Raises a `UserError` unless two runs have the same numbers."""
-
-  def numbers(row):
-    return {key: value for key, value in row.items() if 'seconds' not in key}
-
   for i, (row, new) in enumerate(zip(rows, again, strict=False)):
     # As text, in which NaN equals NaN.
-    row, new = numbers(row), numbers(new)
     changed = [
       key
       for key in row | new
@@ -287,7 +282,10 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
       main(config)
       if earlier is not None:
         folder = flags.FLAGS.output_dir or f'results/{header["program"]}'
-        _check_repeated(earlier, record.read(folder)[1])
+        rows = record.read(folder)[1]
+        _check_repeated(
+          record.without_times(earlier), record.without_times(rows)
+        )
     except UserError as error:
       _fail(str(error))
     except InterruptedRun as stopped:

@@ -22,6 +22,7 @@ from experiments import densities
 from experiments import hyperparameter_optimization
 from experiments import image_classifiers
 from experiments import multi_block_quadratic as quadratic
+from experiments import newton
 from experiments import plane_noise
 from experiments import problems
 import optlab
@@ -110,17 +111,8 @@ def logistic() -> Problem:
   fun = lambda params: problem.fun(params, data)
   estimator = optlab.value_and_grad(lambda params, _: fun(params))
   curvature = problem.curvatures['gauss_newton'].factory
-  best = jax.jit(
-    lambda start: optlab.minimize(
-      fun,
-      start,
-      optlab.gns_newton(),
-      max_steps=100,
-      grad_tol=1e-13,
-      stall_steps=3,
-      curvature=lambda params: curvature(params, data),
-    )
-  )(jnp.asarray(problem.start(0)))
+  least = newton.least_value(problem)
+  shape = problem.start(0).shape
 
   def entry(name):
     own, tuned = estimator, False
@@ -145,7 +137,7 @@ def logistic() -> Problem:
       make, tuned = optimizer(name), True
 
     def start(key, rate):
-      params = 0.1 * jax.random.normal(key, best.params.shape)
+      params = 0.1 * jax.random.normal(key, shape)
       return optlab.init(params, own, make(rate))
 
     def step(state, key, rate):
@@ -154,7 +146,7 @@ def logistic() -> Problem:
     return Entry(start, step, calls, tuned)
 
   def measure(state):
-    value = jnp.maximum(fun(state.params) - best.value, 0.0)
+    value = jnp.maximum(fun(state.params) - least, 0.0)
     return {'tuning': value, 'value': value}
 
   return Problem(
@@ -182,7 +174,6 @@ def images() -> Problem:
   )
   side = whole.train[0].shape[1]
   model = image_classifiers.model('mlp', side, whole.classes, jnp.float32)
-  like = model.start(0)
   estimator = optlab.per_example(
     model.losses, optlab.ghost_norms, microbatch_size=BATCH
   )
@@ -202,18 +193,7 @@ def images() -> Problem:
 
     def start(key, rate):
       keys = jax.random.split(key)
-      leaves, tree = jax.tree.flatten(like)
-      # Weights as flax draws them, normal with variance 1 / fan_in.
-      drawn = [
-        jax.random.normal(
-          jax.random.fold_in(keys[0], i), leaf.shape, leaf.dtype
-        )
-        / np.sqrt(leaf.shape[0])
-        if leaf.ndim > 1
-        else leaf
-        for i, leaf in enumerate(leaves)
-      ]
-      params = jax.tree.unflatten(tree, drawn)
+      params = model.start(keys[0])
       return optlab.growing_init(params, estimator, make(rate), data, keys[1])
 
     def step(state, key, rate):

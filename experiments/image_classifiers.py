@@ -157,12 +157,12 @@ class Model(NamedTuple):
   """A flax model as pure functions of plain dictionaries.
 
   Attributes:
-    start: ``seed -> params``.
+    start: ``seed or key -> params``.
     losses: ``(params, (images, labels)) -> (n,)`` cross entropies.
     logits: ``(params, images) -> [n, classes]``.
   """
 
-  start: Callable[[int], Any]
+  start: Callable[[int | jax.Array], Any]
   losses: Callable[[Any, Any], jax.Array]
   logits: Callable[[Any, jax.Array], jax.Array]
 

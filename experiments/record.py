@@ -54,6 +54,14 @@ def _revive(row: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def without_times(rows: Iterable[dict]) -> list[dict]:
+  """The rows less their seconds: what is the same whenever a run is made."""
+  return [
+    {key: value for key, value in row.items() if 'seconds' not in key}
+    for row in rows
+  ]
+
+
 def versions() -> dict[str, str]:
   """Versions of what the numbers depend on."""
   found = {'python': platform.python_version()}

@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from experiments import record
+
 pytestmark = pytest.mark.crash
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = 6  # Of each program.
@@ -68,12 +70,8 @@ def launch(program, folder, *arguments):
 
 def numbers(folder):
   """The rows of a record without times, as text; NaN equals NaN."""
-  lines = (folder / 'record.jsonl').read_text().splitlines()[1:]
-  rows = [json.loads(line) for line in lines]
-  return [
-    json.dumps({k: v for k, v in row.items() if 'seconds' not in k})
-    for row in rows
-  ]
+  rows = record.without_times(record.read(folder)[1])
+  return [json.dumps(row) for row in rows]
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
@@ -104,8 +102,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(program, tmp_path):
     else:
       assert process.returncode == 0, errors
       assert numbers(killed) == numbers(whole)
-      for path in killed.glob('record.jsonl'):
-        path.unlink()  # It came to its end: begin anew.
+      (killed / 'record.jsonl').unlink()  # It came to its end: begin anew.
   if not (killed / 'record.jsonl').exists():
     return
   process = launch(program, killed, '--resume')

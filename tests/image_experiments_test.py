@@ -29,14 +29,6 @@ def config(tmp_path):
   )  # fmt: skip
 
 
-def numbers(rows):
-  """Rows without their times."""
-  return [
-    {name: value for name, value in row.items() if 'seconds' not in name}
-    for row in rows
-  ]
-
-
 def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
   image_classification.main(config)
   shown = capsys.readouterr().out
@@ -88,7 +80,7 @@ def test_a_run_of_growing_batches_resumes(config):
       image_classification.run(
         session, now, task._replace(measure=measure), choice, 'it', lanes
       )
-    return numbers(record.read(folder)[1])
+    return record.without_times(record.read(folder)[1])
 
   calls = []
 
@@ -182,4 +174,6 @@ def test_synthetic_functions_end_where_the_paper_says(tmp_path, x64, capsys):
   assert (tmp_path / 'synthetic_functions.png').stat().st_size > 10_000
   again = dataclasses.replace(config, resume=True)
   synthetic_functions.main(again)
-  assert numbers(record.read(tmp_path)[1]) == numbers(rows)
+  assert record.without_times(record.read(tmp_path)[1]) == (
+    record.without_times(rows)
+  )

@@ -43,11 +43,7 @@ def go(session, steps=20, **kwargs):
 
 def numbers(folder):
   """What a run recorded, without its times."""
-  _, rows = record.read(folder)
-  return [
-    {name: value for name, value in row.items() if 'seconds' not in name}
-    for row in rows
-  ]
+  return record.without_times(record.read(folder)[1])
 
 
 @pytest.fixture
