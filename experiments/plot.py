@@ -115,9 +115,7 @@ def draw_lines(
   style = itertools.cycle(_STYLES)
   for label, rows in records:
     line = next(style)
-    for i, method in enumerate(methods(rows)):
-      if not keep(method):
-        continue
+    for i, method in enumerate(filter(keep, methods(rows))):
       xs, middle, low, high = curves(rows, method, x, y)
       if log_y:
         middle, low, high = (np.maximum(v, floor) for v in (middle, low, high))
