@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench notebooks docs reproduce crash-test install clean
+.PHONY: demo test lint bench notebooks docs reproduce crash-test scale-test install clean
 
 install: $(INSTALLED)
 
@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m experiments.logistic_regression --output_dir=results/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'not slow and not crash'
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'not slow and not crash and not scale'
 	$(MAKE) --no-print-directory lint
 
 lint: $(INSTALLED)
@@ -37,6 +37,10 @@ reproduce: $(INSTALLED)
 # Programs killed at random moments and resumed, 60 times.
 crash-test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m crash
+
+# A program of each method on 8 devices and in 2 processes: the same numbers.
+scale-test: $(INSTALLED)
+	$(BIN)/python -m pytest -m scale
 
 # Executes the text twins and writes the pictures into the .ipynb files.
 notebooks: $(INSTALLED)

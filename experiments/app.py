@@ -249,7 +249,8 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
     main: The program.
     config_type: Its configuration, a subclass of `BareConfig`.
   """
-  from experiments import record  # It imports this module.
+  from experiments import devices  # They import this module.
+  from experiments import record
 
   _define(config_type)
   has_record = issubclass(config_type, Config)
@@ -279,6 +280,8 @@ def run(main: Callable[[Any], Any], config_type: type[BareConfig]) -> None:
         config = _from_flags(config_type, argv[1:])
       if isinstance(config, Config):
         jax.config.update('jax_enable_x64', config.precision == 'float64')
+      if isinstance(config, devices.Config):
+        devices.connect(config)
       main(config)
       if earlier is not None:
         folder = flags.FLAGS.output_dir or f'results/{header["program"]}'

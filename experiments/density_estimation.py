@@ -27,6 +27,7 @@ from scipy import stats
 
 from experiments import app
 from experiments import densities
+from experiments import devices
 from experiments import plane_noise
 from experiments import plot
 from experiments import report
@@ -43,7 +44,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags of the program."""
 
   problem: str = app.flag('plane', 'What to run.', choices=PROBLEMS)
@@ -246,7 +247,7 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
       if adapting is not None:
         log_p = densities.log_density(model_of(state.params), drawn)
         adapting = plane_noise.adapt(noise, drawn, log_p - batch.noise_log_prob)
-      state, _ = step(state, batch)
+      state, _ = step(state, devices.split(batch))
       return (state, key, adapting, ess + ess_of(state.estimator_state)), None
 
     carry = (lane.train, lane.key, lane.noise, jnp.zeros(()))

@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from experiments import app
+from experiments import devices
 from experiments import image_classifiers
 from experiments import plot
 from experiments import record
@@ -40,7 +41,7 @@ _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags."""
 
   dataset: str = app.flag(
@@ -154,9 +155,14 @@ def run(
   microbatch = config.microbatch
   if rule.moments is optlab.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
+  route = rule.moments
+  if route is not optlab.microbatch_means:
+    route = lambda losses, params, *rows: rule.moments(
+      losses, params, *devices.split(rows)
+    )
   estimator = optlab.per_example(
     model.losses,
-    rule.moments,
+    route,
     inner_products=rule.inner_products,
     microbatch_size=min(microbatch, rule.limit),
   )

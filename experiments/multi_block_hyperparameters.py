@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from experiments import app
+from experiments import devices
 from experiments import multi_block_logistic as logistic
 from experiments import plot
 from experiments import record
@@ -39,7 +40,7 @@ TUNING_SEED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags."""
 
   dataset: str = app.flag('a8a', 'Data set: a name or a file.')
@@ -166,7 +167,7 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
       batch = optlab.BlockBatch(blocks, upper_batch, lower_batch)
       if name == 'rsvrb':
         batch = optlab.PairedBlockBatch(*batch, outer)
-      return train_step(train, batch)[0]
+      return train_step(train, devices.split(batch))[0]
 
     return run._replace(train=jax.lax.fori_loop(0, every, step, run.train))
 
@@ -236,7 +237,7 @@ def run_lanes(
     steps=every * config.looks, every=every,
     seeds=tuple(int(seed) for seed in range(len(seeds)))
     if label != name else tuple(int(seed) for seed in seeds),
-    data=problem, show='validation',
+    data=problem, show='validation', tables=config.num_blocks,
   )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from sklearn.linear_model import _linear_loss
 
 from experiments import app
 from experiments import data as data_lib
+from experiments import devices
 from experiments import plot
 from experiments import problems
 from experiments import report
@@ -46,7 +47,7 @@ _LONG = 1.0  # Seconds of a run that is not repeated.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags of the three programs."""
 
   curvature: tuple[str, ...] = app.flag(

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from experiments import app
+from experiments import devices
 from experiments import multi_block_quadratic as quadratic
 from experiments import plot
 from experiments import record
@@ -32,7 +33,7 @@ WINDOW = 10  # Looks over which the gap must stay below the target.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags."""
 
   num_blocks: int = app.flag(100, 'Blocks of the problem, m.', low=1)
@@ -105,7 +106,8 @@ def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
     noise = scale * jax.random.normal(keys[1], (2, *shape))
     rows = jax.tree.map(lambda leaf: leaf[blocks], data)
     batch = optlab.BlockBatch(blocks, (rows, noise[0]), (rows, noise[1]))
-    return run._replace(train=train_step(run.train, batch)[0])
+    train, _ = train_step(run.train, devices.split(batch))
+    return run._replace(train=train)
 
   return start, step
 
@@ -179,7 +181,7 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
     lambda state: jax.vmap(advance)(upper, lower, state),
     evaluate,
     steps=config.steps // LOOK * LOOK, every=LOOK, stop=stop, show='best',
-    blocks=cell.blocks, batch_rows=cell.rows,
+    tables=config.num_blocks, blocks=cell.blocks, batch_rows=cell.rows,
   )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from experiments import app
+from experiments import devices
 from experiments import plot
 from experiments import record
 from experiments import report
@@ -38,7 +39,7 @@ CUTS = (5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags."""
 
   queries: int = app.flag(200, 'Training queries, m.', low=1)
@@ -233,7 +234,7 @@ def prepare(config: Config, name: str, steps: int, every: int):
       key = jax.random.fold_in(run.key, run.step)
       blocks = optlab.sample_blocks(key, m, config.blocks)
       queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
-      batch = optlab.BlockBatch(blocks, queries, queries)
+      batch = devices.split(optlab.BlockBatch(blocks, queries, queries))
       is_warm = (run.step < warm_steps) | (not bilevel)
       warm, _ = plain_step(run.warm, batch)
       # In the warm phase the thresholds follow the scores, and no more.
@@ -299,7 +300,7 @@ def run_lanes(
     label, state,
     lambda state, data: jax.vmap(advance, (0, 0, None))(rate, state, data),
     evaluate, steps=every * config.looks, every=every, seeds=tuple(ids),
-    data=data.train, show=f'validation{CUTS[-1]}',
+    data=data.train, tables=config.queries, show=f'validation{CUTS[-1]}',
   )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ is a state and a compiled function that advances it by one piece; between the
 pieces the session evaluates, records, shows progress and checkpoints. A run
 that was killed and resumed writes the numbers of the run that was not killed:
 all that a piece depends on is in the state, and the record is cut back to the
-checkpoint before it goes on.
+checkpoint before it goes on. With a mesh the pieces run on many devices, and
+all else on the first of each process; only the first process's files stay.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import pickle
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -28,10 +31,13 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 from experiments import app
+from experiments import devices
 from experiments import record
 
 # Flags that do not change the numbers of a run.
-_NOT_IDENTITY = ('output_dir', 'resume', 'checkpoint_every')
+_NOT_IDENTITY = (
+  'output_dir', 'resume', 'checkpoint_every', 'coordinator', 'process',
+)  # fmt: skip
 _SAVE_ERRORS = (OSError, ValueError, KeyError, TypeError, FileNotFoundError)
 
 
@@ -55,6 +61,12 @@ def _pack(state: Any) -> Any:
   )
 
 
+def _stored(state: Any) -> Any:
+  """What a checkpoint holds: of several processes the first writes alone."""
+  packed = _pack(state)
+  return packed if jax.process_count() == 1 else jax.device_get(packed)
+
+
 def _unpack(packed: Any, like: Any) -> Any:
   def unpack(leaf, like):
     is_key = isinstance(like, jax.Array) and jax.dtypes.issubdtype(
@@ -65,6 +77,36 @@ def _unpack(packed: Any, like: Any) -> Any:
     return leaf
 
   return jax.tree.map(unpack, packed, like)
+
+
+def _spread(mesh, advance, state, constants, tables):
+  """Compiles a piece for a mesh, and puts the state and the data on it.
+
+  Args:
+    mesh: The devices.
+    advance: As in `Session.run`.
+    state: Where it starts.
+    constants: The data, or nothing.
+    tables: As in `Session.run`.
+
+  Returns:
+    The compiled piece, the state and the data on the mesh, and what makes of
+    such a state one on a device of this process.
+  """
+  packed = _pack(state)
+  layout = devices.layout(packed, mesh, devices.tables(tables))
+
+  def piece(packed, *constants):
+    return _pack(advance(_unpack(packed, state), *constants))
+
+  start = devices.put(packed, layout)
+  constants = devices.put(
+    constants, devices.layout(constants, mesh, devices.rows)
+  )
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(piece, out_shardings=layout).lower(start, *constants)
+  whole = lambda packed: _unpack(devices.whole(packed, mesh), state)
+  return lowered.compile(), start, constants, whole
 
 
 class Session:
@@ -88,18 +130,24 @@ class Session:
     """
     self._identity = _identity(config)
     self._every = config.checkpoint_every
-    self.folder = pathlib.Path(
-      config.output_dir or f'results/{program}'
-    ).absolute()
+    self._mesh = devices.make_mesh(getattr(config, 'mesh', ''))
+    self._several = jax.process_count() > 1
+    folder = config.output_dir or f'results/{program}'
+    if not devices.is_first():
+      self._scratch = tempfile.TemporaryDirectory()
+      folder = self._scratch.name
+    self.folder = pathlib.Path(folder).absolute()
     self._checkpoints = self.folder / 'checkpoints'
     self._path = self.folder / 'record.jsonl'
     self.rows: list[dict] = []
     self._interrupted = False
-    if config.resume:
-      self._resume(program)
-    else:
+    if not config.resume:
       self._begin(program, config, header)
+    elif devices.is_first():
+      self._resume(program)
     self._writer = record.Writer(self._path)
+    if config.resume:
+      self._share_record()
 
   def _begin(self, program, config, header) -> None:
     try:
@@ -156,6 +204,19 @@ class Session:
       file.truncate(size)
     self.rows = rows
 
+  def _share_record(self) -> None:
+    """Gives every process the record of the first."""
+    if not self._several:
+      return
+    content = devices.from_first(
+      self._path.read_bytes() if devices.is_first() else b''
+    )
+    if not devices.is_first():
+      self._writer.close()
+      self._path.write_bytes(content)
+      self._writer = record.Writer(self._path)
+      _, self.rows = record.read(self._path)
+
   def __enter__(self) -> 'Session':
     self._old_handler = signal.getsignal(signal.SIGINT)
     with contextlib.suppress(ValueError):  # Not the main thread.
@@ -196,6 +257,7 @@ class Session:
     stop: Callable[[list[dict]], bool] | None = None,
     show: str = 'value',
     keep_state: bool = False,
+    tables: int | None = None,
     **fields: Any,
   ) -> Any:
     """Runs one method from its start, or from where it stopped.
@@ -217,6 +279,8 @@ class Session:
       show: The field shown beside the progress bar.
       keep_state: Save the last state, so that a resumed run gets it back where
         the method is done already.
+      tables: Length of the block tables in the state, the second axis of each;
+        a mesh splits them over its ``blocks``.
       **fields: More fields for each row.
 
     Returns:
@@ -242,12 +306,25 @@ class Session:
 
     began = time.perf_counter()
     constants = () if data is None else (data,)
-    compiled = jax.jit(advance).lower(state, *constants).compile()
+    whole = lambda state: state
+    if self._mesh is None:
+      compiled = jax.jit(advance).lower(state, *constants).compile()
+    else:
+      compiled, state, constants, whole = _spread(
+        self._mesh, advance, state, constants, tables
+      )
+      fields['collectives'] = devices.collectives(compiled)
+      if self._mesh.size > 1 and not fields['collectives']:
+        _warn(
+          f'{method}: no exchange between devices, each does the whole work;'
+          ' the numbers of rows and of blocks must be multiples of --mesh'
+        )
     compile_seconds = time.perf_counter() - began
 
     def measure():
       values = {
-        name: np.asarray(value) for name, value in evaluate(state).items()
+        name: np.asarray(value)
+        for name, value in evaluate(whole(state)).items()
       }
       return [
         self._writer.write(
@@ -271,7 +348,8 @@ class Session:
     saved = time.perf_counter()
     with _progress() as bar:
       task = bar.add_task(method, total=steps, completed=step, value='')
-      while step < steps and not (stop is not None and stop(latest)):
+      ended = stop is not None and stop(latest)
+      while step < steps and not ended:
         began = time.perf_counter()
         state = jax.block_until_ready(compiled(state, *constants))
         seconds += time.perf_counter() - began
@@ -281,15 +359,20 @@ class Session:
         shown = [row[show] for row in latest if show in row]
         text = f'{show} {np.median(shown):.4g}' if shown else ''
         bar.update(task, completed=step, value=text)
-        due = time.perf_counter() - saved >= self._every
-        if due or self._interrupted:
-          self._save(folder, state, step, seconds)
+        ended, due, interrupted = devices.any_of(
+          stop is not None and stop(latest),
+          time.perf_counter() - saved >= self._every,
+          self._interrupted,
+        )
+        if due or interrupted:
+          self._save(folder, whole(state), step, seconds)
           saved = time.perf_counter()
-        if self._interrupted:
+        if interrupted:
           raise app.InterruptedRun(
             f'interrupted at step {step} of {method}; the record is in'
             f' {self.folder}, go on with --resume'
           )
+    state = whole(state)
     if keep_state:
       self._save(folder, state, step, seconds)
     self.write(
@@ -327,8 +410,11 @@ class Session:
     else:
       self._writer.truncate(size)
     _, self.rows = record.read(self._path)
+    self._share_record()
 
   def _save(self, folder, state, step, seconds) -> None:
+    if not devices.is_first():
+      return
     meta = {
       'step': step,
       'seconds': seconds,
@@ -341,16 +427,27 @@ class Session:
       manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_pack(state)),
+          state=ocp.args.StandardSave(_stored(state)),
           meta=ocp.args.JsonSave(meta),
         ),
       )
 
   def _restore(self, folder, state) -> tuple[Any, dict[str, Any]]:
     """The newest checkpoint that can be read, or ``None``."""
+    if not self._several:
+      return self._read(folder, state)
+    found, meta = None, {}
+    if devices.is_first():
+      found, meta = self._read(folder, state)
+    packed, meta = pickle.loads(
+      devices.from_first(pickle.dumps((_stored(found), meta)))
+    )
+    return (None if packed is None else _unpack(packed, state)), meta
+
+  def _read(self, folder, state) -> tuple[Any, dict[str, Any]]:
     if not folder.exists():
       return None, {}
-    packed = _pack(state)
+    packed = _stored(state)
     with _manager(folder) as manager:
       for step in sorted(manager.all_steps(), reverse=True):
         try:
@@ -369,11 +466,13 @@ class Session:
           return _unpack(found['state'], state), meta
         except _SAVE_ERRORS as error:
           reason = ' '.join(str(error).split())[:200]
-          print(
-            f'checkpoint {folder.name}/{step} is not used: {reason}',
-            file=sys.stderr,
-          )
+          _warn(f'checkpoint {folder.name}/{step} is not used: {reason}')
     return None, {}
+
+
+def _warn(message: str) -> None:
+  if devices.is_first():
+    print(message, file=sys.stderr)
 
 
 def _folder_name(method: str, seeds: tuple[int, ...]) -> str:
@@ -385,8 +484,15 @@ def _folder_name(method: str, seeds: tuple[int, ...]) -> str:
 
 @contextlib.contextmanager
 def _manager(folder: pathlib.Path):
+  folder.mkdir(parents=True, exist_ok=True)
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
+  )
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2, create=True, enable_async_checkpointing=False
+    max_to_keep=2,
+    create=False,
+    enable_async_checkpointing=False,
+    multiprocessing_options=alone,
   )
   manager = ocp.CheckpointManager(folder, options=options)
   try:
@@ -404,4 +510,5 @@ def _progress() -> rich_progress.Progress:
     rich_progress.TextColumn('{task.fields[value]}'),
     console=rich_console.Console(stderr=True),
     transient=True,
+    disable=not devices.is_first(),
   )

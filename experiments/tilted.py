@@ -20,6 +20,7 @@ from sklearn import mixture as sklearn_mixture
 from experiments import app
 from experiments import data as data_lib
 from experiments import densities
+from experiments import devices
 from experiments import report
 from experiments import runner
 import optlab
@@ -31,7 +32,7 @@ WIDE_SHARE, WIDE_INFLATION = 0.05, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags of the programs that train energies of images."""
 
   dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
@@ -221,7 +222,7 @@ def train(
       batch = optlab.NoiseBatch(
         rows[index], pool[drawn], pool_log_prob[drawn], log_q[index]
       )
-      state, _ = step(state, batch)
+      state, _ = step(state, devices.split(batch))
       found = optax.tree.get(state.estimator_state, 'ess', None)
       ess += jnp.asarray(jnp.nan if found is None else found, jnp.float32)
       return (state, key, ess), None

@@ -20,6 +20,7 @@ import optax
 
 from experiments import app
 from experiments import bilevel
+from experiments import devices
 from experiments import plot
 from experiments import record
 from experiments import report
@@ -41,7 +42,7 @@ METHODS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(devices.Config):
   """Flags of every program that compares tuned methods."""
 
   data_dir: str = app.flag('', 'Folder with data files.')
@@ -197,7 +198,7 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
     return estimator, tx
 
   def sample(key, data):
-    batches = problem.sample(key, data)
+    batches = devices.split(problem.sample(key, data))
     if problem.blocks is None or method.indexed:
       return batches
     return tuple(batch.data for batch in batches)

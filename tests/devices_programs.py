@@ -1,0 +1,91 @@
+"""Runs a program of each method on one device, and on a mesh.
+
+python tests/devices_programs.py FOLDER MESH [COORDINATOR PROCESSES PROCESS]
+"""
+
+import pathlib
+import sys
+
+import jax
+
+from experiments import density_estimation
+from experiments import devices
+from experiments import hyperparameter_optimization
+from experiments import image_classification
+from experiments import logistic_regression
+from experiments import multi_block_hyperparameters
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_enable_x64', True)
+
+F64 = {'precision': 'float64'}
+TUNED = F64 | {'seeds': 2, 'tuning_seeds': 1}
+PROGRAMS = {
+  'gns': (
+    logistic_regression,
+    F64
+    | {
+      'dataset': 'mushrooms', 'optimizers': ('gns',), 'max_steps': 8,
+      'curvature': ('exact',), 'seeds': 1,
+    },
+  ),
+  'diffgrad': (
+    image_classification,
+    TUNED
+    | {
+      'optimizers': ('diffgrad',), 'batches': ('32',), 'rates': (0.01,),
+      'epochs': 1,
+    },
+  ),
+  'adadagrad': (
+    image_classification,
+    TUNED
+    | {
+      'optimizers': ('adagrad',), 'batches': ('norm:1',), 'rates': (0.01,),
+      'epochs': 1,
+    },
+  ),
+  'bo_rep': (
+    hyperparameter_optimization,
+    TUNED
+    | {
+      'methods': ('bo_rep',), 'upper_steps': ('momentum',), 'rates': (0.1,),
+      'steps': 50,
+    },
+  ),
+  'bsvrb': (
+    multi_block_hyperparameters,
+    F64
+    | {
+      'dataset': 'breast_cancer', 'methods': ('v2',), 'num_blocks': 16,
+      'blocks': 8, 'rows': 8, 'seeds': 2, 'steps': 40, 'tuning_steps': 20,
+      'looks': 2, 'upper_rates': (100.0,), 'lower_rates': (1.0,),
+    },
+  ),
+  'meco': (
+    density_estimation,
+    F64
+    | {
+      'sets': ('pinwheel',), 'methods': ('meco',), 'learning_rates': (0.02,),
+      'seeds': 2, 'steps': 20, 'data_rows': 64, 'noise_rows': 64,
+    },
+  ),
+}  # fmt: skip
+
+
+def main(folder, mesh, coordinator='', processes='1', process='0'):
+  """Writes FOLDER/METHOD/one and FOLDER/METHOD/many."""
+  where = {
+    'mesh': mesh, 'coordinator': coordinator, 'processes': int(processes),
+    'process': int(process),
+  }  # fmt: skip
+  devices.connect(devices.Config(**where))
+  for name, (program, flags) in PROGRAMS.items():
+    for kind, more in (('one', {}), ('many', where)):
+      output = pathlib.Path(folder) / name / kind
+      program.main(program.Config(output_dir=str(output), **flags, **more))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,206 @@
+"""Many devices and processes: the numbers of one device, for every method."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import app
+from experiments import devices
+from experiments import record
+from experiments import runner
+from tests import devices_programs
+
+ROOT = pathlib.Path(__file__).parent.parent
+# What sums in another order may differ by, in float64, after 20 to 100 steps.
+TOLERANCE = 1e-9
+
+
+def start(*arguments, host_devices=1):
+  flags = f'--xla_force_host_platform_device_count={host_devices}'
+  return subprocess.Popen(
+    [sys.executable, '-m', 'tests.devices_programs', *arguments],
+    cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': flags},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def free_place():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return f'localhost:{free.getsockname()[1]}'
+
+
+def run_all(folder, mesh, *, host_devices=1, processes=1):
+  more = [[]]
+  if processes > 1:
+    place = free_place()
+    more = [[place, str(processes), str(i)] for i in range(processes)]
+  running = [
+    start(str(folder), mesh, *own, host_devices=host_devices) for own in more
+  ]
+  outputs = [process.communicate(timeout=3000)[0] for process in running]
+  assert not any(process.returncode for process in running), outputs
+  return folder
+
+
+@pytest.fixture(scope='module')
+def eight_devices(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('devices')
+  return run_all(folder, 'data=4,blocks=2', host_devices=8)
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('processes')
+  return run_all(folder, 'data=2', processes=2)
+
+
+@pytest.mark.scale
+@pytest.mark.xdist_group('devices')
+@pytest.mark.parametrize('method', devices_programs.PROGRAMS)
+@pytest.mark.parametrize('where', ['eight_devices', 'two_processes'])
+def test_many_devices_give_the_numbers_of_one(where, method, request):
+  folder = request.getfixturevalue(where)
+  one, many = (
+    record.select(record.read(folder / method / kind)[1], 'eval')
+    for kind in ('one', 'many')
+  )
+  assert len(one) == len(many) > 1
+  for row, other in zip(one, many, strict=True):
+    assert sum(other['collectives'].values()) > 0
+    for name in row.keys() - {'seconds'}:
+      if isinstance(row[name], str):
+        assert other[name] == row[name]
+        continue
+      np.testing.assert_allclose(
+        np.asarray(other[name], float), np.asarray(row[name], float),
+        rtol=TOLERANCE, err_msg=f'{name} at step {row["step"]}',
+      )  # fmt: skip
+
+
+# Without a process of its own: the two devices of this one.
+
+
+def sgd(state, data):
+  """A step on half of the rows, and on a table with an entry a block."""
+  x, table, key = state
+  lane = jax.random.fold_in(key[0], jnp.int32(table[0, 0, 0]))
+  rows = devices.split(data[jax.random.permutation(lane, len(data))[:4]])
+  gradient = jnp.mean(jnp.tanh(rows @ x[0]) @ rows, keepdims=True) * x
+  blocks = jnp.array([0, 5])
+  return x - 0.1 * gradient, table.at[:, blocks].add(1.0 + x[0, 0]), key
+
+
+def go(config, *, rows=8, **kwargs):
+  data = jax.random.normal(jax.random.key(0), (rows, 3))
+  state = jnp.ones((1, 3)), jnp.zeros((1, 6, 2)), jax.random.key(1)[None]
+  with runner.Session('test', config) as session:
+    return session.run(
+      'sgd', state, sgd,
+      lambda state: {'value': state[0].sum(), 'table': state[1].sum()},
+      steps=10, data=data, tables=6, keep_state=True, **kwargs,
+    )  # fmt: skip
+
+
+def values(folder):
+  rows = record.select(record.read(folder)[1], 'eval')
+  return [(row['step'], row['value'], row['table']) for row in rows]
+
+
+@pytest.mark.parametrize('mesh', ['data=2', 'blocks=2', 'data=1,blocks=2'])
+def test_a_session_on_a_mesh(mesh, tmp_path):
+  one, many = (
+    devices.Config(output_dir=str(tmp_path / name), mesh=flag)
+    for name, flag in (('one', ''), ('many', mesh))
+  )
+  expected, found = go(one), go(many)
+  np.testing.assert_allclose(
+    values(tmp_path / 'many'), values(tmp_path / 'one'), rtol=1e-6
+  )
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+  assert found[1].sharding.is_fully_addressable
+  rows = record.select(record.read(tmp_path / 'many')[1], 'eval')
+  assert rows[-1]['collectives']
+
+
+def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
+  config = devices.Config(
+    output_dir=str(tmp_path / 'cut'), mesh='data=2', checkpoint_every=0.0
+  )
+  whole = dataclasses.replace(config, output_dir=str(tmp_path / 'whole'))
+  go(whole)
+
+  def stop(rows):
+    if rows[0]['step'] == 4:
+      raise RuntimeError('cut')
+    return False
+
+  with pytest.raises(RuntimeError, match='cut'):
+    go(config, stop=stop)
+  go(dataclasses.replace(config, resume=True))
+  assert values(tmp_path / 'cut') == values(tmp_path / 'whole')
+  other = dataclasses.replace(config, resume=True, mesh='blocks=2')
+  with pytest.raises(app.UserError, match='--mesh was data=2, is blocks=2'):
+    go(other)
+
+
+def test_a_mesh_that_splits_nothing_is_said(tmp_path, capsys):
+  config = devices.Config(output_dir=str(tmp_path), mesh='blocks=2')
+  data = jnp.ones((7, 3))
+  with runner.Session('test', config) as session:
+    session.run(
+      'still', jnp.ones((1, 3)), lambda state, data: state * data.mean(),
+      lambda state: {'value': state.sum()}, steps=1, data=data,
+    )  # fmt: skip
+  assert 'no exchange between devices' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'mesh', ['data', 'data=0', 'rows=2', 'data=2;blocks=2']
+)
+def test_a_malformed_mesh(mesh):
+  with pytest.raises(app.UserError, match='is not data=N or blocks=N'):
+    devices.make_mesh(mesh)
+
+
+def test_more_devices_than_there_are():
+  with pytest.raises(app.UserError, match='16 devices, this run has'):
+    devices.make_mesh('data=8,blocks=2')
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ({'processes': 2}, '--processes=2 needs --coordinator'),
+    ({'coordinator': 'localhost:1'}, '--coordinator needs --mesh'),
+    (
+      {'coordinator': 'localhost:1', 'mesh': 'data=2', 'process': 1},
+      'must be below --processes=1',
+    ),
+  ],
+)
+def test_flags_that_do_not_fit(flags, message):
+  with pytest.raises(app.UserError, match=message):
+    devices.connect(devices.Config(**flags))
+
+
+def test_a_batch_that_does_not_divide_stays_whole():
+  mesh = devices.make_mesh('data=2')
+  with jax.set_mesh(mesh):
+    even, odd, scalar = jax.jit(devices.split)(
+      (jnp.ones((4, 2)), jnp.ones(3), 1.0)
+    )
+  assert even.sharding.shard_shape(even.shape) == (2, 2)
+  assert odd.sharding.is_fully_replicated
+  assert scalar.sharding.is_fully_replicated
