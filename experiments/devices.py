@@ -116,24 +116,26 @@ def make_mesh(text: str) -> jax.sharding.Mesh | None:
   )
 
 
-def split(tree: Any, axis: str = 'data') -> Any:
-  """Spreads the rows of a batch, inside a compiled step.
+def split(tree: Any, dim: int = 0) -> Any:
+  """Spreads the rows of a batch over ``data``, inside a compiled step.
 
   Args:
-    tree: Arrays; the leading axis of each is spread. Scalars stay.
-    axis: Axis of the mesh; a leading axis that it does not divide stays whole.
+    tree: Arrays; those without so many axes, or whose rows ``data`` does not
+      divide, stay whole.
+    dim: The axis of the rows; that of a batch of blocks is 1.
 
   Returns:
     The same numbers; the same tree where there is no mesh.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape[axis] == 1:
+  if mesh.empty or mesh.shape['data'] == 1:
     return tree
 
   def place(leaf):
-    if jnp.ndim(leaf) == 0 or len(leaf) % mesh.shape[axis]:
+    if jnp.ndim(leaf) <= dim or leaf.shape[dim] % mesh.shape['data']:
       return leaf
-    return jax.lax.with_sharding_constraint(leaf, jax.P(axis))
+    spec = jax.P(*[None] * dim, 'data')
+    return jax.lax.with_sharding_constraint(leaf, spec)
 
   return jax.tree.map(place, tree)
 

@@ -167,7 +167,7 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
       batch = optlab.BlockBatch(blocks, upper_batch, lower_batch)
       if name == 'rsvrb':
         batch = optlab.PairedBlockBatch(*batch, outer)
-      return train_step(train, devices.split(batch))[0]
+      return train_step(train, devices.split(batch, 1))[0]
 
     return run._replace(train=jax.lax.fori_loop(0, every, step, run.train))
 

@@ -106,8 +106,7 @@ def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
     noise = scale * jax.random.normal(keys[1], (2, *shape))
     rows = jax.tree.map(lambda leaf: leaf[blocks], data)
     batch = optlab.BlockBatch(blocks, (rows, noise[0]), (rows, noise[1]))
-    train, _ = train_step(run.train, devices.split(batch))
-    return run._replace(train=train)
+    return run._replace(train=train_step(run.train, batch)[0])
 
   return start, step
 

@@ -234,7 +234,7 @@ def prepare(config: Config, name: str, steps: int, every: int):
       key = jax.random.fold_in(run.key, run.step)
       blocks = optlab.sample_blocks(key, m, config.blocks)
       queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
-      batch = devices.split(optlab.BlockBatch(blocks, queries, queries))
+      batch = optlab.BlockBatch(blocks, queries, queries)
       is_warm = (run.step < warm_steps) | (not bilevel)
       warm, _ = plain_step(run.warm, batch)
       # In the warm phase the thresholds follow the scores, and no more.
