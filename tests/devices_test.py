@@ -66,7 +66,7 @@ def two_processes(tmp_path_factory):
   return run_all(folder, 'data=2', processes=2)
 
 
-@pytest.mark.scale
+@pytest.mark.slow
 @pytest.mark.xdist_group('devices')
 @pytest.mark.parametrize('method', devices_programs.PROGRAMS)
 @pytest.mark.parametrize('where', ['eight_devices', 'two_processes'])
