@@ -11,170 +11,35 @@ population losses of the three methods along the parameter, and their curvature.
   python -m experiments.density_estimation --problem=landscape
 """
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Sequence
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from scipy import stats
 
 from experiments import app
 from experiments import densities
 from experiments import devices
+from experiments import distant_mean
+from experiments import loss_landscapes
 from experiments import plane_noise
 from experiments import plot
 from experiments import report
 from experiments import runner
+from experiments import unnormalized
 import optlab
 
-METHODS = ('meco', 'meco_ratio', 'snis', 'nce', 'ence', 'cd')
-PROBLEMS = ('plane', 'mean', 'landscape')
 # log Z: midpoints, then half spacing, then 1.5 x box; finer where these differ.
 BOX, CELLS = 7.0, (200, 400, 800)
-CHAIN_STEP_SIZE, CHAIN_STEPS = 0.01, 10  # Contrastive divergence.
 PICTURE_CELLS, PICTURE_HALF_WIDTH = 72, 3.2
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-
-@dataclasses.dataclass(frozen=True)
-class Config(devices.Config):
-  """Flags of the program."""
-
-  problem: str = app.flag('plane', 'What to run.', choices=PROBLEMS)
-  sets: tuple[str, ...] = app.flag(
-    densities.NAMES, 'plane: the distributions.', choices=densities.NAMES
-  )
-  distances: tuple[float, ...] = app.flag(
-    (4.0, 8.0, 16.0), 'mean, landscape: distances of the mean.', low=0.1
-  )
-  methods: tuple[str, ...] = app.flag(
-    ('meco', 'nce'),
-    f'Methods, of {", ".join(METHODS)}; snis is meco with gamma=1, meco:0.3'
-    ' meco with that gamma, cd contrastive divergence (plane only).',
-  )
-  noises: tuple[str, ...] = app.flag(
-    ('mixture',),
-    'plane: noise distributions.',
-    choices=plane_noise.NOISES,
-  )
-  sampling: tuple[str, ...] = app.flag(
-    ('lattice',),
-    'How noise is drawn; the mean takes the first.',
-    choices=('independent', 'lattice'),
-  )
-  learning_rates: tuple[float, ...] = app.flag(
-    (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
-  )
-  decay: str = app.flag(
-    'cosine',
-    'Of the learning rate: to zero by a cosine, or as rate / (1 + rate t / 3),'
-    ' which averages over all steps where the curvature is one.',
-    choices=('cosine', 'inverse'),
-  )
-  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.', low=1e-6)
-  steps: int = app.flag(2000, 'Steps.', low=1)
-  data_rows: int = app.flag(256, 'Rows of data in a batch.', low=1)
-  noise_rows: int = app.flag(256, 'Rows of noise in a batch.', low=1)
-  seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
-  precision: str = app.flag(
-    'float32', 'Floating point type.', choices=('float32', 'float64')
-  )
-
-  def __post_init__(self):
-    super().__post_init__()
-    for method in self.methods:
-      name, gamma = parse_method(method, self.gamma)
-      if name not in METHODS or (':' in method and name != 'meco'):
-        raise app.UserError(
-          f'--methods={method}: not one of {", ".join(METHODS)} or meco:GAMMA'
-        )
-      if not 0 < gamma <= 1:
-        raise app.UserError(f'{method}, gamma={gamma}: must be in (0, 1]')
-      if name == 'cd' and self.problem == 'mean':
-        raise app.UserError(
-          '--methods=cd: the mean has no chains, leave it out'
-        )
-    for noise in self.noises:
-      if 'lattice' in self.sampling and noise not in plane_noise.WITH_LATTICE:
-        raise app.UserError(
-          f'--noises={noise} has no lattice: set --sampling=independent'
-        )
-
-
-def parse_method(method: str, gamma: float) -> tuple[str, float]:
-  """The name and gamma of ``meco:0.3`` and the like."""
-  name, _, number = method.partition(':')
-  try:
-    return name, float(number) if number else gamma
-  except ValueError as error:
-    raise app.UserError(f'--methods={method}: {error}') from error
-
-
-class Lane(NamedTuple):
-  """One seed at one learning rate."""
-
-  train: optlab.TrainState
-  key: jax.Array
-  learning_rate: jax.Array
-  noise: Any  # What the noise distribution has adapted to, or None.
-  ess: jax.Array  # Sum of the effective sample sizes of a piece.
-
-
-def estimator_and_start(
-  method: str, log_density: Callable, params: Any, log_z: float, gamma: float
-) -> tuple[optlab.GradientEstimator, Any, Callable[[Any], Any]]:
-  """An estimator, its starting parameters, and how to find the model's."""
-  method, gamma = parse_method(method, gamma)
-  if method == 'cd':
-    estimator = optlab.contrastive_divergence(
-      log_density, CHAIN_STEP_SIZE, CHAIN_STEPS
-    )
-    return estimator, params, lambda params: params
-  if method in ('nce', 'ence'):
-    make = getattr(optlab, method)
-    start = optlab.NceParams(params, jnp.asarray(log_z, float))
-    estimator = make(optlab.with_log_normalizer(log_density))
-    return estimator, start, lambda params: params.model
-  estimator = optlab.meco(
-    log_density,
-    1.0 if method == 'snis' else gamma,
-    ratio_correction=method == 'meco_ratio',
-  )
-  return estimator, params, lambda params: params
-
-
-def optimizer(
-  method: str, learning_rate: Any, config: Config, adam: bool
-) -> optax.GradientTransformation:
-  """Adam, SGD, or for eNCE normalized descent, with a decaying rate."""
-  decay: optax.Schedule = optax.cosine_decay_schedule(1.0, config.steps)
-  if config.decay == 'inverse':
-    decay = lambda count: 1 / (1 + learning_rate * count / 3)
-  if adam:
-    direction = optax.scale_by_adam()
-  elif method == 'ence':
-    direction = optlab.normalized_descent(-1.0)
-  else:
-    direction = optax.identity()
-  return optax.chain(
-    direction, optax.scale_by_schedule(decay), optax.scale(-learning_rate)
-  )
-
-
-def ess_of(state: Any) -> jax.Array:
-  """The effective sample size that MECO reports; NCE has none."""
-  found = optax.tree.get(state, 'ess', None)
-  return jnp.asarray(jnp.nan if found is None else found)
-
-
-# The plane.
+Config = unnormalized.Config
 
 
 def _grid_points(half_width: float, cells: int) -> jax.Array:
@@ -200,14 +65,14 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
   seeds = jnp.tile(jnp.arange(config.seeds), len(config.learning_rates))
 
   def parts(learning_rate, key):
-    estimator, params, model_of = estimator_and_start(
+    estimator, params, model_of = unnormalized.estimator_and_start(
       method,
       densities.log_density,
       densities.init_mlp(key),
       math.log(8 * math.pi),
       config.gamma,
     )
-    tx = optimizer(method, learning_rate, config, adam=True)
+    tx = unnormalized.optimizer(method, learning_rate, config, adam=True)
     return estimator, tx, params, model_of
 
   def begin(seed, learning_rate):
@@ -220,7 +85,7 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
       chains = chain_key, noise.sample(draw_key, config.noise_rows)
     state = optlab.init(params, estimator, tx, *chains)
     adapting = noise if kind == 'adaptive' else None
-    return Lane(state, key, learning_rate, adapting, jnp.zeros(()))
+    return unnormalized.Lane(state, key, learning_rate, adapting, jnp.zeros(()))
 
   every = math.gcd(config.steps, 100)
 
@@ -248,11 +113,16 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
         log_p = densities.log_density(model_of(state.params), drawn)
         adapting = plane_noise.adapt(noise, drawn, log_p - batch.noise_log_prob)
       state, _ = step(state, devices.split(batch))
-      return (state, key, adapting, ess + ess_of(state.estimator_state)), None
+      return (
+        state,
+        key,
+        adapting,
+        ess + unnormalized.ess_of(state.estimator_state),
+      ), None
 
     carry = (lane.train, lane.key, lane.noise, jnp.zeros(()))
     (state, key, adapting, ess), _ = jax.lax.scan(body, carry, length=every)
-    return Lane(state, key, lane.learning_rate, adapting, ess)
+    return unnormalized.Lane(state, key, lane.learning_rate, adapting, ess)
 
   # One lane after the other: on a CPU faster than batched small matrices.
   advance = lambda lanes: jax.lax.map(advance_lane, (lanes, seeds))
@@ -491,259 +361,6 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
   return [*pictures, 'ess.png']
 
 
-# A Gaussian's mean far away.
-
-
-def natural(theta: jax.Array, rows: jax.Array) -> jax.Array:
-  """N(theta, 1) by its natural parameter: its log Z is theta^2 / 2."""
-  return theta * rows[:, 0] - rows[:, 0] ** 2 / 2
-
-
-class Bridge(NamedTuple):
-  """Noise that starts as N(0, 1): a part follows the model, one the data."""
-
-  of_model: optlab.noise.Gaussian
-  of_data: optlab.noise.Gaussian
-  start: optlab.noise.Gaussian
-
-  def mixture(self) -> optlab.noise.GaussianMixture:
-    parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self)
-    weights = jnp.log(jnp.asarray([0.45, 0.45, 0.1], float))
-    return optlab.noise.GaussianMixture(weights, *parts)
-
-  def adapt(self, theta: jax.Array, batch: optlab.NoiseBatch) -> 'Bridge':
-    log_w = natural(theta, batch.noise) - batch.noise_log_prob
-    return self._replace(
-      of_model=optlab.follow(self.of_model, batch.noise, 0.5, log_w, floor=0.3),
-      of_data=optlab.follow(self.of_data, batch.data, 0.1),
-    )
-
-
-def run_mean(session: runner.Session, config: Config) -> None:
-  """Trains every method at every distance, with adaptive noise."""
-  rates = jnp.repeat(jnp.asarray(config.learning_rates), config.seeds)
-  seeds = tuple(range(config.seeds)) * len(config.learning_rates)
-  every = math.gcd(config.steps, 50)
-  for distance, method in itertools.product(config.distances, config.methods):
-
-    def parts(learning_rate, method=method):
-      estimator, params, model_of = estimator_and_start(
-        method, natural, jnp.zeros(()), HALF_LOG_2PI, config.gamma
-      )
-      tx = optimizer(method, learning_rate, config, adam=False)
-      return estimator, tx, params, model_of
-
-    def begin(seed, learning_rate, parts=parts):
-      estimator, tx, params, _ = parts(learning_rate)
-      standard = optlab.gaussian(jnp.zeros(1), jnp.eye(1))
-      return Lane(
-        optlab.init(params, estimator, tx),
-        jax.random.key(seed),
-        learning_rate,
-        Bridge(standard, standard, standard),
-        jnp.zeros(()),
-      )
-
-    def advance_lane(lane, parts=parts, distance=distance):
-      estimator, tx, _, model_of = parts(lane.learning_rate)
-      step = optlab.train_step(estimator, tx)
-
-      def body(carry, _):
-        state, key, bridge, _ = carry
-        key, row_key, noise_key = jax.random.split(key, 3)
-        data = distance + jax.random.normal(row_key, (config.data_rows, 1))
-        noise = bridge.mixture()
-        lattice = config.sampling[0] == 'lattice'
-        draw = noise.sample_lattice if lattice else noise.sample
-        drawn = draw(noise_key, config.noise_rows)
-        batch = optlab.NoiseBatch(
-          data, drawn, noise.log_prob(drawn), noise.log_prob(data)
-        )
-        bridge = bridge.adapt(model_of(state.params), batch)
-        state, _ = step(state, batch)
-        ess = jnp.asarray(ess_of(state.estimator_state), float)
-        return (state, key, bridge, ess), None
-
-      carry = (lane.train, lane.key, lane.noise, lane.ess)
-      (state, key, bridge, ess), _ = jax.lax.scan(body, carry, length=every)
-      return Lane(state, key, lane.learning_rate, bridge, ess)
-
-    def evaluate(lanes, parts=parts, distance=distance):
-      model_of = parts(0.0)[-1]
-      theta = model_of(lanes.train.params)
-      step = int(lanes.train.step[0])
-      return {
-        'learning_rate': lanes.learning_rate,
-        'theta': theta,
-        'error': jnp.abs(theta - distance),
-        'ess': lanes.ess,
-        'gradients': step,
-        'samples': step * (config.data_rows + config.noise_rows),
-      }
-
-    session.run(
-      f'distance {distance:g}: {method}',
-      jax.jit(jax.vmap(begin))(jnp.asarray(seeds), rates),
-      jax.vmap(advance_lane),
-      evaluate,
-      steps=config.steps,
-      every=every,
-      seeds=seeds,
-      show='error',
-      distance=distance,
-      algorithm=method,
-    )
-
-
-def report_mean(rows: Sequence[dict], config: Config) -> None:
-  """Error of the last parameter, at the learning rate that did best."""
-  table = []
-  for distance, method in itertools.product(config.distances, config.methods):
-    by_rate: dict[float, list[float]] = {}
-    for row in rows:
-      key = [row.get(name) for name in ('step', 'distance', 'algorithm')]
-      if row['kind'] == 'eval' and key == [config.steps, distance, method]:
-        rate = float(f'{row["learning_rate"]:.6g}')
-        by_rate.setdefault(rate, []).append(row['error'])
-    finite = lambda errors: np.nan_to_num(errors, nan=math.inf).tolist()
-    best = min(
-      by_rate, key=lambda rate, by=by_rate: np.median(finite(by[rate]))
-    )
-    errors = finite(by_rate[best])
-    table.append([
-      f'{distance:g}', method, best,
-      float(np.median(errors)), min(errors), max(errors),
-    ])  # fmt: skip
-  report.show(
-    f'|theta - mean| after {config.steps} steps, {config.seeds} seeds, natural'
-    ' parametrization, adaptive noise from N(0, 1)',
-    ['distance', 'method', 'rate', 'median', 'low', 'high'],
-    table,
-  )
-
-
-def draw_mean(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
-  """The error over training, a panel a distance."""
-  figure, panels = plt.subplots(
-    1,
-    len(config.distances),
-    figsize=(4.2 * len(config.distances), 3.6),
-    squeeze=False,
-    sharey=True,
-    layout='constrained',
-  )
-  for axes, distance in zip(panels[0], config.distances, strict=True):
-    mine = [row for row in rows if row.get('distance') == distance]
-    plot.draw_lines(
-      axes, [('', mine)], 'step', 'error', log_x=False, floor=1e-4
-    )
-    axes.set(title=f'distance {distance:g}', ylabel='|theta - mean|')
-    axes.legend(fontsize=6)
-    axes.label_outer()
-  plot.save(figure, folder / 'mean.png')
-  return ['mean.png']
-
-
-# Population losses.
-
-
-def run_landscape(session: runner.Session, config: Config) -> None:
-  """The three losses along theta, with the normalizer at its optimum."""
-  for distance in config.distances:
-    # Wide enough for both distributions and the overlap between them.
-    x = jnp.linspace(-12.0, distance + 12.0, 6001)
-    width = x[1] - x[0]
-    log_data = -((x - distance) ** 2) / 2 - HALF_LOG_2PI
-    log_noise = -(x**2) / 2 - HALF_LOG_2PI
-    log_q = log_noise + jnp.log(width)
-    p, q = jnp.exp(log_data) * width, jnp.exp(log_q)
-
-    def log_ratio(vector, x=x, log_noise=log_noise):
-      theta, log_z = vector
-      return theta * x - x**2 / 2 - log_z - log_noise
-
-    def likelihood(vector, p=p, x=x):
-      theta, _ = vector
-      return theta**2 / 2 + HALF_LOG_2PI - p @ (theta * x - x**2 / 2)
-
-    def nce(vector, p=p, q=q, log_ratio=log_ratio):
-      h = log_ratio(vector)
-      return p @ jax.nn.softplus(-h) + q @ jax.nn.softplus(h)
-
-    def ence(vector, p=p, log_q=log_q, log_ratio=log_ratio):
-      # exp(+-h/2) overflows where the other factor underflows.
-      h = log_ratio(vector)
-      log_p = jnp.log(jnp.maximum(p, 1e-300))
-      noise_term = jnp.sum(jnp.exp(log_q + h / 2))
-      return 0.5 * (jnp.sum(jnp.exp(log_p - h / 2)) + noise_term)
-
-    optimum = jnp.asarray([distance, distance**2 / 2 + HALF_LOG_2PI])
-    thetas = jnp.linspace(0.0, 1.5 * distance, 121)
-    vectors = jnp.stack([thetas, thetas**2 / 2 + HALF_LOG_2PI], 1)
-    for name, loss in (
-      ('likelihood', likelihood),
-      ('nce', nce),
-      ('ence', ence),
-    ):
-      hessian = np.asarray(jax.hessian(loss)(optimum))
-      curvature = hessian[0, 0]
-      if name != 'likelihood':
-        curvature -= hessian[0, 1] ** 2 / hessian[1, 1]
-      session.write(
-        'landscape',
-        distance=distance,
-        loss=name,
-        curvature=float(curvature),
-        theta=thetas,
-        value=jax.jit(jax.vmap(loss))(vectors),
-      )
-
-
-def report_landscape(rows: Sequence[dict], config: Config) -> None:
-  """The curvature in theta at the optimum, normalizer profiled out."""
-  report.show(
-    'Curvature of the population loss in theta at its optimum, q = N(0, 1)',
-    ['distance', 'likelihood', 'nce', 'ence'],
-    [
-      [f'{distance:g}']
-      + [
-        f'{row["curvature"]:.3g}'
-        for row in rows
-        if row['kind'] == 'landscape' and row['distance'] == distance
-      ]
-      for distance in config.distances
-    ],
-  )
-
-
-def draw_landscape(
-  rows: Sequence[dict], config: Config, folder: Any
-) -> list[str]:
-  """The losses above their minimum, a panel a distance."""
-  figure, panels = plt.subplots(
-    1,
-    len(config.distances),
-    figsize=(4.2 * len(config.distances), 3.6),
-    squeeze=False,
-    layout='constrained',
-  )
-  for axes, distance in zip(panels[0], config.distances, strict=True):
-    for row in rows:
-      if row['kind'] == 'landscape' and row['distance'] == distance:
-        value = np.asarray(row['value']) - np.min(row['value'])
-        axes.plot(row['theta'], np.maximum(value, 1e-16), label=row['loss'])
-    axes.set(
-      yscale='log',
-      xlabel='theta',
-      ylabel='loss - least loss',
-      title=f'mean {distance:g}, noise N(0, 1)',
-    )
-    axes.axvline(distance, color='k', lw=0.5)
-    axes.legend()
-  plot.save(figure, folder / 'landscape.png')
-  return ['landscape.png']
-
-
 def main(config: Config) -> None:
   """Runs one problem, prints its tables and draws its pictures."""
   if config.problem == 'landscape' and config.precision != 'float64':
@@ -753,8 +370,12 @@ def main(config: Config) -> None:
     )
   parts = {
     'plane': (run_plane, report_plane, draw_plane),
-    'mean': (run_mean, report_mean, draw_mean),
-    'landscape': (run_landscape, report_landscape, draw_landscape),
+    'mean': (distant_mean.run, distant_mean.show, distant_mean.draw),
+    'landscape': (
+      loss_landscapes.run,
+      loss_landscapes.show,
+      loss_landscapes.draw,
+    ),
   }
   run, show, draw = parts[config.problem]
   with runner.Session('density_estimation', config, show='ess') as session:

@@ -98,9 +98,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh | None:
   for entry in text.split(','):
     match = re.fullmatch(r'(\w+)=([1-9]\d*)', entry)
     if match is None or match[1] not in AXES:
-      raise app.UserError(
-        f'--mesh={text}: {entry!r} is not data=N or blocks=N'
-      )
+      raise app.UserError(f'--mesh={text}: {entry!r} is not data=N or blocks=N')
     sizes[match[1]] = int(match[2])
   count, there = int(np.prod(list(sizes.values()))), jax.device_count()
   if count > there or (jax.process_count() > 1 and count != there):

@@ -1,0 +1,152 @@
+"""What the programs of unnormalized models share: flags, estimators, lanes."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import app
+from experiments import densities
+from experiments import devices
+from experiments import plane_noise
+import optlab
+
+METHODS = ('meco', 'meco_ratio', 'snis', 'nce', 'ence', 'cd')
+PROBLEMS = ('plane', 'mean', 'landscape')
+CHAIN_STEP_SIZE, CHAIN_STEPS = 0.01, 10  # Contrastive divergence.
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(devices.Config):
+  """Flags of the program."""
+
+  problem: str = app.flag('plane', 'What to run.', choices=PROBLEMS)
+  sets: tuple[str, ...] = app.flag(
+    densities.NAMES, 'plane: the distributions.', choices=densities.NAMES
+  )
+  distances: tuple[float, ...] = app.flag(
+    (4.0, 8.0, 16.0), 'mean, landscape: distances of the mean.', low=0.1
+  )
+  methods: tuple[str, ...] = app.flag(
+    ('meco', 'nce'),
+    f'Methods, of {", ".join(METHODS)}; snis is meco with gamma=1, meco:0.3'
+    ' meco with that gamma, cd contrastive divergence (plane only).',
+  )
+  noises: tuple[str, ...] = app.flag(
+    ('mixture',),
+    'plane: noise distributions.',
+    choices=plane_noise.NOISES,
+  )
+  sampling: tuple[str, ...] = app.flag(
+    ('lattice',),
+    'How noise is drawn; the mean takes the first.',
+    choices=('independent', 'lattice'),
+  )
+  learning_rates: tuple[float, ...] = app.flag(
+    (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
+  )
+  decay: str = app.flag(
+    'cosine',
+    'Of the learning rate: to zero by a cosine, or as rate / (1 + rate t / 3),'
+    ' which averages over all steps where the curvature is one.',
+    choices=('cosine', 'inverse'),
+  )
+  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.', low=1e-6)
+  steps: int = app.flag(2000, 'Steps.', low=1)
+  data_rows: int = app.flag(256, 'Rows of data in a batch.', low=1)
+  noise_rows: int = app.flag(256, 'Rows of noise in a batch.', low=1)
+  seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  precision: str = app.flag(
+    'float32', 'Floating point type.', choices=('float32', 'float64')
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    for method in self.methods:
+      name, gamma = parse_method(method, self.gamma)
+      if name not in METHODS or (':' in method and name != 'meco'):
+        raise app.UserError(
+          f'--methods={method}: not one of {", ".join(METHODS)} or meco:GAMMA'
+        )
+      if not 0 < gamma <= 1:
+        raise app.UserError(f'{method}, gamma={gamma}: must be in (0, 1]')
+      if name == 'cd' and self.problem == 'mean':
+        raise app.UserError(
+          '--methods=cd: the mean has no chains, leave it out'
+        )
+    for noise in self.noises:
+      if 'lattice' in self.sampling and noise not in plane_noise.WITH_LATTICE:
+        raise app.UserError(
+          f'--noises={noise} has no lattice: set --sampling=independent'
+        )
+
+
+def parse_method(method: str, gamma: float) -> tuple[str, float]:
+  """The name and gamma of ``meco:0.3`` and the like."""
+  name, _, number = method.partition(':')
+  try:
+    return name, float(number) if number else gamma
+  except ValueError as error:
+    raise app.UserError(f'--methods={method}: {error}') from error
+
+
+class Lane(NamedTuple):
+  """One seed at one learning rate."""
+
+  train: optlab.TrainState
+  key: jax.Array
+  learning_rate: jax.Array
+  noise: Any  # What the noise distribution has adapted to, or None.
+  ess: jax.Array  # Sum of the effective sample sizes of a piece.
+
+
+def estimator_and_start(
+  method: str, log_density: Callable, params: Any, log_z: float, gamma: float
+) -> tuple[optlab.GradientEstimator, Any, Callable[[Any], Any]]:
+  """An estimator, its starting parameters, and how to find the model's."""
+  method, gamma = parse_method(method, gamma)
+  if method == 'cd':
+    estimator = optlab.contrastive_divergence(
+      log_density, CHAIN_STEP_SIZE, CHAIN_STEPS
+    )
+    return estimator, params, lambda params: params
+  if method in ('nce', 'ence'):
+    make = getattr(optlab, method)
+    start = optlab.NceParams(params, jnp.asarray(log_z, float))
+    estimator = make(optlab.with_log_normalizer(log_density))
+    return estimator, start, lambda params: params.model
+  estimator = optlab.meco(
+    log_density,
+    1.0 if method == 'snis' else gamma,
+    ratio_correction=method == 'meco_ratio',
+  )
+  return estimator, params, lambda params: params
+
+
+def optimizer(
+  method: str, learning_rate: Any, config: Config, adam: bool
+) -> optax.GradientTransformation:
+  """Adam, SGD, or for eNCE normalized descent, with a decaying rate."""
+  decay: optax.Schedule = optax.cosine_decay_schedule(1.0, config.steps)
+  if config.decay == 'inverse':
+    decay = lambda count: 1 / (1 + learning_rate * count / 3)
+  if adam:
+    direction = optax.scale_by_adam()
+  elif method == 'ence':
+    direction = optlab.normalized_descent(-1.0)
+  else:
+    direction = optax.identity()
+  return optax.chain(
+    direction, optax.scale_by_schedule(decay), optax.scale(-learning_rate)
+  )
+
+
+def ess_of(state: Any) -> jax.Array:
+  """The effective sample size that MECO reports; NCE has none."""
+  found = optax.tree.get(state, 'ess', None)
+  return jnp.asarray(jnp.nan if found is None else found)
