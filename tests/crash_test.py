@@ -17,12 +17,16 @@ from experiments import record
 
 pytestmark = pytest.mark.crash
 ROOT = pathlib.Path(__file__).parent.parent
-KILLS = 6  # Of each program.
+KILLS = 4  # Of each program.
 
 PROGRAMS = {
   'logistic_regression': (
     '--dataset=breast_cancer', '--optimizers=gns,lbfgs,gradient_descent',
     '--curvature=exact,gauss_newton', '--l2=1e-3',
+  ),
+  'softmax_regression': (
+    '--optimizers=gns,lbfgs', '--curvature=exact', '--l2=1e-2',
+    '--max_steps=20',
   ),
   'nonlinear_equations': ('--problem=chebyshev', '--dimension=50'),
   'synthetic_functions': ('--steps=100', '--seeds=3'),
@@ -42,6 +46,10 @@ PROGRAMS = {
     '--steps=200', '--tuning_steps=100', '--looks=10', '--seeds=2',
     '--upper_rates=1,10', '--lower_rates=0.1,0.3', '--methods=v2,frozen',
   ),
+  'parallel_speedup': (
+    '--num_blocks=10', '--blocks=2,5', '--rows=1', '--upper_rates=0.1,0.2',
+    '--lower_rates=0.1', '--steps=200', '--seeds=2', '--target=1e-6',
+  ),
   'ranking': (
     '--queries=20', '--documents=15', '--features=4', '--hidden=3',
     '--blocks=5', '--top=5', '--steps=100', '--tuning_steps=20', '--looks=5',
@@ -50,6 +58,12 @@ PROGRAMS = {
   'density_estimation': (
     '--sets=8gaussians', '--methods=meco,nce', '--steps=300', '--seeds=2',
     '--learning_rates=0.01',
+  ),
+  'ood_detection': (
+    '--steps=100', '--batch=32', '--hidden=16', '--components=3', '--seeds=1',
+  ),
+  'image_generation': (
+    '--steps=100', '--batch=32', '--hidden=16', '--components=3', '--seeds=1',
   ),
   'compare': (
     '--problem=blocks', '--methods=bsvrb_v2', '--budget=2000', '--seeds=2',
