@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +51,14 @@ def run_all(folder, mesh, *, host_devices=1, processes=1):
   running = [
     start(str(folder), mesh, *own, host_devices=host_devices) for own in more
   ]
-  outputs = [process.communicate(timeout=3000)[0] for process in running]
-  assert not any(process.returncode for process in running), outputs
+  outputs, codes = finish(running)
+  assert not any(codes), outputs
   return folder
+
+
+def finish(running):
+  outputs = [process.communicate(timeout=3000)[0] for process in running]
+  return outputs, [process.returncode for process in running]
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +94,47 @@ def test_many_devices_give_the_numbers_of_one(where, method, request):
         np.asarray(other[name], float), np.asarray(row[name], float),
         rtol=TOLERANCE, err_msg=f'{name} at step {row["step"]}',
       )  # fmt: skip
+
+
+def launch(folder, process, place, *more):
+  command = [
+    sys.executable, '-m', 'experiments.density_estimation', '--mesh=data=2',
+    f'--coordinator={place}', '--processes=2', f'--process={process}',
+    f'--output_dir={folder}', '--sets=8gaussians', '--methods=meco',
+    '--learning_rates=0.01', '--seeds=1', '--steps=2000', '--data_rows=64',
+    '--noise_rows=64', '--checkpoint_every=0', *more,
+  ]  # fmt: skip
+  return subprocess.Popen(
+    command, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+
+
+def both(folder, *more):
+  place = free_place()
+  return [launch(folder, i, place, *more) for i in range(2)]
+
+
+@pytest.mark.slow
+def test_an_interrupt_to_one_process_stops_all_and_they_resume(tmp_path):
+  cut, whole = tmp_path / 'cut', tmp_path / 'whole'
+  outputs, codes = finish(both(whole))
+  assert codes == [0, 0], outputs
+  running = both(cut)
+  while not list(cut.glob('checkpoints/*/*/meta')):
+    time.sleep(0.05)
+    if running[0].poll() is not None:
+      break
+  running[1].send_signal(signal.SIGINT)
+  outputs, codes = finish(running)
+  assert codes == [130, 130], outputs
+  assert 'go on with --resume' in outputs[0]
+  outputs, codes = finish(both(cut, '--resume'))
+  assert codes == [0, 0], outputs
+  found, expected = (
+    record.without_times(record.read(folder)[1]) for folder in (cut, whole)
+  )
+  assert str(found) == str(expected)
 
 
 # Without a process of its own: the two devices of this one.
