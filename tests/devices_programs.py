@@ -15,10 +15,6 @@ from experiments import image_classification
 from experiments import logistic_regression
 from experiments import multi_block_hyperparameters
 
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_disable_most_optimizations', True)
-jax.config.update('jax_enable_x64', True)
-
 F64 = {'precision': 'float64'}
 TUNED = F64 | {'seeds': 2, 'tuning_seeds': 1}
 PROGRAMS = {
@@ -76,6 +72,10 @@ PROGRAMS = {
 
 def main(folder, mesh, coordinator='', processes='1', process='0'):
   """Writes FOLDER/METHOD/one and FOLDER/METHOD/many."""
+  # Not on import, which a test does for the names.
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_disable_most_optimizations', True)
+  jax.config.update('jax_enable_x64', True)
   where = {
     'mesh': mesh, 'coordinator': coordinator, 'processes': int(processes),
     'process': int(process),
