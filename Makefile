@@ -39,7 +39,7 @@ reproduce: $(INSTALLED)
 crash-test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m crash
 
-# Eight devices and two processes give the numbers of one; learning from text.
+# Eight devices and two processes give the numbers of one; long runs end to end.
 slow-test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m slow
 

@@ -38,6 +38,7 @@ def test_quadratic_starts_where_it_was_recorded(x64):
   assert np.linalg.norm(grad) < 1e-14
 
 
+@pytest.mark.slow
 def test_parallel_speedup_end_to_end(x64, tmp_path):
   config = parallel_speedup.Config(
     output_dir=str(tmp_path), num_blocks=20, blocks=(10, 20), rows=(8,),

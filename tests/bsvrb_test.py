@@ -687,6 +687,7 @@ print('same numbers')
 """
 
 
+@pytest.mark.slow
 def test_sharded_over_blocks_and_data_gives_the_same_numbers():
   """Eight virtual devices need a process of their own."""
   root = pathlib.Path(__file__).parent.parent

@@ -24,7 +24,9 @@ def test_the_flags_of_a_run_are_those_of_its_program(name):
   assert not run.needs_data or 'data_dir' in fields
 
 
-def test_a_claim_is_run_and_judged(tmp_path, capsys):
+def test_a_claim_is_run_and_judged(tmp_path, capsys, monkeypatch):
+  short = reproduce.Run('synthetic_functions', {'steps': '50', 'seeds': '3'})
+  monkeypatch.setitem(reproduce.RUNS, 'landscapes', short)
   config = reproduce.Config(output_dir=str(tmp_path), only=('landscapes',))
   reproduce.main(config)
   found = json.loads((tmp_path / 'claims.json').read_text())['claims']

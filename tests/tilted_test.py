@@ -74,6 +74,7 @@ def test_ood_detection_end_to_end(tmp_path, capsys, few_draws):
   assert (tmp_path / 'run' / 'auroc.png').stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_image_generation_end_to_end(tmp_path, capsys, few_draws):
   """Real images are nearer to real ones than the noise that chains start at."""
   config = image_generation.Config(
