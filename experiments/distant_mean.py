@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import plot
+from experiments import record
 from experiments import report
 from experiments import runner
 from experiments import unnormalized
@@ -121,21 +121,27 @@ def run(session: runner.Session, config: unnormalized.Config) -> None:
     )
 
 
+def best_errors(
+  rows: Sequence[dict], distance: float, method: str
+) -> tuple[float, list[float]]:
+  """The learning rate of the least median error at the end, and its errors."""
+  found = record.select(rows, 'eval', distance=distance, algorithm=method)
+  by_rate: dict[float, list[float]] = {}
+  for row in found:
+    if row['step'] == found[-1]['step']:
+      rate = float(f'{row["learning_rate"]:.6g}')
+      by_rate.setdefault(rate, []).append(
+        row['error'] if np.isfinite(row['error']) else math.inf
+      )
+  best = min(by_rate, key=lambda rate: np.median(by_rate[rate]))
+  return best, by_rate[best]
+
+
 def show(rows: Sequence[dict], config: unnormalized.Config) -> None:
   """Error of the last parameter, at the learning rate that did best."""
   table = []
   for distance, method in itertools.product(config.distances, config.methods):
-    by_rate: dict[float, list[float]] = {}
-    for row in rows:
-      key = [row.get(name) for name in ('step', 'distance', 'algorithm')]
-      if row['kind'] == 'eval' and key == [config.steps, distance, method]:
-        rate = float(f'{row["learning_rate"]:.6g}')
-        by_rate.setdefault(rate, []).append(row['error'])
-    finite = lambda errors: np.nan_to_num(errors, nan=math.inf).tolist()
-    best = min(
-      by_rate, key=lambda rate, by=by_rate: np.median(finite(by[rate]))
-    )
-    errors = finite(by_rate[best])
+    best, errors = best_errors(rows, distance, method)
     table.append([
       f'{distance:g}', method, best,
       float(np.median(errors)), min(errors), max(errors),
@@ -152,15 +158,8 @@ def draw(
   rows: Sequence[dict], config: unnormalized.Config, folder: Any
 ) -> list[str]:
   """The error over training, a panel a distance."""
-  figure, panels = plt.subplots(
-    1,
-    len(config.distances),
-    figsize=(4.2 * len(config.distances), 3.6),
-    squeeze=False,
-    sharey=True,
-    layout='constrained',
-  )
-  for axes, distance in zip(panels[0], config.distances, strict=True):
+  figure, panels = unnormalized.panels(config, sharey=True)
+  for axes, distance in zip(panels, config.distances, strict=True):
     mine = [row for row in rows if row.get('distance') == distance]
     plot.draw_lines(
       axes, [('', mine)], 'step', 'error', log_x=False, floor=1e-4

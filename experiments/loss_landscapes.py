@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import plot
@@ -94,14 +93,8 @@ def draw(
   rows: Sequence[dict], config: unnormalized.Config, folder: Any
 ) -> list[str]:
   """The losses above their minimum, a panel a distance."""
-  figure, panels = plt.subplots(
-    1,
-    len(config.distances),
-    figsize=(4.2 * len(config.distances), 3.6),
-    squeeze=False,
-    layout='constrained',
-  )
-  for axes, distance in zip(panels[0], config.distances, strict=True):
+  figure, panels = unnormalized.panels(config)
+  for axes, distance in zip(panels, config.distances, strict=True):
     for row in rows:
       if row['kind'] == 'landscape' and row['distance'] == distance:
         value = np.asarray(row['value']) - np.min(row['value'])

@@ -11,7 +11,6 @@ on where it was with ``--resume``.
 from collections.abc import Callable, Sequence
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 
 from experiments import app
 from experiments import density_estimation
+from experiments import distant_mean
 from experiments import record
 from experiments import report
 from experiments import tuning
@@ -77,7 +77,7 @@ RUNS = {
   'cosh': Run(
     'unbounded_smoothness',
     {
-      'methods': 'bo_rep,bo_rep_period1,soba',
+      'methods': 'bo_rep,soba',
       'upper_steps': 'plain,normalized', 'rates': '0.01,0.03,0.1,0.3,1',
     },
   ),
@@ -88,7 +88,7 @@ RUNS = {
   'few_shot': Run(
     'hyper_representation',
     {
-      'methods': 'bo_rep,bo_rep_period1,soba,stocbio', 'seeds': '3',
+      'methods': 'bo_rep,soba,stocbio', 'seeds': '3',
       'tuning_seeds': '1',
     },
     needs_data=True,
@@ -124,7 +124,7 @@ RUNS = {
     'density_estimation',
     {
       'sets': '8gaussians', 'noises': 'gaussian', 'sampling': 'independent',
-      'methods': 'meco,snis,nce', 'noise_rows': '16', 'seeds': '3',
+      'methods': 'meco,snis', 'noise_rows': '16', 'seeds': '3',
       'learning_rates': '0.01,0.02',
     },
   ),
@@ -411,12 +411,10 @@ def _few_noise(rows: Rows) -> tuple[str, str]:
 
 
 def _far_mean(rows: Rows) -> tuple[str, str]:
-  found = {}
-  for method in ('meco_ratio', 'meco', 'nce'):
-    by_rate: dict[float, list[float]] = {}
-    for row in tuning.last(rows, f'distance 16: {method}'):
-      by_rate.setdefault(row['learning_rate'], []).append(row['error'])
-    found[method] = min(float(np.median(v)) for v in by_rate.values())
+  found = {
+    method: float(np.median(distant_mean.best_errors(rows, 16.0, method)[1]))
+    for method in ('meco_ratio', 'meco', 'nce')
+  }
   numbers = ', '.join(f'{name} {value:.2g}' for name, value in found.items())
   ours, plain, nce = found.values()
   return f'error from a distance of 16: {numbers}', grade(
@@ -518,9 +516,7 @@ def main(config: Config) -> None:
     line = command(RUNS[name], config, folder)
     print(f'{i + 1}/{len(chosen)} {" ".join(line[1:])}', file=sys.stderr)
     with (folder / 'output.txt').open('w') as output:
-      done = subprocess.run(
-        line, stdout=output, check=False, env=os.environ | {'COLUMNS': '200'}
-      )
+      done = subprocess.run(line, stdout=output, check=False)
     if done.returncode == 130:
       raise app.InterruptedRun('interrupted; go on with --resume')
     if done.returncode:

@@ -321,10 +321,9 @@ class Session:
         )
     compile_seconds = time.perf_counter() - began
 
-    def measure():
+    def measure(state):
       values = {
-        name: np.asarray(value)
-        for name, value in evaluate(whole(state)).items()
+        name: np.asarray(value) for name, value in evaluate(state).items()
       }
       return [
         self._writer.write(
@@ -342,8 +341,9 @@ class Session:
         for i, seed in enumerate(seeds)
       ]
 
+    result = whole(state)
     if step == 0:
-      self.rows += measure()
+      self.rows += measure(result)
     latest = self.rows[-len(seeds) :]
     saved = time.perf_counter()
     with _progress() as bar:
@@ -354,7 +354,8 @@ class Session:
         state = jax.block_until_ready(compiled(state, *constants))
         seconds += time.perf_counter() - began
         step += every
-        latest = measure()
+        result = whole(state)
+        latest = measure(result)
         self.rows += latest
         shown = [row[show] for row in latest if show in row]
         text = f'{show} {np.median(shown):.4g}' if shown else ''
@@ -365,16 +366,15 @@ class Session:
           self._interrupted,
         )
         if due or interrupted:
-          self._save(folder, whole(state), step, seconds)
+          self._save(folder, result, step, seconds)
           saved = time.perf_counter()
         if interrupted:
           raise app.InterruptedRun(
             f'interrupted at step {step} of {method}; the record is in'
             f' {self.folder}, go on with --resume'
           )
-    state = whole(state)
     if keep_state:
-      self._save(folder, state, step, seconds)
+      self._save(folder, result, step, seconds)
     self.write(
       'done',
       method=method,
@@ -384,7 +384,7 @@ class Session:
     )
     if not keep_state:
       shutil.rmtree(folder, ignore_errors=True)
-    return state
+    return result
 
   def _cut_back(self, method: str, seeds, size: int | None) -> None:
     """Drops the rows of a method that came after its checkpoint."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import optax
 
 from experiments import app
@@ -150,3 +151,13 @@ def ess_of(state: Any) -> jax.Array:
   """The effective sample size that MECO reports; NCE has none."""
   found = optax.tree.get(state, 'ess', None)
   return jnp.asarray(jnp.nan if found is None else found)
+
+
+def panels(config: Config, **options: Any) -> tuple[Any, Any]:
+  """A figure with a panel for each distance of the mean."""
+  count = len(config.distances)
+  figure, axes = plt.subplots(
+    1, count, figsize=(4.2 * count, 3.6), squeeze=False, layout='constrained',
+    **options,
+  )  # fmt: skip
+  return figure, axes[0]
