@@ -72,7 +72,7 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
       math.log(8 * math.pi),
       config.gamma,
     )
-    tx = unnormalized.optimizer(method, learning_rate, config, adam=True)
+    tx = unnormalized.optimizer(method, learning_rate, config)
     return estimator, tx, params, model_of
 
   def begin(seed, learning_rate):

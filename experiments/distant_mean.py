@@ -56,7 +56,7 @@ def run(session: runner.Session, config: unnormalized.Config) -> None:
       estimator, params, model_of = unnormalized.estimator_and_start(
         method, natural, jnp.zeros(()), unnormalized.HALF_LOG_2PI, config.gamma
       )
-      tx = unnormalized.optimizer(method, learning_rate, config, adam=False)
+      tx = unnormalized.optimizer(method, learning_rate, config)
       return estimator, tx, params, model_of
 
     def begin(seed, learning_rate, parts=parts):

@@ -19,6 +19,14 @@ import optlab
 METHODS = ('meco', 'meco_ratio', 'snis', 'nce', 'ence', 'cd')
 PROBLEMS = ('plane', 'mean', 'landscape')
 CHAIN_STEP_SIZE, CHAIN_STEPS = 0.01, 10  # Contrastive divergence.
+OPTIMIZERS = {
+  'adam': optax.scale_by_adam,
+  'amsgrad': optax.scale_by_amsgrad,
+  'diffgrad': optlab.scale_by_diffgrad,
+  'momentum': lambda: optax.trace(0.9),
+  'normalized': lambda: optlab.normalized_descent(-1.0),
+  'sgd': optax.identity,
+}
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -50,6 +58,12 @@ class Config(devices.Config):
   )
   learning_rates: tuple[float, ...] = app.flag(
     (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
+  )
+  optimizer: str = app.flag(
+    'auto',
+    'What takes the gradients; auto is adam in the plane, and for the mean sgd,'
+    ' or normalized descent for eNCE.',
+    choices=('auto', *OPTIMIZERS),
   )
   decay: str = app.flag(
     'cosine',
@@ -130,20 +144,20 @@ def estimator_and_start(
 
 
 def optimizer(
-  method: str, learning_rate: Any, config: Config, adam: bool
+  method: str, learning_rate: Any, config: Config
 ) -> optax.GradientTransformation:
-  """Adam, SGD, or for eNCE normalized descent, with a decaying rate."""
+  """The optimizer of the flag, with a decaying learning rate."""
   decay: optax.Schedule = optax.cosine_decay_schedule(1.0, config.steps)
   if config.decay == 'inverse':
     decay = lambda count: 1 / (1 + learning_rate * count / 3)
-  if adam:
-    direction = optax.scale_by_adam()
-  elif method == 'ence':
-    direction = optlab.normalized_descent(-1.0)
-  else:
-    direction = optax.identity()
+  name = config.optimizer
+  if name == 'auto':
+    name = 'normalized' if method == 'ence' else 'sgd'
+    name = 'adam' if config.problem == 'plane' else name
   return optax.chain(
-    direction, optax.scale_by_schedule(decay), optax.scale(-learning_rate)
+    OPTIMIZERS[name](),
+    optax.scale_by_schedule(decay),
+    optax.scale(-learning_rate),
   )
 
 
