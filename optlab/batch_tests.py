@@ -86,6 +86,7 @@ def norm_test(eta: float | jax.Array) -> Test:
     and ``sample_size``.
 
   Raises:
+    TypeError: ``eta`` is not a real number.
     ValueError: ``eta`` is not a finite number above 0.
 
   References:
@@ -118,6 +119,7 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
     A test that takes ``sum_sq_diff_grads`` and ``sample_size``.
 
   Raises:
+    TypeError: ``eta`` is not a real number.
     ValueError: ``eta`` is not a finite number above 0.
   """
   base.check_positive('eta', eta)
@@ -165,6 +167,7 @@ def inner_product_test(theta: float | jax.Array) -> Test:
     A test that takes ``sum_sq_diff_inner`` and ``sample_size``.
 
   Raises:
+    TypeError: ``theta`` is not a real number.
     ValueError: ``theta`` is not a finite number above 0.
 
   References:
@@ -202,6 +205,7 @@ def augmented_inner_product_test(
     ``sum_sq_diff_inner`` and ``sample_size``.
 
   Raises:
+    TypeError: ``theta`` or ``nu`` is not a real number.
     ValueError: ``theta`` or ``nu`` is not a finite number above 0.
 
   References:

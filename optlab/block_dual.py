@@ -74,6 +74,7 @@ def track_products(
     A `Dual` for `bsvrb`.
 
   Raises:
+    TypeError: One of them is not a real number.
     ValueError: ``step_ratio`` or ``radius`` is not positive.
 
   Examples:
@@ -162,6 +163,7 @@ def track_hessians(
     A `Dual` for `bsvrb`.
 
   Raises:
+    TypeError: One of them is not a real number.
     ValueError: ``floor`` is not positive, or ``damping`` is negative.
 
   Examples:

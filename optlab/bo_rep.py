@@ -49,6 +49,8 @@ def refine(
     finite is dropped.
 
   Raises:
+    TypeError: ``lower`` is not a function, a count not an integer, or a rate
+      or radius not a real number.
     ValueError: A count is below one, a rate or radius is not positive, or
       ``batches`` has another length.
 

@@ -246,6 +246,9 @@ def inner_variables(state: BSVRBState) -> base.ArrayTree:
 
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
+
+  Raises:
+    TypeError: ``state`` is not the state of `bsvrb`.
   """
   _check_state(state)
   elapsed = block_points.elapsed_steps(state.clock, state.touched)[0]
@@ -260,6 +263,9 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
 
   Returns:
     Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
+
+  Raises:
+    TypeError: ``state`` is not the state of `bsvrb` with `track_products`.
   """
   _check_state(state)
   base.check_fields(

@@ -129,6 +129,7 @@ def empirical_fisher(
 
   Raises:
     TypeError: ``loss`` or ``weights`` is not a function.
+    ValueError: The examples have no common leading axis.
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -174,6 +175,7 @@ def fisher(log_probs: Callable[..., jax.Array]) -> operators.OperatorFactory:
 
   Raises:
     TypeError: ``log_probs`` is not a function.
+    ValueError: ``log_probs`` does not return one number a class.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab

@@ -81,6 +81,7 @@ def init_flow(
     A `Flow`.
 
   Raises:
+    TypeError: A count is not an integer.
     ValueError: ``rows`` has not two axes or only one column.
   """
   base.check_int('num_layers', num_layers, 1)
@@ -143,6 +144,7 @@ def fit_flow(
     The flow, and the loss of each step.
 
   Raises:
+    TypeError: A count is not an integer, or a rate not a real number.
     ValueError: ``num_steps`` or ``batch_size`` is below one.
 
   Examples:

@@ -70,6 +70,7 @@ def ghost_norms(
   centres when all groups are merged.
 
   Raises:
+    TypeError: ``mask`` is not a floating array.
     ValueError: An array of the parameters meets the data more than once
       (shared weights, or a penalty on the weights inside the loss): the norms
       of its parts don't add up. Use `vmap_grads`.

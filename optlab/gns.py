@@ -322,6 +322,11 @@ def gns_newton_paper(
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, see `gns_newton`.
+
+  Raises:
+    TypeError: ``solver`` or ``metric`` is not a function, or ``gamma_init`` not
+      a real number.
+    ValueError: ``gamma_init`` is not a finite number above 0.
   """
   return gns_newton(
     solver=solver,

@@ -63,6 +63,8 @@ def growing_init(
     A `GrowingState`.
 
   Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
+      transformation, or ``num_shards`` not an integer.
     ValueError: The data have no common leading axis, are fewer than the
       ``max_batch_size`` of `grow_batch`, are not divisible by ``num_shards``,
       or the first batch is too small for the estimator.
@@ -137,6 +139,8 @@ def growing_step(
     ``step(state, data) -> (state, value)``, with the loss before the step.
 
   Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
+      transformation, or ``batch_size`` not an integer.
     ValueError: Neither ``tx`` nor the argument gives a batch size.
 
   Examples:
@@ -216,6 +220,9 @@ def growing_specs(axis_name: str) -> GrowingState:
 
   Returns:
     A prefix tree: the permutation is split, all else the same everywhere.
+
+  Raises:
+    TypeError: ``axis_name`` is not a string.
   """
   if not isinstance(axis_name, str):
     raise TypeError(

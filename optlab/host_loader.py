@@ -48,6 +48,7 @@ def bucket_sizes(
     Increasing sizes, the last at least ``max_batch_size``.
 
   Raises:
+    TypeError: One of them is not an integer.
     ValueError: ``batch_size`` is below 1 or above ``max_batch_size``.
 
   Examples:

@@ -67,6 +67,8 @@ def noise_batch(
     A `NoiseBatch`.
 
   Raises:
+    TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
+      ``log_prob``.
     ValueError: ``num`` is below one.
 
   Examples:

@@ -55,6 +55,11 @@ def cholesky() -> base.Solver:
   Returns:
     A solver.
 
+  Raises:
+    TypeError: ``operator`` is neither a function nor an operator; a bare matrix
+      belongs in `Dense`.
+    ValueError: The operator has another size than ``b``.
+
   Examples:
     >>> import jax.numpy as jnp, optlab
     >>> operator = optlab.Dense(jnp.diag(jnp.array([3.0, 15.0])))
@@ -91,6 +96,11 @@ def eigh() -> base.Solver:
 
   Returns:
     A solver.
+
+  Raises:
+    TypeError: ``operator`` is neither a function nor an operator; a bare matrix
+      belongs in `Dense`.
+    ValueError: The operator has another size than ``b``.
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -132,6 +142,10 @@ def woodbury() -> base.Solver:
 
   Returns:
     A solver, which raises a ``TypeError`` for an operator without ``factor``.
+
+  Raises:
+    TypeError: ``operator`` is not a `LowRank`.
+    ValueError: The operator has another size than ``b``.
 
   Examples:
     >>> import jax.numpy as jnp, optlab

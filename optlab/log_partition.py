@@ -139,6 +139,10 @@ def agree(
 
   Returns:
     Boolean scalar; false where either is refused.
+
+  Raises:
+    TypeError: ``sigmas`` is not a real number.
+    ValueError: ``sigmas`` is not a finite number above 0.
   """
   for name, estimate in (('first', first), ('second', second)):
     base.check_fields(

@@ -203,6 +203,10 @@ def plain_grads(
 
   Returns:
     `Moments` without second moments.
+
+  Raises:
+    TypeError: ``mask`` is not a floating array.
+    ValueError: ``losses`` does not give one loss per example.
   """
   value, grads = _mean_and_pullback(losses, params, examples, mask)
   count = jnp.sum(mask)
@@ -223,6 +227,11 @@ def microbatch_means(
 
   It takes what `plain_grads` takes; its `Moments` are of one unit, with a
   ``sum_sq_diff_norm`` that merging makes.
+
+  Raises:
+    TypeError: ``mask`` is not a floating array.
+    ValueError: ``losses`` does not give one loss per example, or `per_example`
+      makes fewer than two microbatches.
   """
   value, grads = _mean_and_pullback(losses, params, examples, mask)
   count = jnp.sum(mask)
@@ -241,6 +250,10 @@ def vmap_grads(
   times the time of a plain gradient.
 
   It takes what `plain_grads` takes; its `Moments` have every central moment.
+
+  Raises:
+    TypeError: ``mask`` is not a floating array.
+    ValueError: ``losses`` does not give one loss per example.
   """
   check_mask(mask)
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
@@ -297,6 +310,10 @@ def jvp_inner_products(
 
   Returns:
     Shape (n,), the deviations :math:`p_i - \|g\|^2`, 0 where masked.
+
+  Raises:
+    TypeError: ``mask`` is not a floating array.
+    ValueError: ``losses`` does not give one loss per example.
   """
   check_mask(mask)
   wide = mask.dtype
@@ -323,6 +340,10 @@ def vmap_inner_products(
 
   It takes what `jvp_inner_products` takes, and returns
   :math:`\langle g_i - g, g \rangle`.
+
+  Raises:
+    TypeError: ``mask`` is not a floating array.
+    ValueError: ``losses`` does not give one loss per example.
   """
   check_mask(mask)
   wide = mask.dtype

@@ -258,6 +258,10 @@ def normalized_descent(
   Returns:
     An optax transformation; a zero or non-finite gradient gives a zero step.
 
+  Raises:
+    TypeError: ``learning_rate`` is neither a real number nor a schedule.
+    ValueError: ``learning_rate`` is negative or not finite.
+
   Examples:
     >>> import jax.numpy as jnp, optlab
     >>> tx = optlab.normalized_descent(1.0)

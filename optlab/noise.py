@@ -107,6 +107,7 @@ def gaussian(
     A `Gaussian`.
 
   Raises:
+    TypeError: One of them is not an array of numbers.
     ValueError: The shapes do not match, or the covariance is not positive
       definite.
 
@@ -142,6 +143,7 @@ def fit_gaussian(
     A `Gaussian`.
 
   Raises:
+    TypeError: ``inflate`` is not a real number.
     ValueError: ``rows`` has not two axes, or spans no volume; ``inflate`` is
       not positive.
 
@@ -180,6 +182,7 @@ def gaussian_mixture(
     A `GaussianMixture`.
 
   Raises:
+    TypeError: ``inflate`` is not a real number.
     ValueError: Shapes do not match, a weight is not positive, or a covariance
       not positive definite.
 
@@ -247,6 +250,7 @@ def follow(
     A `Gaussian`; ``noise`` itself where no weight is finite.
 
   Raises:
+    TypeError: ``rate`` or ``floor`` is not a real number.
     ValueError: ``rate`` is not in [0, 1], or ``floor`` not positive.
 
   Examples:

@@ -47,6 +47,7 @@ def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
     A `Mixture`.
 
   Raises:
+    TypeError: A component has no ``sample`` and ``log_prob``.
     ValueError: There are not as many weights as components, or one is not
       positive.
   """
@@ -76,6 +77,8 @@ def defensive(
     A `Mixture`.
 
   Raises:
+    TypeError: A distribution has no ``sample`` and ``log_prob``, or ``weight``
+      is not a real number.
     ValueError: ``weight`` is not in (0, 1).
 
   Examples:

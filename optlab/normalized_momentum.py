@@ -47,6 +47,7 @@ def scale_by_normalized_momentum(
     update and leaves the average alone.
 
   Raises:
+    TypeError: ``beta`` is not a real number.
     ValueError: ``beta`` is outside [0, 1).
 
   Examples:
@@ -111,6 +112,7 @@ def normalized_momentum(
     An optax optimizer.
 
   Raises:
+    TypeError: One of them is not a real number.
     ValueError: ``beta`` is outside [0, 1), or ``learning_rate`` negative.
 
   Examples:

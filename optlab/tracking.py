@@ -192,6 +192,10 @@ def msvr_gamma(
 
   Returns:
     Scalar; ``1 - alpha``, plain `storm`, where every block is sampled.
+
+  Raises:
+    TypeError: A count is not an integer, or ``alpha`` not a real number.
+    ValueError: A count is below one, or ``alpha`` is outside (0, 1).
   """
   base.check_int('num_blocks', num_blocks, 1)
   is_array = isinstance(sampled, jax.Array)

@@ -36,6 +36,10 @@ def init(
 
   Returns:
     A `TrainState`.
+
+  Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
+      optax transformation.
   """
   base.check_estimator(estimator)
   base.check_transformation('tx', tx)
@@ -63,6 +67,10 @@ def train_step(
 
   Returns:
     ``step(state, batch) -> (state, value)``, with the loss before the step.
+
+  Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
+      optax transformation.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab

@@ -41,6 +41,8 @@ def with_storm(
     A `GradientEstimator`; ``init`` takes what that of ``estimator`` takes.
 
   Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, or ``beta`` not a
+      real number.
     ValueError: ``beta`` is outside (0, 1].
 
   Examples:

@@ -10,6 +10,7 @@ fail before anything is compiled; steps are only traced (`traced`).
 import ast
 from collections.abc import Callable
 import functools
+import inspect
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -1905,6 +1906,18 @@ def test_every_public_callable_has_a_row():
     assert issubclass(getattr(optlab, name), tuple)
     assert getattr(optlab, name)._fields
   assert not rows & set(EXEMPT)
+
+
+@pytest.mark.parametrize('name', sorted({row.name for row in TABLE}))
+def test_the_docstring_names_every_promised_error(name):
+  public = getattr(optlab, name)
+  if inspect.isclass(public):  # Its users' docstrings name the errors.
+    return
+  raises = inspect.getdoc(public).partition('Raises:')[2]
+  for row in TABLE:
+    if row.name == name and row.error and row.error is not Exception:
+      kinds = row.error if isinstance(row.error, tuple) else (row.error,)
+      assert any(kind.__name__ in raises for kind in kinds), row
 
 
 # Those that run at once are tried on shapes.

@@ -1,17 +1,8 @@
 """Fixtures that the test modules share."""
 
+import importlib.metadata
 import os
 import pathlib
-
-# Compiling takes most of the tests' time. These take two thirds off it, here
-# and in the programs that tests start: no slow passes, the older and plainer
-# emitter of loops, no threads beside those of the test workers.
-os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
-os.environ['XLA_FLAGS'] = ' '.join([
-  os.environ.get('XLA_FLAGS', ''),
-  '--xla_cpu_use_fusion_emitters=false',
-  '--xla_cpu_parallel_codegen_split_count=1',
-])
 
 import jax
 import pytest
@@ -20,6 +11,17 @@ import pytest
 # first use of a backend.
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_platforms', 'cpu')
+
+# Compiling takes most of the tests' time. These take more than half off it,
+# here and in the programs that tests start: no slow passes, no threads beside
+# those of the test workers, and the plainer emitter of loops, where there is a
+# choice; a flag that the library does not know would end the process.
+jax.config.update('jax_disable_most_optimizations', True)
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
+flags = '--xla_cpu_parallel_codegen_split_count=1'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  flags += ' --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 
 
 @pytest.fixture
