@@ -284,7 +284,8 @@ def contrastive_divergence(
       usable = jnp.any(goods[0]) & jnp.any(goods[1])
       signs = (-1.0, 1.0)
       cotangents = [
-        jnp.where(good & usable, sign, 0.0).astype(dtype)
+        (good & usable).astype(dtype)
+        * sign
         / jnp.maximum(jnp.sum(good), 1).astype(dtype)
         for sign, good in zip(signs, goods, strict=True)
       ]

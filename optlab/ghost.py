@@ -89,10 +89,10 @@ def ghost_norms(
   moments.check_mask(mask)
   base.check_floating('params', params)
   wide = mask.dtype
-  # Laid out over devices as the losses are; jit removes the evaluation.
-  slots = jnp.zeros_like(
-    moments.checked(losses, params, examples, mask), dtype=wide
-  )
+  # Zeros, laid out over devices as the losses are, which not every version of
+  # jax promises of zeros_like; jit removes the evaluation.
+  values = moments.checked(losses, params, examples, mask)
+  slots = (jnp.isnan(values) & False).astype(wide)
   count = jnp.sum(mask)
   tapped = _tap_parameters(moments.single(losses), wide)
 
