@@ -37,6 +37,8 @@ templates_path = ['_templates']
 exclude_patterns = ['_build']
 
 html_theme = 'furo'
+html_static_path = ['_static']
+html_css_files = ['mathematics.css']
 html_title = f'optlab {version}'
 html_copy_source = False
 html_math_renderer = 'mathml'
@@ -81,6 +83,8 @@ def to_mathml(latex: str, block: bool) -> str:
   """MathML, which browsers draw by themselves: no script, no network."""
   for command, known in REWRITTEN.items():
     latex = latex.replace(command, known)
+  # Browsers set no space between a name such as log and what it is applied to.
+  latex = re.sub(r'\\log(?= *[A-Za-z\\|])', r'\\,\\log\\,', latex)
   try:
     return latex2mathml.tex2mathml(latex, as_block=block)
   except (MathError, AttributeError) as error:
