@@ -304,7 +304,7 @@ def _run_optax(session, problem, method, seed, config, least, evaluate):
     **{k: v for k, v in last.items() if k not in ('kind', 'seconds')},
     reached=last['suboptimality'] <= config.tolerance,
     seconds=seconds,
-    with_compilation=seconds + compile_seconds,
+    seconds_with_compilation=seconds + compile_seconds,
   )
 
 
@@ -425,7 +425,7 @@ def _run_sklearn(session, problem, solver, seed, config, evaluate):
     else:
       low = middle
   session.write(
-    'summary', **row, reached=reached, with_compilation=row['seconds']
+    'summary', **row, reached=reached, seconds_with_compilation=row['seconds']
   )
 
 
@@ -485,7 +485,7 @@ def _report(problem, config, session, least) -> None:
       name if reached else f'{name} (not reached)',
       *(middle(key) for key in (
         'step', 'trials', 'gradients', 'products', 'solves', 'suboptimality')),
-      1e3 * middle('seconds'), 1e3 * middle('with_compilation'),
+      1e3 * middle('seconds'), 1e3 * middle('seconds_with_compilation'),
     ])  # fmt: skip
   seeds = f', median of {config.seeds} starts' if config.seeds > 1 else ''
   report.show(
