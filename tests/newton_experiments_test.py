@@ -82,15 +82,27 @@ def test_softmax_regression(tmp_path, x64):
   assert [row['reached'] for row in summaries] == [True]
 
 
-@pytest.mark.parametrize('problem', nonlinear_equations.PROBLEMS)
-def test_nonlinear_equations(tmp_path, x64, problem):
+def solve_equations(folder, problem):
   config = nonlinear_equations.Config(
-    output_dir=str(tmp_path), problem=problem, dimension=10, power=3,
+    output_dir=str(folder), problem=problem, dimension=10, power=3,
     curvature=('gauss_newton',), optimizers=('gns',), tolerance=1e-6,
   )  # fmt: skip
   nonlinear_equations.main(config)
-  summaries = record.select(record.read(tmp_path)[1], 'summary')
+  return record.read(folder)[1]
+
+
+@pytest.mark.parametrize('problem', nonlinear_equations.PROBLEMS)
+def test_nonlinear_equations(tmp_path, x64, problem):
+  summaries = record.select(solve_equations(tmp_path, problem), 'summary')
   assert [row['reached'] for row in summaries] == [True]
+
+
+def test_two_runs_differ_in_times_alone(tmp_path, x64):
+  first, second = (
+    record.without_times(solve_equations(tmp_path / name, 'chebyshev'))
+    for name in ('first', 'second')
+  )
+  assert first == second
 
 
 def test_the_rank_one_curvature_is_the_papers(x64):
