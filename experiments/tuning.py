@@ -504,6 +504,8 @@ def draw(
           label=method,
           lw=2.2 if method == 'bo_rep' else 1.2,
         )
+        # A seed that diverged would leave no room for the others.
+        high = np.minimum(high, 2 * np.nanmax(middle, initial=0.0))
         axes.fill_between(x, low, high, color=f'C{i % 10}', alpha=0.12, lw=0)
       title = ', '.join(p for p in (group, upper_step, schedule) if p)
       axes.set_title(title, fontsize=10)
