@@ -22,14 +22,20 @@ KILLS = 4  # Of each program.
 PROGRAMS = {
   'logistic_regression': (
     '--dataset=breast_cancer', '--optimizers=gns,lbfgs,gradient_descent',
-    '--curvature=exact,gauss_newton', '--l2=1e-3',
+    '--curvature=exact,gauss_newton', '--l2=1e-3', '--max_steps=60',
   ),
   'softmax_regression': (
     '--optimizers=gns,lbfgs', '--curvature=exact', '--l2=1e-2',
     '--max_steps=20',
   ),
-  'nonlinear_equations': ('--problem=chebyshev', '--dimension=50'),
-  'synthetic_functions': ('--steps=100', '--seeds=3'),
+  'nonlinear_equations': (
+    '--problem=chebyshev', '--dimension=50', '--optimizers=gns,lbfgs',
+    '--curvature=exact,gauss_newton',
+  ),
+  'synthetic_functions': (
+    '--steps=100', '--seeds=3', '--functions=F1,F3',
+    '--optimizers=diffgrad,adam,sgd',
+  ),
   'image_classification': (
     '--model=logistic', '--epochs=4', '--batches=16,norm:1',
     '--rates=0.01,0.1', '--microbatch=16', '--tuning_seeds=1', '--seeds=2',
