@@ -235,7 +235,9 @@ class Session:
 
   def write(self, kind: str, **fields: Any) -> None:
     """Adds a row to the record, once: a resumed run does not repeat it."""
-    if record.select(self.rows, kind, **record.plain(fields)):
+    row = {'kind': kind, **record.plain(fields)}
+    # In plain form, in which NaN equals NaN.
+    if row in map(record.plain, self.select(kind)):
       return
     self.rows.append(self._writer.write(kind, **fields))
 

@@ -350,7 +350,7 @@ def tune(
     for seed in range(TUNING_SEED, TUNING_SEED + config.tuning_seeds):
       lanes = [(seed, rate) for rate in new]
       run(session, config, problem, program, choice, label, lanes, finish=False)
-    losses = tuning_losses(session.rows, choice)
+    losses = tuning_losses(session.rows, choice, grid + 1)
     best = min(losses, key=lambda rate: losses[rate])
     new = continued(sorted(losses), best, len(config.rates))
     if not new:
@@ -358,10 +358,16 @@ def tune(
   return best
 
 
-def tuning_losses(rows: list[dict], choice: Choice) -> dict[float, float]:
-  """The median validation loss at the end of tuning, by rate."""
+def tuning_losses(
+  rows: list[dict], choice: Choice, grids: int = 1 + EXTENSIONS
+) -> dict[float, float]:
+  """The median validation loss at the end of tuning, by rate.
+
+  Of the first ``grids`` grids: a run that was killed has rows of one more, that
+  must not decide whether it is needed.
+  """
   losses: dict[float, list[float]] = {}
-  for grid in range(1 + EXTENSIONS):
+  for grid in range(grids):
     for row in last(rows, f'{choice.label}: tuning, grid {grid}'):
       loss = row['valid_loss']
       losses.setdefault(row['rate'], []).append(

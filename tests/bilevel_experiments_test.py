@@ -223,7 +223,9 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   assert row['regret'] < 0.2 * first
 
 
-def test_a_study_cut_short_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize('where', ['tuning, grid 1', '"eval"'])
+def test_a_study_cut_short_goes_on_where_it_was(tmp_path, where):
+  """In the middle of a grid that was continued, or of the last runs."""
   config = hyperparameter_optimization.Config(
     output_dir=str(tmp_path), methods=('saba',), upper_steps=('plain',),
     steps=10, seeds=2, rates=(0.1, 1.0), tuning_seeds=1,
@@ -239,8 +241,9 @@ def test_a_study_cut_short_goes_on_where_it_was(tmp_path):
     path = tmp_path / 'record.jsonl'
     whole = record.read(path)[1]
     lines = path.read_text().split('\n')
-    # Up to the last piece of the runs that are reported.
-    cut = max(i for i, line in enumerate(lines) if '"eval"' in line)
+    # Without the last piece of the runs there.
+    found = [i for i, line in enumerate(lines) if where in line]
+    cut = max(i for i in found if '"eval"' in lines[i])
     path.write_text('\n'.join(lines[: cut - 1]) + '\n')
     study(dataclasses.replace(config, resume=True), problem)
   times = ('seconds', 'compile_seconds', 'time')

@@ -136,6 +136,16 @@ def test_what_is_done_is_not_done_again(config):
   assert jnp.array_equal(again[1], last[1])
 
 
+def test_a_row_is_written_once_whatever_its_numbers(config):
+  row = {'a': float('inf'), 'b': np.float32('nan'), 'c': [1.0, None]}
+  for resume in (False, True):
+    again = dataclasses.replace(config, resume=resume)
+    with runner.Session('test', again) as session:
+      session.write('summary', **row)
+      session.write('summary', **row | {'c': [2.0, None]})
+  assert len(record.read(session.folder)[1]) == 2
+
+
 def test_another_configuration_version_or_program_is_refused(config):
   with runner.Session('test', config) as session:
     go(session)
