@@ -24,7 +24,9 @@ OPTIMIZERS = {
   'amsgrad': optax.scale_by_amsgrad,
   'diffgrad': optlab.scale_by_diffgrad,
   'momentum': lambda: optax.trace(0.9),
-  'normalized': lambda: optlab.normalized_descent(-1.0),
+  'normalized': lambda: optax.chain(
+    optlab.normalized_descent(1.0), optax.scale(-1.0)
+  ),
   'sgd': optax.identity,
 }
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -152,8 +154,10 @@ def optimizer(
     decay = lambda count: 1 / (1 + learning_rate * count / 3)
   name = config.optimizer
   if name == 'auto':
-    name = 'normalized' if method == 'ence' else 'sgd'
-    name = 'adam' if config.problem == 'plane' else name
+    if config.problem == 'plane':
+      name = 'adam'
+    else:
+      name = 'normalized' if method == 'ence' else 'sgd'
   return optax.chain(
     OPTIMIZERS[name](),
     optax.scale_by_schedule(decay),

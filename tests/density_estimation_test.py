@@ -10,6 +10,7 @@ import pytest
 from experiments import app
 from experiments import density_estimation
 from experiments import plane_noise
+from experiments import unnormalized
 
 
 def test_verdict_is_a_paired_t_test():
@@ -38,6 +39,24 @@ def test_verdict_is_a_paired_t_test():
 def test_flags_that_are_refused(flags, match):
   with pytest.raises(app.UserError, match=match):
     density_estimation.Config(**flags)
+
+
+@pytest.mark.parametrize('problem', ['plane', 'mean'])
+@pytest.mark.parametrize('name', ['auto', *unnormalized.OPTIMIZERS])
+def test_every_optimizer_descends(problem, name):
+  config = density_estimation.Config(problem=problem, optimizer=name)
+  tx = unnormalized.optimizer('meco', 0.1, config)
+  grads = jnp.asarray([3.0, -4.0])
+  updates, _ = tx.update(grads, tx.init(grads))
+  same = {
+    'sgd': -0.1 * grads,
+    'momentum': -0.1 * grads,
+    'normalized': -0.1 * grads / 5.0,
+    'diffgrad': -0.1 * jnp.sign(grads) * jax.nn.sigmoid(jnp.abs(grads)),
+  }
+  kind = name if name != 'auto' else {'plane': 'adam', 'mean': 'sgd'}[problem]
+  expected = same.get(kind, -0.1 * jnp.sign(grads))
+  np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
 def test_adaptive_noise_finds_the_data():
