@@ -223,7 +223,7 @@ def summarize(session, config: Config, data, cell: Cell) -> None:
 def draw(rows: list[dict], path) -> None:
   """Iterations and seconds to the target against I, a line for each B."""
   summaries = record.select(rows, 'summary')
-  figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.0))
+  figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.0), layout='constrained')
   for axes, field in zip(panels, ('iterations', 'seconds'), strict=True):
     for i, b in enumerate(sorted({row['batch_rows'] for row in summaries})):
       points = sorted(

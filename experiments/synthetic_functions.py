@@ -173,7 +173,7 @@ def draw(session: runner.Session, config: Config) -> None:
     top.plot(grid, jax.jit(FUNCTIONS[function])(grid), 'k', lw=1)
     top.set_title(function)
     top.set_xlabel('x')
-    top.set_xlim(-1.1, 1.1)
+    top.set(xlim=(-1.1, 1.1), xticks=(-1.0, -0.5, 0.0, 0.5, 1.0))
     top.set_ylim(-1.0 if function == 'F2' else -0.1, 1.6)
     for i, name in enumerate(config.optimizers):
       rows = session.select('eval', method=f'{function}, {name}', seed=0)
