@@ -74,7 +74,6 @@ def main(folder, mesh, coordinator='', processes='1', process='0'):
   """Writes FOLDER/METHOD/one and FOLDER/METHOD/many."""
   # Not on import, which a test does for the names.
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_disable_most_optimizations', True)
   jax.config.update('jax_enable_x64', True)
   where = {
     'mesh': mesh, 'coordinator': coordinator, 'processes': int(processes),
