@@ -81,21 +81,21 @@ def _moments(params, batch):
       optlab.norm_test(0.5), optlab.ghost_norms, None, '1.2'
     ),
     'inner product test, JVP': (
-      optlab.inner_product_test(0.5), optlab.plain_grads,
-      optlab.jvp_inner_products, ''
+      optlab.inner_product_test(0.5), optlab.batches.plain_grads,
+      optlab.batches.jvp_inner_products, ''
     ),
     'augmented test, ghost norms and JVP': (
       optlab.augmented_inner_product_test(0.5, 0.5), optlab.ghost_norms,
-      optlab.jvp_inner_products, '1.8'
+      optlab.batches.jvp_inner_products, '1.8'
     ),
     'norm test, vmap(grad)': (
-      optlab.norm_test(0.5), optlab.vmap_grads, None, ''
+      optlab.norm_test(0.5), optlab.batches.vmap_grads, None, ''
     ),
     'norm test, vmap(grad) in microbatches of 64': (
-      optlab.norm_test(0.5), optlab.vmap_grads, None, ''
+      optlab.norm_test(0.5), optlab.batches.vmap_grads, None, ''
     ),
     'norm test, microbatch means of 64': (
-      optlab.norm_test(0.5), optlab.microbatch_means, None, ''
+      optlab.norm_test(0.5), optlab.batches.microbatch_means, None, ''
     ),
   }  # fmt: skip
   functions, extra, requests = {}, {}, {}
@@ -159,7 +159,7 @@ def _static_step(estimator, tx, size):
     epochs = epochs._replace(position=epochs.position + size)
     at_end = epochs.position >= len(epochs.order)
     epochs = jax.lax.cond(at_end, reshuffle, lambda epochs: epochs, epochs)
-    return optlab.GrowingState(train, epochs), value
+    return optlab.batches.GrowingState(train, epochs), value
 
   return step
 

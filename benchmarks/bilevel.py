@@ -342,7 +342,10 @@ def finite_sum_quadratic(
         take = lambda part, k: jax.tree.map(lambda leaf: leaf[k], part)
         up, low = take(upper_data, j), take(lower_data, i[0])
         if indexed:
-          up, low = optlab.IndexedBatch(j, up), optlab.IndexedBatch(i[0], low)
+          up, low = (
+            optlab.bilevel.IndexedBatch(j, up),
+            optlab.bilevel.IndexedBatch(i[0], low),
+          )
         rest = take(lower_data, i[1:]) if inner else ()
         return step(state, optlab.BilevelBatch(up, low, rest))[0], None
 

@@ -182,7 +182,7 @@ def against_numpy(split, scales, dtype, table):
 
 def v1(split, scales, dtype, table):
   index = indices(split, 20)
-  dual = optlab.track_hessians(1e-3, damping=1e-2)
+  dual = optlab.multi_block.track_hessians(1e-3, damping=1e-2)
   run, start = ours(split, scales, dtype, dual)
   compile_seconds, compiled = timed(lambda: run.lower(start(), index).compile())
   times = []

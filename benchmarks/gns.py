@@ -266,7 +266,7 @@ def logistic(name, folder):
           fun,
           data,
           start,
-          optlab.gns_newton(rule=getattr(optlab.smoothness, rule)()),
+          optlab.gns_newton(rule=getattr(optlab.newton, rule)()),
           optimum,
           thinned,
           setup,
@@ -442,10 +442,10 @@ def log_sum_exp():
   ours, peers = [], []
   narrowed = lambda x, data: _narrow(hessian, x, data)
   for name, solver, rule in (
-    ('lanczos', optlab.lanczos(60), optlab.smoothness.hold()),
-    ('cg', optlab.cg(rtol=0.5), optlab.smoothness.hold()),
-    ('lanczos, measured', optlab.lanczos(60), optlab.smoothness.measured()),
-    ('cg, measured', optlab.cg(rtol=0.5), optlab.smoothness.measured()),
+    ('lanczos', optlab.lanczos(60), optlab.newton.hold()),
+    ('cg', optlab.cg(rtol=0.5), optlab.newton.hold()),
+    ('lanczos, measured', optlab.lanczos(60), optlab.newton.measured()),
+    ('cg, measured', optlab.cg(rtol=0.5), optlab.newton.measured()),
   ):
     tx = optlab.gns_newton(solver, rule=rule)
     ours.append(

@@ -44,7 +44,7 @@ def setup():
   noise = optlab.fit_gaussian(rows, inflate=1.5)
   batch = optlab.noise_batch(noise, jax.random.key(1), rows, ROWS, True)
   mlp = densities.init_mlp(jax.random.key(2))
-  return noise, batch, mlp, optlab.NceParams(mlp, jnp.zeros(()))
+  return noise, batch, mlp, optlab.unnormalized.NceParams(mlp, jnp.zeros(()))
 
 
 def looped(estimator, params, batch, draw=None):
@@ -92,7 +92,7 @@ def paired(first, second):
 def main() -> None:
   """Prints the ratios."""
   noise, batch, mlp, nce_params = setup()
-  model = optlab.with_log_normalizer(densities.log_density)
+  model = optlab.unnormalized.with_log_normalizer(densities.log_density)
   draws = {
     'MECO': lambda key: optlab.noise_batch(noise, key, batch.data, ROWS),
     'NCE': lambda key: optlab.noise_batch(noise, key, batch.data, ROWS, True),

@@ -66,9 +66,9 @@ autosummary_filename_map = {'optlab.Dense': 'optlab.DenseOperator'}
 ALIASES = {
   stringify_annotation(alias, 'smart'): name
   for name, alias in (
-    ('InnerProducts', optlab.moments.InnerProducts),
-    ('Route', optlab.moments.Route),
-    ('Losses', optlab.moments.Losses),
+    ('InnerProducts', optlab.batches.InnerProducts),
+    ('Route', optlab.batches.Route),
+    ('Losses', optlab.batches.Losses),
     ('Schedule', optax.Schedule),
     ('ArrayTree', optax.Params),
   )

@@ -82,7 +82,7 @@ def methods(
     )
 
   def ttsa(upper, lower, lower_optimizer, linear_lr):
-    return optlab.ttsa(
+    return optlab.bilevel.ttsa(
       upper, lower, lower_optimizer, linear_lr, neumann_steps=q
     )
 

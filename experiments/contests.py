@@ -80,7 +80,8 @@ def optimizer(name: str) -> Callable[..., Any]:
   Raises:
     UserError: Neither library has one that needs a learning rate alone.
   """
-  make = getattr(optlab, name, None) or getattr(optax, name, None)
+  homes = (optlab, optlab.first_order, optax)
+  make = next((m for m in (getattr(h, name, None) for h in homes) if m), None)
   try:
     parameters = inspect.signature(make).parameters  # pyrefly: ignore
     needed = [
@@ -293,9 +294,13 @@ def blocks() -> Problem:
   least = jax.jit(quadratic.objective)(jax.jit(quadratic.minimizer)(data), data)
   levels = quadratic.upper, quadratic.lower, count
   table = {
-    'bsvrb_v1': functools.partial(optlab.bsvrb, dual=optlab.track_hessians()),
-    'bsvrb_v2': functools.partial(optlab.bsvrb, dual=optlab.track_products()),
-    'rsvrb': optlab.rsvrb,
+    'bsvrb_v1': functools.partial(
+      optlab.bsvrb, dual=optlab.multi_block.track_hessians()
+    ),
+    'bsvrb_v2': functools.partial(
+      optlab.bsvrb, dual=optlab.multi_block.track_products()
+    ),
+    'rsvrb': optlab.multi_block.rsvrb,
   }
 
   def entry(name):
@@ -317,7 +322,7 @@ def blocks() -> Problem:
       batch: Any = optlab.BlockBatch(*parts)
       if name == 'rsvrb':  # It samples blocks for the upper level apart.
         outer = optlab.sample_blocks(keys[2], count, sampled)
-        batch = optlab.PairedBlockBatch(*parts, outer)
+        batch = optlab.multi_block.PairedBlockBatch(*parts, outer)
       return optlab.train_step(estimator, optax.sgd(rate))(state, batch)[0]
 
     return Entry(start, step, lambda before, after: sampled)
@@ -347,13 +352,13 @@ def density() -> Problem:
     lambda leaf: leaf[0], plane_noise.plane('8gaussians', 'mixture', 1)
   )
   log_density = densities.log_density
-  with_normalizer = optlab.with_log_normalizer(log_density)
+  with_normalizer = optlab.unnormalized.with_log_normalizer(log_density)
   table = {
     'meco': optlab.meco(log_density, 0.1),
     'meco_ratio': optlab.meco(log_density, 0.1, ratio_correction=True),
     'snis': optlab.meco(log_density, 1.0),
     'nce': optlab.nce(with_normalizer),
-    'ence': optlab.ence(with_normalizer),
+    'ence': optlab.unnormalized.ence(with_normalizer),
   }
 
   def entry(name):
@@ -364,7 +369,7 @@ def density() -> Problem:
     def start(key, rate):
       params = densities.init_mlp(key)
       if name in ('nce', 'ence'):
-        params = optlab.NceParams(params, jnp.log(8 * jnp.pi))
+        params = optlab.unnormalized.NceParams(params, jnp.log(8 * jnp.pi))
       return optlab.init(params, estimator, optax.adam(rate))
 
     def step(state, key, rate):
@@ -383,11 +388,11 @@ def density() -> Problem:
 
   def measure(state):
     params = state.params
-    if isinstance(params, optlab.NceParams):
+    if isinstance(params, optlab.unnormalized.NceParams):
       params = params.model
     model = functools.partial(log_density, params)
     corner = np.full(2, 7.0)
-    log_z = optlab.grid_log_partition(model, -corner, corner, 200)
+    log_z = optlab.unnormalized.grid_log_partition(model, -corner, corner, 200)
     gap = plane.negative_entropy + log_z.value - jnp.mean(model(plane.test))
     return {'tuning': gap, 'value': gap}
 

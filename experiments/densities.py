@@ -68,7 +68,7 @@ class Pinwheel(NamedTuple):
     twist = self.rate * jnp.exp(jnp.linalg.norm(rows, axis=-1))
     angles = 2 * jnp.pi * jnp.arange(self.blades) / self.blades
     straight = self._rotate(rows[:, None], -(angles + twist[:, None]))
-    blade = optlab.gaussian(
+    blade = optlab.unnormalized.gaussian(
       np.array([1.0, 0.0]), np.diag(np.square([0.3, 0.1]))
     )
     parts = blade.log_prob(straight.reshape(-1, 2)).reshape(-1, self.blades)
@@ -76,9 +76,11 @@ class Pinwheel(NamedTuple):
     return jax.nn.logsumexp(parts, -1) - shrink
 
 
-def _mixture(centres: np.ndarray, width: float) -> optlab.noise.GaussianMixture:
+def _mixture(
+  centres: np.ndarray, width: float
+) -> optlab.unnormalized.GaussianMixture:
   covariance = width**2 * np.eye(2)
-  return optlab.gaussian_mixture(
+  return optlab.unnormalized.gaussian_mixture(
     np.ones(len(centres)),
     centres,
     np.broadcast_to(covariance, (len(centres), 2, 2)),

@@ -134,7 +134,9 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
       densities.log_density, model_of(lane.train.params)
     )
     corner = np.full(2, BOX)
-    log_z = optlab.grid_log_partition(model, -corner, corner, cells)
+    log_z = optlab.unnormalized.grid_log_partition(
+      model, -corner, corner, cells
+    )
     kl = data.negative_entropy[seed] - jnp.mean(model(data.test[seed]))
     return {
       'kl': kl + log_z.value,

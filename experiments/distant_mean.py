@@ -28,20 +28,22 @@ def natural(theta: jax.Array, rows: jax.Array) -> jax.Array:
 class Bridge(NamedTuple):
   """Noise that starts as N(0, 1): a part follows the model, one the data."""
 
-  of_model: optlab.noise.Gaussian
-  of_data: optlab.noise.Gaussian
-  start: optlab.noise.Gaussian
+  of_model: optlab.unnormalized.Gaussian
+  of_data: optlab.unnormalized.Gaussian
+  start: optlab.unnormalized.Gaussian
 
-  def mixture(self) -> optlab.noise.GaussianMixture:
+  def mixture(self) -> optlab.unnormalized.GaussianMixture:
     parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self)
     weights = jnp.log(jnp.asarray([0.45, 0.45, 0.1], float))
-    return optlab.noise.GaussianMixture(weights, *parts)
+    return optlab.unnormalized.GaussianMixture(weights, *parts)
 
   def adapt(self, theta: jax.Array, batch: optlab.NoiseBatch) -> 'Bridge':
     log_w = natural(theta, batch.noise) - batch.noise_log_prob
     return self._replace(
-      of_model=optlab.follow(self.of_model, batch.noise, 0.5, log_w, floor=0.3),
-      of_data=optlab.follow(self.of_data, batch.data, 0.1),
+      of_model=optlab.unnormalized.follow(
+        self.of_model, batch.noise, 0.5, log_w, floor=0.3
+      ),
+      of_data=optlab.unnormalized.follow(self.of_data, batch.data, 0.1),
     )
 
 
@@ -61,7 +63,7 @@ def run(session: runner.Session, config: unnormalized.Config) -> None:
 
     def begin(seed, learning_rate, parts=parts):
       estimator, tx, params, _ = parts(learning_rate)
-      standard = optlab.gaussian(jnp.zeros(1), jnp.eye(1))
+      standard = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
       return unnormalized.Lane(
         optlab.init(params, estimator, tx),
         jax.random.key(seed),

@@ -79,7 +79,7 @@ class Config(devices.Config):
 class Lanes(NamedTuple):
   """All seeds or rates of one method."""
 
-  state: optlab.GrowingState  # leading axis: lanes
+  state: optlab.batches.GrowingState  # leading axis: lanes
   rate: jax.Array  # shape (lanes,)
 
 
@@ -153,10 +153,10 @@ def run(
     name = str(min(int(name), length))
   rule = image_classifiers.batches(name, config.first_size, length)
   microbatch = config.microbatch
-  if rule.moments is optlab.microbatch_means:
+  if rule.moments is optlab.batches.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
   route = rule.moments
-  if route is not optlab.microbatch_means:
+  if route is not optlab.batches.microbatch_means:
     route = lambda losses, params, *rows: rule.moments(
       losses, params, *devices.split(rows)
     )

@@ -229,7 +229,7 @@ class Batches(NamedTuple):
   """
 
   name: str
-  test: optlab.batch_tests.Test
+  test: optlab.batches.Test
   size: int
   limit: int
   moments: Any
@@ -262,22 +262,32 @@ def batches(name: str, first_size: int, length: int) -> Batches:
           f'--batches={name}: a size must be from 2 to the {length} images'
         )
       return Batches(
-        name, optlab.norm_test(1.0), size, size, optlab.plain_grads, None, False
+        name,
+        optlab.norm_test(1.0),
+        size,
+        size,
+        optlab.batches.plain_grads,
+        None,
+        False,
       )
     value = float(text)
     routes: dict[str, Any] = {
       'norm': (optlab.norm_test, optlab.ghost_norms, None),
-      'means': (optlab.norm_test, optlab.microbatch_means, None),
-      'coordinate': (optlab.coordinate_norm_test, optlab.vmap_grads, None),
+      'means': (optlab.norm_test, optlab.batches.microbatch_means, None),
+      'coordinate': (
+        optlab.batches.coordinate_norm_test,
+        optlab.batches.vmap_grads,
+        None,
+      ),
       'inner': (
         optlab.inner_product_test,
-        optlab.plain_grads,
-        optlab.jvp_inner_products,
+        optlab.batches.plain_grads,
+        optlab.batches.jvp_inner_products,
       ),
       'augmented': (
         lambda theta: optlab.augmented_inner_product_test(theta, theta),
         optlab.ghost_norms,
-        optlab.jvp_inner_products,
+        optlab.batches.jvp_inner_products,
       ),
     }
     if kind not in routes:

@@ -85,7 +85,7 @@ def sample(
     return tilted.tilt(params, rows) + noise.fitted.log_prob(rows)
 
   white = (start - whole.mean) @ whole.whiten.T
-  result = optlab.langevin(
+  result = optlab.unnormalized.langevin(
     log_density, chain_key, white, config.step_size, config.chain_steps
   )
   return result.rows @ whole.scale.T + whole.mean, result.acceptance

@@ -122,14 +122,14 @@ def make(config: Config, name: str, upper: Any, lower: Any):
   levels = logistic.Levels(config.l2)
   objectives = levels.upper, levels.lower, config.num_blocks
   if name == 'rsvrb':
-    estimator = optlab.rsvrb(
+    estimator = optlab.multi_block.rsvrb(
       *objectives, step_size=lower, beta=config.beta,
       floor=config.floor + config.damping,
     )  # fmt: skip
   else:
-    dual = optlab.track_products()
+    dual = optlab.multi_block.track_products()
     if name == 'v1':
-      dual = optlab.track_hessians(config.floor, config.damping)
+      dual = optlab.multi_block.track_hessians(config.floor, config.damping)
     estimator = optlab.bsvrb(
       *objectives, step_size=lower, alpha=config.alpha, beta=config.beta,
       dual=dual,
@@ -166,7 +166,7 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
       lower_batch = logistic.pick(problem.train, rows), rows, scale
       batch = optlab.BlockBatch(blocks, upper_batch, lower_batch)
       if name == 'rsvrb':
-        batch = optlab.PairedBlockBatch(*batch, outer)
+        batch = optlab.multi_block.PairedBlockBatch(*batch, outer)
       return train_step(train, devices.split(batch, 1))[0]
 
     return run._replace(train=jax.lax.fori_loop(0, every, step, run.train))
@@ -178,7 +178,7 @@ def weights(name: str, train: optlab.TrainState) -> Any:
   """The lower variables of all blocks."""
   if name == 'rsvrb':
     return train.estimator_state.inner
-  return optlab.inner_variables(train.estimator_state)
+  return optlab.multi_block.inner_variables(train.estimator_state)
 
 
 def quality(name: str, train: optlab.TrainState, problem: Problem) -> dict:

@@ -136,7 +136,9 @@ def methods(
   found = []
   for name in names:
     if name in ('gns', 'gns_paper'):
-      make = optlab.gns_newton if name == 'gns' else optlab.gns_newton_paper
+      make = (
+        optlab.gns_newton if name == 'gns' else optlab.newton.gns_newton_paper
+      )
       for key in curvatures:
         if key in problem.curvatures:
           curvature = problem.curvatures[key]

@@ -53,7 +53,7 @@ def score_baselines(session, seed, train, inside, outside, noise) -> None:
   """AUROC of what needs no training of an energy."""
   near = neighbors.NearestNeighbors(n_neighbors=1).fit(train)
   covariance = np.cov(train.T) + 1e-3 * np.eye(train.shape[1])
-  gaussian = optlab.gaussian(train.mean(0), covariance)
+  gaussian = optlab.unnormalized.gaussian(train.mean(0), covariance)
   scores = {
     'nearest neighbour': lambda rows: -near.kneighbors(rows)[0][:, 0],
     'Gaussian': lambda rows: gaussian.log_prob(jnp.asarray(rows)),

@@ -83,7 +83,10 @@ def problem(config: Config):
 
 def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
   """The first state and the step of one lane, with its rates."""
-  duals = {'v1': optlab.track_hessians, 'v2': optlab.track_products}
+  duals = {
+    'v1': optlab.multi_block.track_hessians,
+    'v2': optlab.multi_block.track_products,
+  }
   estimator = optlab.bsvrb(
     quadratic.upper, quadratic.lower, config.num_blocks,
     step_size=lower, alpha=config.alpha, beta=config.beta,

@@ -60,18 +60,20 @@ def fit(kind: str, rows: np.ndarray, seed: int) -> Any:
   rows = rows[:5000]
   mean, covariance = rows.mean(0)[None], np.cov(rows.T)[None]
   if kind == 'gaussian':
-    return optlab.gaussian_mixture(np.ones(1), mean, 1.5 * covariance)
+    return optlab.unnormalized.gaussian_mixture(
+      np.ones(1), mean, 1.5 * covariance
+    )
   if kind == 'flow':
     keys = jax.random.split(jax.random.key(seed))
-    flow, _ = jax.jit(optlab.fit_flow, static_argnums=3)(
-      optlab.init_flow(keys[0], jnp.asarray(rows)),
+    flow, _ = jax.jit(optlab.unnormalized.fit_flow, static_argnums=3)(
+      optlab.unnormalized.init_flow(keys[0], jnp.asarray(rows)),
       keys[1],
       jnp.asarray(rows),
       2000,
       jitter=0.05,
     )
-    return optlab.defensive(
-      flow, optlab.gaussian(mean[0], 2.25 * covariance[0])
+    return optlab.unnormalized.defensive(
+      flow, optlab.unnormalized.gaussian(mean[0], 2.25 * covariance[0])
     )
   if kind == 'adaptive':
     rng = np.random.default_rng(seed)
@@ -84,7 +86,7 @@ def fit(kind: str, rows: np.ndarray, seed: int) -> Any:
     ).fit(rows)
     weights, means = np.asarray(found.weights_), np.asarray(found.means_)
     covariances = 1.15 * np.asarray(found.covariances_)
-  return optlab.gaussian_mixture(
+  return optlab.unnormalized.gaussian_mixture(
     np.append(0.9 * weights, 0.1),
     np.concatenate([means, mean]),
     np.concatenate([covariances, 2.25 * covariance]),
@@ -92,8 +94,10 @@ def fit(kind: str, rows: np.ndarray, seed: int) -> Any:
 
 
 def adapt(
-  noise: optlab.noise.GaussianMixture, rows: jax.Array, log_weights: jax.Array
-) -> optlab.noise.GaussianMixture:
+  noise: optlab.unnormalized.GaussianMixture,
+  rows: jax.Array,
+  log_weights: jax.Array,
+) -> optlab.unnormalized.GaussianMixture:
   """One step of online EM towards weighted rows; the wide component stays.
 
   With noise rows and their importance weights it follows the model.
@@ -104,9 +108,9 @@ def adapt(
   weights = jnp.exp(noise.log_weights[:-1])
   # A component moves as much as the rows that are its own call for.
   rate = ADAPTING_RATE * jnp.minimum(share / weights, 1)
-  parts = optlab.noise.Gaussian(noise.means, noise.scales, noise.whitens)
+  parts = optlab.unnormalized.Gaussian(noise.means, noise.scales, noise.whitens)
   moved = jax.vmap(
-    lambda part, rate, log_weight: optlab.follow(
+    lambda part, rate, log_weight: optlab.unnormalized.follow(
       part, rows, rate, log_weight, floor=0.05
     ),
     in_axes=(0, 0, 1),
@@ -114,7 +118,7 @@ def adapt(
   weights += ADAPTING_RATE * (share - weights)
   weights = 0.9 * weights / jnp.sum(weights)
   join = lambda new, old: jnp.concatenate([new, old[-1:]])
-  return optlab.noise.GaussianMixture(
+  return optlab.unnormalized.GaussianMixture(
     join(jnp.log(weights), noise.log_weights),
     *(join(new, old) for new, old in zip(moved, parts, strict=True)),
   )

@@ -285,7 +285,7 @@ def equations(kind: str, power: int, dimension: int) -> Problem:
     """(p - 2) |u|^(p - 4) (J' u) (J' u)', from the objective's gradient."""
     value, grad = jax.value_and_grad(fun)(x, data)
     scale = (power - 2) / jnp.maximum(power * value, jnp.finfo(x.dtype).tiny)
-    return optlab.LowRank(jnp.sqrt(scale) * grad[None])
+    return optlab.newton.LowRank(jnp.sqrt(scale) * grad[None])
 
   gauss_newton = optlab.gauss_newton(system, outer)
   columns = dimension if dimension <= DENSE_LIMIT else 0

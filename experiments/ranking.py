@@ -205,8 +205,8 @@ def prepare(config: Config, name: str, steps: int, every: int):
       )
     )
     dual = {
-      'bsvrb_v1': optlab.track_hessians(config.convexity),
-      'bsvrb_v2': optlab.track_products(),
+      'bsvrb_v1': optlab.multi_block.track_hessians(config.convexity),
+      'bsvrb_v2': optlab.multi_block.track_products(),
     }.get(name)
     estimator = optlab.bsvrb(
       *levels(config), m, step_size=config.lower_rate, dual=dual

@@ -94,8 +94,8 @@ def load(name: str, data_dir: str, seed: int) -> Images:
 class Noise(NamedTuple):
   """The fitted mixture, the noise made of it, and a pool of its draws."""
 
-  fitted: optlab.noise.GaussianMixture
-  noise: optlab.noise.GaussianMixture
+  fitted: optlab.unnormalized.GaussianMixture
+  noise: optlab.unnormalized.GaussianMixture
   pool: jax.Array  # [POOL, columns + 1], the last the fitted log density
   pool_log_prob: jax.Array  # [POOL]
 
@@ -110,8 +110,8 @@ def fit_noise(rows: np.ndarray, components: int, seed: int) -> Noise:
   wide += 1e-3 * np.eye(rows.shape[1])
   weights, means = np.asarray(fit.weights_), np.asarray(fit.means_)
   covariances = 1.1 * np.asarray(fit.covariances_)
-  fitted = optlab.gaussian_mixture(weights, means, covariances)
-  noise = optlab.gaussian_mixture(
+  fitted = optlab.unnormalized.gaussian_mixture(weights, means, covariances)
+  noise = optlab.unnormalized.gaussian_mixture(
     np.append((1 - WIDE_SHARE) * weights, WIDE_SHARE),
     np.concatenate([means, mean]),
     np.concatenate([covariances, wide]),
@@ -197,7 +197,7 @@ def train(
     optax.adamw(decay, weight_decay=config.weight_decay),
   )
   if method == 'nce':
-    estimator = optlab.nce(optlab.with_log_normalizer(log_density))
+    estimator = optlab.nce(optlab.unnormalized.with_log_normalizer(log_density))
   else:
     estimator = optlab.meco(log_density, config.gamma)
   model_of = lambda params: params.model if method == 'nce' else params
@@ -208,7 +208,7 @@ def train(
     init_key, key = jax.random.split(jax.random.key(seed))
     params = init_energy(init_key, data.shape[-1] - 1, hidden)
     if method == 'nce':
-      params = optlab.NceParams(params, jnp.zeros(()))
+      params = optlab.unnormalized.NceParams(params, jnp.zeros(()))
     return Lane(optlab.init(params, estimator, tx), key, jnp.zeros(()))
 
   def advance_lane(args):
@@ -278,7 +278,7 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
     )(q, jax.random.key(1000 + 2 * seed + i))
     for i, q in enumerate((noise.noise, wider))
   )
-  agree = bool(optlab.agree(first, second))
+  agree = bool(optlab.unnormalized.agree(first, second))
   log_z = first.value if agree else jnp.nan
   return {
     'nll': log_z - jnp.mean(_in_chunks(model, test)),

@@ -84,7 +84,7 @@ class Problem(NamedTuple):
     lower: ``(x, y, batch) -> scalar``.
     data: Pytree of arrays that the next three take.
     sample: ``(key, data) -> (upper batch, lower batch)``; of a finite sum,
-      `optlab.IndexedBatch` both.
+      `optlab.bilevel.IndexedBatch` both.
     start: ``(key, data) -> (x, y)``.
     measure: ``(x, y, data) -> dict`` of scalars, with ``valid_loss``.
     reported: Fields of the table; the first is drawn and compared in pairs,
@@ -107,12 +107,14 @@ class Problem(NamedTuple):
   blocks: tuple[int, int] | None = None
 
 
-def draw_block(key: jax.Array, rows: Any, blocks: int) -> optlab.IndexedBatch:
+def draw_block(
+  key: jax.Array, rows: Any, blocks: int
+) -> optlab.bilevel.IndexedBatch:
   """One of so many blocks of consecutive rows."""
   index = jax.random.randint(key, (), 0, blocks)
   size = jax.tree.leaves(rows)[0].shape[0] // blocks
   cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, size)
-  return optlab.IndexedBatch(index, jax.tree.map(cut, rows))
+  return optlab.bilevel.IndexedBatch(index, jax.tree.map(cut, rows))
 
 
 class UpperStep(NamedTuple):
@@ -208,7 +210,7 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
     x, y = problem.start(start_key, data)
     if refined:
       keys = jax.random.split(refine_key, refinement)
-      y = optlab.refine(
+      y = optlab.bilevel.refine(
         problem.lower,
         x,
         y,

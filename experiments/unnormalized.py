@@ -22,10 +22,10 @@ CHAIN_STEP_SIZE, CHAIN_STEPS = 0.01, 10  # Contrastive divergence.
 OPTIMIZERS = {
   'adam': optax.scale_by_adam,
   'amsgrad': optax.scale_by_amsgrad,
-  'diffgrad': optlab.scale_by_diffgrad,
+  'diffgrad': optlab.first_order.scale_by_diffgrad,
   'momentum': lambda: optax.trace(0.9),
   'normalized': lambda: optax.chain(
-    optlab.normalized_descent(1.0), optax.scale(-1.0)
+    optlab.normalized_momentum(1.0, beta=0.0), optax.scale(-1.0)
   ),
   'sgd': optax.identity,
 }
@@ -133,9 +133,9 @@ def estimator_and_start(
     )
     return estimator, params, lambda params: params
   if method in ('nce', 'ence'):
-    make = getattr(optlab, method)
-    start = optlab.NceParams(params, jnp.asarray(log_z, float))
-    estimator = make(optlab.with_log_normalizer(log_density))
+    make = getattr(optlab.unnormalized, method)
+    start = optlab.unnormalized.NceParams(params, jnp.asarray(log_z, float))
+    estimator = make(optlab.unnormalized.with_log_normalizer(log_density))
     return estimator, start, lambda params: params.model
   estimator = optlab.meco(
     log_density,

@@ -1,114 +1,135 @@
-"""Functional optimization research in JAX: six method families for optax."""
+"""Functional optimization research in JAX: six method families for optax.
 
-from optlab.adagrad_norm import adagrad_norm
-from optlab.adagrad_norm import scale_by_adagrad_norm
+Here stand the names of every day; each wing (`newton`, `first_order`,
+`batches`, `bilevel`, `multi_block`, `unnormalized`) exports all of its own.
+"""
+
+from optlab import batches
+from optlab import bilevel
+from optlab import first_order
+from optlab import multi_block
+from optlab import newton
+from optlab import tracking
+from optlab import training
+from optlab import unnormalized
+from optlab.aliases import adadagrad_norm
 from optlab.base import Estimate
 from optlab.base import GradientEstimator
-from optlab.batch_growth import adadagrad
-from optlab.batch_growth import adadagrad_norm
-from optlab.batch_growth import grow_batch
-from optlab.batch_tests import augmented_inner_product_test
-from optlab.batch_tests import coordinate_norm_test
-from optlab.batch_tests import inner_product_test
-from optlab.batch_tests import norm_test
+from optlab.batches import adadagrad
+from optlab.batches import augmented_inner_product_test
+from optlab.batches import ghost_norms
+from optlab.batches import grow_batch
+from optlab.batches import growing_init
+from optlab.batches import growing_step
+from optlab.batches import host_loader
+from optlab.batches import inner_product_test
+from optlab.batches import norm_test
+from optlab.batches import per_example
 from optlab.bilevel import BilevelBatch
-from optlab.bilevel import BilevelState
-from optlab.block_dual import track_hessians
-from optlab.block_dual import track_products
-from optlab.block_sampling import epoch_of_blocks
-from optlab.block_sampling import sample_blocks
-from optlab.bo_rep import bo_rep
-from optlab.bo_rep import refine
-from optlab.bsvrb import BlockBatch
-from optlab.bsvrb import bsvrb
-from optlab.bsvrb import dual_variables
-from optlab.bsvrb import inner_variables
-from optlab.contrastive import contrastive_divergence
-from optlab.contrastive import langevin
-from optlab.curvature import empirical_fisher
-from optlab.curvature import fisher
-from optlab.curvature import gauss_newton
-from optlab.curvature import hessian
-from optlab.curvature import linear_gauss_newton
-from optlab.diffgrad import diffgrad
-from optlab.diffgrad import scale_by_diffgrad
+from optlab.bilevel import bo_rep
+from optlab.bilevel import implicit
+from optlab.bilevel import saba
+from optlab.bilevel import soba
+from optlab.bilevel import stocbio
+from optlab.bilevel import unrolled
 from optlab.estimators import stateless
 from optlab.estimators import value_and_grad
 from optlab.estimators import with_curvature
-from optlab.flow import fit_flow
-from optlab.flow import init_flow
-from optlab.ghost import ghost_norms
-from optlab.gns import gns_newton
-from optlab.gns import gns_newton_paper
-from optlab.growing import EpochState
-from optlab.growing import GrowingState
-from optlab.growing import growing_init
-from optlab.growing import growing_specs
-from optlab.growing import growing_step
-from optlab.host_loader import HostLoader
-from optlab.host_loader import LoaderState
-from optlab.host_loader import bucket_sizes
-from optlab.host_loader import host_loader
-from optlab.hypergradient import implicit
-from optlab.hypergradient import soba
-from optlab.krylov import cg
-from optlab.krylov import lanczos
-from optlab.likelihood import NoiseBatch
-from optlab.likelihood import noise_batch
-from optlab.linear import cholesky
-from optlab.linear import eigh
-from optlab.linear import woodbury
-from optlab.log_partition import agree
-from optlab.log_partition import grid_log_partition
-from optlab.log_partition import log_partition
-from optlab.meco import meco
-from optlab.moments import jvp_inner_products
-from optlab.moments import microbatch_means
-from optlab.moments import plain_grads
-from optlab.moments import vmap_grads
-from optlab.moments import vmap_inner_products
-from optlab.nce import NceParams
-from optlab.nce import ence
-from optlab.nce import nce
-from optlab.nce import normalized_descent
-from optlab.nce import with_log_normalizer
-from optlab.neumann import TtsaState
-from optlab.neumann import stocbio
-from optlab.neumann import ttsa
-from optlab.noise import fit_gaussian
-from optlab.noise import follow
-from optlab.noise import gaussian
-from optlab.noise import gaussian_mixture
-from optlab.noise_mixture import defensive
-from optlab.noise_mixture import mixture
-from optlab.normalized_momentum import ScaleByNormalizedMomentumState
-from optlab.normalized_momentum import normalized_momentum
-from optlab.normalized_momentum import scale_by_normalized_momentum
-from optlab.operators import Dense
-from optlab.operators import LowRank
-from optlab.operators import dense
-from optlab.per_example import PaddedBatch
-from optlab.per_example import ResidentBatch
-from optlab.per_example import per_example
-from optlab.rsvrb import PairedBlockBatch
-from optlab.rsvrb import rsvrb
-from optlab.saba import IndexedBatch
-from optlab.saba import SabaState
-from optlab.saba import saba
-from optlab.sparse import SparseMatrix
-from optlab.sparse import sparse_matrix
-from optlab.tracking import ema
-from optlab.tracking import msvr
-from optlab.tracking import msvr_gamma
-from optlab.tracking import storm
+from optlab.estimators import with_storm
+from optlab.first_order import adagrad_norm
+from optlab.first_order import diffgrad
+from optlab.first_order import normalized_momentum
+from optlab.multi_block import BlockBatch
+from optlab.multi_block import bsvrb
+from optlab.multi_block import sample_blocks
+from optlab.newton import Dense
+from optlab.newton import cg
+from optlab.newton import cholesky
+from optlab.newton import dense
+from optlab.newton import empirical_fisher
+from optlab.newton import fisher
+from optlab.newton import gauss_newton
+from optlab.newton import gns_newton
+from optlab.newton import hessian
+from optlab.newton import lanczos
+from optlab.newton import linear_gauss_newton
+from optlab.newton import sparse_matrix
 from optlab.training import MinimizeResult
 from optlab.training import TrainState
 from optlab.training import init
 from optlab.training import minimize
 from optlab.training import train_step
-from optlab.unrolled import UnrolledState
-from optlab.unrolled import unrolled
-from optlab.variance_reduction import WithStormState
-from optlab.variance_reduction import with_storm
+from optlab.unnormalized import NoiseBatch
+from optlab.unnormalized import contrastive_divergence
+from optlab.unnormalized import fit_gaussian
+from optlab.unnormalized import log_partition
+from optlab.unnormalized import meco
+from optlab.unnormalized import nce
+from optlab.unnormalized import noise_batch
 
 __version__ = '0.1.0'
+
+__all__ = [
+  'BilevelBatch',
+  'BlockBatch',
+  'Dense',
+  'Estimate',
+  'GradientEstimator',
+  'MinimizeResult',
+  'NoiseBatch',
+  'TrainState',
+  'adadagrad',
+  'adadagrad_norm',
+  'adagrad_norm',
+  'augmented_inner_product_test',
+  'batches',
+  'bilevel',
+  'bo_rep',
+  'bsvrb',
+  'cg',
+  'cholesky',
+  'contrastive_divergence',
+  'dense',
+  'diffgrad',
+  'empirical_fisher',
+  'first_order',
+  'fisher',
+  'fit_gaussian',
+  'gauss_newton',
+  'ghost_norms',
+  'gns_newton',
+  'grow_batch',
+  'growing_init',
+  'growing_step',
+  'hessian',
+  'host_loader',
+  'implicit',
+  'init',
+  'inner_product_test',
+  'lanczos',
+  'linear_gauss_newton',
+  'log_partition',
+  'meco',
+  'minimize',
+  'multi_block',
+  'nce',
+  'newton',
+  'noise_batch',
+  'norm_test',
+  'normalized_momentum',
+  'per_example',
+  'saba',
+  'sample_blocks',
+  'soba',
+  'sparse_matrix',
+  'stateless',
+  'stocbio',
+  'tracking',
+  'train_step',
+  'training',
+  'unnormalized',
+  'unrolled',
+  'value_and_grad',
+  'with_curvature',
+  'with_storm',
+]

@@ -27,7 +27,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optlab import base
+from optlab import checks
+
+__all__ = [
+  'check_blocks',
+  'distinct_blocks',
+  'ema',
+  'gather_rows',
+  'msvr',
+  'msvr_gamma',
+  'scatter_rows',
+  'storm',
+]
 
 Tree = TypeVar('Tree')  # A pytree of arrays.
 
@@ -64,10 +75,10 @@ def ema(
 
   Examples:
     >>> import jax.numpy as jnp, optlab
-    >>> print(optlab.ema(jnp.zeros(2), jnp.ones(2), 0.25))
+    >>> print(optlab.tracking.ema(jnp.zeros(2), jnp.ones(2), 0.25))
     [0.25 0.25]
   """
-  base.check_real('rate', rate, low=0.0, high=1.0)
+  checks.check_real('rate', rate, low=0.0, high=1.0)
   return _update(tracker, now, now, rate, 0.0, blocks)
 
 
@@ -103,14 +114,15 @@ def storm(
 
   Examples:
     >>> import jax.numpy as jnp, optlab
-    >>> print(optlab.storm(jnp.ones(2), jnp.full(2, 3.0), jnp.ones(2), 0.1))
+    >>> x = jnp.ones(2)
+    >>> print(optlab.tracking.storm(x, jnp.full(2, 3.0), x, 0.1))
     [3. 3.]
 
   References:
     Cutkosky, Orabona, `Momentum-based variance reduction in non-convex SGD
     <https://arxiv.org/abs/1905.10018>`_, NeurIPS 2019.
   """
-  base.check_real('beta', beta, low=0.0, high=1.0)
+  checks.check_real('beta', beta, low=0.0, high=1.0)
   return _update(tracker, now, before, beta, 1.0 - beta, blocks)
 
 
@@ -154,8 +166,9 @@ def msvr(
 
   Examples:
     >>> import jax.numpy as jnp, optlab
-    >>> table = optlab.msvr(jnp.ones(4), jnp.array([3.0]), jnp.array([2.0]),
-    ...                     0.5, gamma=1.0, blocks=jnp.array([2]))
+    >>> table = optlab.tracking.msvr(
+    ...     jnp.ones(4), jnp.array([3.0]), jnp.array([2.0]), 0.5, gamma=1.0,
+    ...     blocks=jnp.array([2]))
     >>> print(table)
     [1. 1. 3. 1.]
 
@@ -173,7 +186,7 @@ def msvr(
       sampled = jnp.sum(distinct_blocks(blocks, num_blocks))
       gamma = msvr_gamma(num_blocks, sampled, alpha)
   else:
-    base.check_non_negative('gamma', gamma)
+    checks.check_non_negative('gamma', gamma)
   return _update(tracker, now, before, alpha, gamma, blocks)
 
 
@@ -197,9 +210,9 @@ def msvr_gamma(
     TypeError: A count is not an integer, or ``alpha`` not a real number.
     ValueError: A count is below one, or ``alpha`` is outside (0, 1).
   """
-  base.check_int('num_blocks', num_blocks, 1)
+  checks.check_int('num_blocks', num_blocks, 1)
   is_array = isinstance(sampled, jax.Array)
-  base.check_int('sampled', sampled, 0 if is_array else 1, traced=True)
+  checks.check_int('sampled', sampled, 0 if is_array else 1, traced=True)
   check_rate('alpha', alpha)
   # An empty batch updates no row; it must only not divide by zero.
   sampled = jnp.maximum(sampled, 1) if is_array else sampled
@@ -208,7 +221,7 @@ def msvr_gamma(
 
 def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
   """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
-  base.check_real(
+  checks.check_real(
     name,
     value,
     low=0.0,
@@ -222,8 +235,8 @@ def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
 
 def _update(tracker, now, before, alpha, gamma, blocks):
   def blend(name, old):
-    base.check_same_tree('now', now, name, old)
-    base.check_same_tree('before', before, name, old)
+    checks.check_same_tree('now', now, name, old)
+    checks.check_same_tree('before', before, name, old)
     return jax.tree.map(leaf, old, now, before)
 
   def leaf(old, now, before):
@@ -233,7 +246,7 @@ def _update(tracker, now, before, alpha, gamma, blocks):
     return (1 - a) * old + a * now + g * (now - before)
 
   tracker = jax.tree.map(jnp.asarray, tracker)
-  base.check_floating(
+  checks.check_floating(
     'tracker', tracker, 'An average of integers stands still.'
   )
   if blocks is None:

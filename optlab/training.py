@@ -8,6 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from optlab import base
+from optlab import checks
+
+__all__ = [
+  'GRAD_TOL',
+  'MAX_STEPS',
+  'NON_FINITE',
+  'STALLED',
+  'TARGET_VALUE',
+  'MinimizeResult',
+  'TrainState',
+  'init',
+  'minimize',
+  'train_step',
+]
 
 
 class TrainState(NamedTuple):
@@ -41,8 +55,8 @@ def init(
     TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
       optax transformation.
   """
-  base.check_estimator(estimator)
-  base.check_transformation('tx', tx)
+  checks.check_estimator(estimator)
+  checks.check_transformation('tx', tx)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -85,8 +99,8 @@ def train_step(
     0.81
     0.64
   """
-  base.check_estimator(estimator)
-  base.check_transformation('tx', tx)
+  checks.check_estimator(estimator)
+  checks.check_transformation('tx', tx)
   tx = optax.with_extra_args_support(tx)
 
   def step(state, batch):
@@ -197,18 +211,18 @@ def minimize(
     >>> print(result.params, int(result.status) == optlab.training.GRAD_TOL)
     [1. 1. 1.] True
   """
-  base.check_callable('fun', fun, 'params -> scalar')
-  base.check_int('max_steps', max_steps, 0)
-  base.check_non_negative('grad_tol', grad_tol)
-  base.check_non_negative('stall_tol', stall_tol)
+  checks.check_callable('fun', fun, 'params -> scalar')
+  checks.check_int('max_steps', max_steps, 0)
+  checks.check_non_negative('grad_tol', grad_tol)
+  checks.check_non_negative('stall_tol', stall_tol)
   if stall_steps is not None:
-    base.check_int('stall_steps', stall_steps, 1)
-  base.check_transformation('tx', tx)
-  base.check_real('target_value', target_value)
+    checks.check_int('stall_steps', stall_steps, 1)
+  checks.check_transformation('tx', tx)
+  checks.check_real('target_value', target_value)
   if curvature is not None:
-    base.check_callable('curvature', curvature, 'params -> operator')
+    checks.check_callable('curvature', curvature, 'params -> operator')
   if trace is not None:
-    base.check_callable('trace', trace, 'MinimizeResult -> row')
+    checks.check_callable('trace', trace, 'MinimizeResult -> row')
   tx = optax.with_extra_args_support(tx)
   if opt_state is None:
     opt_state = tx.init(params)

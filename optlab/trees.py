@@ -17,7 +17,7 @@ def cast_like(tree: base.Params, like: base.Params) -> base.Params:
 def zeros_accumulator(tree: base.Params) -> base.Params:
   """Zeros of the shapes of ``tree``, in float32 or wider."""
   return jax.tree.map(
-    lambda leaf: jnp.zeros(jnp.shape(leaf), base.accumulator_dtype(leaf)), tree
+    lambda leaf: jnp.zeros(jnp.shape(leaf), accumulator_dtype(leaf)), tree
   )
 
 
@@ -25,7 +25,7 @@ def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
   """Maps ``function`` in float32 or wider, back to the first tree's dtypes."""
 
   def leaf_wise(first, *rest):
-    dtype = base.accumulator_dtype(first)
+    dtype = accumulator_dtype(first)
     leaves = [leaf.astype(dtype) for leaf in (first, *rest)]
     return function(*leaves).astype(jnp.asarray(first).dtype)
 
@@ -34,13 +34,13 @@ def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
 
 def norm(tree: base.Params) -> jax.Array:
   """Euclidean norm in float32 or wider; of an empty tree, zero."""
-  dtype = base.accumulator_dtype(tree)
-  return jnp.sqrt(base.sq_norm(jax.tree.leaves(tree), dtype))
+  dtype = accumulator_dtype(tree)
+  return jnp.sqrt(sq_norm(jax.tree.leaves(tree), dtype))
 
 
 def largest(tree: base.Params) -> jax.Array:
   """The largest magnitude in a tree; of an empty tree, zero."""
-  dtype = base.accumulator_dtype(tree)
+  dtype = accumulator_dtype(tree)
   tops = [
     jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     for leaf in jax.tree.leaves(tree)
@@ -86,3 +86,33 @@ def is_finite(*trees: base.Params) -> jax.Array:
       ]
     )
   )
+
+
+def all_finite(tree: base.ArrayTree) -> jax.Array:
+  """Whether every number in ``tree`` is finite; true for an empty tree."""
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+def sq_norm(tree: base.ArrayTree, dtype: Any) -> jax.Array:
+  """The sum of all squared magnitudes in ``tree``, summed in ``dtype``."""
+  return sum(
+    (
+      jnp.sum(jnp.square(jnp.abs(leaf).astype(dtype)))
+      for leaf in jax.tree.leaves(tree)
+    ),
+    start=jnp.zeros((), dtype),
+  )
+
+
+def accumulator_dtype(*trees: base.Params) -> Any:
+  """The widest dtype of the leaves, and at least float32.
+
+  Args:
+    *trees: Pytrees of arrays.
+
+  Returns:
+    The dtype in which sums over the leaves are kept.
+  """
+  dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(trees)]
+  return jnp.result_type(jnp.float32, *dtypes)

@@ -42,7 +42,7 @@ def test_golden_trajectory(x64, case, dtype, rtol):
 
 def test_all_rows_and_leaves_share_one_sum():
   """Fails for one sum a row, a leaf, or a coordinate (AdaGrad)."""
-  tx = optlab.scale_by_adagrad_norm(0.0)
+  tx = optlab.first_order.scale_by_adagrad_norm(0.0)
   grads = {'w': jnp.asarray([[3.0, 0.0], [0.0, 4.0]]), 'b': jnp.asarray([12.0])}
   updates, state = tx.update(grads, tx.init(grads))
   np.testing.assert_allclose(state.sum_of_squares, 169.0)
@@ -61,7 +61,7 @@ def test_accumulator_and_gradient_zero_give_zero():
 
 
 def test_bfloat16_is_summed_in_float32():
-  tx = optlab.scale_by_adagrad_norm(0.0)
+  tx = optlab.first_order.scale_by_adagrad_norm(0.0)
   grads = jnp.ones(1000, jnp.bfloat16)
   updates, state = tx.update(grads, tx.init(grads))
   assert updates.dtype == jnp.bfloat16

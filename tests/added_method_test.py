@@ -14,6 +14,7 @@ import pytest
 
 import optlab
 from optlab import base
+from optlab import checks
 from tests import contract_test
 
 
@@ -45,8 +46,8 @@ def spsa(fun, scale=0.01):
   Notes:
     Cost: two losses. The variance grows with the number of parameters.
   """
-  base.check_callable('fun', fun, '(params, batch) -> scalar')
-  base.check_positive('scale', scale)
+  checks.check_callable('fun', fun, '(params, batch) -> scalar')
+  checks.check_positive('scale', scale)
 
   def init(params, key):
     del params

@@ -19,15 +19,15 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'batch_growth'
 CASES = json.loads((GOLDEN / 'batch_tests.json').read_text())['cases']
 TESTS = {
   'norm': lambda h: optlab.norm_test(h['eta']),
-  'coordinate': lambda h: optlab.coordinate_norm_test(h['eta']),
+  'coordinate': lambda h: optlab.batches.coordinate_norm_test(h['eta']),
   'inner_product': lambda h: optlab.inner_product_test(h['theta']),
   'augmented': lambda h: optlab.augmented_inner_product_test(
     h['theta'], h['nu']
   ),
 }
 ROUTES = {
-  'vmap': (optlab.vmap_grads, optlab.vmap_inner_products),
-  'ghost': (optlab.ghost_norms, optlab.jvp_inner_products),
+  'vmap': (optlab.batches.vmap_grads, optlab.batches.vmap_inner_products),
+  'ghost': (optlab.ghost_norms, optlab.batches.jvp_inner_products),
 }
 CANCELLATION = 'large_mean_tiny_variance_cancellation'
 
@@ -311,7 +311,7 @@ def test_adadagrad_is_adagrad_behind_the_rule():
   ('make', 'name'),
   [
     (optlab.norm_test, 'eta'),
-    (optlab.coordinate_norm_test, 'eta'),
+    (optlab.batches.coordinate_norm_test, 'eta'),
     (optlab.inner_product_test, 'theta'),
     (lambda value: optlab.augmented_inner_product_test(value, 1.0), 'theta'),
     (lambda value: optlab.augmented_inner_product_test(1.0, value), 'nu'),

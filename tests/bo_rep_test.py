@@ -111,7 +111,7 @@ def ours(period=PERIOD):
 
   @jax.jit
   def run(x, batch, first):
-    y = optlab.refine(
+    y = optlab.bilevel.refine(
       lower, x, jnp.zeros(4), first, learning_rate=LOWER,
       first_steps=FIRST_STEPS, epochs=EPOCHS, radius=RADIUS,
     )  # fmt: skip
@@ -150,7 +150,9 @@ def test_refinement_follows_its_equations_and_nears_the_solution(x64):
   }  # fmt: skip
   lower = lambda x, y, noise: problem.lower(x, y, None) + noise @ y
   refined = jax.jit(
-    lambda y, noise: optlab.refine(lower, x, y, noise, radius=2.0, **options)
+    lambda y, noise: optlab.bilevel.refine(
+      lower, x, y, noise, radius=2.0, **options
+    )
   )
   start = problem.inner + 1.0
   grad = lambda y, noise: data['A'] @ y - data['B'] @ x - data['c'] + noise
@@ -159,13 +161,13 @@ def test_refinement_follows_its_equations_and_nears_the_solution(x64):
   assert quiet < 0.25 * np.linalg.norm(start - problem.inner)
   poisoned = first.copy()
   poisoned[-1] = np.nan  # Only the last epoch sees it.
-  two = optlab.refine(
+  two = optlab.bilevel.refine(
     lower, x, start, first[: FIRST_STEPS * 3], radius=2.0,
     **options | {'epochs': 2},
   )  # fmt: skip
   close(refined(start, poisoned), two)
   with pytest.raises(ValueError, match=r'leading axis of first_steps'):
-    optlab.refine(lower, x, start, first[1:], **options)
+    optlab.bilevel.refine(lower, x, start, first[1:], **options)
 
 
 def test_leaves_the_lower_variable_alone_between_rounds(x64):
@@ -364,7 +366,7 @@ def test_bad_arguments_name_the_argument():
   with pytest.raises(ValueError, match='^learning_rate must be'):
     optlab.normalized_momentum(-0.1)
   with pytest.raises(ValueError, match='^learning_rate must be'):
-    optlab.refine(
+    optlab.bilevel.refine(
       f, 0.0, jnp.zeros(1), None, learning_rate=0.0, first_steps=1, epochs=1
     )
   estimator = make(0.1, lower_steps=3)

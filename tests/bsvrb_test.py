@@ -19,8 +19,8 @@ from optlab import tracking
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'bsvrb'
 DUALS = {
-  'v1': functools.partial(optlab.track_hessians, 0.1),
-  'v2': optlab.track_products,
+  'v1': functools.partial(optlab.multi_block.track_hessians, 0.1),
+  'v2': optlab.multi_block.track_products,
 }
 over_duals = pytest.mark.parametrize('dual', DUALS)
 
@@ -80,7 +80,7 @@ def test_all_blocks_give_the_recorded_hypergradient(x64, dual):
   assert np.abs(grads[-1] - np.asarray(recorded['hypergrad'])).max() < 1e-12
   assert abs(values[-1] - recorded['value']) < 1e-12
   np.testing.assert_allclose(
-    optlab.inner_variables(state), recorded['y_star'], atol=1e-12
+    optlab.multi_block.inner_variables(state), recorded['y_star'], atol=1e-12
   )
 
 
@@ -106,12 +106,14 @@ def test_sampled_blocks_converge_at_a_fixed_point(x64, dual):
   state, (grads, _, _) = run_fixed_point(
     estimator, state, x, data, sampled, 6000
   )
-  y = optlab.inner_variables(state)
+  y = optlab.multi_block.inner_variables(state)
   y_star = jax.vmap(quadratic.solution, (None, 0))(x, data)
   assert np.abs(y - y_star).max() < 1e-10
   if dual == 'v2':
     v_star = exact_dual(x, y_star, data)
-    assert np.abs(optlab.dual_variables(state) - v_star).max() < 1e-10
+    assert (
+      np.abs(optlab.multi_block.dual_variables(state) - v_star).max() < 1e-10
+    )
 
   def part(block):
     return jax.grad(quadratic.objective)(
@@ -225,7 +227,7 @@ def test_lazy_steps_are_those_of_the_paper(x64, dual):
   # A floor that is active: some eigenvalues are below it.
   floor = 1.8 if dual == 'v1' else None
   plain = Plain(data, x, 0.2, 0.3, 0.2, floor)
-  chosen = optlab.track_hessians(floor) if dual == 'v1' else None
+  chosen = optlab.multi_block.track_hessians(floor) if dual == 'v1' else None
   estimator = estimator_of(m, step_size=0.2, alpha=0.3, beta=0.2, dual=chosen)
   tx = optax.sgd(lr)
   state = optlab.init(x, estimator, tx, jnp.zeros((m, 6)))
@@ -234,13 +236,13 @@ def test_lazy_steps_are_those_of_the_paper(x64, dual):
     plain.step(chosen, lower, upper, lr)
     state, _ = step(state, batch_of(data, jnp.asarray(chosen), lower, upper))
     np.testing.assert_allclose(state.params, plain.x, rtol=0, atol=1e-12)
-  inner = optlab.inner_variables(state.estimator_state)
+  inner = optlab.multi_block.inner_variables(state.estimator_state)
   np.testing.assert_allclose(inner, plain.y, rtol=0, atol=1e-12)
   np.testing.assert_allclose(
     state.estimator_state.hypergrad, plain.z, rtol=0, atol=1e-12
   )
   if dual == 'v2':
-    duals = optlab.dual_variables(state.estimator_state)
+    duals = optlab.multi_block.dual_variables(state.estimator_state)
     np.testing.assert_allclose(duals, plain.v, rtol=0, atol=1e-12)
 
 
@@ -260,7 +262,7 @@ def errors_on_a_path(path, sampled, *, alpha=0.1, gamma=None, beta=0.1):
     t, key = item
     x = path(t)
     blocks = optlab.sample_blocks(key, m, sampled)
-    y = optlab.inner_variables(state)
+    y = optlab.multi_block.inner_variables(state)
     batch = batch_of(data, blocks)
     estimate, state = estimator.estimate(x, state, batch)
     slope = jax.vmap(jax.grad(quadratic.lower, 1), (None, 0, 0))
@@ -337,7 +339,7 @@ def test_stability_boundary_is_that_of_the_second_moment(x64, alpha, fraction):
       blocks = optlab.sample_blocks(key, m, sampled)
       batch = optlab.BlockBatch(blocks)
       state = estimator.estimate(jnp.zeros(()), state, batch)[1]
-      return state, jnp.mean(optlab.inner_variables(state) ** 2)
+      return state, jnp.mean(optlab.multi_block.inner_variables(state) ** 2)
 
     keys = jax.random.split(jax.random.key(0), 300)
     return jax.lax.scan(step, state, keys)[1]
@@ -432,7 +434,7 @@ def test_indefinite_hessians_are_projected_and_the_others_kept(x64):
     lambda x, y, a: 0.5 * jnp.sum(a * y**2) - x * jnp.sum(y),
     2,
     step_size=0.0,
-    dual=optlab.track_hessians(floor),
+    dual=optlab.multi_block.track_hessians(floor),
   )
   x = jnp.ones(())
   state = estimator.init(x, jnp.zeros((2, 2)))
@@ -459,7 +461,7 @@ def test_projection_of_the_dual_biases_only_where_it_is_active(x64):
       lambda x, y, batch: 0.5 * y**2 - x * y,
       1,
       step_size=0.5,
-      dual=optlab.track_products(radius=radius),
+      dual=optlab.multi_block.track_products(radius=radius),
     )
     x = jnp.ones(())
     state = estimator.init(x, jnp.zeros(1))
@@ -498,13 +500,13 @@ def test_bad_arguments_are_refused(kwargs, error, message):
 def test_bad_duals_and_batches_are_refused():
   for floor in (0.0, -1.0, float('nan')):
     with pytest.raises(ValueError, match='floor'):
-      optlab.track_hessians(floor)
+      optlab.multi_block.track_hessians(floor)
   with pytest.raises(ValueError, match='damping'):
-    optlab.track_hessians(damping=-1.0)
+    optlab.multi_block.track_hessians(damping=-1.0)
   with pytest.raises(ValueError, match='radius'):
-    optlab.track_products(radius=0.0)
+    optlab.multi_block.track_products(radius=0.0)
   with pytest.raises(ValueError, match='step_ratio'):
-    optlab.track_products(step_ratio=0.0)
+    optlab.multi_block.track_products(step_ratio=0.0)
   data = quadratic.make(4)
   estimator = estimator_of(4)
   x = jnp.ones(5, data.c.dtype)
@@ -549,7 +551,7 @@ def test_first_pass_sets_every_tracker(x64):
 
 def test_clock_keeps_small_steps_late_in_a_run():
   """After 2^17 units of 1e-4 a float32 sum alone would be off by percents."""
-  from optlab import block_points
+  from optlab.multi_block import _points as block_points
 
   length = jnp.float32(1e-4)
 
@@ -641,7 +643,8 @@ mean_lower = lambda x, y, batch: jnp.mean(
     jax.vmap(lambda e: quadratic.lower(x, y, (batch[0], e)))(batch[1]))
 mean_upper = lambda x, y, batch: jnp.mean(
     jax.vmap(lambda e: quadratic.upper(x, y, (batch[0], e)))(batch[1]))
-duals = {'v1': optlab.track_hessians(0.1), 'v2': optlab.track_products()}
+duals = {'v1': optlab.multi_block.track_hessians(0.1),
+         'v2': optlab.multi_block.track_products()}
 for name, dual in duals.items():
   estimator = optlab.bsvrb(mean_upper, mean_lower, m, step_size=0.2, dual=dual)
   tx = optax.sgd(0.02)

@@ -19,7 +19,7 @@ def natural(theta, x):
 
 def chains(adjust, step_size=1.0):
   return jax.jit(
-    lambda key: optlab.langevin(
+    lambda key: optlab.unnormalized.langevin(
       quadratic, key, jnp.zeros((4000, 2)), step_size, 60, adjust=adjust
     )
   )(jax.random.key(0))
@@ -44,7 +44,7 @@ def test_a_chain_that_meets_nan_stays_where_it_was():
     return jnp.where(x[:, 0] > 1, jnp.nan, quadratic(x))
 
   for adjust in (True, False):
-    result = optlab.langevin(
+    result = optlab.unnormalized.langevin(
       walled, jax.random.key(0), jnp.zeros((200, 2)), 0.5, 20, adjust=adjust
     )
     assert np.all(np.isfinite(result.rows))
@@ -55,7 +55,7 @@ def test_a_chain_that_meets_nan_stays_where_it_was():
 def train(persistent, num_steps=10, restart=0.05):
   rng = np.random.default_rng(0)
   data = (2.0 + rng.normal(size=(256, 1))).astype(np.float32)
-  noise = optlab.gaussian(jnp.zeros(1), jnp.eye(1))
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
   batch = optlab.noise_batch(noise, jax.random.key(0), data, 256)
   estimator = optlab.contrastive_divergence(
     natural, 0.3, num_steps, persistent=persistent, restart=restart
@@ -109,7 +109,9 @@ def test_a_bad_data_row_is_left_out():
 
 def test_bad_arguments():
   with pytest.raises(ValueError, match='step_size'):
-    optlab.langevin(quadratic, jax.random.key(0), jnp.zeros((2, 1)), 0.0, 1)
+    optlab.unnormalized.langevin(
+      quadratic, jax.random.key(0), jnp.zeros((2, 1)), 0.0, 1
+    )
   with pytest.raises(ValueError, match='num_steps'):
     optlab.contrastive_divergence(natural, 0.1, 0)
   with pytest.raises(ValueError, match='restart'):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import optlab
-from optlab import operators
+from optlab.newton import _operators as operators
 
 pytestmark = pytest.mark.usefixtures('x64')
 

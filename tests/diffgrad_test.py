@@ -110,7 +110,7 @@ def test_200_steps_of_a_network_equal_a_transcription(x64):
 
 
 def test_the_friction_is_one_half_where_the_gradient_stands_still():
-  tx = optlab.scale_by_diffgrad(b1=0.0, b2=0.0)
+  tx = optlab.first_order.scale_by_diffgrad(b1=0.0, b2=0.0)
   grads = jnp.asarray([2.0, -3.0])
   state = tx.init(grads)
   first, state = tx.update(grads, state)
@@ -124,8 +124,8 @@ def test_the_friction_is_one_half_where_the_gradient_stands_still():
 
 def test_the_places_of_eps_differ_where_eps_is_large():
   grads = jnp.asarray([0.01, -0.02])
-  after = optlab.scale_by_diffgrad(eps=1e-2)
-  before = optlab.scale_by_diffgrad(eps=1e-2, eps_uncorrected=True)
+  after = optlab.first_order.scale_by_diffgrad(eps=1e-2)
+  before = optlab.first_order.scale_by_diffgrad(eps=1e-2, eps_uncorrected=True)
   u_after, _ = after.update(grads, after.init(grads))
   u_before, _ = before.update(grads, before.init(grads))
   # eps / sqrt(1 - 0.999) is 32 times larger in the first step.
@@ -163,7 +163,7 @@ def test_a_schedule_is_followed():
 
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
 def test_narrow_gradients_have_wide_moments(dtype):
-  tx = optlab.scale_by_diffgrad()
+  tx = optlab.first_order.scale_by_diffgrad()
   params = jnp.asarray([0.0, 1.0], dtype)
   state = tx.init(params)
   updates, state = tx.update(params, state)
@@ -177,7 +177,7 @@ def test_narrow_gradients_have_wide_moments(dtype):
 
 
 def test_dtypes_of_the_state_can_be_chosen():
-  tx = optlab.scale_by_diffgrad(
+  tx = optlab.first_order.scale_by_diffgrad(
     mu_dtype=jnp.bfloat16, prev_grad_dtype=jnp.bfloat16
   )
   params = jnp.ones(3)
@@ -190,7 +190,7 @@ def test_dtypes_of_the_state_can_be_chosen():
 
 
 def test_none_and_masked_leaves_pass():
-  tx = optlab.scale_by_diffgrad()
+  tx = optlab.first_order.scale_by_diffgrad()
   params = {'a': jnp.ones(2), 'b': jnp.ones(3), 'c': None}
   state = tx.init(params)
   grads = {'a': jnp.ones(2), 'b': None, 'c': None}
@@ -206,7 +206,7 @@ def test_none_and_masked_leaves_pass():
 
 
 def test_eps_zero_and_zero_gradient_give_zero():
-  tx = optlab.scale_by_diffgrad(eps=0.0)
+  tx = optlab.first_order.scale_by_diffgrad(eps=0.0)
   grads = jnp.asarray([0.0, 1.0])
   updates, _ = tx.update(grads, tx.init(grads))
   assert updates[0] == 0.0

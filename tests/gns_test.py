@@ -14,8 +14,8 @@ import pytest
 import sklearn.datasets
 
 import optlab
-from optlab import smoothness
 from optlab import training
+from optlab.newton import _search as smoothness
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'gns'
 MUSHROOMS = 'logistic_mushrooms_l2_1overn_g1'
@@ -132,7 +132,7 @@ def assert_golden(name, problem):
   run = minimize(
     fun,
     jnp.asarray(golden['x0']),
-    optlab.gns_newton_paper(metric=metric),
+    optlab.newton.gns_newton_paper(metric=metric),
     max_steps=len(golden['trials']),
     curvature=curvature,
     trace=lambda run: (run.value, run.opt_state.gamma, run.opt_state.trials),
@@ -187,7 +187,7 @@ def test_few_trials_on_mushrooms(x64, data_dir, l2, optimum, steps, trials):
 def test_chebyshev_with_the_exact_indefinite_hessian(x64, paper):
   # The authors' code fails to factorize, repeats its last step and stays.
   start = jnp.asarray(np.random.default_rng(3124).random(100))
-  tx = optlab.gns_newton_paper() if paper else optlab.gns_newton()
+  tx = optlab.newton.gns_newton_paper() if paper else optlab.gns_newton()
 
   def solve(p):
     fun = lambda x: jnp.sum(chebyshev(x) ** 2) ** (p / 2) / p
@@ -211,7 +211,7 @@ def test_chebyshev_with_the_exact_indefinite_hessian(x64, paper):
   [
     (smoothness.double(), None, True),
     (smoothness.measured(), None, True),
-    (smoothness.hold(), optlab.eigh(), True),
+    (smoothness.hold(), optlab.newton.eigh(), True),
     (smoothness.hold(), optlab.lanczos(), False),
     (smoothness.double(), optlab.cg(), False),
   ],

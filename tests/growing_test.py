@@ -53,7 +53,7 @@ def test_one_program_from_the_first_size_to_all():
   """It takes the steps of plain batches gathered by hand."""
   state, data = start()
   step = jax.jit(optlab.growing_step(ESTIMATOR, GROWING), donate_argnums=0)
-  plain = optlab.per_example(losses, optlab.vmap_grads)
+  plain = optlab.per_example(losses, optlab.batches.vmap_grads)
   by_hand = jax.jit(optlab.train_step(plain, GROWING))
   expected = optlab.init(jax.tree.map(jnp.asarray, PARAMS), plain, GROWING)
   sizes, seen = [], []
@@ -153,7 +153,7 @@ def test_over_two_devices_the_union_of_their_windows():
     losses, optlab.ghost_norms, microbatch_size=4, axis_name='data'
   )
   state, data = start(tx, estimator, num_shards=2)
-  specs = optlab.growing_specs('data')
+  specs = optlab.batches.growing_specs('data')
   traces = []
 
   def counted(*args):
@@ -207,7 +207,9 @@ def test_bad_input_of_the_loop():
   with pytest.raises(ValueError, match='num_shards=3, got 40.*leave out 1'):
     start(num_shards=3)
   # The rule starts with 6 examples: one microbatch of 4, and a half.
-  means = optlab.per_example(losses, optlab.microbatch_means, microbatch_size=4)
+  means = optlab.per_example(
+    losses, optlab.batches.microbatch_means, microbatch_size=4
+  )
   with pytest.raises(ValueError, match='at least two microbatches.*got 6'):
     start(estimator=means)
   whole = optlab.per_example(losses, optlab.ghost_norms)
@@ -220,7 +222,7 @@ def test_bad_input_of_the_loop():
 def host_run(steps, checkpoint=None, tmp_path=None):
   """Trains from the host; optionally through a checkpoint after a few steps."""
   x, y = dataset()
-  buckets = optlab.bucket_sizes(6, N)
+  buckets = optlab.batches.bucket_sizes(6, N)
   loader = optlab.host_loader(lambda rows: (x[rows], y[rows]), N, buckets)
   step = jax.jit(optlab.train_step(ESTIMATOR, GROWING))
   train = optlab.init(jax.tree.map(jnp.asarray, PARAMS), ESTIMATOR, GROWING)
@@ -235,7 +237,9 @@ def host_run(steps, checkpoint=None, tmp_path=None):
         state = checkpointer.restore(tmp_path / 'host', (fresh, loader.init(7)))
       loader = optlab.host_loader(lambda rows: (x[rows], y[rows]), N, buckets)
     train, position = state
-    batch, position = loader.take(optlab.LoaderState(*position), read(train))
+    batch, position = loader.take(
+      optlab.batches.LoaderState(*position), read(train)
+    )
     assert batch.examples[0].shape[0] in buckets
     sizes.append(int(batch.size))
     train, _ = step(train, batch)
@@ -282,5 +286,11 @@ def test_bad_input_of_the_loader():
   with pytest.raises(ValueError, match='seed must be at least 0'):
     loader.init(-1)
   with pytest.raises(ValueError, match='max_batch_size must be at least 8'):
-    optlab.bucket_sizes(8, 4)
-  assert optlab.bucket_sizes(6, 50, multiple_of=4) == (8, 12, 24, 48, 52)
+    optlab.batches.bucket_sizes(8, 4)
+  assert optlab.batches.bucket_sizes(6, 50, multiple_of=4) == (
+    8,
+    12,
+    24,
+    48,
+    52,
+  )

@@ -38,7 +38,7 @@ def saba(upper, lower, optimizer, linear_lr):
 
   def estimate(params, state, batch):
     del batch
-    block = optlab.IndexedBatch(jnp.int32(0), None)
+    block = optlab.bilevel.IndexedBatch(jnp.int32(0), None)
     return estimator.estimate(params, state, optlab.BilevelBatch(block, block))
 
   return optlab.GradientEstimator(estimator.init, estimate)
@@ -134,7 +134,7 @@ def test_ttsa_draws_each_power_and_is_stocbio_in_expectation(x64):
   problem = bilevel_problems.load('quadratic_single')
   terms = 4
   expected, (grad_x, grad_y, cross, powers) = truncated(problem, RATE, terms)
-  estimator = optlab.ttsa(
+  estimator = optlab.bilevel.ttsa(
     problem.upper, problem.lower, optax.sgd(RATE), RATE, neumann_steps=terms
   )
 
@@ -290,7 +290,9 @@ def finite_sum(blocks, key, dimension=4):
 
 
 def indexed(data, index):
-  block = optlab.IndexedBatch(index, jax.tree.map(lambda a: a[index], data))
+  block = optlab.bilevel.IndexedBatch(
+    index, jax.tree.map(lambda a: a[index], data)
+  )
   return optlab.BilevelBatch(block, block)
 
 
@@ -390,15 +392,23 @@ def test_saba_holds_its_memory_where_a_block_is_not_finite(x64):
 
 @pytest.mark.parametrize(
   'make',
-  [optlab.soba, optlab.stocbio, optlab.implicit, optlab.unrolled, optlab.ttsa],
+  [
+    optlab.soba,
+    optlab.stocbio,
+    optlab.implicit,
+    optlab.unrolled,
+    optlab.bilevel.ttsa,
+  ],
 )
 def test_a_step_that_is_not_finite_is_held_and_counted(make):
   lower = lambda x, y, batch: jnp.sum((y - x - batch) ** 2)
   upper = lambda x, y, batch: jnp.sum(y**2)
   rate = () if make in (optlab.implicit, optlab.unrolled) else (0.1,)
-  steps = {} if make in (optlab.soba, optlab.ttsa) else {'lower_steps': 1}
+  steps = (
+    {} if make in (optlab.soba, optlab.bilevel.ttsa) else {'lower_steps': 1}
+  )
   estimator = make(upper, lower, optax.adam(0.1), *rate, **steps)
-  key = (jax.random.key(0),) if make is optlab.ttsa else ()
+  key = (jax.random.key(0),) if make is optlab.bilevel.ttsa else ()
   x = jnp.ones(2)
   estimate = jax.jit(estimator.estimate)
   state = estimator.init(x, jnp.zeros(2), *key)
@@ -471,7 +481,10 @@ def test_bad_arguments_name_the_argument():
     ('neumann_lr', lambda: optlab.stocbio(f, f, sgd, -0.1)),
     ('neumann_steps', lambda: optlab.stocbio(f, f, sgd, 0.1, neumann_steps=0)),
     ('lower_steps', lambda: optlab.stocbio(f, f, sgd, 0.1, lower_steps=0)),
-    ('neumann_steps', lambda: optlab.ttsa(f, f, sgd, 0.1, neumann_steps=0)),
+    (
+      'neumann_steps',
+      lambda: optlab.bilevel.ttsa(f, f, sgd, 0.1, neumann_steps=0),
+    ),
     ('lower_steps', lambda: optlab.unrolled(f, f, sgd, lower_steps=0)),
     ('max_iterations', lambda: optlab.implicit(f, f, sgd, max_iterations=0)),
     ('tol', lambda: optlab.implicit(f, f, sgd, tol=-1.0)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optlab
-from optlab import linear
+from optlab.newton import _linear as linear
 
 N = 12
 
@@ -37,7 +37,7 @@ INDEFINITE = np.linspace(-1.0, 3.0, N)
 
 EXACT = {
   'cholesky': optlab.cholesky(),
-  'eigh': optlab.eigh(),
+  'eigh': optlab.newton.eigh(),
   'cg': optlab.cg(max_steps=200, rtol=1e-13, power=0.0),
   'lanczos': optlab.lanczos(rtol=1e-13, power=0.0),
 }
@@ -103,9 +103,9 @@ def test_non_finite_operators_are_not_ok(solver):
 @pytest.mark.parametrize('shift', [1e-6, 1e-3, 1.0, 1e3])
 def test_woodbury_agrees_with_numpy(x64, rank, shift):
   factor = np.random.default_rng(0).normal(size=(rank, N))
-  operator = optlab.LowRank(jnp.asarray(factor))
+  operator = optlab.newton.LowRank(jnp.asarray(factor))
   b = factor[0] + 1e-3 * right_side()  # Nearly in the range: cancellation.
-  solver = optlab.woodbury()
+  solver = optlab.newton.woodbury()
   x, ok = solve(solver, operator, jnp.asarray(b), shift, shift)
   matrix = factor.T @ factor + shift * np.eye(N)
   assert ok
@@ -117,7 +117,7 @@ def test_woodbury_agrees_with_numpy(x64, rank, shift):
 def test_low_rank_operators_suit_every_solver(x64, solver):
   factor = np.random.default_rng(0).normal(size=(4, N))
   b = right_side()
-  operator = optlab.LowRank(jnp.asarray(factor))
+  operator = optlab.newton.LowRank(jnp.asarray(factor))
   x, ok = solve(solver, operator, jnp.asarray(b), 0.1, 0.1)
   assert ok
   matrix = factor.T @ factor + 0.1 * np.eye(N)
@@ -126,7 +126,7 @@ def test_low_rank_operators_suit_every_solver(x64, solver):
 
 def test_woodbury_names_an_operator_without_factor():
   with pytest.raises(TypeError, match='needs an operator with a factor'):
-    optlab.woodbury()(optlab.Dense(jnp.eye(2)), jnp.ones(2), 1.0)
+    optlab.newton.woodbury()(optlab.Dense(jnp.eye(2)), jnp.ones(2), 1.0)
 
 
 @over_solvers

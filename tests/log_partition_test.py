@@ -19,7 +19,9 @@ def quadratic(x):
 
 
 def isotropic(size, variance, mean=0.0):
-  return optlab.gaussian(jnp.full(size, mean), variance * jnp.eye(size))
+  return optlab.unnormalized.gaussian(
+    jnp.full(size, mean), variance * jnp.eye(size)
+  )
 
 
 @jax.jit
@@ -75,8 +77,10 @@ def test_a_hole_in_the_support_is_seen_by_a_second_noise():
   np.testing.assert_allclose(
     wide.value, case['log_z_true'], atol=4 * wide.standard_error
   )
-  assert not optlab.agree(narrow, wide)
-  assert optlab.agree(wide, estimate(isotropic(1, 9.0), jax.random.key(2)))
+  assert not optlab.unnormalized.agree(narrow, wide)
+  assert optlab.unnormalized.agree(
+    wide, estimate(isotropic(1, 9.0), jax.random.key(2))
+  )
 
 
 def test_bad_rows_are_counted_and_left_out():
@@ -102,7 +106,9 @@ def test_bad_rows_are_counted_and_left_out():
 def test_grid_is_exact():
   for size in (1, 2):
     corner = np.full(size, 8.0)
-    result = optlab.grid_log_partition(quadratic, -corner, corner, 64)
+    result = optlab.unnormalized.grid_log_partition(
+      quadratic, -corner, corner, 64
+    )
     np.testing.assert_allclose(
       result.value, 0.5 * size * math.log(2 * math.pi), rtol=1e-12
     )
@@ -110,11 +116,13 @@ def test_grid_is_exact():
 
 
 def test_grid_refuses_a_small_box_and_a_coarse_spacing():
-  small = optlab.grid_log_partition(quadratic, [-2.0, -2.0], [2.0, 2.0], 64)
+  small = optlab.unnormalized.grid_log_partition(
+    quadratic, [-2.0, -2.0], [2.0, 2.0], 64
+  )
   assert not small.ok
   assert small.box_error > 1e-2
   assert np.isnan(small.value)
-  coarse = optlab.grid_log_partition(
+  coarse = optlab.unnormalized.grid_log_partition(
     lambda x: 400 * quadratic(x), [-6.0, -6.0], [6.0, 6.0], 64
   )
   assert not coarse.ok
@@ -130,6 +138,6 @@ def test_bad_arguments():
   with pytest.raises(ValueError, match='one number a row'):
     optlab.log_partition(lambda x: x, noise, key)
   with pytest.raises(ValueError, match='one or two entries'):
-    optlab.grid_log_partition(quadratic, np.zeros(3), np.ones(3))
+    optlab.unnormalized.grid_log_partition(quadratic, np.zeros(3), np.ones(3))
   with pytest.raises(ValueError, match='low must be below high'):
-    optlab.grid_log_partition(quadratic, [1.0], [0.0])
+    optlab.unnormalized.grid_log_partition(quadratic, [1.0], [0.0])

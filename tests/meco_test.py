@@ -445,7 +445,7 @@ METHODS = {
   ),
   # nu is fixed: by default it is m / n of the batch as it was given.
   'nce': lambda model: optlab.nce(model, nu=0.8),
-  'ence': optlab.ence,
+  'ence': optlab.unnormalized.ence,
 }
 TRACKING = ('meco', 'ratio_corrected')
 over_methods = pytest.mark.parametrize('method', METHODS)

@@ -14,7 +14,7 @@ from optax.experimental import aggregating
 import pytest
 
 import optlab
-from optlab import moments
+from optlab.batches import _moments as moments
 
 N = 7
 
@@ -134,14 +134,15 @@ def compare(estimate, expected, names, rtol):
 INNER = 'sum_sq_diff_inner'
 ROUTES = {
   'vmap': (
-    optlab.vmap_grads, optlab.vmap_inner_products,
+    optlab.batches.vmap_grads, optlab.batches.vmap_inner_products,
     ('sum_sq_diff_grads', 'sum_sq_diff_norm', INNER),
   ),
   'ghost': (
-    optlab.ghost_norms, optlab.jvp_inner_products,
+    optlab.ghost_norms, optlab.batches.jvp_inner_products,
     ('sum_sq_diff_norm', INNER),
   ),
-  'plain': (optlab.plain_grads, optlab.jvp_inner_products, (INNER,)),
+  'plain': (
+    optlab.batches.plain_grads, optlab.batches.jvp_inner_products, (INNER,)),
 }  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def test_ghost_norms_refuse_what_they_would_get_wrong(losses, message):
 def test_the_same_models_pass_by_vmap_grads(x64):
   losses = lambda p, b: jnp.sum(jnp.tanh(b[0] @ p['w']) @ p['w'].T, 1)
   params = {'w': dense(5, 3)}
-  estimator = optlab.per_example(losses, optlab.vmap_grads)
+  estimator = optlab.per_example(losses, optlab.batches.vmap_grads)
   estimate, _ = jax.jit(estimator.estimate)(params, (), data())
   compare(
     estimate, explicit(losses, params, data()), ['sum_sq_diff_norm'], 1e-12
@@ -278,7 +279,7 @@ def test_padding_does_not_count(x64, route):
     mlp, moments_route, inner_products=inner_products, microbatch_size=3
   )
   estimate, _ = jax.jit(estimator.estimate)(
-    MLP, (), optlab.PaddedBatch(jax.tree.map(pad, batch), np.int32(N))
+    MLP, (), optlab.batches.PaddedBatch(jax.tree.map(pad, batch), np.int32(N))
   )
   compare(estimate, explicit(mlp, MLP, batch), names, 1e-12)
 
@@ -291,12 +292,14 @@ def test_a_window_of_resident_data(x64):
   estimator = optlab.per_example(
     mlp,
     optlab.ghost_norms,
-    inner_products=optlab.jvp_inner_products,
+    inner_products=optlab.batches.jvp_inner_products,
     microbatch_size=4,
   )
   estimate = jax.jit(estimator.estimate)
   for start in (0, 2, 5):
-    window = optlab.ResidentBatch((x, y), order, jnp.int32(start), jnp.int32(N))
+    window = optlab.batches.ResidentBatch(
+      (x, y), order, jnp.int32(start), jnp.int32(N)
+    )
     result, _ = estimate(MLP, (), window)
     rows = order[start : start + N]
     expected = explicit(mlp, MLP, (x[rows], y[rows]))
@@ -307,7 +310,7 @@ def test_a_window_of_resident_data(x64):
 def test_microbatch_means_estimate_the_trace_without_bias(x64):
   """Averaged over orders of the data, the estimate is the trace."""
   estimator = optlab.per_example(
-    mlp, optlab.microbatch_means, microbatch_size=2
+    mlp, optlab.batches.microbatch_means, microbatch_size=2
   )
   x, y = data()
 
@@ -430,7 +433,7 @@ def test_optax_aggregating_makes_the_same_moments(x64):
 def test_bfloat16_parameters_have_float32_moments():
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MLP)
   x, y = data()
-  for route in (optlab.vmap_grads, optlab.ghost_norms):
+  for route in (optlab.batches.vmap_grads, optlab.ghost_norms):
     estimator = optlab.per_example(mlp, route)
     estimate, _ = jax.jit(estimator.estimate)(
       params, (), (x.astype(jnp.bfloat16), y)
@@ -458,11 +461,11 @@ def test_bad_input_is_named():
   with pytest.raises(TypeError, match='microbatch_size must be an integer'):
     make(mlp, microbatch_size=2.5)
   with pytest.raises(ValueError, match='microbatch_means needs a microbatch'):
-    make(mlp, optlab.microbatch_means)
-  few = make(mlp, optlab.microbatch_means, microbatch_size=4)
+    make(mlp, optlab.batches.microbatch_means)
+  few = make(mlp, optlab.batches.microbatch_means, microbatch_size=4)
   with pytest.raises(ValueError, match='at least two microbatches.*got 7'):
     few.estimate(MLP, (), data())
-  resident = optlab.ResidentBatch(data(), jnp.arange(N), 0, N)
+  resident = optlab.batches.ResidentBatch(data(), jnp.arange(N), 0, N)
   with pytest.raises(
     ValueError, match='microbatch_size to read a ResidentBatch'
   ):
@@ -475,7 +478,8 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize(
-  'route', [optlab.vmap_grads, optlab.ghost_norms, optlab.plain_grads]
+  'route',
+  [optlab.batches.vmap_grads, optlab.ghost_norms, optlab.batches.plain_grads],
 )
 def test_a_mean_in_the_loss_is_refused(route):
   estimator = optlab.per_example(lambda p, b: jnp.mean(mlp(p, b)), route)

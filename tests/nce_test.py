@@ -25,10 +25,10 @@ def natural(theta, x):
   return theta * x[:, 0] - x[:, 0] ** 2 / 2
 
 
-MODEL = optlab.with_log_normalizer(natural)
+MODEL = optlab.unnormalized.with_log_normalizer(natural)
 MAKERS = {
   'nce': lambda: optlab.nce(MODEL),
-  'ence': lambda: optlab.ence(MODEL, max_exponent=300.0),
+  'ence': lambda: optlab.unnormalized.ence(MODEL, max_exponent=300.0),
 }
 over_methods = pytest.mark.parametrize('method', MAKERS)
 
@@ -60,7 +60,9 @@ def test_sgd_trace(method):
   (case,) = (
     case for case in golden('sgd_traces')['cases'] if case['method'] == method
   )
-  start = optlab.NceParams(jnp.zeros(()), jnp.asarray(HALF_LOG_2PI))
+  start = optlab.unnormalized.NceParams(
+    jnp.zeros(()), jnp.asarray(HALF_LOG_2PI)
+  )
   rows, last = trace(MAKERS[method](), start)
   for (params, value), want in zip(rows, case['steps'], strict=True):
     np.testing.assert_allclose(params.model, want['theta'], atol=1e-12)
@@ -75,7 +77,9 @@ def test_meco_trace_is_not_that_of_nce():
   meco, _ = (
     case for case in golden('sgd_traces')['cases'] if case['method'] == 'meco'
   )
-  start = optlab.NceParams(jnp.zeros(()), jnp.asarray(HALF_LOG_2PI))
+  start = optlab.unnormalized.NceParams(
+    jnp.zeros(()), jnp.asarray(HALF_LOG_2PI)
+  )
   _, last = trace(MAKERS['nce'](), start)
   assert abs(last.model - meco['final_theta']) > 0.1
 
@@ -104,7 +108,7 @@ def test_curvature_at_the_optimum_dies_with_the_distance(method):
   width = nodes[1] - nodes[0]
 
   def population(vector, mu):
-    params = optlab.NceParams(vector[0], vector[1])
+    params = optlab.unnormalized.NceParams(vector[0], vector[1])
     of_data = jax.vmap(lambda x: gradient(params, x, -far))(nodes)
     of_noise = jax.vmap(lambda z: gradient(params, far, z))(nodes)
     p = jnp.exp(-((nodes - mu) ** 2) / 2 - HALF_LOG_2PI) * width
@@ -131,7 +135,7 @@ def test_curvature_at_the_optimum_dies_with_the_distance(method):
 def test_nce_weighs_each_row_by_a_bounded_share():
   # A noise row far above the density ratio counts fully, and no more.
   estimator = optlab.nce(MODEL, nu=1.0)
-  params = optlab.NceParams(jnp.float32(50.0), jnp.float32(0.0))
+  params = optlab.unnormalized.NceParams(jnp.float32(50.0), jnp.float32(0.0))
   batch = optlab.NoiseBatch(
     np.zeros((1, 1), np.float32),
     np.full((1, 1), 9.0, np.float32),
@@ -145,8 +149,8 @@ def test_nce_weighs_each_row_by_a_bounded_share():
 
 
 def test_ence_clips_its_exponent_and_keeps_the_direction():
-  estimator = optlab.ence(MODEL, max_exponent=10.0)
-  params = optlab.NceParams(jnp.float32(50.0), jnp.float32(0.0))
+  estimator = optlab.unnormalized.ence(MODEL, max_exponent=10.0)
+  params = optlab.unnormalized.NceParams(jnp.float32(50.0), jnp.float32(0.0))
   batch = optlab.NoiseBatch(
     np.zeros((1, 1), np.float32),
     np.full((1, 1), 9.0, np.float32),
@@ -162,7 +166,7 @@ def test_ence_clips_its_exponent_and_keeps_the_direction():
 
 
 def test_normalized_descent_survives_any_magnitude():
-  tx = optlab.normalized_descent(0.5)
+  tx = optlab.normalized_momentum(0.5, beta=0.0)
   for scale in (1e-36, 1.0, 1e30, 1e38):
     grads = {'a': jnp.float32(3 * scale / 10), 'b': jnp.float32(-scale * 0.4)}
     updates, _ = tx.update(grads, tx.init(grads))
@@ -178,6 +182,6 @@ def test_bad_arguments():
   with pytest.raises(ValueError, match='nu must be in'):
     optlab.nce(MODEL, nu=0.0)
   with pytest.raises(ValueError, match='max_exponent'):
-    optlab.ence(MODEL, max_exponent=-1.0)
+    optlab.unnormalized.ence(MODEL, max_exponent=-1.0)
   with pytest.raises(TypeError, match='log_density'):
-    optlab.with_log_normalizer(3.0)
+    optlab.unnormalized.with_log_normalizer(3.0)

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 import optlab
-from optlab import noise as noise_lib
+from optlab.unnormalized import _noise as noise_lib
 
 COVARIANCE = np.array([[1.0, 0.4], [0.4, 0.5]], np.float32)
 MEAN = np.array([0.5, -0.25], np.float32)
 
 
 def single():
-  return optlab.gaussian(MEAN, COVARIANCE)
+  return optlab.unnormalized.gaussian(MEAN, COVARIANCE)
 
 
 def several():
   means = np.stack([MEAN, -2 * MEAN, MEAN + 1])
   covariances = np.stack([COVARIANCE, 0.3 * COVARIANCE, 0.1 * np.eye(2)])
-  return optlab.gaussian_mixture(
+  return optlab.unnormalized.gaussian_mixture(
     np.array([0.5, 0.3, 0.2], np.float32), means, covariances
   )
 
@@ -30,18 +30,22 @@ def bent_rows(num=2000):
 
 
 def flow():
-  start = optlab.init_flow(jax.random.key(0), bent_rows(), 4, 16)
-  fitted, _ = optlab.fit_flow(start, jax.random.key(1), bent_rows(), 300)
+  start = optlab.unnormalized.init_flow(jax.random.key(0), bent_rows(), 4, 16)
+  fitted, _ = optlab.unnormalized.fit_flow(
+    start, jax.random.key(1), bent_rows(), 300
+  )
   return fitted
 
 
 MAKERS = {
   'gaussian': single,
   'gaussian_mixture': several,
-  'defensive': lambda: optlab.defensive(
-    several(), optlab.gaussian(jnp.zeros(2), 9 * jnp.eye(2)), 0.2
+  'defensive': lambda: optlab.unnormalized.defensive(
+    several(), optlab.unnormalized.gaussian(jnp.zeros(2), 9 * jnp.eye(2)), 0.2
   ),
-  'mixture': lambda: optlab.mixture(np.array([1.0, 2.0]), single(), several()),
+  'mixture': lambda: optlab.unnormalized.mixture(
+    np.array([1.0, 2.0]), single(), several()
+  ),
   'flow': flow,
 }
 
@@ -49,7 +53,7 @@ MAKERS = {
 @pytest.mark.parametrize('name', MAKERS)
 def test_density_integrates_to_one_and_draws_follow_it(name):
   noise = MAKERS[name]()
-  total = optlab.grid_log_partition(
+  total = optlab.unnormalized.grid_log_partition(
     noise.log_prob, [-16.0, -16.0], [16.0, 16.0], 384, tolerance=2e-3
   )
   np.testing.assert_allclose(total.value, 0.0, atol=2e-3)
@@ -108,9 +112,11 @@ def test_fit_gaussian_has_the_moments_of_its_rows():
 def test_follow_is_the_moment_update():
   rng = np.random.default_rng(0)
   rows, log_weights = rng.normal(size=(50, 2)) + 3, rng.normal(size=50)
-  start = optlab.gaussian(MEAN.astype(float), COVARIANCE.astype(float))
+  start = optlab.unnormalized.gaussian(
+    MEAN.astype(float), COVARIANCE.astype(float)
+  )
   rate = 0.3
-  moved = optlab.follow(
+  moved = optlab.unnormalized.follow(
     start, jnp.asarray(rows), rate, jnp.asarray(log_weights)
   )
   # The moments of the mixture of the old Gaussian and the weighted rows.
@@ -133,7 +139,7 @@ def test_follow_ignores_bad_rows_and_holds_without_weight():
   spoiled = rows.copy()
   spoiled[3] = np.nan
   kept = np.delete(rows, 3, 0)
-  follow = jax.jit(optlab.follow)
+  follow = jax.jit(optlab.unnormalized.follow)
   moved = follow(start, spoiled, 0.5, np.zeros(20, np.float32))
   expected = follow(start, kept, 0.5, np.zeros(19, np.float32))
   np.testing.assert_allclose(moved.mean, expected.mean, rtol=1e-5)
@@ -146,7 +152,7 @@ def test_adaptive_noise_recompiles_nothing():
   @jax.jit
   def step(noise, key):
     batch = optlab.noise_batch(noise, key, jnp.ones((8, 2)), 16)
-    return optlab.follow(noise, batch.data, 0.1), batch.noise
+    return optlab.unnormalized.follow(noise, batch.data, 0.1), batch.noise
 
   noise = single()
   for key in jax.random.split(jax.random.key(0), 3):
@@ -164,20 +170,22 @@ def test_a_flow_fits_what_a_gaussian_does_not():
 
 def test_bad_arguments():
   with pytest.raises(ValueError, match='positive definite'):
-    optlab.gaussian(jnp.zeros(2), -jnp.eye(2))
+    optlab.unnormalized.gaussian(jnp.zeros(2), -jnp.eye(2))
   with pytest.raises(ValueError, match='shapes'):
-    optlab.gaussian(jnp.zeros(2), jnp.eye(3))
+    optlab.unnormalized.gaussian(jnp.zeros(2), jnp.eye(3))
   with pytest.raises(ValueError, match=r'\[num, d\]'):
     optlab.fit_gaussian(jnp.zeros(3))
   with pytest.raises(ValueError, match='shapes'):
-    optlab.gaussian_mixture(jnp.ones(2), jnp.zeros((3, 1)), jnp.ones((3, 1, 1)))
+    optlab.unnormalized.gaussian_mixture(
+      jnp.ones(2), jnp.zeros((3, 1)), jnp.ones((3, 1, 1))
+    )
   with pytest.raises(ValueError, match='weight'):
-    optlab.defensive(single(), single(), 1.0)
+    optlab.unnormalized.defensive(single(), single(), 1.0)
   with pytest.raises(ValueError, match='one a component'):
-    optlab.mixture(np.ones(3), single())
+    optlab.unnormalized.mixture(np.ones(3), single())
   with pytest.raises(ValueError, match='rate'):
-    optlab.follow(single(), jnp.zeros((2, 2)), 2.0)
+    optlab.unnormalized.follow(single(), jnp.zeros((2, 2)), 2.0)
   with pytest.raises(ValueError, match='d at least 2'):
-    optlab.init_flow(jax.random.key(0), jnp.zeros((4, 1)))
+    optlab.unnormalized.init_flow(jax.random.key(0), jnp.zeros((4, 1)))
   with pytest.raises(ValueError, match='num must be'):
     optlab.noise_batch(single(), jax.random.key(0), jnp.zeros((2, 2)), 0)

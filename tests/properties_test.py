@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import optlab
+from tests.public import PUBLIC
 
 # Compiling takes longer than hypothesis allows an example.
 SETTINGS = hypothesis.settings(
@@ -41,8 +42,8 @@ def join(tree):
 def compiled(name, low_rank):
   """``(matrix or factor, b, shift) -> (x, ok)`` of a solver, on trees."""
   exact = {'rtol': 0.0} if name in ('cg', 'lanczos') else {}
-  solver = getattr(optlab, name)(**exact)
-  make = optlab.LowRank if low_rank else optlab.Dense
+  solver = PUBLIC[name](**exact)
+  make = optlab.newton.LowRank if low_rank else optlab.Dense
 
   @jax.jit
   def solve(array, b, shift):
@@ -125,10 +126,10 @@ def tracker(name):
   @jax.jit
   def follow(old, now, before, rate, gamma, blocks=None):
     if name == 'ema':
-      return optlab.ema(old, now, rate, blocks=blocks)
+      return optlab.tracking.ema(old, now, rate, blocks=blocks)
     if name == 'storm':
-      return optlab.storm(old, now, before, rate, blocks=blocks)
-    return optlab.msvr(old, now, before, rate, gamma, blocks=blocks)
+      return optlab.tracking.storm(old, now, before, rate, blocks=blocks)
+    return optlab.tracking.msvr(old, now, before, rate, gamma, blocks=blocks)
 
   return follow
 
@@ -193,7 +194,7 @@ def test_negative_blocks(x64, name, seed, blocks):
   old, now = tree(rng, M), tree(rng, S)
   blocks = np.array(blocks, np.int32)
   with pytest.raises(ValueError, match='must not be negative'):
-    optlab.ema(old, now, 0.5, blocks=blocks)
+    optlab.tracking.ema(old, now, 0.5, blocks=blocks)
   follow = tracker(name)
   new = follow(old, now, now, 0.5, 0.5, blocks)
   padded = np.where(blocks < 0, M, blocks).astype(np.int32)
@@ -249,7 +250,9 @@ def test_sampled_blocks_are_uniform(sizes):
 def test_an_epoch_has_every_block_once(seed, sizes):
   num_blocks, sampled = sizes
   epoch = np.asarray(
-    optlab.epoch_of_blocks(jax.random.key(seed), num_blocks, sampled)
+    optlab.multi_block.epoch_of_blocks(
+      jax.random.key(seed), num_blocks, sampled
+    )
   )
   assert epoch.shape == (-(-num_blocks // sampled), sampled)
   flat = epoch.ravel()

@@ -13,14 +13,16 @@ from optlab import tracking
 def batch_of(data, blocks, outer, noise=0.0):
   rows = tracking.gather_rows(data, blocks)
   spread = jnp.broadcast_to(noise, rows.c.shape)
-  return optlab.PairedBlockBatch(blocks, (rows, spread), (rows, spread), outer)
+  return optlab.multi_block.PairedBlockBatch(
+    blocks, (rows, spread), (rows, spread), outer
+  )
 
 
 def test_all_blocks_give_the_exact_hypergradient(x64):
   """Where every block is sampled each tracker is STORM, and exact."""
   m = 6
   data, x = quadratic.make(m), jnp.linspace(0.0, 1.0, 5)
-  estimator = optlab.rsvrb(
+  estimator = optlab.multi_block.rsvrb(
     quadratic.upper, quadratic.lower, m, step_size=0.3, floor=0.5
   )
   state = estimator.init(x, jnp.zeros((m, 6)))
@@ -44,7 +46,7 @@ def test_trackers_follow_their_recursion(x64):
   """Two steps by hand, with some of the blocks, and blocks apart for G."""
   m, beta, x = 5, 0.3, jnp.ones(5)
   data = quadratic.make(m)
-  estimator = optlab.rsvrb(
+  estimator = optlab.multi_block.rsvrb(
     quadratic.upper, quadratic.lower, m, beta=beta, step_size=0.2, floor=0.5
   )
   first = batch_of(data, jnp.arange(m), jnp.arange(m))
@@ -76,7 +78,7 @@ def test_trackers_follow_their_recursion(x64):
 def test_padding_repeats_and_nan(x64):
   m, x = 5, jnp.ones(5)
   data = quadratic.make(m)
-  estimator = optlab.rsvrb(quadratic.upper, quadratic.lower, m)
+  estimator = optlab.multi_block.rsvrb(quadratic.upper, quadratic.lower, m)
   state = estimator.init(x, jnp.zeros((m, 6)))
   step = jax.jit(estimator.estimate)
   outer = jnp.arange(m)
@@ -117,9 +119,9 @@ def test_bad_input_is_refused():
     ({'num_blocks': 3, 'step_size': -1.0}, 'step_size'),
   ]:
     with pytest.raises(ValueError, match=message):
-      optlab.rsvrb(quadratic.upper, quadratic.lower, **kwargs)
+      optlab.multi_block.rsvrb(quadratic.upper, quadratic.lower, **kwargs)
   data = quadratic.make(3)
-  estimator = optlab.rsvrb(quadratic.upper, quadratic.lower, 3)
+  estimator = optlab.multi_block.rsvrb(quadratic.upper, quadratic.lower, 3)
   x = jnp.ones(5)
   state = estimator.init(x, jnp.zeros((3, 6)))
   index = jnp.arange(2)

@@ -27,7 +27,7 @@ def test_msvr_follows_the_recorded_trace(x64):
     for step in golden['trace']:
       blocks = jnp.asarray(step['blocks'])
       now, before = jnp.asarray(step['g_new']), jnp.asarray(step['g_old'])
-      table = optlab.msvr(
+      table = optlab.tracking.msvr(
         table, now[blocks], before[blocks], golden['alpha'], chosen,
         blocks=blocks,
       )  # fmt: skip
@@ -40,8 +40,8 @@ def test_storm_follows_exactly_where_a_moving_average_lags(x64):
   storm = ema = tree
   for before, now in itertools.pairwise(path):
     now, before = ({'a': p, 'b': (p[0],)} for p in (now, before))
-    storm = optlab.storm(storm, now, before, 0.2)
-    ema = optlab.ema(ema, now, 0.2)
+    storm = optlab.tracking.storm(storm, now, before, 0.2)
+    ema = optlab.tracking.ema(ema, now, 0.2)
     for leaf, exact in zip(*map(jax.tree.leaves, (storm, now)), strict=True):
       np.testing.assert_allclose(leaf, exact, rtol=1e-15)
   assert np.abs(ema['a'] - path[-1]).max() > 5.0
@@ -51,8 +51,8 @@ def test_storm_is_msvr_that_samples_every_block(x64):
   assert tracking.msvr_gamma(7, 7, 0.3) == pytest.approx(0.7, abs=1e-16)
   old, now, before = np.random.default_rng(0).normal(size=(3, 4))
   np.testing.assert_allclose(
-    optlab.msvr(old, now, before, 0.3),
-    optlab.storm(jnp.asarray(old), now, before, 0.3),
+    optlab.tracking.msvr(old, now, before, 0.3),
+    optlab.tracking.storm(jnp.asarray(old), now, before, 0.3),
     rtol=1e-14,
   )
 
@@ -80,12 +80,12 @@ def test_msvr_is_unbiased_on_average_where_a_moving_average_is_not(x64):
     return jax.lax.scan(step, jnp.zeros(m), items)[1][steps // 4 :].mean()
 
   msvr = follow(
-    lambda table, now, before, blocks: optlab.msvr(
+    lambda table, now, before, blocks: optlab.tracking.msvr(
       table, now, before, alpha, blocks=blocks
     )
   )
   ema = follow(
-    lambda table, now, before, blocks: optlab.ema(
+    lambda table, now, before, blocks: optlab.tracking.ema(
       table, now, alpha, blocks=blocks
     )
   )
@@ -97,13 +97,15 @@ def test_msvr_is_unbiased_on_average_where_a_moving_average_is_not(x64):
 def test_padding_repeats_and_negative_indices(x64):
   table = {'a': jnp.arange(5.0), 'b': jnp.zeros((5, 2))}
   rows = {'a': jnp.array([10.0, 20.0, 30.0]), 'b': jnp.ones((3, 2))}
-  out = optlab.ema(table, rows, 1.0, blocks=jnp.array([3, 3, 5]))
+  out = optlab.tracking.ema(table, rows, 1.0, blocks=jnp.array([3, 3, 5]))
   np.testing.assert_array_equal(out['a'], [0.0, 1.0, 2.0, 10.0, 4.0])
   np.testing.assert_array_equal(out['b'][:, 0], [0.0, 0.0, 0.0, 1.0, 0.0])
   with pytest.raises(ValueError, match=r'negative.*pad with num_blocks=5'):
-    optlab.ema(table, rows, 1.0, blocks=jnp.array([3, -1, 2]))
+    optlab.tracking.ema(table, rows, 1.0, blocks=jnp.array([3, -1, 2]))
   # Under jit the values can't be seen: dropped, not wrapped to the last block.
-  jitted = jax.jit(lambda blocks: optlab.ema(table, rows, 1.0, blocks=blocks))
+  jitted = jax.jit(
+    lambda blocks: optlab.tracking.ema(table, rows, 1.0, blocks=blocks)
+  )
   out = jitted(jnp.array([3, -1, 2]))
   np.testing.assert_array_equal(out['a'], [0.0, 1.0, 30.0, 10.0, 4.0])
 
@@ -116,14 +118,14 @@ def test_bad_blocks_and_rates_are_refused():
     (jnp.array([0, 1, 2, 0]), ValueError, 'more than num_blocks=3'),
   ]:
     with pytest.raises(kind, match=message):
-      optlab.ema(table, table, 0.5, blocks=blocks)
+      optlab.tracking.ema(table, table, 0.5, blocks=blocks)
   for alpha in (0.0, 1.0, -0.1, float('nan')):
     with pytest.raises(ValueError, match=r'alpha must be in \(0'):
-      optlab.msvr(table, table, table, alpha)
+      optlab.tracking.msvr(table, table, table, alpha)
   with pytest.raises(ValueError, match='beta'):
-    optlab.storm(table, table, table, 1.5)
+    optlab.tracking.storm(table, table, table, 1.5)
   with pytest.raises(ValueError, match='rate'):
-    optlab.ema(table, table, -0.5)
+    optlab.tracking.ema(table, table, -0.5)
 
 
 @hypothesis.settings(deadline=None, max_examples=30)
@@ -143,7 +145,7 @@ def test_first_distinct_block_in_range_counts(blocks, num_blocks):
 def test_trackers_keep_their_dtype():
   table = jnp.zeros(4, jnp.float32)
   now = jnp.ones(2, jnp.bfloat16)
-  out = optlab.msvr(table, now, now, 0.1, blocks=jnp.array([0, 1]))
+  out = optlab.tracking.msvr(table, now, now, 0.1, blocks=jnp.array([0, 1]))
   assert out.dtype == jnp.float32
 
 
@@ -168,7 +170,7 @@ def test_samples_with_and_without_replacement_and_by_epochs():
     assert blocks.dtype == np.int32
   many = np.asarray(optlab.sample_blocks(key, 3, 30, replace=True))
   assert set(many.tolist()) == {0, 1, 2}
-  epoch = np.asarray(optlab.epoch_of_blocks(key, 10, 4))
+  epoch = np.asarray(optlab.multi_block.epoch_of_blocks(key, 10, 4))
   assert epoch.shape == (3, 4)
   assert sorted(epoch.ravel().tolist()) == [*range(10), 10, 10]
   assert epoch[-1, 2:].tolist() == [10, 10]

@@ -108,8 +108,8 @@ class Solver(StochasticJaxSolver):
       start, index, _, outer_state = outer_sampler(carry['state_outer_sampler'])
       upper, lower = start, starts[0]
       if indexed:
-        upper = optlab.IndexedBatch(index, upper)
-        lower = optlab.IndexedBatch(indices[0], lower)
+        upper = optlab.bilevel.IndexedBatch(index, upper)
+        lower = optlab.bilevel.IndexedBatch(indices[0], lower)
       inner = starts[1:] if rounds else ()
       state, _ = step(carry['state'], optlab.BilevelBatch(upper, lower, inner))
       return {

@@ -1,0 +1,53 @@
+"""Ready optimizers that join two wings, which never import each other."""
+
+from typing import Any
+
+import jax
+import optax
+
+from optlab import base
+from optlab.batches import Test
+from optlab.batches import grow_batch
+from optlab.first_order import adagrad_norm
+
+__all__ = [
+  'adadagrad_norm',
+]
+
+
+def adadagrad_norm(
+  learning_rate: base.ScalarOrSchedule,
+  test: Test,
+  batch_size: int | jax.Array,
+  max_batch_size: int | jax.Array,
+  *,
+  initial_accumulator_value: float | jax.Array = 0.1,
+  eps: float | jax.Array = 0.0,
+  **growth: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """AdaGrad-Norm with a batch that grows.
+
+  Args:
+    learning_rate: Number, scalar array or optax schedule.
+    test: What requests a size, for example ``norm_test(0.5)``.
+    batch_size: The first size, at least 2.
+    max_batch_size: The largest size.
+    initial_accumulator_value: See `adagrad_norm`.
+    eps: See `adagrad_norm`.
+    **growth: Further arguments of `grow_batch`.
+
+  Returns:
+    An optax transformation; the next size is
+    ``optax.tree.get(state, 'batch_size')``.
+
+  Raises:
+    TypeError: As `grow_batch`.
+    ValueError: As `grow_batch`.
+
+  References:
+    Lau, Liu, Kolar, *AdAdaGrad*, 2024, https://arxiv.org/abs/2402.11215
+  """
+  return optax.chain(
+    grow_batch(test, batch_size, max_batch_size, **growth),
+    adagrad_norm(learning_rate, initial_accumulator_value, eps),
+  )

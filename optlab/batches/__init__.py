@@ -1,0 +1,65 @@
+"""Batches that grow: per-example moments, tests, growth, data."""
+
+from optlab.batches._ghost import ghost_norms
+from optlab.batches._growing import EpochState
+from optlab.batches._growing import GrowingState
+from optlab.batches._growing import growing_init
+from optlab.batches._growing import growing_specs
+from optlab.batches._growing import growing_step
+from optlab.batches._growth import GrowBatchState
+from optlab.batches._growth import adadagrad
+from optlab.batches._growth import grow_batch
+from optlab.batches._host_loader import HostLoader
+from optlab.batches._host_loader import LoaderState
+from optlab.batches._host_loader import bucket_sizes
+from optlab.batches._host_loader import host_loader
+from optlab.batches._moments import InnerProducts
+from optlab.batches._moments import Losses
+from optlab.batches._moments import Moments
+from optlab.batches._moments import Route
+from optlab.batches._moments import jvp_inner_products
+from optlab.batches._moments import microbatch_means
+from optlab.batches._moments import plain_grads
+from optlab.batches._moments import vmap_grads
+from optlab.batches._moments import vmap_inner_products
+from optlab.batches._per_example import PaddedBatch
+from optlab.batches._per_example import ResidentBatch
+from optlab.batches._per_example import per_example
+from optlab.batches._tests import Test
+from optlab.batches._tests import augmented_inner_product_test
+from optlab.batches._tests import coordinate_norm_test
+from optlab.batches._tests import inner_product_test
+from optlab.batches._tests import norm_test
+
+__all__ = [
+  'EpochState',
+  'GrowBatchState',
+  'GrowingState',
+  'HostLoader',
+  'InnerProducts',
+  'LoaderState',
+  'Losses',
+  'Moments',
+  'PaddedBatch',
+  'ResidentBatch',
+  'Route',
+  'Test',
+  'adadagrad',
+  'augmented_inner_product_test',
+  'bucket_sizes',
+  'coordinate_norm_test',
+  'ghost_norms',
+  'grow_batch',
+  'growing_init',
+  'growing_specs',
+  'growing_step',
+  'host_loader',
+  'inner_product_test',
+  'jvp_inner_products',
+  'microbatch_means',
+  'norm_test',
+  'per_example',
+  'plain_grads',
+  'vmap_grads',
+  'vmap_inner_products',
+]

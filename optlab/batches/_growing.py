@@ -1,0 +1,238 @@
+r"""A training step for batches that grow, compiled once for all sizes.
+
+The data stay on the device, and a batch is passed over in microbatches, as many
+as it has. For data that don't fit, see `optlab.host_loader`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optlab import base
+from optlab import checks
+from optlab import training
+from optlab.batches._moments import batch_length
+from optlab.batches._per_example import ResidentBatch
+from optlab.batches._per_example import vary
+
+
+class EpochState(NamedTuple):
+  """Where a run stands in its data; checkpoints with the rest of the state."""
+
+  key: jax.Array  # shape (), typed PRNG key, never changes
+  order: jax.Array  # shape (N,), int32, this epoch's permutation
+  epoch: jax.Array  # shape (), int32
+  position: jax.Array  # shape (), int32, examples of this epoch that are used
+
+
+class GrowingState(NamedTuple):
+  """All that `growing_step` carries from step to step."""
+
+  train: training.TrainState
+  epochs: EpochState
+
+
+def _order(key, epoch, shard, length):
+  key = jax.random.fold_in(jax.random.fold_in(key, epoch), shard)
+  return jax.random.permutation(key, length).astype(jnp.int32)
+
+
+def growing_init(
+  params: base.Params,
+  estimator: base.GradientEstimator,
+  tx: optax.GradientTransformation,
+  data: base.Batch,
+  key: jax.Array,
+  *,
+  num_shards: int = 1,
+) -> GrowingState:
+  """The state before the first `growing_step`.
+
+  Args:
+    params: The parameters.
+    estimator: From `per_example`, with a ``microbatch_size``.
+    tx: Any optax transformation, with or without a `grow_batch`.
+    data: The data set, a pytree of arrays with N examples on the leading axes.
+    key: Typed PRNG key of the permutations.
+    num_shards: Devices over which `data` is split by `jax.shard_map`.
+
+  Returns:
+    A `GrowingState`.
+
+  Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
+      transformation, or ``num_shards`` not an integer.
+    ValueError: The data have no common leading axis, are fewer than the
+      ``max_batch_size`` of `grow_batch`, are not divisible by ``num_shards``,
+      or the first batch is too small for the estimator.
+  """
+  length = batch_length(data)
+  checks.check_int('num_shards', num_shards, 1)
+  if length % num_shards:
+    raise ValueError(
+      f'data must split evenly over num_shards={num_shards}, got {length}'
+      f' examples: leave out {length % num_shards}.'
+    )
+  state = training.init(params, estimator, tx)
+  start = jnp.zeros((), jnp.int32)
+  largest = optax.tree.get(state.opt_state, 'max_batch_size', 0)
+  if not isinstance(largest, jax.core.Tracer) and np.max(largest) > length:
+    raise ValueError(
+      f'max_batch_size must be at most the {length} examples of data, got'
+      f' {np.max(largest)}.'
+    )
+  size = optax.tree.get(state.opt_state, 'batch_size', None)
+  if size is not None and not isinstance(size, jax.core.Tracer):
+    first = int(np.min(size)) // num_shards
+    local = length // num_shards
+    if num_shards == 1:
+      # Nothing runs: the estimator sees a size that it can refuse.
+      jax.eval_shape(
+        lambda data, order: estimator.estimate(
+          params,
+          state.estimator_state,
+          ResidentBatch(data, order, start, first),
+        ),
+        data,
+        jax.ShapeDtypeStruct((local,), jnp.int32),
+      )
+  orders = [
+    _order(key, start, shard, length // num_shards)
+    for shard in range(num_shards)
+  ]
+  # Two buffers, so that the state can be donated.
+  position = jnp.zeros((), jnp.int32)
+  return GrowingState(
+    state, EpochState(key, jnp.concatenate(orders), start, position)
+  )
+
+
+def growing_step(
+  estimator: base.GradientEstimator,
+  tx: optax.GradientTransformation,
+  *,
+  batch_size: int | jax.Array | None = None,
+  axis_name: str | None = None,
+) -> Callable[[GrowingState, base.Batch], tuple[GrowingState, jax.Array]]:
+  r"""A training step whose batch size lies in the optimizer's state.
+
+  It takes the next examples of the epoch's permutation, as many as the rule in
+  ``tx`` asks for, and passes over them in microbatches: a loop whose number of
+  rounds is traced, so that one compilation serves the whole run from the first
+  batch size to N. The last batch of an epoch is what is left of it. Pure: jit
+  it with the state donated, scan it, vmap it over seeds.
+
+  Args:
+    estimator: From `per_example`, with a ``microbatch_size``.
+    tx: Any optax transformation; where it has no `grow_batch`, pass
+      ``batch_size``.
+    batch_size: A constant size, which may be traced; ``None`` reads
+      ``batch_size`` from the state of ``tx``.
+    axis_name: Axis of `jax.shard_map` over which data and permutation are
+      split; each device takes an equal part of the batch. The estimator needs
+      the same, and `grow_batch` a ``multiple_of`` the number of devices.
+
+  Returns:
+    ``step(state, data) -> (state, value)``, with the loss before the step.
+
+  Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
+      transformation, or ``batch_size`` not an integer.
+    ValueError: Neither ``tx`` nor the argument gives a batch size.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optlab
+    >>> losses = lambda x, rows: (rows @ x - 1.0) ** 2
+    >>> estimator = optlab.per_example(
+    ...     losses, optlab.ghost_norms, microbatch_size=8)
+    >>> tx = optlab.adadagrad(0.1, optlab.norm_test(0.5), 8, 100)
+    >>> rows = jax.random.normal(jax.random.key(0), (100, 3))
+    >>> state = optlab.growing_init(
+    ...     jnp.zeros(3), estimator, tx, rows, jax.random.key(1))
+    >>> step = jax.jit(optlab.growing_step(estimator, tx), donate_argnums=0)
+    >>> for _ in range(3):
+    ...   size = int(optax.tree.get(state, 'batch_size'))
+    ...   state, value = step(state, rows)
+    ...   print(size, f'{value:.2f}')
+    8 1.00
+    32 1.04
+    88 1.04
+
+  Notes:
+    Under `jax.vmap` the loop runs as long as the largest batch among the seeds;
+    a permutation is drawn only in steps where one of them ends its epoch.
+
+    The number of samples so far is ``epoch * N + position``, in Python integers
+    where it may pass 2^31.
+  """
+  train_step = training.train_step(estimator, tx)
+  if batch_size is not None:
+    checks.check_int('batch_size', batch_size, 1, traced=True)
+
+  def step(state, data):
+    train, epochs = state
+    length = len(epochs.order)
+    size = batch_size
+    if size is None:
+      size = optax.tree.get(train.opt_state, 'batch_size', None)
+    if size is None:
+      raise ValueError(
+        'growing_step needs a batch size: put grow_batch into tx, or pass'
+        ' batch_size.'
+      )
+    shard = 0
+    if axis_name is not None:
+      shard = jax.lax.axis_index(axis_name)
+      size = size // jax.lax.axis_size(axis_name)
+    size = jnp.minimum(jnp.asarray(size, jnp.int32), length - epochs.position)
+    batch = ResidentBatch(data, epochs.order, epochs.position, size)
+    train, value = train_step(train, batch)
+
+    def at_end(epochs):
+      return epochs.position >= length
+
+    def reshuffle(epochs):
+      epoch = epochs.epoch + 1
+      order = _order(epochs.key, epoch, shard, length)
+      return epochs._replace(
+        order=order if axis_name is None else vary(order, axis_name),
+        epoch=epoch,
+        position=jnp.zeros_like(epochs.position),
+      )
+
+    # A loop of at most one round, because vmap turns lax.cond into a select
+    # that would draw a permutation in every step.
+    epochs = epochs._replace(position=epochs.position + size)
+    epochs = jax.lax.while_loop(at_end, reshuffle, epochs)
+    return GrowingState(train, epochs), value
+
+  return step
+
+
+def growing_specs(axis_name: str) -> GrowingState:
+  """Partition specs of a `GrowingState` for `jax.shard_map`.
+
+  Args:
+    axis_name: The axis over which data and permutation are split.
+
+  Returns:
+    A prefix tree: the permutation is split, all else the same everywhere.
+
+  Raises:
+    TypeError: ``axis_name`` is not a string.
+  """
+  if not isinstance(axis_name, str):
+    raise TypeError(
+      f'axis_name must be the name of a mesh axis, got {axis_name!r} of type'
+      f' {type(axis_name).__name__}.'
+    )
+  everywhere: Any = jax.P()
+  split: Any = jax.P(axis_name)
+  return GrowingState(
+    train=everywhere,
+    epochs=EpochState(everywhere, split, everywhere, everywhere),
+  )

@@ -1,0 +1,158 @@
+"""Batches of any size from the host, padded to a few sizes.
+
+For data that don't fit on the device; where they do, `growing_step` compiles
+once and copies nothing.
+"""
+
+from collections.abc import Callable, Sequence
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from optlab import base
+from optlab import checks
+from optlab.batches._per_example import PaddedBatch
+
+
+class LoaderState(NamedTuple):
+  """Where a `host_loader` stands: three integers that a checkpoint holds."""
+
+  seed: np.ndarray  # shape (), int64
+  epoch: np.ndarray  # shape (), int64
+  position: np.ndarray  # shape (), int64, examples of this epoch that are used
+
+
+class HostLoader(NamedTuple):
+  """A pair of functions that makes batches on the host.
+
+  Attributes:
+    init: ``seed -> LoaderState``.
+    take: ``(LoaderState, batch_size) -> (PaddedBatch, LoaderState)``.
+  """
+
+  init: Callable[[int], LoaderState]
+  take: Callable[[LoaderState, int], tuple[PaddedBatch, LoaderState]]
+
+
+def bucket_sizes(
+  batch_size: int, max_batch_size: int, *, multiple_of: int = 1
+) -> tuple[int, ...]:
+  """Sizes by doubling: at most ``log2(max / first) + 2`` programs to compile.
+
+  Args:
+    batch_size: The first size.
+    max_batch_size: The last size.
+    multiple_of: Every size is rounded up to a multiple of this.
+
+  Returns:
+    Increasing sizes, the last at least ``max_batch_size``.
+
+  Raises:
+    TypeError: One of them is not an integer.
+    ValueError: ``batch_size`` is below 1 or above ``max_batch_size``.
+
+  Examples:
+    >>> import optlab
+    >>> optlab.batches.bucket_sizes(8, 100)
+    (8, 16, 32, 64, 100)
+  """
+  checks.check_int('batch_size', batch_size, 1)
+  checks.check_int('multiple_of', multiple_of, 1)
+  checks.check_int(
+    'max_batch_size', max_batch_size, batch_size, 'It ends the list.'
+  )
+  sizes = []
+  size = batch_size
+  while size < max_batch_size:
+    sizes.append(size)
+    size *= 2
+  sizes.append(max_batch_size)
+  return tuple(sorted({size + -size % multiple_of for size in sizes}))
+
+
+def host_loader(
+  gather: Callable[[np.ndarray], base.Batch],
+  num_examples: int,
+  buckets: Sequence[int],
+) -> HostLoader:
+  """Epochs of shuffled batches from the host, padded to a few sizes.
+
+  For data that don't fit on the device. Each batch has the size of the smallest
+  bucket that holds it, so that a jitted step compiles once a bucket; what is
+  padded repeats the batch's first example and doesn't count. The permutation
+  follows from seed and epoch: a run restarts exactly from its `LoaderState`.
+
+  Args:
+    gather: ``(n,) int64 indices -> examples``, a pytree of arrays with n
+      examples on the leading axes; index an `numpy.memmap`, or read files.
+    num_examples: The number N of examples.
+    buckets: Increasing sizes, from `bucket_sizes`.
+
+  Returns:
+    A `HostLoader`.
+
+  Raises:
+    TypeError: ``gather`` is not a function.
+    ValueError: ``num_examples`` is below 1, or ``buckets`` not increasing and
+      positive; in ``take``, a batch size below 1 or above the last bucket.
+
+  Examples:
+    >>> import numpy as np, optlab
+    >>> data = np.arange(10.0)
+    >>> loader = optlab.host_loader(
+    ...     lambda rows: data[rows], 10, optlab.batches.bucket_sizes(2, 8))
+    >>> batch, state = loader.take(loader.init(0), 3)
+    >>> print(batch.examples.shape, batch.size)
+    (4,) 3
+
+  Notes:
+    The permutation, 8 bytes an example, is drawn again when the epoch changes
+    and kept no longer than the loader.
+  """
+  checks.check_callable('gather', gather, 'indices -> examples')
+  checks.check_int('num_examples', num_examples, 1)
+  if not isinstance(buckets, Sequence):
+    raise TypeError(
+      f'buckets must be a sequence such as bucket_sizes makes, got {buckets!r}.'
+    )
+  for size in buckets:
+    checks.check_int('buckets', size, 1)
+  if not buckets or any(b <= a for a, b in itertools.pairwise(buckets)):
+    raise ValueError(f'buckets must be increasing, got {tuple(buckets)}.')
+  drawn = {}  # A cache of one permutation; no part of the state.
+
+  def order(seed, epoch):
+    if (seed, epoch) not in drawn:
+      drawn.clear()
+      drawn[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(
+        num_examples
+      )
+    return drawn[seed, epoch]
+
+  def init(seed):
+    checks.check_int('seed', seed, 0)
+    return LoaderState(*(np.asarray(n, np.int64) for n in (seed, 0, 0)))
+
+  def take(state, batch_size):
+    checks.check_int('batch_size', batch_size, 1, traced=True)
+    batch_size = int(batch_size)
+    if batch_size > buckets[-1]:
+      raise ValueError(
+        f'batch_size must be at most the last bucket {buckets[-1]}, got'
+        f' {batch_size}.'
+      )
+    seed, epoch, position = map(int, state)
+    size = min(batch_size, num_examples - position)
+    bucket = next(bucket for bucket in buckets if bucket >= size)
+    rows = order(seed, epoch)[position : position + size]
+    padded = np.concatenate([rows, np.repeat(rows[:1], bucket - size)])
+    position += size
+    if position == num_examples:
+      epoch, position = epoch + 1, 0
+    state = LoaderState(
+      *(np.asarray(n, np.int64) for n in (seed, epoch, position))
+    )
+    return PaddedBatch(gather(padded), np.asarray(size, np.int32)), state
+
+  return HostLoader(init, take)

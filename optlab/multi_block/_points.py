@@ -1,0 +1,312 @@
+"""The sampled blocks of a multi-block step, evaluated at two points.
+
+What `bsvrb` does with the rows of its tables: gather them, bring them up to the
+current and to the previous point, take the samples there, leave out what is not
+finite, and let the trackers follow.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import flatten_util
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import checks
+from optlab import tracking
+from optlab import trees
+from optlab.multi_block import _dual
+
+BlockObjective = Callable[[Any, Any, Any], jax.Array]
+
+
+class Rows(NamedTuple):
+  """The rows of the tables that one step sampled."""
+
+  touched: jax.Array
+  visited: jax.Array
+  inner: base.ArrayTree
+  inner_grad: base.ArrayTree
+  dual: Any
+
+
+class Sampled(NamedTuple):
+  """What one step sampled; points are stacked on a leading axis of two."""
+
+  rows: Rows
+  inner: base.ArrayTree  # at both points
+  held: Any  # at both points
+  clock: jax.Array  # shape (2,), now
+  count: jax.Array  # shape (), blocks that count
+  ok: jax.Array  # shape (sampled,), those of them with finite samples
+  value: jax.Array  # shape (sampled,)
+  inner_grad: base.ArrayTree  # samples at both points
+  dual: Any  # samples at both points
+  hypergrad: tuple[base.Updates, base.Updates]  # sums over those, a point each
+
+
+def sample(
+  upper: BlockObjective,
+  lower: BlockObjective,
+  dual: _dual.Dual,
+  num_blocks: int,
+  params: base.Params,
+  state: Any,
+  batch: Any,
+) -> Sampled:
+  """Evaluates the sampled blocks now and before, leaving out the bad ones."""
+  check_batch(batch, num_blocks)
+  sampled = batch.blocks.shape[0]
+  use = tracking.distinct_blocks(batch.blocks, num_blocks)
+  table = Rows(*(getattr(state, name) for name in Rows._fields))
+  rows = tracking.gather_rows(table, batch.blocks)
+  elapsed = elapsed_steps(state.clock, rows.touched)
+  inner = _dual.advance(rows.inner, rows.inner_grad, elapsed)
+  just_visited = (rows.visited == state.iteration) & (rows.visited > 0)
+  held = dual.held(rows.dual, elapsed, just_visited)
+  points = params, state.previous
+
+  def evaluate(inner, held, batch, use):
+    return _points(upper, lower, dual, points, inner, held, batch, use)
+
+  data = batch.upper, batch.lower
+  blockwise, total = evaluate(inner, held, data, use)
+  finite = finite_rows(blockwise)
+  # One pass over what is as large as params: a difference of finite numbers
+  # that overflows only leads to the second look.
+  apart = jax.tree.map(jnp.subtract, *total)
+  bad = jnp.any(use & ~finite) | ~trees.all_finite(apart)
+
+  # The sum over blocks has taken in what is not finite. Add up anew, one block
+  # at a time. A loop and not a cond, which under vmap would always be taken.
+  def add(carry):
+    index, ok, total = carry
+
+    def one(tree, axis=0):
+      return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis), tree
+      )
+
+    mask = one(use)
+    alone, part = evaluate(one(inner, 1), one(held, 1), one(data), mask)
+    fine = mask[0] & finite_rows(alone)[0] & trees.all_finite(part)
+    total = select(fine, jax.tree.map(jnp.add, total, part), total)
+    return index + 1, ok.at[index].set(fine), total
+
+  start = jnp.where(bad, 0, sampled).astype(jnp.int32)
+  empty = jax.tree.map(jnp.zeros_like, total)
+  carry = start, use & ~bad, select(bad, empty, total)
+  _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
+  value, inner_grad, dual_sample = blockwise
+  return Sampled(
+    rows=rows,
+    inner=inner,
+    held=held,
+    clock=state.clock[0],
+    count=jnp.sum(use),
+    ok=ok,
+    value=value[0],
+    inner_grad=inner_grad,
+    dual=dual_sample,
+    hypergrad=total,
+  )
+
+
+def _points(upper, lower, dual, points, inner, held, batch, use):
+  """Samples of all blocks at both points, and the sums of hypergradients.
+
+  The points are spelled out where the params come in: under a vmap over them,
+  products of two columns take the place of products with a vector, for which
+  XLA's CPU backend is several times slower, and the params are copied.
+  """
+  upper_batch, lower_batch = batch
+  first, second = (
+    jax.tree.map(lambda leaf, k=k: leaf[k], inner) for k in (0, 1)
+  )
+  inners = first, second
+
+  def total_upper(params, inner):
+    value = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
+    return jnp.sum(jnp.where(use, value, 0)), value
+
+  def total_lower(params, inner):
+    return jnp.sum(jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch))
+
+  value, upper_x, upper_y = [], [], []
+  for x, y in zip(points, inners, strict=True):
+    (_, block_values), grads = jax.value_and_grad(
+      total_upper, argnums=(0, 1), has_aux=True
+    )(x, y)
+    value.append(block_values)
+    upper_x.append(grads[0])
+    upper_y.append(grads[1])
+  # At once, so that the factorizations of `track_hessians` are one batch.
+  directions = jax.tree.map(
+    lambda v, y: jnp.where(
+      use.reshape((1, -1) + (1,) * (v.ndim - 2)), v, 0
+    ).astype(y.dtype),
+    jax.vmap(dual.direction)(held, _stack(*upper_y)),
+    inner,
+  )
+
+  lower_y, samples, total = [], [], []
+  for k, (x, y) in enumerate(zip(points, inners, strict=True)):
+    # The gradient, pushed forward along the dual variables, gives
+    # Hessian-vector and cross products in one sweep. Other blocks' lower
+    # variables don't enter.
+    (_, slope), (cross, product) = jax.jvp(
+      lambda y, x=x: jax.grad(total_lower, argnums=(0, 1))(x, y),
+      (y,),
+      (jax.tree.map(lambda leaf, k=k: leaf[k], directions),),
+    )
+
+    def hessian(x=x, y=y):
+      def block(y, batch):
+        flat, unravel = flatten_util.ravel_pytree(y)
+        return jax.hessian(lambda flat: lower(x, unravel(flat), batch))(flat)
+
+      return jax.vmap(block)(y, lower_batch)
+
+    lower_y.append(slope)
+    samples.append(dual.sample(product, upper_y[k], hessian))
+    total.append(
+      jax.tree.map(
+        lambda upper_x, cross: (
+          upper_x.astype(trees.accumulator_dtype(upper_x)) - cross
+        ),
+        upper_x[k],
+        cross,
+      )
+    )
+  blockwise = jnp.stack(value), _stack(*lower_y), _stack(*samples)
+  return blockwise, tuple(total)
+
+
+def _stack(*trees):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def follow(
+  dual: _dual.Dual,
+  sampled: Sampled,
+  alpha: float | jax.Array,
+  gamma: float | jax.Array,
+  *,
+  first_visit: bool = False,
+) -> Rows:
+  """The sampled rows after the step of their trackers."""
+  first = jnp.logical_or(first_visit, sampled.rows.visited < 0)
+
+  def step(tracker, samples):
+    def leaf(old, sample):
+      sample = sample.astype(old.dtype)
+      new = tracking.msvr(old, sample[0], sample[1], alpha, gamma)
+      return jnp.where(_dual.align(first, new), sample[0], new)
+
+    return jax.tree.map(leaf, tracker, samples)
+
+  rows = sampled.rows
+  touched = jnp.broadcast_to(sampled.clock, rows.touched.shape)
+  return Rows(
+    touched=touched,
+    visited=rows.visited,
+    inner=jax.tree.map(lambda leaf: leaf[0], sampled.inner),
+    inner_grad=step(rows.inner_grad, sampled.inner_grad),
+    dual=dual.update(
+      rows.dual,
+      sampled.held,
+      lambda tracker: step(tracker, sampled.dual),
+      sampled.ok,
+    ),
+  )
+
+
+def write(
+  state: Any,
+  rows: Rows,
+  blocks: jax.Array,
+  use: jax.Array,
+  visited: int | jax.Array,
+) -> Any:
+  """The state with the rows in its tables, marked as visited."""
+  # What is written depends on what was read, here as elsewhere: else the write
+  # could come first, and the table would have to be copied.
+  rows = rows._replace(visited=jnp.maximum(rows.visited, visited))
+  table = Rows(*(getattr(state, name) for name in Rows._fields))
+  table = tracking.scatter_rows(table, rows, blocks, use)
+  return state._replace(**table._asdict())
+
+
+# The clock is the sum of all step sizes, in two floats: late in a run the time
+# since a block's last visit is a small difference of large sums.
+
+
+def add_to_clock(clock: jax.Array, length: jax.Array) -> jax.Array:
+  """The clock, of shape ``(2,)``, after a step of ``length``."""
+  high, low = clock
+  part = low + length.astype(clock.dtype)
+  total = high + part
+  added = total - high
+  return jnp.stack([total, (high - (total - added)) + (part - added)])
+
+
+def elapsed_steps(clock: jax.Array, touched: jax.Array) -> jax.Array:
+  """Sum of the step sizes since each row, now and one step ago."""
+  difference = clock[:, None, :] - touched[None, :, :]
+  return difference[..., 0] + difference[..., 1]
+
+
+def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
+  """A hyperparameter at a step."""
+  return value(step) if callable(value) else value
+
+
+def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+  """``jnp.where`` on trees, in the dtypes of ``on_true``."""
+  return jax.tree.map(
+    lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), on_true, on_false
+  )
+
+
+def finite_rows(tree: base.ArrayTree) -> jax.Array:
+  """Which rows of leaves of shape ``(2, sampled, ...)`` are all finite."""
+  finite = [
+    jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim)))
+    for leaf in jax.tree.leaves(tree)
+  ]
+  return jnp.all(jnp.stack(finite), axis=0)
+
+
+def check_batch(batch: Any, num_blocks: int) -> None:
+  """Raises unless ``batch`` has blocks, and data for each of them."""
+  checks.check_fields(
+    'batch', batch, ('blocks', 'upper', 'lower'), 'a BlockBatch'
+  )
+  tracking.check_blocks(batch.blocks, num_blocks)
+  sampled = batch.blocks.shape[0]
+  check_leading('batch.upper', batch.upper, sampled, 'blocks')
+  check_leading('batch.lower', batch.lower, sampled, 'blocks')
+
+
+def check_first(batch: Any, num_blocks: int) -> None:
+  """Raises unless ``batch`` is one pass over all blocks."""
+  check_batch(batch, num_blocks)
+  if batch.blocks.shape[0] != num_blocks:
+    raise ValueError(
+      f'first must have each of the num_blocks={num_blocks} blocks once, got'
+      f' {batch.blocks.shape[0]} blocks.'
+    )
+
+
+def check_leading(
+  name: str, tree: base.ArrayTree, size: int, like: str
+) -> None:
+  """Raises a ``ValueError`` unless all leaves have a leading axis ``size``."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    shape = jnp.shape(leaf)
+    if not shape or shape[0] != size:
+      raise ValueError(
+        f'{name}{jax.tree_util.keystr(path)} must have a leading axis of'
+        f' {size}, one row for each of {like}; got shape {shape}.'
+      )

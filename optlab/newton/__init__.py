@@ -1,0 +1,55 @@
+"""GNS-Newton: curvature, solvers for shifted systems, and the search."""
+
+from optlab.newton._curvature import empirical_fisher
+from optlab.newton._curvature import fisher
+from optlab.newton._curvature import gauss_newton
+from optlab.newton._curvature import hessian
+from optlab.newton._curvature import linear_gauss_newton
+from optlab.newton._gns import GNSNewtonState
+from optlab.newton._gns import gns_newton
+from optlab.newton._gns import gns_newton_paper
+from optlab.newton._krylov import cg
+from optlab.newton._krylov import lanczos
+from optlab.newton._linear import Prepared
+from optlab.newton._linear import cholesky
+from optlab.newton._linear import eigh
+from optlab.newton._linear import woodbury
+from optlab.newton._operators import Dense
+from optlab.newton._operators import LowRank
+from optlab.newton._operators import OperatorFactory
+from optlab.newton._operators import dense
+from optlab.newton._search import SearchRule
+from optlab.newton._search import Trial
+from optlab.newton._search import double
+from optlab.newton._search import hold
+from optlab.newton._search import measured
+from optlab.newton._sparse import SparseMatrix
+from optlab.newton._sparse import sparse_matrix
+
+__all__ = [
+  'Dense',
+  'GNSNewtonState',
+  'LowRank',
+  'OperatorFactory',
+  'Prepared',
+  'SearchRule',
+  'SparseMatrix',
+  'Trial',
+  'cg',
+  'cholesky',
+  'dense',
+  'double',
+  'eigh',
+  'empirical_fisher',
+  'fisher',
+  'gauss_newton',
+  'gns_newton',
+  'gns_newton_paper',
+  'hessian',
+  'hold',
+  'lanczos',
+  'linear_gauss_newton',
+  'measured',
+  'sparse_matrix',
+  'woodbury',
+]

@@ -1,0 +1,231 @@
+"""Shifted solvers by products alone; `optlab.newton` compares them all."""
+
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import checks
+from optlab.newton import _linear
+from optlab.newton import _operators
+
+
+def cg(
+  max_steps: int = 100,
+  rtol: float | jax.Array = 0.1,
+  power: float | jax.Array = 0.5,
+) -> base.Solver:
+  r"""Conjugate gradients, anew for each shift.
+
+  Stops where the residual is below :math:`\min(\text{rtol}, |b|^{\text{power}})
+  |b|`, the forcing term of inexact Newton methods, which keeps superlinear
+  convergence. Choose it over `lanczos` where memory for a basis is short and
+  rejected trials are rare. ``ok`` is false where a direction of non-positive
+  curvature was met.
+
+  Args:
+    max_steps: The most products per shift; the iterate reached is returned.
+    rtol: The largest relative residual.
+    power: The power of the norm in the forcing term; 0 leaves ``rtol`` alone.
+
+  Returns:
+    A solver.
+
+  Raises:
+    TypeError: ``max_steps`` is not an integer.
+    ValueError: ``max_steps`` is below one, or ``rtol`` or ``power`` negative.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> solver = optlab.cg(rtol=1e-6)
+    >>> solve = solver(lambda v: v * jnp.array([3.0, 15.0]), jnp.ones(2), 1.0)
+    >>> print(solve(1.0)[0].round(4), solve(-4.0)[1])
+    [0.25   0.0625] False
+  """
+  checks.check_int('max_steps', max_steps, 1)
+  checks.check_non_negative('rtol', rtol)
+  checks.check_non_negative('power', power)
+
+  def solver(operator, b, shift):
+    del shift
+    flat, unravel = _linear.flatten(b)
+    product = _flat_product(operator, b)
+    norm = jnp.linalg.norm(flat)
+    tolerance = _forcing(norm, rtol, power) * norm
+
+    def solve(shift):
+      def step(carry):
+        x, residual, direction, square, _, k = carry
+        image = product(direction) + shift * direction
+        bend = direction @ image
+        ok = bend > 0
+        length = square / jnp.where(ok, bend, 1.0)
+        x = jnp.where(ok, x + length * direction, x)
+        residual = residual - length * image
+        new_square = residual @ residual
+        direction = residual + new_square / square * direction
+        return x, residual, direction, new_square, ok, k + 1
+
+      def unfinished(carry):
+        *_, square, ok, k = carry
+        return ok & (jnp.sqrt(square) > tolerance) & (k < max_steps)
+
+      square = flat @ flat
+      start = (jnp.zeros_like(flat), flat, flat, square, jnp.asarray(True))
+      start += (jnp.zeros((), jnp.int32),)
+      x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
+      return unravel(x), ok & jnp.all(jnp.isfinite(x)), k
+
+    return _linear.Prepared(solve, jnp.zeros((), jnp.int32))
+
+  return solver
+
+
+def lanczos(
+  max_steps: int = 100,
+  rtol: float | jax.Array = 0.1,
+  power: float | jax.Array = 0.5,
+) -> base.Solver:
+  r"""One Krylov basis for all shifts.
+
+  With :math:`A V_k = V_k T_k + \beta_k v_{k+1} e_k^\top` from :math:`b`, the
+  solution for any shift is :math:`x = |b| V_k (T_k + s I)^{-1} e_1`: a
+  tridiagonal system and no product. The basis grows until the residual is below
+  :math:`\min(\text{rtol}, |b|^{\text{power}}) |b|` at the smallest shift that
+  makes the operator positive definite, as far as the basis shows, among
+  ``shift * 4 ** j``. Larger shifts have smaller residuals. The default for
+  matrix-free operators.
+
+  Args:
+    max_steps: The most products, the size of the basis.
+    rtol: The largest relative residual.
+    power: The power of the norm in the forcing term; 0 leaves ``rtol`` alone.
+
+  Returns:
+    A solver. ``ok`` is false where a pivot of ``T_k + shift`` is not positive.
+
+  Raises:
+    TypeError: ``max_steps`` is not an integer.
+    ValueError: ``max_steps`` is below one, or ``rtol`` or ``power`` negative.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> solver = optlab.lanczos(rtol=1e-6)
+    >>> solve = solver(lambda v: v * jnp.array([3.0, 15.0]), jnp.ones(2), 1.0)
+    >>> print(solve(1.0)[0].round(4), solve(-4.0)[1])
+    [0.25   0.0625] False
+
+  Notes:
+    Memory for ``max_steps`` vectors. Fully reorthogonalized: a step takes four
+    passes over the basis beside its product.
+  """
+  checks.check_int('max_steps', max_steps, 1)
+  checks.check_non_negative('rtol', rtol)
+  checks.check_non_negative('power', power)
+
+  def solver(operator, b, shift):
+    flat, unravel = _linear.flatten(b)
+    product = _flat_product(operator, b)
+    n, dtype = flat.shape[0], flat.dtype
+    size = max(1, min(max_steps, n))
+    norm = jnp.linalg.norm(flat)
+    tolerance = _forcing(norm, rtol, power)
+    # Pivots and residuals of the recurrence, at several shifts at once.
+    shifts = shift * 4.0 ** jnp.arange(16, dtype=dtype)
+
+    def step(carry):
+      basis, diagonal, off, vector, pivots, residuals, good, _, k = carry
+      basis = basis.at[k].set(vector)
+      image = product(vector)
+      alpha = vector @ image
+      for _ in range(2):  # Twice is enough (Kahan).
+        image = image - (basis @ image) @ basis
+      beta = jnp.linalg.norm(image)
+      last = off[jnp.maximum(k - 1, 0)]
+      pivots = alpha + shifts - jnp.where(k > 0, last**2 / pivots, 0.0)
+      good = good & (pivots > 0)
+      residuals = residuals * beta / jnp.where(good, pivots, 1.0)
+      first = jnp.argmax(good)
+      scale = jnp.abs(alpha) + last
+      # An invariant subspace has been found, up to rounding.
+      done = beta <= 10 * jnp.finfo(dtype).eps * scale
+      done |= good[first] & (residuals[first] <= tolerance)
+      off = off.at[k].set(jnp.where(done, 0.0, beta))
+      vector = image / jnp.where(beta > 0, beta, 1.0)
+      diagonal = diagonal.at[k].set(alpha)
+      return (
+        basis, diagonal, off, vector, pivots, residuals, good, done, k + 1,
+      )  # fmt: skip
+
+    def unfinished(carry):
+      *_, done, k = carry
+      return ~done & (k < size)
+
+    start = (
+      jnp.zeros((size, n), dtype),
+      jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
+      jnp.zeros(size, dtype),
+      flat / jnp.where(norm > 0, norm, 1.0),
+      jnp.ones_like(shifts),
+      jnp.ones_like(shifts),
+      jnp.ones(shifts.shape, bool),
+      norm == 0,
+      jnp.zeros((), jnp.int32),
+    )
+    basis, diagonal, off, *_, k = jax.lax.while_loop(unfinished, step, start)
+    inside = jnp.arange(size) < k
+    off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
+
+    def solve(shift):
+      y, ok = _solve_tridiagonal(
+        diagonal + jnp.where(inside, shift, 0.0), off, norm
+      )
+      x = y @ basis
+      ok = ok & jnp.all(jnp.isfinite(x))
+      return unravel(x), ok, jnp.zeros((), jnp.int32)
+
+    return _linear.Prepared(solve, k)
+
+  return solver
+
+
+def _solve_tridiagonal(diagonal, off, first):
+  """Solves ``T y = first * e_1``; also whether all pivots are positive."""
+
+  def forward(carry, entry):
+    ratio, rhs = carry
+    alpha, beta_before, beta = entry
+    pivot = alpha - ratio * beta_before
+    z = rhs
+    ratio = beta / pivot
+    return (ratio, -ratio * z), (pivot, ratio, z / pivot)
+
+  before = jnp.concatenate([jnp.zeros_like(off[:1]), off[:-1]])
+  start = (jnp.zeros_like(first), first)
+  _, (pivots, ratios, z) = jax.lax.scan(forward, start, (diagonal, before, off))
+
+  def backward(after, entry):
+    z, ratio = entry
+    y = z - ratio * after
+    return y, y
+
+  _, y = jax.lax.scan(
+    backward, jnp.zeros_like(first), (z, ratios), reverse=True
+  )
+  return y, jnp.all(pivots > 0)
+
+
+def _forcing(norm, rtol, power):
+  tiny = 10 * jnp.finfo(norm.dtype).eps
+  return jnp.maximum(jnp.minimum(rtol, norm**power), tiny).astype(norm.dtype)
+
+
+def _flat_product(operator, b):
+  flat, unravel = _linear.flatten(b)
+  _operators.check_operator('operator', operator, flat.size)
+
+  def product(vector):
+    image = ravel_pytree(operator(unravel(vector)))[0]
+    return image.astype(flat.dtype)
+
+  return product

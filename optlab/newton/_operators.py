@@ -1,0 +1,127 @@
+"""Operators that show more than their products, and how to make them so."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import checks
+from optlab import trees
+
+OperatorFactory = Callable[..., base.Operator]  # (params, *args) -> operator
+
+
+class Dense(NamedTuple):
+  """The operator ``v -> matrix @ v`` on pytrees, flattened leaf after leaf.
+
+  Attributes:
+    matrix: Symmetric, shape ``(n, n)``; only its lower triangle may be read.
+  """
+
+  matrix: jax.Array
+
+  def __call__(self, vector: base.ArrayTree) -> base.ArrayTree:
+    flat, unravel = ravel_pytree(vector)
+    return unravel((self.matrix @ flat).astype(flat.dtype))
+
+
+class LowRank(NamedTuple):
+  """The operator ``v -> factor.T @ (factor @ v)`` on flattened pytrees.
+
+  Attributes:
+    factor: Shape ``(rank, n)``.
+  """
+
+  factor: jax.Array
+
+  def __call__(self, vector: base.ArrayTree) -> base.ArrayTree:
+    flat, unravel = ravel_pytree(vector)
+    # `w @ factor` is many times faster than `factor.T @ w` on a CPU.
+    return unravel(((self.factor @ flat) @ self.factor).astype(flat.dtype))
+
+
+def dense(factory: OperatorFactory) -> OperatorFactory:
+  """Makes the operators of a factory `Dense`.
+
+  The matrix of a `LowRank` operator is a product of its factor; any other one
+  takes ``n`` products, batched into matrix products by ``vmap``. Choose it
+  where ``n`` is at most about a thousand: a trial of `gns_newton` then costs
+  one Cholesky factorization. See `linear_gauss_newton` for half the cost.
+
+  Args:
+    factory: For example ``hessian(fun)``.
+
+  Returns:
+    An operator factory that makes `Dense` operators.
+
+  Raises:
+    TypeError: ``factory`` is not a function.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> factory = optlab.dense(optlab.hessian(lambda x: jnp.sum(x ** 3)))
+    >>> print(factory(jnp.ones(2)).matrix)
+    [[6. 0.]
+     [0. 6.]]
+  """
+  checks.check_callable('factory', factory, '(params, *args) -> operator')
+  return lambda params, *args: Dense(as_matrix(factory(params, *args), params))
+
+
+def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
+  """The matrix of an operator on pytrees like ``like``, shape ``(n, n)``.
+
+  Args:
+    operator: Any operator.
+    like: A pytree with the structure, shapes and dtypes of its arguments.
+
+  Returns:
+    Its matrix, in float32 or wider.
+  """
+  dtype = trees.accumulator_dtype(like)
+  flat, unravel = ravel_pytree(like)
+  check_operator('operator', operator, flat.size)
+  if hasattr(operator, 'matrix'):
+    return operator.matrix.astype(dtype)
+  if hasattr(operator, 'factor'):
+    factor = operator.factor.astype(dtype)
+    return factor.T @ factor
+  columns = jax.vmap(lambda unit: ravel(operator(unravel(unit))))
+  return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
+
+
+def check_operator(name: str, operator: Any, size: int) -> None:
+  """Raises unless ``operator`` maps vectors of ``size`` numbers.
+
+  Args:
+    name: The argument's name, for the message.
+    operator: Any operator; the shapes of `Dense` and `LowRank` are checked.
+    size: The numbers in the pytrees that it is for.
+
+  Raises:
+    TypeError: It is not a function.
+    ValueError: Its ``matrix`` or ``factor`` is of another shape.
+  """
+  checks.check_callable(
+    name, operator, 'v -> A v (wrap a matrix in optlab.Dense)'
+  )
+  matrix = getattr(operator, 'matrix', None)
+  if matrix is not None and jnp.shape(matrix) != (size, size):
+    raise ValueError(
+      f'{name} must have a matrix of shape {(size, size)}, got'
+      f' {jnp.shape(matrix)}.'
+    )
+  factor = getattr(operator, 'factor', None)
+  if factor is not None and jnp.shape(factor)[1:] != (size,):
+    raise ValueError(
+      f'{name} must have a factor of shape (r, {size}), got'
+      f' {jnp.shape(factor)}.'
+    )
+
+
+def ravel(tree: base.ArrayTree) -> jax.Array:
+  """All numbers of a tree in one vector."""
+  return ravel_pytree(tree)[0]

@@ -1,0 +1,71 @@
+"""Unnormalized models: MECO and its peers, noise, scores."""
+
+from optlab.unnormalized._contrastive import ContrastiveDivergenceState
+from optlab.unnormalized._contrastive import LangevinResult
+from optlab.unnormalized._contrastive import contrastive_divergence
+from optlab.unnormalized._contrastive import langevin
+from optlab.unnormalized._flow import Flow
+from optlab.unnormalized._flow import fit_flow
+from optlab.unnormalized._flow import init_flow
+from optlab.unnormalized._likelihood import LogDensity
+from optlab.unnormalized._likelihood import Noise
+from optlab.unnormalized._likelihood import NoiseBatch
+from optlab.unnormalized._likelihood import noise_batch
+from optlab.unnormalized._log_partition import GridLogPartition
+from optlab.unnormalized._log_partition import LogPartition
+from optlab.unnormalized._log_partition import agree
+from optlab.unnormalized._log_partition import grid_log_partition
+from optlab.unnormalized._log_partition import log_partition
+from optlab.unnormalized._meco import MecoState
+from optlab.unnormalized._meco import meco
+from optlab.unnormalized._nce import NceParams
+from optlab.unnormalized._nce import NceState
+from optlab.unnormalized._nce import ence
+from optlab.unnormalized._nce import nce
+from optlab.unnormalized._nce import with_log_normalizer
+from optlab.unnormalized._noise import Gaussian
+from optlab.unnormalized._noise import GaussianMixture
+from optlab.unnormalized._noise import fit_gaussian
+from optlab.unnormalized._noise import follow
+from optlab.unnormalized._noise import gaussian
+from optlab.unnormalized._noise import gaussian_mixture
+from optlab.unnormalized._noise import lattice
+from optlab.unnormalized._noise_mixture import Mixture
+from optlab.unnormalized._noise_mixture import defensive
+from optlab.unnormalized._noise_mixture import mixture
+
+__all__ = [
+  'ContrastiveDivergenceState',
+  'Flow',
+  'Gaussian',
+  'GaussianMixture',
+  'GridLogPartition',
+  'LangevinResult',
+  'LogDensity',
+  'LogPartition',
+  'MecoState',
+  'Mixture',
+  'NceParams',
+  'NceState',
+  'Noise',
+  'NoiseBatch',
+  'agree',
+  'contrastive_divergence',
+  'defensive',
+  'ence',
+  'fit_flow',
+  'fit_gaussian',
+  'follow',
+  'gaussian',
+  'gaussian_mixture',
+  'grid_log_partition',
+  'init_flow',
+  'langevin',
+  'lattice',
+  'log_partition',
+  'meco',
+  'mixture',
+  'nce',
+  'noise_batch',
+  'with_log_normalizer',
+]

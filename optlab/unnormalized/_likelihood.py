@@ -1,0 +1,286 @@
+"""Data beside noise, and the one joint pass that likelihood estimators share.
+
+`meco`, `nce` and `ence` differ in one rule: how much each row's
+``d log p0 / d theta`` counts. The rest is here: the checks, one forward and one
+backward pass over data and noise together, and the second pass that keeps a bad
+row from poisoning the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import checks
+from optlab import trees
+
+LogDensity = Callable[[Any, Any], jax.Array]
+
+
+class Noise(Protocol):
+  """A normalized distribution that can be drawn from and scored."""
+
+  def sample(self, key: jax.Array, num: int) -> jax.Array:
+    """Returns ``num`` draws, shape ``[num, ...]``."""
+    ...
+
+  def log_prob(self, rows: jax.Array) -> jax.Array:
+    """Returns the exact log density of ``rows``, shape ``[num]``."""
+    ...
+
+
+class NoiseBatch(NamedTuple):
+  """Rows of data and of noise, with the noise distribution's log density.
+
+  Attributes:
+    data: Array ``[n, ...]``, or a pytree of them.
+    noise: Draws of the noise distribution, ``[m, ...]``, same structure.
+    noise_log_prob: ``[m]``, the exact log density of ``noise``.
+    data_log_prob: ``[n]``, the noise distribution's log density of ``data``;
+      `nce` and `ence` need it, `meco` does not.
+  """
+
+  data: Any
+  noise: Any
+  noise_log_prob: jax.Array
+  data_log_prob: jax.Array | None = None
+
+
+def noise_batch(
+  noise: Noise,
+  key: jax.Array,
+  data: jax.Array,
+  num: int,
+  score_data: bool = False,
+) -> NoiseBatch:
+  """Draws noise beside a batch of data.
+
+  Args:
+    noise: The noise distribution.
+    key: PRNG key.
+    data: ``[n, ...]``.
+    num: How many rows of noise, a Python integer.
+    score_data: Whether to evaluate the noise's log density on ``data``, which
+      `nce` and `ence` need.
+
+  Returns:
+    A `NoiseBatch`.
+
+  Raises:
+    TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
+      ``log_prob``.
+    ValueError: ``num`` is below one.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optlab
+    >>> noise = optlab.fit_gaussian(jnp.array([[-1.0], [1.0]]))
+    >>> key, data = jax.random.key(0), jnp.ones((4, 1))
+    >>> batch = optlab.noise_batch(noise, key, data, 8)
+    >>> print(batch.noise.shape, batch.noise_log_prob.shape)
+    (8, 1) (8,)
+  """
+  check_noise('noise', noise)
+  checks.check_int('num', num, 1)
+  rows = noise.sample(key, num)
+  return NoiseBatch(
+    data=data,
+    noise=rows,
+    noise_log_prob=noise.log_prob(rows),
+    data_log_prob=noise.log_prob(data) if score_data else None,
+  )
+
+
+def check_noise(name: str, noise: Any) -> None:
+  """Raises a ``TypeError`` unless ``noise`` can be drawn from and scored."""
+  checks.check_fields(
+    name,
+    noise,
+    ('sample', 'log_prob'),
+    'a distribution such as unnormalized.gaussian makes',
+  )
+
+
+def check_rows(log_density_of_rows: jax.Array, num: int) -> None:
+  """Raises a ``ValueError`` unless a log density is one number a row."""
+  shape = jnp.shape(log_density_of_rows)
+  if shape != (num,):
+    raise ValueError(
+      f'log_density must return one number a row, shape {(num,)}, got {shape}.'
+    )
+
+
+def check_batch(
+  method: str, batch: NoiseBatch, needs_data_log_prob: bool = False
+) -> tuple[int, int]:
+  """Raises unless the shapes of ``batch`` match; returns ``(n, m)``.
+
+  Args:
+    method: The estimator's name, for the message.
+    batch: The batch.
+    needs_data_log_prob: Whether ``batch.data_log_prob`` must be there.
+
+  Returns:
+    The number of data rows and of noise rows.
+
+  Raises:
+    TypeError: ``batch`` is not a `NoiseBatch`.
+    ValueError: A part is empty, missing, or of another length.
+  """
+  if not isinstance(batch, NoiseBatch):
+    raise TypeError(
+      f'{method} takes a NoiseBatch, got {type(batch).__name__}: build one with'
+      ' optlab.noise_batch(noise, key, data, num).'
+    )
+  if jax.tree.structure(batch.data) != jax.tree.structure(batch.noise):
+    raise ValueError(
+      f'{method}: data and noise must have one structure, got'
+      f' {jax.tree.structure(batch.data)} and'
+      f' {jax.tree.structure(batch.noise)}.'
+    )
+  sizes = []
+  for name in ('data', 'noise'):
+    leaves = jax.tree.leaves(getattr(batch, name))
+    lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
+    if len(lengths) != 1 or 0 in lengths:
+      raise ValueError(
+        f'{method}: {name} must have one leading axis of at least one row, got'
+        f' shapes {[jnp.shape(leaf) for leaf in leaves]}.'
+      )
+    sizes.append(lengths.pop())
+  for data, noise in zip(
+    jax.tree.leaves(batch.data), jax.tree.leaves(batch.noise), strict=True
+  ):
+    if jnp.shape(data)[1:] != jnp.shape(noise)[1:]:
+      raise ValueError(
+        f'{method}: rows of data and noise must have one shape, got'
+        f' {jnp.shape(data)[1:]} and {jnp.shape(noise)[1:]}.'
+      )
+  expected = {'noise_log_prob': sizes[1]}
+  if needs_data_log_prob or batch.data_log_prob is not None:
+    expected['data_log_prob'] = sizes[0]
+  for name, size in expected.items():
+    array = getattr(batch, name)
+    if array is None:
+      raise ValueError(
+        f'{method} needs {name}: build the batch with'
+        ' optlab.noise_batch(..., score_data=True).'
+      )
+    if not hasattr(array, 'dtype'):
+      raise TypeError(
+        f'{method}: {name} must be an array, got {type(array).__name__};'
+        ' convert it with jnp.asarray.'
+      )
+    if jnp.shape(array) != (size,):
+      raise ValueError(
+        f'{method}: {name} must have shape {(size,)}, got {jnp.shape(array)}.'
+      )
+  return sizes[0], sizes[1]
+
+
+def joint_gradient(
+  log_density: LogDensity,
+  params: base.Params,
+  batch: NoiseBatch,
+  rule: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]],
+  dtype: Any,
+) -> tuple[base.Updates, Any]:
+  """One `jax.vjp` over data and noise with the cotangents of ``rule``.
+
+  A zero cotangent does not protect: backward through a row whose log density
+  is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
+  forward pass, so where there are any the gradient is checked, and where it is
+  not finite the pass is repeated with those rows replaced by a good one. Check
+  and repetition are loops of at most one turn, which cost nothing under
+  `jax.vmap` while no lane needs them.
+
+  Args:
+    log_density: ``(params, rows) -> [rows]``.
+    params: The parameters.
+    batch: Data and noise, checked.
+    rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
+      ``dtype``, to their cotangents and anything else; it must give zero to
+      every row whose log density is not finite.
+    dtype: In which the rule computes.
+
+  Returns:
+    The gradient with the dtypes of ``params``, and what else ``rule`` returned.
+  """
+  rows = jax.tree.map(
+    lambda data, noise: jnp.concatenate([data, noise]), batch.data, batch.noise
+  )
+  n = jnp.shape(jax.tree.leaves(batch.data)[0])[0]
+  total = jnp.shape(jax.tree.leaves(rows)[0])[0]
+  log_p, pullback = jax.vjp(lambda p: log_density(p, rows), params)
+  check_rows(log_p, total)
+  wide = log_p.astype(dtype)
+  data_cotangent, noise_cotangent, aux = rule(wide[:n], wide[n:])
+  cotangent = jnp.concatenate([data_cotangent, noise_cotangent])
+  cotangent = cotangent.astype(log_p.dtype)
+  (grads,) = pullback(cotangent)
+
+  good = jnp.isfinite(wide)
+
+  def replace(leaf):
+    first_good = jnp.arange(total) == jnp.argmax(good)
+    keep, pick = (
+      mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
+      for mask in (good, first_good)
+    )
+    # A sum, because an index into a sharded axis is not allowed.
+    row = jnp.sum(jnp.where(pick, leaf, 0), 0).astype(leaf.dtype)
+    return jnp.where(keep, leaf, row)
+
+  def repeat(unused):
+    del unused
+    replaced = jax.tree.map(replace, rows)
+    _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)
+    (grads,) = pullback(cotangent)
+    # With no good row at all every cotangent is zero, and so is the gradient.
+    silent = ~jnp.any(cotangent)
+    grads = jax.tree.map(
+      lambda leaf: jnp.where(silent, jnp.zeros_like(leaf), leaf), grads
+    )
+    return grads, jnp.asarray(False)
+
+  def check(carry):
+    grads, _ = carry
+    return jax.lax.while_loop(
+      lambda carry: carry[1], repeat, (grads, ~trees.all_finite(grads))
+    )
+
+  # The gradient is looked at only where a row is bad, or it costs every step.
+  grads, _ = jax.lax.while_loop(
+    lambda carry: carry[1], check, (grads, ~jnp.all(good))
+  )
+  return grads, aux
+
+
+def mean_of(values: jax.Array, good: jax.Array) -> jax.Array:
+  """Mean over the good rows; zero where there is none."""
+  total = jnp.sum(jnp.where(good, values, 0))
+  return total / jnp.maximum(jnp.sum(good), 1).astype(values.dtype)
+
+
+def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """Rows of noise that count; ``log_p = -inf`` is one, with weight zero."""
+  return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
+
+
+class Weights(NamedTuple):
+  """Importance weights of a batch, from one exponential of each."""
+
+  scaled: jax.Array  # shape [m], the weights over their largest
+  log_scale: jax.Array  # shape (), the logarithm of the largest, -inf if none
+  total: jax.Array  # shape (), the sum of `scaled`, 0 if none
+  ess: jax.Array  # shape (), (sum w)^2 / sum w^2, 0 if none
+
+
+def importance_weights(log_weights: jax.Array) -> Weights:
+  """Weights given by their logarithms, which are finite or -inf."""
+  top = jnp.max(log_weights)
+  scaled = jnp.exp(log_weights - jnp.where(top > -jnp.inf, top, 0))
+  total = jnp.sum(scaled)
+  squares = jnp.maximum(jnp.sum(scaled**2), jnp.finfo(scaled.dtype).tiny)
+  return Weights(scaled, top, total, total**2 / squares)

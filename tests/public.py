@@ -1,0 +1,26 @@
+"""All public names of optlab: those of the top, its wings and its modules."""
+
+import optlab
+from optlab import base
+from optlab import estimators
+
+HOMES = (
+  optlab,
+  optlab.newton,
+  optlab.first_order,
+  optlab.batches,
+  optlab.bilevel,
+  optlab.multi_block,
+  optlab.unnormalized,
+  base,
+  estimators,
+  optlab.tracking,
+  optlab.training,
+)
+MODULES = {module.__name__.rpartition('.')[2] for module in HOMES}
+PUBLIC = {
+  name: getattr(home, name)
+  for home in HOMES
+  for name in home.__all__
+  if name not in MODULES
+}
