@@ -58,6 +58,7 @@ from optlab.training import MinimizeResult
 from optlab.training import TrainState
 from optlab.training import init
 from optlab.training import minimize
+from optlab.training import report
 from optlab.training import train_step
 from optlab.unnormalized import NoiseBatch
 from optlab.unnormalized import contrastive_divergence
@@ -118,6 +119,7 @@ __all__ = [
   'norm_test',
   'normalized_momentum',
   'per_example',
+  'report',
   'saba',
   'sample_blocks',
   'soba',

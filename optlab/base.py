@@ -46,11 +46,13 @@ class Estimate(NamedTuple):
     grads: Pytree with the structure, shapes and dtypes of the parameters.
     extras: Keyword arguments for the transformation's ``update``, by the names
       of the glossary; each value is a pytree.
+    aux: Auxiliary output of the loss, a pytree; ``()`` where there is none.
   """
 
   value: jax.Array
   grads: Updates
   extras: dict[str, Any] = {}
+  aux: Any = ()
 
 
 class GradientEstimator(NamedTuple):

@@ -1,17 +1,143 @@
-"""Checks of arguments: an error names the argument, the value, the remedy.
+"""Domains of arguments: an error names the argument, the value, the remedy.
 
-They see Python and numpy numbers and concrete arrays; tracers pass, so that
+A public function says its arguments' domains once, and enforces them with one
+call; the tests of bad values are made from what it says:
+
+    @checks.domains(learning_rate=checks.LEARNING_RATE, beta=checks.DECAY)
+    def method(learning_rate, beta=0.9):
+      checks.enforce(method, locals())
+
+Checks see Python and numpy numbers and concrete arrays; tracers pass, so that
 hyperparameters may be vmapped over and injected.
 """
 
+from collections.abc import Callable
 import numbers
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
+
+
+class Domain(Protocol):
+  """What an argument may be; ``check`` raises for everything else."""
+
+  def check(self, name: str, value: Any) -> None: ...
+
+
+class Real(NamedTuple):
+  """A real number in an interval; where it says so, a schedule or ``None``."""
+
+  low: float = -np.inf
+  high: float = np.inf
+  low_open: bool = False
+  high_open: bool = False
+  remedy: str = ''
+  schedule: bool = False
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None and self.optional:
+      return
+    check_real(
+      name,
+      value,
+      low=self.low,
+      high=self.high,
+      low_open=self.low_open,
+      high_open=self.high_open,
+      remedy=self.remedy,
+      schedule=self.schedule,
+    )
+
+
+class Integer(NamedTuple):
+  """An integer, of a shape or length; ``traced`` where it gives none."""
+
+  minimum: int = 1
+  remedy: str = ''
+  traced: bool = False
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None and self.optional:
+      return
+    check_int(name, value, self.minimum, self.remedy, traced=self.traced)
+
+
+class Function(NamedTuple):
+  """A function, with its signature in words."""
+
+  expected: str
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None and self.optional:
+      return
+    check_callable(name, value, self.expected)
+
+
+class Pair(NamedTuple):
+  """A pair of functions: an estimator, a transformation."""
+
+  fields: tuple[str, ...]
+  expected: str
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None and self.optional:
+      return
+    check_fields(name, value, self.fields, self.expected)
+
+
+POSITIVE = Real(low=0.0, low_open=True, high_open=True)
+NON_NEGATIVE = Real(low=0.0, high_open=True)
+DECAY = Real(low=0.0, high=1.0, high_open=True)  # [0, 1)
+FRACTION = Real(low=0.0, high=1.0, low_open=True)  # (0, 1]
+OPEN_FRACTION = Real(low=0.0, high=1.0, low_open=True, high_open=True)  # (0, 1)
+LEARNING_RATE = NON_NEGATIVE._replace(
+  schedule=True, remedy='Updates descend; to ascend, negate the objective.'
+)
+ESTIMATOR = Pair(
+  base.GradientEstimator._fields,
+  'a GradientEstimator such as optlab.value_and_grad(loss)',
+)
+TRANSFORMATION = Pair(
+  ('init', 'update'), 'an optax transformation such as optax.sgd(0.1)'
+)
+
+F = TypeVar('F', bound=Callable[..., Any])
+
+
+def domains(**arguments: Domain) -> Callable[[F], F]:
+  """Says once what the arguments of a function may be, by name.
+
+  The function itself is returned, not a wrapper; it calls `enforce`.
+  """
+
+  def declare(function: F) -> F:
+    function.__dict__['domains'] = arguments
+    return function
+
+  return declare
+
+
+def enforce(function: Callable[..., Any], values: dict[str, Any]) -> None:
+  """Raises for the first argument that is outside its domain.
+
+  Args:
+    function: A function with `domains`.
+    values: Its arguments by name, ``locals()`` on its first line.
+  """
+  for name, domain in function.__dict__['domains'].items():
+    domain.check(name, values[name])
 
 
 def check_real(
@@ -208,32 +334,17 @@ def check_fields(
 
 def check_estimator(estimator: Any) -> None:
   """Raises a ``TypeError`` unless ``estimator`` is a `GradientEstimator`."""
-  check_fields(
-    'estimator',
-    estimator,
-    base.GradientEstimator._fields,
-    'a GradientEstimator such as optlab.value_and_grad(loss)',
-  )
+  ESTIMATOR.check('estimator', estimator)
 
 
 def check_transformation(name: str, tx: Any) -> None:
   """Raises a ``TypeError`` unless ``tx`` is a transformation of optax."""
-  check_fields(
-    name,
-    tx,
-    ('init', 'update'),
-    'an optax transformation such as optax.sgd(0.1)',
-  )
+  TRANSFORMATION.check(name, tx)
 
 
 def check_learning_rate(learning_rate: Any) -> None:
   """Raises unless it is a schedule or a finite number >= 0."""
-  check_non_negative(
-    'learning_rate',
-    learning_rate,
-    'Updates descend; to ascend, negate the objective.',
-    schedule=True,
-  )
+  LEARNING_RATE.check('learning_rate', learning_rate)
 
 
 def check_same_tree(

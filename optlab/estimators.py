@@ -12,7 +12,10 @@ from optlab import checks
 from optlab import trees
 
 __all__ = [
+  'EstimateIfFiniteState',
+  'FiniteInfo',
   'WithStormState',
+  'estimate_if_finite',
   'stateless',
   'value_and_grad',
   'with_curvature',
@@ -117,6 +120,89 @@ def with_curvature(
   return base.GradientEstimator(estimator.init, estimate)
 
 
+class FiniteInfo(NamedTuple):
+  """Diagnostics of `estimate_if_finite`."""
+
+  rejected: jax.Array  # shape (), bool, whether the last estimate was
+  total_rejected: jax.Array  # shape (), int32
+
+
+class EstimateIfFiniteState(NamedTuple):
+  """State of `estimate_if_finite`."""
+
+  estimator_state: Any
+  info: FiniteInfo
+
+
+def accept(
+  ok: jax.Array, estimate: base.Estimate, new: Any, old: Any
+) -> tuple[base.Estimate, Any]:
+  """The estimate and the new state, or a zero gradient and the old state.
+
+  A zero gradient, so that the optimizer stands still too; the value is reported
+  as it is.
+
+  Args:
+    ok: bool scalar, whether the step is accepted.
+    estimate: The estimate.
+    new: The state after the step.
+    old: The state before it.
+
+  Returns:
+    What to return from ``estimate``.
+  """
+  grads = jax.tree.map(lambda leaf: jnp.where(ok, leaf, 0), estimate.grads)
+  return estimate._replace(grads=grads), trees.where(ok, new, old)
+
+
+@checks.domains(estimator=checks.ESTIMATOR)
+def estimate_if_finite(
+  estimator: base.GradientEstimator,
+) -> base.GradientEstimator:
+  """Holds the state where an estimate is not finite; counts how often.
+
+  The twin of `optax.apply_if_finite`: one bad batch leaves no trace. The
+  gradient of a rejected estimate is zero, its value is reported as it is.
+
+  Args:
+    estimator: Any estimator; those of optlab's wings hold by themselves.
+
+  Returns:
+    A `GradientEstimator` with an `EstimateIfFiniteState`.
+
+  Raises:
+    TypeError: ``estimator`` is not a `GradientEstimator`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optlab
+    >>> plain = optlab.value_and_grad(lambda x, batch: jnp.sum(x * batch))
+    >>> estimator = optlab.estimators.estimate_if_finite(plain)
+    >>> x = jnp.ones(2)
+    >>> estimate, state = estimator.estimate(x, estimator.init(x), jnp.inf)
+    >>> print(estimate.grads, state.info.total_rejected)
+    [0. 0.] 1
+
+  Notes:
+    Cost: one pass over gradient and state.
+  """
+  checks.enforce(estimate_if_finite, locals())
+
+  def init(params, *inner):
+    return EstimateIfFiniteState(
+      estimator.init(params, *inner),
+      FiniteInfo(jnp.zeros((), bool), jnp.zeros((), jnp.int32)),
+    )
+
+  def estimate(params, state, batch):
+    result, new = estimator.estimate(params, state.estimator_state, batch)
+    ok = trees.is_finite(result.grads, new)
+    result, new = accept(ok, result, new, state.estimator_state)
+    total = state.info.total_rejected + (~ok).astype(jnp.int32)
+    return result, EstimateIfFiniteState(new, FiniteInfo(~ok, total))
+
+  return base.GradientEstimator(init, estimate)
+
+
 class WithStormState(NamedTuple):
   """State of `with_storm`."""
 
@@ -127,6 +213,7 @@ class WithStormState(NamedTuple):
   started: jax.Array  # shape (), bool
 
 
+@checks.domains(estimator=checks.ESTIMATOR, beta=checks.FRACTION)
 def with_storm(
   estimator: base.GradientEstimator, beta: float | jax.Array
 ) -> base.GradientEstimator:
@@ -175,8 +262,7 @@ def with_storm(
     rejected one) gives a zero gradient and leaves tracker and previous point
     alone.
   """
-  checks.check_estimator(estimator)
-  checks.check_real('beta', beta, low=0.0, high=1.0, low_open=True)
+  checks.enforce(with_storm, locals())
 
   def init(params, *inner):
     return WithStormState(

@@ -30,13 +30,9 @@ import numpy as np
 from optlab import checks
 
 __all__ = [
-  'check_blocks',
-  'distinct_blocks',
   'ema',
-  'gather_rows',
   'msvr',
   'msvr_gamma',
-  'scatter_rows',
   'storm',
 ]
 

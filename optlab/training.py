@@ -20,6 +20,7 @@ __all__ = [
   'TrainState',
   'init',
   'minimize',
+  'report',
   'train_step',
 ]
 
@@ -73,7 +74,7 @@ def train_step(
 
   The step is pure: jit it, scan it, vmap it over seeds. What a method reports
   beside the loss (trials, effective sample size, batch size) lies in its state;
-  read it with ``optax.tree.get(state, name)``.
+  `report` lists it.
 
   Args:
     estimator: Makes the gradients, for example `value_and_grad`.
@@ -120,6 +121,38 @@ def train_step(
     return state, estimate.value
 
   return step
+
+
+def report(state: Any) -> dict[str, jax.Array]:
+  """All scalars of a state by path, for a logger.
+
+  Args:
+    state: A `TrainState`, the state of an estimator or of a transformation, or
+      any nesting of them.
+
+  Returns:
+    A flat dict: the names on the way to a number, joined by ``/``, and the
+    number, an array of shape (). Arrays with axes and PRNG keys are left out.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optlab
+    >>> plain = optlab.value_and_grad(lambda x, batch: jnp.sum(x * batch))
+    >>> estimator = optlab.estimators.estimate_if_finite(plain)
+    >>> state = optlab.init(jnp.ones(2), estimator, optax.adam(0.1))
+    >>> for name, number in optlab.report(state).items():
+    ...   print(name, number)
+    step 0
+    opt_state/0/count 0
+    estimator_state/info/rejected False
+    estimator_state/info/total_rejected 0
+  """
+  found = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    if jnp.ndim(leaf) == 0 and not (
+      hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    ):
+      found[jax.tree_util.keystr(path, simple=True, separator='/')] = leaf
+  return found
 
 
 class MinimizeResult(NamedTuple):

@@ -62,6 +62,30 @@ def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
   )
 
 
+def where(condition: Any, on_true: Any, on_false: Any) -> Any:
+  """Selects between two trees; PRNG keys too.
+
+  Args:
+    condition: A bool of shape (), or of the leading axes of every leaf, to
+      whose trailing axes it is broadcast.
+    on_true: A tree.
+    on_false: A tree of the same structure; its dtypes are kept.
+
+  Returns:
+    A tree.
+  """
+  condition = jnp.asarray(condition)
+
+  def leaf(new, old):
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    mask = condition.reshape(
+      condition.shape + (1,) * (old.ndim - condition.ndim)
+    )
+    return jnp.where(mask, new.astype(old.dtype), old)
+
+  return jax.tree.map(leaf, on_true, on_false)
+
+
 def dtypes(tree: base.Params) -> base.Params:
   """The dtypes of a tree's leaves."""
   return jax.tree.map(lambda leaf: leaf.dtype, tree)

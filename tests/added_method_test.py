@@ -15,6 +15,7 @@ import pytest
 import optlab
 from optlab import base
 from optlab import checks
+from tests import contract
 from tests import contract_test
 
 
@@ -65,9 +66,9 @@ def spsa(fun, scale=0.01):
   return base.GradientEstimator(init, estimate)
 
 
-ROW = contract_test.Row(
+ROW = contract.Row(
   'spsa',
-  lambda scale: (spsa(contract_test.loss, scale), optax.sgd(0.05)),
+  lambda scale: (spsa(contract.loss, scale), optax.sgd(0.05)),
   hyper=0.1,
   inner=lambda dtype: (jax.random.key(7),),
 )

@@ -5,12 +5,10 @@ and what batch it eats. Its functions see the parameters through `flat`, so that
 the same row runs on a tree with an empty subtree and on a single leaf.
 """
 
-from collections.abc import Callable
 import functools
 import inspect
 import pathlib
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,336 +18,24 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optlab
+from tests.batches import rows as batches
+from tests.bilevel import rows as bilevel
+from tests.contract import rows
+from tests.core import rows as core
+from tests.first_order import rows as first_order
+from tests.multi_block import rows as multi_block
+from tests.newton import rows as newton
 from tests.public import PUBLIC
-
-
-def flat(params):
-  """All numbers of a tree in one vector."""
-  return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
-
-
-def loss(params, batch):
-  """Least squares on rows of eight; strongly convex in expectation."""
-  x = flat(params)
-  residual = batch.astype(x.dtype) @ x - 1.0
-  return 0.5 * jnp.mean(residual**2) + 0.05 * jnp.sum(x**2)
-
-
-def rows(key, dtype=jnp.float32):
-  return jax.random.normal(key, (16, 8), dtype)
-
-
-class Row(NamedTuple):
-  """One method.
-
-  Attributes:
-    name: Shown by pytest.
-    make: ``hyper -> (estimator, tx)``; ``hyper`` may be a tracer.
-    hyper: A value of the hyperparameter that works on the toy problem.
-    is_transformation: Whether the method is the transformation ``tx`` (then
-      the wrappers of optax are tried on it) or the estimator.
-    batch: ``(key, dtype) -> batch`` with a leading axis of even length.
-    inner: ``dtype -> tuple`` of inner variables for ``estimator.init``.
-    shard: Whether each leaf of the batch may be sharded on its first axis, or
-      ``batch -> tree of partition specs``.
-    whole: Whether it evaluates ``value_fn``, which takes all parameters, so
-      that a mask or partition must leave it all of them.
-  """
-
-  name: str
-  make: Callable[[Any], tuple[Any, Any]]
-  hyper: float
-  is_transformation: bool = False
-  batch: Callable[..., Any] = rows
-  inner: Callable[[Any], tuple[Any, ...]] = lambda dtype: ()
-  shard: bool | Callable[[Any], Any] = True
-  whole: bool = False
-
-
-def plain(tx_factory):
-  """A row's `make` for a transformation that needs nothing but a gradient."""
-  return lambda hyper: (optlab.value_and_grad(loss), tx_factory(hyper))
-
-
-def bilevel_upper(x, y, batch):
-  """Mild in both levels; ``y*`` is linear in x."""
-  return loss(x, batch) + 0.1 * jnp.mean(jnp.cosh(y))
-
-
-def bilevel_lower(x, y, batch):
-  """Strongly convex in y: least squares to a linear function of x."""
-  batch = batch.astype(y.dtype)
-  fit = batch[..., :4] @ y - batch @ flat(x).astype(y.dtype)
-  return 0.5 * jnp.mean(fit**2) + 0.1 * jnp.sum(y**2)
-
-
-def bilevel_batch(steps):
-  """Two lower samples and ``steps`` inner ones, of sixteen rows each."""
-
-  def batch(key, dtype=jnp.float32):
-    data = rows(key, dtype)
-    inner = jnp.stack([data] * steps)
-    return optlab.BilevelBatch(upper=data, lower=data, inner=inner)
-
-  return batch
-
-
-def bilevel_shard(batch):
-  """Samples are spread; steps and block numbers are not."""
-  spread = lambda leaf: jax.P('data') if leaf.ndim else jax.P()
-  return optlab.BilevelBatch(
-    upper=jax.tree.map(spread, batch.upper),
-    lower=jax.tree.map(spread, batch.lower),
-    inner=jax.tree.map(lambda leaf: jax.P(None, 'data'), batch.inner),
-  )
-
-
-def bilevel_row(name, make, *, steps=2, key=False, **fields):
-  """A row for a hypergradient estimator, with plain gradient descent above."""
-
-  def inner(dtype):
-    start = jnp.full((4,), 0.25, dtype)
-    return (start, jax.random.key(7)) if key else (start,)
-
-  return Row(
-    name,
-    lambda hyper: (make(hyper), optax.sgd(0.1)),
-    0.1,
-    batch=fields.pop('batch', bilevel_batch(steps)),
-    inner=inner,
-    shard=bilevel_shard,
-    **fields,
-  )
-
-
-def indexed_batch(key, dtype=jnp.float32):
-  """One block of two, by the first draw's sign."""
-  data = rows(key, dtype)
-  block = optlab.bilevel.IndexedBatch((data[0, 0] > 0).astype(jnp.int32), data)
-  return optlab.BilevelBatch(upper=block, lower=block)
-
-
-LEVELS = (bilevel_upper, bilevel_lower)
-
-
-def losses(params, batch):
-  """One loss an example, without the penalty, that ghost norms refuse."""
-  x = flat(params)
-  return 0.5 * (batch.astype(x.dtype) @ x - 1.0) ** 2
-
-
-def growing(moments, tx_factory, **kwargs):
-  """A row's `make` for a growth rule in front of an optimizer."""
-  estimator = optlab.per_example(losses, moments, **kwargs)
-  return lambda hyper: (estimator, tx_factory(hyper))
-
-
-GROWTH_ROWS = [
-  Row('diffgrad', plain(optlab.diffgrad), 0.1, True),
-  Row('diffgrad_coupled', plain(lambda hyper: optlab.diffgrad(
-    hyper, weight_decay=1e-3, decoupled=False, eps_uncorrected=True,
-    mu_dtype=jnp.bfloat16,
-  )), 0.1, True),
-  Row('adagrad_norm', plain(optlab.adagrad_norm), 1.0, True),
-  Row('adadagrad', growing(
-    optlab.ghost_norms,
-    lambda hyper: optlab.adadagrad(0.3, optlab.norm_test(hyper), 8, 100),
-  ), 0.5, True),
-  Row('adadagrad_norm', growing(
-    optlab.ghost_norms,
-    lambda hyper: optlab.adadagrad_norm(
-      1.0, optlab.augmented_inner_product_test(hyper, hyper), 8, 100
-    ),
-    inner_products=optlab.batches.jvp_inner_products,
-  ), 0.5, True),
-  Row('grow_batch_coordinate', growing(
-    optlab.batches.vmap_grads,
-    lambda hyper: optax.chain(
-      optlab.grow_batch(optlab.batches.coordinate_norm_test(hyper), 8, 100),
-      optax.sgd(0.1),
-    ),
-    microbatch_size=6,
-  ), 0.5, True),
-  Row('grow_batch_means', growing(
-    optlab.batches.microbatch_means,
-    lambda hyper: optax.chain(
-      optlab.grow_batch(optlab.inner_product_test(hyper), 8, 100),
-      optax.sgd(0.1),
-    ),
-    inner_products=optlab.batches.vmap_inner_products,
-    microbatch_size=4,
-  ), 0.5, True),
-]  # fmt: skip
-
-
-def block_lower(params, y, batch):
-  residual = y - flat(params)
-  return 0.5 * jnp.sum(residual**2) + 0.0 * jnp.sum(batch.astype(y.dtype) * y)
-
-
-def block_upper(params, y, batch):
-  residual = batch.astype(y.dtype) @ y - 1.0
-  return 0.5 * jnp.mean(residual**2) + 0.05 * jnp.sum(y**2)
-
-
-def block_batch(key, dtype=jnp.float32, paired=False):
-  """Three blocks of four, and padding."""
-  blocks = jnp.append(jax.random.permutation(key, 4)[:3], 4)
-  data = jax.random.normal(key, (4, 16, 8), dtype), jnp.ones((4, 8), dtype)
-  if paired:
-    return optlab.multi_block.PairedBlockBatch(blocks, *data, blocks)
-  return optlab.BlockBatch(blocks, *data)
-
-
-def block_row(name, estimator, **kwargs):
-  """A row for a multi-block estimator, made from ``hyper -> estimator``."""
-  return Row(
-    name,
-    lambda rate: (estimator(rate), optax.sgd(0.1)),
-    0.5,
-    batch=functools.partial(block_batch, **kwargs),
-    inner=lambda dtype: (jnp.full((4, 8), 2.0, dtype),),
-    shard=False,  # Tables are sharded; see bsvrb_test.
-  )
-
-
-BLOCK_LEVELS = block_upper, block_lower, 4
-
-
-def energy(params, x):
-  """A Gaussian around the parameters, up to its normalizer."""
-  mean = flat(params)
-  return x.astype(mean.dtype) @ mean - 0.5 * jnp.sum(x**2, -1).astype(
-    mean.dtype
-  )
-
-
-def noise_batch(key, dtype=jnp.float32):
-  """Data around 0.5, noise around the origin; both of eight columns."""
-  data_key, noise_key = jax.random.split(key)
-  data = 0.5 + jax.random.normal(data_key, (16, 8), dtype)
-  noise = 1.5 * jax.random.normal(noise_key, (16, 8), dtype)
-
-  def log_prob(x):
-    white = x.astype(jnp.promote_types(dtype, jnp.float32)) / 1.5
-    return -0.5 * jnp.sum(white**2, -1) - 8 * jnp.log(1.5 * (2 * jnp.pi) ** 0.5)
-
-  return optlab.NoiseBatch(data, noise, log_prob(noise), log_prob(data))
-
-
-def likelihood_row(name, make, hyper, **fields):
-  """A row for an estimator over `NoiseBatch`, with SGD behind it."""
-  return Row(
-    name,
-    lambda hyper: (make(hyper), optax.sgd(0.05)),
-    hyper,
-    batch=noise_batch,
-    **fields,
-  )
-
+from tests.unnormalized import rows as unnormalized
 
 ROWS = [
-  *GROWTH_ROWS,
-  Row(
-    'gns_newton',
-    plain(lambda gamma: optlab.gns_newton(gamma_init=gamma)),
-    1.0,
-    is_transformation=True,
-    whole=True,
-  ),
-  Row(
-    'with_curvature',
-    lambda gamma: (
-      optlab.with_curvature(
-        optlab.value_and_grad(loss), optlab.dense(optlab.hessian(loss))
-      ),
-      optlab.newton.gns_newton_paper(gamma_init=gamma),
-    ),
-    1.0,
-    is_transformation=True,
-    whole=True,
-  ),
-  Row('value_and_grad', plain(optax.sgd), 0.1),
-  Row(
-    'normalized_momentum',
-    plain(optlab.normalized_momentum),
-    0.1,
-    is_transformation=True,
-  ),
-  bilevel_row(
-    'bo_rep',
-    lambda rate: optlab.bo_rep(
-      *LEVELS, optax.sgd(rate), rate, lower_steps=2, radius=1.0, z_radius=9.0
-    ),
-  ),
-  bilevel_row('soba', lambda rate: optlab.soba(*LEVELS, optax.sgd(rate), rate)),
-  bilevel_row(
-    'saba',
-    lambda rate: optlab.saba(
-      *LEVELS, optax.sgd(rate), rate, upper_blocks=2, lower_blocks=2
-    ),
-    batch=indexed_batch,
-  ),
-  bilevel_row(
-    'stocbio',
-    lambda rate: optlab.stocbio(*LEVELS, optax.adam(rate), rate, lower_steps=2),
-  ),
-  bilevel_row(
-    'ttsa',
-    lambda rate: optlab.bilevel.ttsa(*LEVELS, optax.sgd(rate), rate),
-    steps=1,
-    key=True,
-  ),
-  bilevel_row(
-    'implicit',
-    lambda rate: optlab.implicit(*LEVELS, optax.sgd(rate), lower_steps=2),
-  ),
-  bilevel_row(
-    'unrolled',
-    lambda rate: optlab.unrolled(*LEVELS, optax.sgd(rate), lower_steps=2),
-  ),
-  bilevel_row(
-    'with_storm',
-    lambda beta: optlab.with_storm(
-      optlab.soba(*LEVELS, optax.sgd(0.1), 0.1), beta
-    ),
-  ),
-  block_row('bsvrb', lambda rate: optlab.bsvrb(*BLOCK_LEVELS, step_size=rate)),
-  block_row(
-    'bsvrb_v1',
-    lambda rate: optlab.bsvrb(
-      *BLOCK_LEVELS, step_size=rate, dual=optlab.multi_block.track_hessians()
-    ),
-  ),
-  block_row(
-    'rsvrb',
-    lambda rate: optlab.multi_block.rsvrb(
-      *BLOCK_LEVELS, step_size=rate, beta=0.5, floor=0.5
-    ),
-    paired=True,
-  ),
-  likelihood_row('meco', lambda gamma: optlab.meco(energy, gamma), 0.5),
-  likelihood_row(
-    'meco_ratio_corrected',
-    lambda gamma: optlab.meco(energy, gamma, ratio_correction=True),
-    0.5,
-  ),
-  likelihood_row('nce', lambda nu: optlab.nce(energy, nu), 1.0),
-  likelihood_row(
-    'ence', lambda clip: optlab.unnormalized.ence(energy, clip), 5.0
-  ),
-  likelihood_row(
-    'contrastive_divergence',
-    lambda rate: optlab.contrastive_divergence(energy, rate, 3),
-    0.1,
-    inner=lambda dtype: (jax.random.key(7), jnp.zeros((16, 8), dtype)),
-  ),
-  Row(
-    'normalized_descent',
-    plain(lambda rate: optlab.normalized_momentum(rate, beta=0.0)),
-    0.05,
-    is_transformation=True,
-  ),
+  *core.ROWS,
+  *newton.ROWS,
+  *first_order.ROWS,
+  *batches.ROWS,
+  *bilevel.ROWS,
+  *multi_block.ROWS,
+  *unnormalized.ROWS,
 ]
 
 
@@ -613,8 +299,8 @@ def test_every_public_method_has_a_row():
     optax.GradientTransformationExtraArgs,
     optlab.GradientEstimator,
   )
-  source = pathlib.Path(__file__).read_text()
-  table = source[: source.index('# Tested inside what')]
+  tables = pathlib.Path(__file__).parent.glob('*/rows.py')
+  table = '\n'.join(path.read_text() for path in tables)
   found = 0
   for name, public in PUBLIC.items():
     if (

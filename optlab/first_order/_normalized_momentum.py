@@ -32,6 +32,7 @@ class ScaleByNormalizedMomentumState(NamedTuple):
   mu: base.Updates  # average gradient, float32 or wider
 
 
+@checks.domains(beta=checks.DECAY)
 def scale_by_normalized_momentum(
   beta: float | jax.Array = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,7 +65,7 @@ def scale_by_normalized_momentum(
     entry. It is the norm of all parameters that it sees:
     under `optax.partition` each group gets a norm of its own.
   """
-  checks.check_real('beta', beta, low=0.0, high=1.0, high_open=True)
+  checks.enforce(scale_by_normalized_momentum, locals())
 
   def init(params):
     return ScaleByNormalizedMomentumState(trees.zeros_accumulator(params))
@@ -93,6 +94,7 @@ def scale_by_normalized_momentum(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checks.domains(learning_rate=checks.LEARNING_RATE, beta=checks.DECAY)
 def normalized_momentum(
   learning_rate: base.ScalarOrSchedule, beta: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
@@ -137,7 +139,7 @@ def normalized_momentum(
     Where they fall faster than that, it walks past the optimum: with ``beta``
     0.98 large rates diverge where 0.9 does not.
   """
-  checks.check_learning_rate(learning_rate)
+  checks.enforce(normalized_momentum, locals())
   return optax.chain(
     scale_by_normalized_momentum(beta),
     optax.scale_by_learning_rate(learning_rate),

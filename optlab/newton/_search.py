@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from optlab import checks
 
+FACTOR = checks.Real(low=1.0, low_open=True)
+
 
 class Trial(NamedTuple):
   """What a search rule sees of a trial; every field is a scalar.
@@ -44,6 +46,7 @@ class SearchRule(NamedTuple):
   next_gamma: Callable[[Trial], jax.Array]
 
 
+@checks.domains(factor=FACTOR, gamma_min=checks.NON_NEGATIVE)
 def double(
   factor: float | jax.Array = 2.0, gamma_min: float | jax.Array = 1e-9
 ) -> SearchRule:
@@ -60,10 +63,10 @@ def double(
     A `SearchRule`.
 
   Raises:
+    TypeError: An argument is not a real number.
     ValueError: ``factor`` is not above 1, or ``gamma_min`` negative.
   """
-  checks.check_real('factor', factor, low=1.0, low_open=True)
-  checks.check_non_negative('gamma_min', gamma_min)
+  checks.enforce(double, locals())
 
   def next_gamma(trial):
     return jnp.where(
@@ -75,6 +78,7 @@ def double(
   return SearchRule(next_gamma)
 
 
+@checks.domains(factor=FACTOR)
 def hold(factor: float | jax.Array = 4.0) -> SearchRule:
   r"""Moves ``lambda`` itself, and down only after a step without a failure.
 
@@ -93,9 +97,10 @@ def hold(factor: float | jax.Array = 4.0) -> SearchRule:
     A `SearchRule`.
 
   Raises:
+    TypeError: An argument is not a real number.
     ValueError: ``factor`` is not above 1.
   """
-  checks.check_real('factor', factor, low=1.0, low_open=True)
+  checks.enforce(hold, locals())
 
   def next_gamma(trial):
     down = jnp.where(trial.trials == 1, factor, 1.0)
@@ -108,6 +113,7 @@ def hold(factor: float | jax.Array = 4.0) -> SearchRule:
   return SearchRule(next_gamma)
 
 
+@checks.domains(factor=FACTOR)
 def measured(factor: float | jax.Array = 2.0) -> SearchRule:
   r"""Takes the smoothness from its definition at the step just made.
 
@@ -123,9 +129,10 @@ def measured(factor: float | jax.Array = 2.0) -> SearchRule:
     A `SearchRule`.
 
   Raises:
+    TypeError: An argument is not a real number.
     ValueError: ``factor`` is not above 1.
   """
-  checks.check_real('factor', factor, low=1.0, low_open=True)
+  checks.enforce(measured, locals())
 
   def next_gamma(trial):
     return jnp.where(

@@ -98,7 +98,7 @@ def check_noise(name: str, noise: Any) -> None:
     name,
     noise,
     ('sample', 'log_prob'),
-    'a distribution such as unnormalized.gaussian makes',
+    'a distribution such as optlab.unnormalized.gaussian makes',
   )
 
 

@@ -309,6 +309,7 @@ def follow(
   )
 
 
+@checks.domains(num=checks.Integer(), size=checks.Integer())
 def lattice(
   key: jax.Array, num: int, size: int, dtype: Any = jnp.float32
 ) -> jax.Array:
@@ -327,10 +328,15 @@ def lattice(
   Returns:
     ``[num, size]``, in (0, 1).
 
+  Raises:
+    TypeError: A count is not an integer.
+    ValueError: A count is below one.
+
   References:
     Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, SIAM
     1992, chapter 3; the generator is the root of :math:`x^{s+1} = x + 1`.
   """
+  checks.enforce(lattice, locals())
   root = 2.0
   for _ in range(60):
     root = (1 + root) ** (1 / (size + 1))

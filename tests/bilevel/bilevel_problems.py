@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'bilevel'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'bilevel'
 
 
 class Problem(NamedTuple):

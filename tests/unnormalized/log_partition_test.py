@@ -11,7 +11,7 @@ import pytest
 
 import optlab
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'meco' / 'theory.json'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'meco' / 'theory.json'
 
 
 def quadratic(x):

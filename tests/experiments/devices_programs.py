@@ -1,6 +1,7 @@
 """Runs a program of each method on one device, and on a mesh.
 
-python tests/devices_programs.py FOLDER MESH [COORDINATOR PROCESSES PROCESS]
+python tests/experiments/devices_programs.py FOLDER MESH
+  [COORDINATOR PROCESSES PROCESS]
 """
 
 import pathlib

@@ -15,7 +15,7 @@ import pytest
 
 import optlab
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'batch_growth'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'batch_growth'
 CASES = json.loads((GOLDEN / 'batch_tests.json').read_text())['cases']
 TESTS = {
   'norm': lambda h: optlab.norm_test(h['eta']),

@@ -18,9 +18,9 @@ from experiments import app
 from experiments import devices
 from experiments import record
 from experiments import runner
-from tests import devices_programs
+from tests.experiments import devices_programs
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # What sums in another order may differ by, in float64, after 20 to 100 steps.
 TOLERANCE = 1e-9
 

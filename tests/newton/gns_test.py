@@ -17,7 +17,7 @@ import optlab
 from optlab import training
 from optlab.newton import _search as smoothness
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'gns'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'gns'
 MUSHROOMS = 'logistic_mushrooms_l2_1overn_g1'
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import optlab
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'meco'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'meco'
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optlab
-from tests import bilevel_problems
+from tests.bilevel import bilevel_problems
 
 NOTHING = optlab.BilevelBatch(None, None)
 RATE = 0.3

@@ -17,7 +17,7 @@ from experiments import multi_block_quadratic as quadratic
 import optlab
 from optlab import tracking
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'bsvrb'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'bsvrb'
 DUALS = {
   'v1': functools.partial(optlab.multi_block.track_hessians, 0.1),
   'v2': optlab.multi_block.track_products,
@@ -693,7 +693,7 @@ print('same numbers')
 @pytest.mark.slow
 def test_sharded_over_blocks_and_data_gives_the_same_numbers():
   """Eight virtual devices need a process of their own."""
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).parents[2]
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
     'PYTHONPATH': str(root),

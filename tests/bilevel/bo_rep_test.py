@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optlab
-from tests import bilevel_problems
+from tests.bilevel import bilevel_problems
 
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11)
 BETA, RATE, LINEAR, LOWER = 0.8, 0.05, 0.2, 0.3

@@ -16,7 +16,7 @@ import pytest
 from experiments import record
 
 pytestmark = pytest.mark.crash
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 KILLS = 4  # Of each program.
 
 PROGRAMS = {

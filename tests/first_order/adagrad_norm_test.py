@@ -11,7 +11,7 @@ import pytest
 
 import optlab
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'batch_growth'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'batch_growth'
 CASES = json.loads((GOLDEN / 'adagrad_norm.json').read_text())['cases']
 
 

@@ -18,7 +18,7 @@ from experiments import problems
 from experiments import record
 from experiments import softmax_regression
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def program(*arguments):

@@ -11,7 +11,7 @@ import pytest
 
 import optlab
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'diffgrad'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'diffgrad'
 CASES = json.loads((GOLDEN / 'diffgrad.json').read_text())['cases']
 
 

@@ -15,7 +15,7 @@ import pytest
 import optlab
 from optlab import tracking
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'bsvrb'
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'bsvrb'
 
 
 def test_msvr_follows_the_recorded_trace(x64):

@@ -1,0 +1,392 @@
+"""What the public functions of batches say to bad input."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from tests import inputs
+from tests.inputs import KEY
+from tests.inputs import NAN
+from tests.inputs import NON_NEGATIVE
+from tests.inputs import NOT_ESTIMATOR
+from tests.inputs import NOT_OPTIONAL_REAL
+from tests.inputs import NOT_SCHEDULED
+from tests.inputs import NOT_TX
+from tests.inputs import POSITIVE
+from tests.inputs import ROWS
+from tests.inputs import X
+from tests.inputs import estimate
+from tests.inputs import family
+from tests.inputs import loss
+from tests.inputs import losses
+from tests.inputs import traced
+
+table = inputs.Table()
+row, reals, counts, functions = (
+  table.row,
+  table.reals,
+  table.counts,
+  table.functions,
+)
+accepts = table.accepts
+
+sizes = {
+  'test': optlab.norm_test(0.5),
+  'batch_size': 2,
+  'max_batch_size': 8,
+}
+adadagrad = family('adadagrad', learning_rate=0.1, **sizes)
+adadagrad_norm = family('adadagrad_norm', learning_rate=0.1, **sizes)
+grow_batch = family('grow_batch', **sizes)
+
+for tx in (adadagrad, adadagrad_norm):
+  reals(tx, NOT_SCHEDULED, learning_rate=NON_NEGATIVE)
+  reals(tx, initial_accumulator_value=NON_NEGATIVE, eps=NON_NEGATIVE)
+for tx in (grow_batch, adadagrad, adadagrad_norm):
+  functions(tx, test='such as optlab.norm_test(0.5)')
+  name = tx.__name__
+  for argument in ('batch_size', 'max_batch_size'):
+    for value, error, match in (
+      (1, ValueError, 'must be at least 2, got 1. The variance of one'),
+      (jnp.int32(0), ValueError, 'must be at least 2, got 0'),
+      (2.0, TypeError, r'must be an integer, got 2\.0'),
+      (jnp.array([2, 4]), TypeError, 'must be an integer, got Array'),
+      (None, TypeError, 'must be an integer, got None'),
+    ):
+      row(
+        name,
+        f'{argument}={value!r}',
+        functools.partial(tx, **{argument: value}),
+        error,
+        f'^{argument} {match}',
+      )
+  row(
+    name,
+    'batch_size above max_batch_size',
+    functools.partial(tx, batch_size=16),
+    ValueError,
+    'batch_size must be at most max_batch_size=8, got 16',
+  )
+accepts('grow_batch', grow_batch, 'batch_size')
+accepts('grow_batch', grow_batch, 'test_interval')
+counts(grow_batch, not_integer=('2', None, 2.0), multiple_of=())
+reals(grow_batch, NOT_OPTIONAL_REAL, growth_cap=(1.0, 0.0, NAN))
+for wrong, arguments, error, match in (
+  ('no multiple', {'batch_size': 3, 'multiple_of': 2}, ValueError, '4 or 2'),
+  ('no int32', {'max_batch_size': 2**31}, ValueError, 'must be an int32'),
+  (
+    'half an interval',
+    {'test_interval': 1.5},
+    TypeError,
+    'an integer, got 1.5',
+  ),
+  ('no interval', {'test_interval': 0}, ValueError, 'at least 1, got 0'),
+  ('an unknown option', {'cap': 2.0}, TypeError, "argument 'cap'"),
+):
+  row(
+    'grow_batch',
+    wrong,
+    functools.partial(grow_batch, **arguments),
+    error,
+    match,
+  )
+
+
+# Tests of the batch size. What they need comes from `per_example`.
+
+MOMENTS = {
+  'sum_sq_diff_norm': 1.0,
+  'sum_sq_diff_inner': 1.0,
+  'sum_sq_diff_grads': X,
+  'sample_size': 4,
+}
+for name, arguments, needs in (
+  ('norm_test', {'eta': 0.5}, 'sum_sq_diff_norm'),
+  ('coordinate_norm_test', {'eta': 0.5}, 'sum_sq_diff_grads'),
+  ('inner_product_test', {'theta': 0.5}, 'sum_sq_diff_inner'),
+  (
+    'augmented_inner_product_test',
+    {'theta': 0.5, 'nu': 1},
+    'sum_sq_diff_inner',
+  ),
+):
+  make = family(name, **arguments)
+  reals(make, **dict.fromkeys(arguments, POSITIVE))
+  for missing in (needs, 'sample_size'):
+    extras = {k: v for k, v in MOMENTS.items() if k != missing}
+    if missing == 'sum_sq_diff_norm':
+      del extras['sum_sq_diff_grads']
+    row(
+      name,
+      f'no {missing}',
+      lambda make=make, extras=extras: make()(X, **extras),
+      ValueError,
+      rf'{name} needs the extra argument {missing}: pass {missing}=\.\.\. to'
+      r' update, or take them from per_example\(',
+    )
+row(
+  'coordinate_norm_test',
+  'sum_sq_diff_grads of another tree',
+  lambda: optlab.batches.coordinate_norm_test(0.5)(
+    {'a': X}, sum_sq_diff_grads={'b': X}, sample_size=4
+  ),
+  ValueError,
+  'sum_sq_diff_grads must have the tree structure of grads',
+)
+row(
+  'adadagrad',
+  'an estimator without moments',
+  lambda: traced(
+    lambda: optlab.train_step(optlab.value_and_grad(loss), adadagrad())(
+      optlab.init(X, optlab.value_and_grad(loss), adadagrad()), ROWS
+    )
+  ),
+  ValueError,
+  'norm_test needs the extra arguments sum_sq_diff_norm, sample_size',
+)
+
+# Per-example moments, growing batches.
+
+ONES = np.ones(4, np.float32)
+per_example = family('per_example', losses=losses)
+functions(
+  per_example,
+  ('inner_products',),
+  losses='(params, examples) -> (n,) losses',
+  moments='such as optlab.ghost_norms',
+  inner_products='such as optlab.batches.jvp_inner_products',
+)
+counts(per_example, not_integer=(2.0, '2', NAN), microbatch_size=(0, -1))
+ROUTES = ('plain_grads', 'microbatch_means', 'vmap_grads', 'ghost_norms')
+PRODUCTS = ('jvp_inner_products', 'vmap_inner_products')
+for name in ROUTES + PRODUCTS:
+  given = {'losses': losses, 'params': X, 'examples': ROWS, 'mask': ONES}
+  if name in PRODUCTS:
+    given['grads'] = X
+  route = family(name, **given)
+  for mask in (np.ones(4, bool), np.ones(4, int), None, [1.0] * 4):
+    row(
+      name,
+      f'mask={mask!r}',
+      functools.partial(route, mask=mask),
+      TypeError,
+      r'mask must be a floating array .*got .*jnp\.ones\(n\)',
+    )
+  row(
+    name,
+    'a mean in the loss',
+    lambda route=route: traced(lambda: route(losses=loss)),
+    (ValueError, IndexError, TypeError),
+    r'one loss per example, shape \(4,\), got shape \(\): leave out the mean',
+  )
+  row(
+    name,
+    'integer params',
+    lambda route=route: traced(lambda: route(params=np.ones(2, int))),
+    TypeError,
+    '(real- or complex-valued|must be floating|float or complex|tangent)',
+  )
+row(
+  'ghost_norms',
+  'a penalty on the weights in the loss',
+  lambda: traced(
+    lambda: optlab.ghost_norms(
+      lambda x, b: losses(x, b) + jnp.sum(x**2), X, ROWS, ONES
+    )
+  ),
+  ValueError,
+  'ghost_norms can not be used: params.*use vmap_grads',
+)
+row(
+  'microbatch_means',
+  'no microbatch_size',
+  lambda: per_example(moments=optlab.batches.microbatch_means),
+  ValueError,
+  'microbatch_means needs a microbatch_size, at most half',
+)
+row(
+  'microbatch_means',
+  'one microbatch',
+  lambda: estimate(
+    per_example(moments=optlab.batches.microbatch_means, microbatch_size=4),
+    ROWS,
+  ),
+  ValueError,
+  'at least two microbatches: .*at least 8 .*got 4. Lower microbatch_size',
+)
+LENGTHS = 'examples on its leading axis, got lengths'
+for wrong, batch in (
+  ('an empty batch', {}),
+  ('batch=None', None),
+  ('a scalar among the batch', (ROWS, 1.0)),
+  ('lengths that differ', (ROWS, ROWS[:2])),
+):
+  row(
+    'per_example',
+    wrong,
+    lambda batch=batch: estimate(per_example(), batch),
+    ValueError,
+    LENGTHS,
+  )
+row(
+  'PaddedBatch',
+  'no examples',
+  lambda: estimate(per_example(), optlab.batches.PaddedBatch((), 2)),
+  ValueError,
+  LENGTHS,
+)
+row(
+  'PaddedBatch',
+  'size above the examples: all of them count, none twice',
+  lambda: (
+    per_example(microbatch_size=2)
+    .estimate(X, (), optlab.batches.PaddedBatch(ROWS, np.int32(9)))[0]
+    .extras['sample_size']
+    == 4
+  ),
+)
+row(
+  'ResidentBatch',
+  'no microbatch_size',
+  lambda: estimate(
+    per_example(), optlab.batches.ResidentBatch(ROWS, np.arange(4), 0, 2)
+  ),
+  ValueError,
+  'per_example needs a microbatch_size to read a ResidentBatch',
+)
+
+growing_init = family(
+  'growing_init',
+  params=X,
+  estimator=optlab.per_example(losses, microbatch_size=1),
+  tx=optax.sgd(0.1),
+  data=ROWS,
+  key=KEY,
+)
+growing_step = family(
+  'growing_step',
+  estimator=optlab.per_example(losses, microbatch_size=1),
+  tx=optax.sgd(0.1),
+  batch_size=2,
+)
+growing_specs = family('growing_specs', axis_name='data')
+counts(growing_init, not_integer=(2.0, '2', None), num_shards=())
+for make in (growing_init, growing_step):
+  for argument, match in (('estimator', NOT_ESTIMATOR), ('tx', f'tx {NOT_TX}')):
+    row(
+      make.__name__,
+      f'{argument}=None',
+      functools.partial(make, **{argument: None}),
+      TypeError,
+      match,
+    )
+for wrong, arguments, error, match in (
+  ('no data', {'data': {}}, ValueError, LENGTHS),
+  ('scalar data', {'data': 1.0}, ValueError, LENGTHS),
+  ('uneven shards', {'num_shards': 3}, ValueError, 'got 4 .*leave out 1'),
+  (
+    'a batch larger than the data',
+    {'tx': adadagrad()},
+    ValueError,
+    'max_batch_size must be at most the 4 examples of data, got 8',
+  ),
+  (
+    'a first batch too small for the estimator',
+    {
+      'tx': adadagrad(max_batch_size=4),
+      'estimator': optlab.per_example(
+        losses, optlab.batches.microbatch_means, microbatch_size=2
+      ),
+    },
+    ValueError,
+    'at least two microbatches',
+  ),
+  ('key=None', {'key': None}, TypeError, 'key'),
+):
+  row(
+    'growing_init',
+    wrong,
+    functools.partial(growing_init, **arguments),
+    error,
+    match,
+  )
+row(
+  'growing_step',
+  'no batch size anywhere',
+  lambda: traced(lambda: growing_step(batch_size=None)(growing_init(), ROWS)),
+  ValueError,
+  'growing_step needs a batch size: put grow_batch into tx, or pass',
+)
+for bad, error in ((0, ValueError), (-2, ValueError), (2.5, TypeError)):
+  row(
+    'growing_step',
+    f'batch_size={bad}',
+    functools.partial(growing_step, batch_size=bad),
+    error,
+    rf'batch_size must be .*got {bad}',
+  )
+for bad in (None, 0, ('data',)):
+  row(
+    'growing_specs',
+    f'axis_name={bad!r}',
+    functools.partial(growing_specs, axis_name=bad),
+    TypeError,
+    r'axis_name must be the name of a mesh axis, got ',
+  )
+
+bucket_sizes = family('bucket_sizes', batch_size=2, max_batch_size=8)
+host_loader = family(
+  'host_loader', gather=lambda rows: rows, num_examples=4, buckets=(2, 4)
+)
+counts(bucket_sizes, batch_size=(), multiple_of=(), max_batch_size=(1, -1))
+functions(host_loader, gather='indices -> examples')
+counts(host_loader, num_examples=())
+for bad, error, match in (
+  ((), ValueError, r'buckets must be increasing, got \(\)'),
+  ((4, 2), ValueError, r'buckets must be increasing, got \(4, 2\)'),
+  ((0, 2), ValueError, 'buckets must be at least 1, got 0'),
+  ((1.5, 2), TypeError, 'buckets must be an integer, got 1.5'),
+  (4, TypeError, 'buckets must be a sequence such as bucket_sizes .*got 4'),
+  (None, TypeError, 'buckets must be a sequence such as bucket_sizes .*None'),
+):
+  row(
+    'host_loader',
+    f'buckets={bad!r}',
+    functools.partial(host_loader, buckets=bad),
+    error,
+    match,
+  )
+for bad, error, match in (
+  (0, ValueError, 'batch_size must be at least 1, got 0'),
+  (5, ValueError, 'batch_size must be at most the last bucket 4, got 5'),
+  (1.5, TypeError, r'batch_size must be an integer, got 1\.5'),
+  (None, TypeError, 'batch_size must be an integer, got None'),
+):
+  row(
+    'HostLoader',
+    f'take of {bad!r}',
+    lambda bad=bad: host_loader().take(host_loader().init(0), bad),
+    error,
+    match,
+  )
+for bad, error in ((-1, ValueError), (None, TypeError), (0.5, TypeError)):
+  row(
+    'HostLoader',
+    f'seed={bad!r}',
+    lambda bad=bad: host_loader().init(bad),
+    error,
+    f'seed must be .*got {bad}',
+  )
+
+
+@pytest.mark.parametrize('row', table.rows, ids=inputs.identity)
+def test_bad_input(row):
+  inputs.check(row)
+
+
+def test_docstrings_name_every_promised_error():
+  inputs.check_docstrings(table.rows)

@@ -1,0 +1,231 @@
+"""What the public functions of core say to bad input."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from tests import inputs
+from tests.inputs import BLOCKS
+from tests.inputs import CLOSED_RATE
+from tests.inputs import DATA
+from tests.inputs import INF
+from tests.inputs import NAN
+from tests.inputs import NON_NEGATIVE
+from tests.inputs import NOT_ESTIMATOR
+from tests.inputs import NOT_OPTIONAL_REAL
+from tests.inputs import NOT_TX
+from tests.inputs import OPEN_RATE
+from tests.inputs import ROWS
+from tests.inputs import TABLE_OF_4
+from tests.inputs import X
+from tests.inputs import estimate
+from tests.inputs import family
+from tests.inputs import loss
+from tests.inputs import losses
+from tests.inputs import traced
+
+table = inputs.Table()
+row, reals, counts, functions = (
+  table.row,
+  table.reals,
+  table.counts,
+  table.functions,
+)
+accepts = table.accepts
+
+# Estimators, training.
+
+value_and_grad = family('value_and_grad', fun=loss)
+stateless = family('stateless', estimate=lambda params, batch: None)
+with_curvature = family(
+  'with_curvature',
+  estimator=optlab.value_and_grad(loss),
+  curvature=optlab.hessian(loss),
+)
+with_storm = family(
+  'with_storm', estimator=optlab.value_and_grad(loss), beta=0.1
+)
+estimate_if_finite = family(
+  'estimate_if_finite', estimator=optlab.value_and_grad(loss)
+)
+init = family(
+  'init',
+  params=X,
+  estimator=optlab.value_and_grad(loss),
+  tx=optax.sgd(0.1),
+)
+train_step = family(
+  'train_step', estimator=optlab.value_and_grad(loss), tx=optax.sgd(0.1)
+)
+minimize = family(
+  'minimize',
+  fun=lambda x: jnp.sum(x**2),
+  params=X,
+  tx=optax.sgd(0.1),
+  max_steps=1,
+)
+functions(value_and_grad, fun='(params, batch) -> scalar')
+functions(stateless, estimate='(params, batch) -> Estimate')
+functions(with_curvature, curvature='(params, batch) -> operator')
+for make in (with_curvature, init, train_step):
+  for bad in (None, optax.sgd(0.1), loss):
+    row(
+      make.__name__,
+      f'estimator={type(bad).__name__}',
+      functools.partial(make, estimator=bad),
+      TypeError,
+      f'{NOT_ESTIMATOR} {type(bad).__name__}',
+    )
+for make in (init, train_step, minimize):
+  for bad in (None, 0.1, optlab.value_and_grad(loss), optax.sgd):
+    row(
+      make.__name__,
+      f'tx={type(bad).__name__}',
+      functools.partial(make, tx=bad),
+      TypeError,
+      f'tx {NOT_TX} {type(bad).__name__}',
+    )
+functions(
+  minimize,
+  ('curvature', 'trace'),
+  fun='params -> scalar',
+  curvature='params -> operator',
+  trace='MinimizeResult -> row',
+)
+counts(minimize, 0, max_steps=(-1,))
+counts(minimize, not_integer=(2.0, '2', INF), stall_steps=(0, -1))
+reals(minimize, grad_tol=NON_NEGATIVE, stall_tol=NON_NEGATIVE)
+reals(minimize, target_value=(NAN,))
+for wrong, params, error, match in (
+  ('integer params', np.ones(2, int), TypeError, 'real- or complex-valued'),
+  ('params=None', None, Exception, ''),
+  ('params are words', 'abc', Exception, ''),
+):
+  row(
+    'minimize',
+    wrong,
+    lambda params=params: traced(lambda: minimize(params=params)),
+    error,
+    match,
+  )
+row(
+  'minimize',
+  'a vector where a scalar belongs',
+  lambda: traced(lambda: minimize(fun=lambda x: x)),
+  TypeError,
+  'scalar-output functions',
+)
+row(
+  'minimize',
+  'NaN at the start: stops there and says so',
+  lambda: (
+    (result := minimize(params=X * NAN)).status == 4 and result.steps == 0
+  ),
+)
+row(
+  'value_and_grad',
+  'integer params',
+  lambda: estimate(value_and_grad(), ROWS, np.ones(2, int)),
+  TypeError,
+  'real- or complex-valued inputs.*int',
+)
+row(
+  'value_and_grad',
+  'losses where their mean belongs',
+  lambda: estimate(value_and_grad(fun=losses), ROWS),
+  TypeError,
+  'scalar-output functions',
+)
+
+
+ema = family('ema', tracker=X, now=X, rate=0.1)
+storm = family('storm', tracker=X, now=X, before=X, beta=0.1)
+msvr = family('msvr', tracker=X, now=X, before=X, alpha=0.1)
+msvr_gamma = family('msvr_gamma', num_blocks=4, sampled=2, alpha=0.1)
+reals(ema, rate=CLOSED_RATE)
+reals(storm, beta=CLOSED_RATE)
+reals(msvr, alpha=OPEN_RATE)
+reals(msvr, NOT_OPTIONAL_REAL, gamma=NON_NEGATIVE)
+reals(msvr_gamma, alpha=OPEN_RATE)
+counts(msvr_gamma, num_blocks=())
+for bad, error in ((0, ValueError), (2.0, TypeError), (None, TypeError)):
+  row(
+    'msvr_gamma',
+    f'sampled={bad}',
+    functools.partial(msvr_gamma, sampled=bad),
+    error,
+    f'sampled must be .*got {bad}',
+  )
+for make in (ema, storm, msvr):
+  name = make.__name__
+  for wrong, arguments, error, match in (
+    (
+      'an integer tracker',
+      {'tracker': np.ones(2, int)},
+      TypeError,
+      'tracker .*',
+    ),
+    (
+      'now of another shape',
+      {'now': 1.0},
+      ValueError,
+      r'now has shape \(\), but',
+    ),
+    (
+      'now of another tree',
+      {'now': {'a': X}},
+      ValueError,
+      'structure of tracker',
+    ),
+    ('now=None', {'now': None}, ValueError, 'now must have the tree structure'),
+    (
+      'a scalar for a table',
+      {'tracker': np.float32(1), 'blocks': BLOCKS},
+      ValueError,
+      r'tracker must be a table, .*got shapes \[\(\)\]',
+    ),
+    (
+      'an empty table',
+      {'tracker': {}, 'blocks': BLOCKS},
+      ValueError,
+      r'tracker must be a table, .*got shapes \[\]',
+    ),
+    (
+      'rows for other blocks',
+      {'tracker': TABLE_OF_4, 'blocks': BLOCKS, 'now': TABLE_OF_4},
+      ValueError,
+      r'now has shape \(4, 2\), but tracker\[blocks\] has shape \(2, 2\)',
+    ),
+    (
+      'blocks that are no integers',
+      {'tracker': TABLE_OF_4, 'blocks': BLOCKS * 1.0, 'now': DATA},
+      TypeError,
+      'blocks must be an integer array',
+    ),
+    (
+      'a negative block',
+      {'tracker': TABLE_OF_4, 'blocks': BLOCKS - 1, 'now': DATA},
+      ValueError,
+      'negative, got .* pad with num_blocks=4, which is dropped',
+    ),
+    (
+      'more blocks than rows',
+      {'tracker': TABLE_OF_4, 'blocks': np.arange(5), 'now': DATA},
+      ValueError,
+      'names 5 blocks, more than num_blocks=4',
+    ),
+  ):
+    row(name, wrong, functools.partial(make, **arguments), error, match)
+
+
+@pytest.mark.parametrize('row', table.rows, ids=inputs.identity)
+def test_bad_input(row):
+  inputs.check(row)
+
+
+def test_docstrings_name_every_promised_error():
+  inputs.check_docstrings(table.rows)

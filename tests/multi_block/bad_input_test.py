@@ -1,0 +1,189 @@
+"""What the public functions of multi_block say to bad input."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import optlab
+from tests import inputs
+from tests.inputs import BLOCKS
+from tests.inputs import DATA
+from tests.inputs import KEY
+from tests.inputs import NON_NEGATIVE
+from tests.inputs import NOT_OPTIONAL_REAL
+from tests.inputs import NOT_SCHEDULED
+from tests.inputs import OPEN_RATE
+from tests.inputs import POSITIVE
+from tests.inputs import TABLE_OF_4
+from tests.inputs import UNIT_RATE
+from tests.inputs import X
+from tests.inputs import family
+from tests.inputs import lower
+from tests.inputs import upper
+from tests.public import PUBLIC
+
+table = inputs.Table()
+row, reals, counts, functions = (
+  table.row,
+  table.reals,
+  table.counts,
+  table.functions,
+)
+accepts = table.accepts
+
+# Many blocks.
+
+bsvrb = family('bsvrb', upper=upper, lower=lower, num_blocks=4)
+rsvrb = family('rsvrb', upper=upper, lower=lower, num_blocks=4)
+track_products = family('track_products')
+track_hessians = family('track_hessians')
+BLOCK_BATCH = {
+  'bsvrb': optlab.BlockBatch(BLOCKS, DATA, DATA),
+  'rsvrb': optlab.multi_block.PairedBlockBatch(BLOCKS, DATA, DATA, BLOCKS),
+}
+for make in (bsvrb, rsvrb):
+  name = make.__name__
+  functions(
+    make, upper='(params, inner, batch)', lower='(params, inner, batch)'
+  )
+  counts(make, num_blocks=())
+  reals(make, NOT_SCHEDULED, step_size=NON_NEGATIVE)
+  batch = BLOCK_BATCH[name]
+  for field, bad, error, match in (
+    ('blocks', [0, 1], TypeError, r'blocks must be an integer array, got \[0'),
+    (
+      'blocks',
+      BLOCKS * 1.0,
+      TypeError,
+      'blocks must be an integer array.*int32',
+    ),
+    (
+      'blocks',
+      BLOCKS[:, None],
+      ValueError,
+      r'shape \(sampled,\), got .*\(2, 1',
+    ),
+    (
+      'blocks',
+      BLOCKS - 1,
+      ValueError,
+      r'negative, got \[-1  0\]; pad with num',
+    ),
+    ('blocks', np.arange(5), ValueError, '5 blocks, more than num_blocks=4'),
+    (
+      'upper',
+      DATA[:1],
+      ValueError,
+      'batch.upper must have a leading axis of 2',
+    ),
+    ('lower', 1.0, ValueError, 'batch.lower must have a leading axis of 2'),
+    ('lower', {'a': DATA[:1]}, ValueError, r"batch.lower\['a'\] must have"),
+  ):
+    row(
+      type(batch).__name__,
+      f'{name}: {field}={bad!r}',
+      # The blocks stay numbers: tracers pass.
+      lambda make=make, batch=batch, change={field: bad}: make().estimate(
+        X, make().init(X, TABLE_OF_4), batch._replace(**change)
+      ),
+      error,
+      match,
+    )
+  for bad in (None, (BLOCKS, DATA, DATA), optlab.BilevelBatch(DATA, DATA)):
+    row(
+      type(batch).__name__,
+      f'{name} on a {type(bad).__name__}',
+      lambda make=make, bad=bad: make().estimate(
+        X, make().init(X, TABLE_OF_4), bad
+      ),
+      TypeError,
+      f'batch must be a (Paired)?BlockBatch, .*got {type(bad).__name__}',
+    )
+  for bad in (DATA, 1.0, {'a': TABLE_OF_4, 'b': DATA}):
+    row(
+      name,
+      f'inner without num_blocks rows: {jax.tree.map(np.shape, bad)}',
+      lambda make=make, bad=bad: make().init(X, bad),
+      ValueError,
+      r"inner(\['b'\])? must have a leading axis of 4, one row for each of",
+    )
+  row(
+    name,
+    'a first batch of some blocks only',
+    lambda make=make: make().init(
+      X, TABLE_OF_4, optlab.BlockBatch(BLOCKS, DATA, DATA)
+    ),
+    ValueError,
+    'first must have each of the num_blocks=4 blocks once, got 2 blocks',
+  )
+row(
+  'PairedBlockBatch',
+  'a BlockBatch has no outer blocks',
+  lambda: rsvrb().estimate(
+    X, rsvrb().init(X, TABLE_OF_4), BLOCK_BATCH['bsvrb']
+  ),
+  TypeError,
+  'PairedBlockBatch, with .* and outer; got BlockBatch',
+)
+reals(bsvrb, NOT_SCHEDULED, alpha=OPEN_RATE, beta=UNIT_RATE)
+reals(bsvrb, NOT_OPTIONAL_REAL, gamma=NON_NEGATIVE)
+reals(rsvrb, NOT_SCHEDULED, beta=OPEN_RATE)
+reals(rsvrb, floor=POSITIVE)
+reals(track_products, step_ratio=POSITIVE)
+reals(track_products, NOT_OPTIONAL_REAL, radius=POSITIVE)
+reals(track_hessians, floor=POSITIVE, damping=NON_NEGATIVE)
+for bad in ('products', optlab.multi_block.track_products, 1.0):
+  row(
+    'bsvrb',
+    f'dual={bad!r}',
+    functools.partial(bsvrb, dual=bad),
+    TypeError,
+    r'dual must be a Dual such as track_products\(\)',
+  )
+row(
+  'dual_variables',
+  'a state of track_hessians, which keeps none',
+  lambda: optlab.multi_block.dual_variables(
+    bsvrb(dual=optlab.multi_block.track_hessians()).init(X, TABLE_OF_4)
+  ),
+  TypeError,
+  r'state.dual must be the state of track_products\(\), .*got HessianState',
+)
+for name in ('inner_variables', 'dual_variables'):
+  row(
+    name,
+    'the state of another method',
+    lambda name=name: PUBLIC[name](rsvrb().init(X, TABLE_OF_4)),
+    TypeError,
+    'state must be the state of bsvrb, .*got RSVRBState',
+  )
+
+sample_blocks = family('sample_blocks', key=KEY, num_blocks=4, sampled=2)
+epoch_of_blocks = family('epoch_of_blocks', key=KEY, num_blocks=4, sampled=2)
+for make in (sample_blocks, epoch_of_blocks):
+  counts(make, num_blocks=(), sampled=())
+  row(
+    make.__name__,
+    'more blocks than there are',
+    functools.partial(make, sampled=5),
+    ValueError,
+    'sampled must be at most num_blocks=4, got 5; lower it, or .*replace=True',
+  )
+  row(
+    make.__name__,
+    'key=None',
+    functools.partial(make, key=None),
+    TypeError,
+    'key',
+  )
+
+
+@pytest.mark.parametrize('row', table.rows, ids=inputs.identity)
+def test_bad_input(row):
+  inputs.check(row)
+
+
+def test_docstrings_name_every_promised_error():
+  inputs.check_docstrings(table.rows)

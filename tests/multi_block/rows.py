@@ -1,0 +1,63 @@
+"""Rows of the contract table: many lower problems."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optlab
+from tests.contract import Row
+from tests.contract import flat
+
+
+def block_lower(params, y, batch):
+  residual = y - flat(params)
+  return 0.5 * jnp.sum(residual**2) + 0.0 * jnp.sum(batch.astype(y.dtype) * y)
+
+
+def block_upper(params, y, batch):
+  residual = batch.astype(y.dtype) @ y - 1.0
+  return 0.5 * jnp.mean(residual**2) + 0.05 * jnp.sum(y**2)
+
+
+def block_batch(key, dtype=jnp.float32, paired=False):
+  """Three blocks of four, and padding."""
+  blocks = jnp.append(jax.random.permutation(key, 4)[:3], 4)
+  data = jax.random.normal(key, (4, 16, 8), dtype), jnp.ones((4, 8), dtype)
+  if paired:
+    return optlab.multi_block.PairedBlockBatch(blocks, *data, blocks)
+  return optlab.BlockBatch(blocks, *data)
+
+
+def block_row(name, estimator, **kwargs):
+  """A row for a multi-block estimator, made from ``hyper -> estimator``."""
+  return Row(
+    name,
+    lambda rate: (estimator(rate), optax.sgd(0.1)),
+    0.5,
+    batch=functools.partial(block_batch, **kwargs),
+    inner=lambda dtype: (jnp.full((4, 8), 2.0, dtype),),
+    shard=False,  # Tables are sharded; see bsvrb_test.
+  )
+
+
+BLOCK_LEVELS = block_upper, block_lower, 4
+
+
+ROWS = [
+  block_row('bsvrb', lambda rate: optlab.bsvrb(*BLOCK_LEVELS, step_size=rate)),
+  block_row(
+    'bsvrb_v1',
+    lambda rate: optlab.bsvrb(
+      *BLOCK_LEVELS, step_size=rate, dual=optlab.multi_block.track_hessians()
+    ),
+  ),
+  block_row(
+    'rsvrb',
+    lambda rate: optlab.multi_block.rsvrb(
+      *BLOCK_LEVELS, step_size=rate, beta=0.5, floor=0.5
+    ),
+    paired=True,
+  ),
+]

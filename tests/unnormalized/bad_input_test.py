@@ -1,0 +1,514 @@
+"""What the public functions of unnormalized say to bad input."""
+
+import functools
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optlab
+from tests import inputs
+from tests.inputs import CLOSED_RATE
+from tests.inputs import INDEFINITE
+from tests.inputs import INF
+from tests.inputs import KEY
+from tests.inputs import NAN
+from tests.inputs import NON_NEGATIVE
+from tests.inputs import NOT_OPTIONAL_REAL
+from tests.inputs import NOT_SCHEDULED
+from tests.inputs import OPEN_RATE
+from tests.inputs import POSITIVE
+from tests.inputs import ROWS
+from tests.inputs import UNIT_RATE
+from tests.inputs import X
+from tests.inputs import estimate
+from tests.inputs import family
+from tests.inputs import same
+from tests.inputs import zero
+
+table = inputs.Table()
+row, reals, counts, functions = (
+  table.row,
+  table.reals,
+  table.counts,
+  table.functions,
+)
+accepts = table.accepts
+
+# Models without a normalizer.
+
+
+def log_density(params, rows):
+  return -jnp.sum((rows - params) ** 2, -1)
+
+
+LOG_Q = np.zeros(4, np.float32)
+NOISY = optlab.NoiseBatch(ROWS, ROWS, LOG_Q, LOG_Q)
+gaussian = family('gaussian', mean=X, covariance=np.eye(2))
+NOISE = optlab.unnormalized.gaussian(X, np.eye(2))
+lattice = family('lattice', key=KEY, num=4, size=2)
+meco = family('meco', log_density=log_density)
+nce = family('nce', log_density=log_density)
+ence = family('ence', log_density=log_density)
+contrastive_divergence = family(
+  'contrastive_divergence',
+  log_density=log_density,
+  step_size=0.1,
+  num_steps=1,
+)
+langevin = family(
+  'langevin',
+  log_density=lambda rows: -jnp.sum(rows**2, -1),
+  key=KEY,
+  rows=ROWS,
+  step_size=0.1,
+  num_steps=1,
+)
+with_log_normalizer = family('with_log_normalizer', log_density=log_density)
+for make in (meco, nce, ence, contrastive_divergence, with_log_normalizer):
+  functions(make, log_density='(params, rows) -> [rows]')
+reals(meco, NOT_SCHEDULED, gamma=UNIT_RATE)
+reals(nce, NOT_OPTIONAL_REAL, nu=POSITIVE)
+reals(ence, max_exponent=(0.0, -1.0, NAN))
+reals(contrastive_divergence, step_size=POSITIVE, restart=CLOSED_RATE)
+reals(langevin, step_size=POSITIVE)
+counts(contrastive_divergence, num_steps=())
+counts(langevin, num_steps=())
+functions(langevin, log_density='rows -> [rows]')
+for make in (meco, nce, ence, contrastive_divergence):
+  name = make.__name__
+  inner = (KEY, ROWS) if make is contrastive_divergence else ()
+  for bad in (None, ROWS, (ROWS, ROWS, LOG_Q)):
+    row(
+      name,
+      f'a batch that is a {type(bad).__name__}',
+      lambda make=make, bad=bad, inner=inner: estimate(
+        make(), bad, inner=inner
+      ),
+      TypeError,
+      f'{name} takes a NoiseBatch, got {type(bad).__name__}: build one with',
+    )
+  for wrong, fields, error, match in (
+    ('no data', {'data': None}, ValueError, 'one structure'),
+    (
+      'no rows of data',
+      {'data': ROWS[:0]},
+      ValueError,
+      'data must have one lead',
+    ),
+    (
+      'no rows of noise',
+      {'noise': ROWS[:0]},
+      ValueError,
+      'noise must have one',
+    ),
+    (
+      'scalar data',
+      {'data': 1.0},
+      ValueError,
+      'data must have one leading axis',
+    ),
+    (
+      'rows of another shape',
+      {'data': ROWS[:, :1]},
+      ValueError,
+      'one shape, got',
+    ),
+    ('no log q', {'noise_log_prob': None}, ValueError, 'needs noise_log_prob'),
+    (
+      'log q of another length',
+      {'noise_log_prob': LOG_Q[:3]},
+      ValueError,
+      r'noise_log_prob must have shape \(4,\), got \(3,\)',
+    ),
+    (
+      'log q in a list',
+      {'noise_log_prob': [0.0] * 4},
+      TypeError,
+      'noise_log_prob must be an array, got list; convert it with jnp.asarray',
+    ),
+  ):
+    row(
+      'NoiseBatch',
+      f'{name}: {wrong}',
+      lambda make=make, fields=fields, inner=inner: estimate(
+        make(), NOISY._replace(**fields), inner=inner
+      ),
+      error,
+      f'{name}.*{match}',
+    )
+  for wrong, bad in (('a scalar', jnp.sum), ('a column', lambda r: r[:, :1])):
+    row(
+      name,
+      f'log_density returns {wrong}',
+      lambda make=make, bad=bad, inner=inner: estimate(
+        make(log_density=lambda p, rows: bad(rows * p)), NOISY, inner=inner
+      ),
+      ValueError,
+      r'log_density must return one number a row, shape \(\d,\), got \(',
+    )
+for make in (nce, ence):
+  row(
+    make.__name__,
+    'no data_log_prob',
+    lambda make=make: estimate(make(), NOISY._replace(data_log_prob=None)),
+    ValueError,
+    r'needs data_log_prob: build .*noise_batch\(\.\.\., score_data=True\)',
+  )
+for make in (meco, nce, ence):
+  row(
+    make.__name__,
+    'no good row: a zero gradient, held and counted',
+    lambda make=make: (
+      (
+        got := make().estimate(
+          X, make().init(X), NOISY._replace(data=ROWS * NAN, noise=ROWS * NAN)
+        )
+      )
+      and zero(got[0].grads)
+      and got[1].held == 1
+      and got[1].rejected == 8
+    ),
+  )
+for bad in ({'model': X}, X, None):
+  row(
+    'NceParams',
+    f'params are a {type(bad).__name__}',
+    lambda bad=bad: with_log_normalizer()(bad, ROWS),
+    TypeError,
+    r'params must be NceParams\(model, log_normalizer\), .*; got '
+    + type(bad).__name__,
+  )
+for wrong, chains, arguments, match in (
+  (
+    'of other rows',
+    ROWS[:, :1],
+    {},
+    r'shape of the rows of noise, \(2,\), got',
+  ),
+  (
+    'fewer than the data',
+    ROWS[:3],
+    {'persistent': False},
+    'as many as a batch',
+  ),
+):
+  row(
+    'contrastive_divergence',
+    f'chains {wrong}',
+    lambda chains=chains, arguments=arguments: estimate(
+      contrastive_divergence(**arguments), NOISY, inner=(KEY, chains)
+    ),
+    ValueError,
+    match,
+  )
+for rows in (ROWS.astype(int), [[1.0]], None):
+  row(
+    'langevin',
+    f'rows={type(rows).__name__} of {getattr(rows, "dtype", "no dtype")}',
+    functools.partial(langevin, rows=rows),
+    TypeError,
+    f'rows must be a floating array, got {type(rows).__name__} of dtype',
+  )
+row(
+  'langevin',
+  'log_density returns a scalar',
+  functools.partial(langevin, log_density=jnp.sum),
+  ValueError,
+  r'one number a row, shape \(4,\), got \(\)',
+)
+
+noise_batch = family('noise_batch', noise=NOISE, key=KEY, data=ROWS, num=4)
+log_partition = family(
+  'log_partition',
+  log_density=lambda rows: -jnp.sum(rows**2, -1),
+  noise=NOISE,
+  key=KEY,
+  num=4,
+  chunk=2,
+)
+mixture = family('mixture')
+defensive = family('defensive', noise=NOISE, wide=NOISE)
+counts(noise_batch, num=())
+counts(log_partition, chunk=())
+counts(log_partition, num=(1, 0))
+functions(log_partition, log_density='rows -> [rows]')
+reals(log_partition, min_ess=NON_NEGATIVE, max_share=POSITIVE)
+NOT_NOISE = (
+  'must be a distribution such as optlab.unnormalized.gaussian makes, with'
+  ' sample'
+)
+for bad in (None, 1.0, optlab.unnormalized.gaussian):
+  for make, argument in (
+    (noise_batch, 'noise'),
+    (log_partition, 'noise'),
+    (defensive, 'noise'),
+    (defensive, 'wide'),
+  ):
+    row(
+      make.__name__,
+      f'{argument}={type(bad).__name__}',
+      functools.partial(make, **{argument: bad}),
+      TypeError,
+      f'{NOT_NOISE} and log_prob; got {type(bad).__name__}',
+    )
+  row(
+    'mixture',
+    f'a component is {type(bad).__name__}',
+    lambda bad=bad: optlab.unnormalized.mixture([0.5, 0.5], NOISE, bad),
+    TypeError,
+    rf'components\[1\] {NOT_NOISE}',
+  )
+for weights, error, match in (
+  ([1.0], ValueError, r'weights must have shape \(2,\), one a component, got'),
+  (
+    0.5,
+    ValueError,
+    r'weights must have shape \(2,\), one a component, got \(\)',
+  ),
+  ([0.5, 0.0], ValueError, r'weights must be in \(0.0, inf\), got'),
+  ([0.5, NAN], ValueError, r'weights must be in \(0.0, inf\), got'),
+  ('ab', TypeError, "weights must be an array of numbers, got 'ab'"),
+  (None, TypeError, 'weights must be an array of numbers, got None'),
+):
+  row(
+    'mixture',
+    f'weights={weights!r}',
+    lambda weights=weights: optlab.unnormalized.mixture(weights, NOISE, NOISE),
+    error,
+    match,
+  )
+row(
+  'mixture',
+  'no components',
+  lambda: optlab.unnormalized.mixture(np.ones(0)),
+  ValueError,
+  r'weights must have shape \(0,\)|at least one component',
+)
+reals(defensive, weight=OPEN_RATE)
+row(
+  'log_partition',
+  'a num that chunk does not divide',
+  functools.partial(log_partition, num=5),
+  ValueError,
+  'num must be a multiple of chunk, 2, got 5',
+)
+row(
+  'log_partition',
+  'log_density returns a scalar',
+  functools.partial(log_partition, log_density=jnp.sum),
+  ValueError,
+  r'log_density must return one number a row, shape \(2,\), got \(\)',
+)
+row(
+  'log_partition',
+  'a model that is NaN: not ok, and NaN',
+  lambda: (
+    (got := log_partition(log_density=lambda rows: rows[:, 0] * NAN))
+    and not got.ok
+    and np.isnan(got.value)
+    and got.rejected == 4
+  ),
+)
+
+GRID = optlab.unnormalized.grid_log_partition
+grid_log_partition = family(
+  'grid_log_partition',
+  log_density=lambda rows: -jnp.sum(rows**2, -1),
+  low=-1.0,
+  high=1.0,
+  num=2,
+)
+functions(grid_log_partition, log_density='[rows, d] -> [rows]')
+counts(grid_log_partition, 2, num=())
+reals(grid_log_partition, tolerance=POSITIVE)
+for corners, error, match in (
+  (
+    (1.0, -1.0),
+    ValueError,
+    r'low must be below high, got \[1\.\] and \[-1\.\]',
+  ),
+  ((1.0, 1.0), ValueError, 'low must be below high'),
+  ((NAN, 1.0), ValueError, 'low must be below high'),
+  ((-INF, 1.0), ValueError, 'low and high must be finite, got'),
+  (([0.0, 0.0], 1.0), ValueError, r'one or two entries, got shapes \(2,\)'),
+  (([0.0] * 3, [1.0] * 3), ValueError, 'use log_partition in more dimensions'),
+  ((None, 1.0), TypeError, 'low must be numbers, got None'),
+  ((0.0, 'b'), TypeError, "high must be numbers, got 'b'"),
+):
+  row(
+    'grid_log_partition',
+    f'corners {corners!r}',
+    functools.partial(grid_log_partition, low=corners[0], high=corners[1]),
+    error,
+    match,
+  )
+row(
+  'grid_log_partition',
+  'log_density returns a column',
+  functools.partial(grid_log_partition, log_density=lambda rows: rows),
+  ValueError,
+  r'log_density must return one number a row, shape \(1,\), got \(1, 1\)',
+)
+ESTIMATE = optlab.log_partition(lambda rows: rows[:, 0], NOISE, KEY, 1, chunk=1)
+agree = family('agree', first=ESTIMATE, second=ESTIMATE)
+reals(agree, sigmas=POSITIVE)
+for argument in ('first', 'second'):
+  for bad in (1.0, None):
+    row(
+      'agree',
+      f'{argument}={bad}',
+      functools.partial(agree, **{argument: bad}),
+      TypeError,
+      f'{argument} must be a result of log_partition, .*{type(bad).__name__}',
+    )
+
+# Noise.
+
+fit_gaussian = family('fit_gaussian', rows=np.array([[0.0], [1.0]]))
+gaussian_mixture = family(
+  'gaussian_mixture',
+  weights=np.ones(1),
+  means=np.ones((1, 2)),
+  covariances=np.eye(2)[None],
+)
+follow = family('follow', noise=NOISE, rows=ROWS, rate=0.1)
+reals(fit_gaussian, traced=False, inflate=POSITIVE)
+reals(gaussian_mixture, inflate=POSITIVE)
+reals(follow, rate=CLOSED_RATE, floor=POSITIVE)
+for wrong, arguments, error, match in (
+  (
+    'another size',
+    {'mean': np.ones(3)},
+    ValueError,
+    r'\[d\] and \[d, d\], got',
+  ),
+  ('a scalar mean', {'mean': 1.0}, ValueError, r'\[d\] and \[d, d\], got \(\)'),
+  ('NaN in the mean', {'mean': X * NAN}, ValueError, r'mean must be in \(-inf'),
+  (
+    'not definite',
+    {'covariance': INDEFINITE},
+    ValueError,
+    'add a small multiple',
+  ),
+  (
+    'singular',
+    {'covariance': ROWS[:2]},
+    ValueError,
+    'must be positive definite',
+  ),
+  (
+    'NaN',
+    {'covariance': np.eye(2) * NAN},
+    ValueError,
+    'covariance must be posit',
+  ),
+  ('mean=None', {'mean': None}, TypeError, 'mean must be an array of num'),
+  ('a word', {'mean': 'ab'}, TypeError, "mean must be .*got 'ab'"),
+):
+  row('gaussian', wrong, functools.partial(gaussian, **arguments), error, match)
+for wrong, rows, match in (
+  ('a vector', X, r'rows must have shape \[num, d\], got \(2,\)'),
+  ('one row', ROWS[:1], 'must be positive definite; add a small multiple'),
+  ('NaN', ROWS * NAN, 'mean must be in .*nan'),
+  ('no rows', ROWS[:0], 'rows must have at least one row'),
+):
+  row(
+    'fit_gaussian',
+    wrong,
+    functools.partial(fit_gaussian, rows=rows),
+    ValueError,
+    match,
+  )
+for wrong, arguments, match in (
+  (
+    'weights of another length',
+    {'weights': X},
+    r'\[k\], \[k, d\] and \[k, d, d',
+  ),
+  ('a flat mean', {'means': X}, r'must have shapes \[k\], \[k, d\] and'),
+  (
+    'a zero weight',
+    {'weights': [0.0]},
+    r'weights must be in \(0.0, inf\), got',
+  ),
+  ('NaN in a mean', {'means': [[NAN, 0.0]]}, r'means must be in \(-inf, inf\)'),
+  (
+    'not definite',
+    {'covariances': -np.eye(2)[None]},
+    'must be positive definite',
+  ),
+):
+  row(
+    'gaussian_mixture',
+    wrong,
+    functools.partial(gaussian_mixture, **arguments),
+    ValueError,
+    match,
+  )
+for wrong, arguments, error, match in (
+  ('noise=None', {'noise': None}, TypeError, 'noise must be a Gaussian, with'),
+  (
+    'rows of another size',
+    {'rows': ROWS[:, :1]},
+    ValueError,
+    r'\[num, 2\], as',
+  ),
+  ('a vector', {'rows': X}, ValueError, r'rows must have shape \[num, 2\], as'),
+  (
+    'log_weights of another length',
+    {'log_weights': X},
+    ValueError,
+    r'log_weights must have shape \(4,\), one a row, got \(2,\)',
+  ),
+):
+  row('follow', wrong, functools.partial(follow, **arguments), error, match)
+row(
+  'follow',
+  'rows that are all NaN: the noise is held',
+  lambda: same(follow(rows=ROWS * NAN), NOISE),
+)
+
+init_flow = family('init_flow', key=KEY, rows=ROWS, num_layers=1, hidden=1)
+FLOW = optlab.unnormalized.init_flow(KEY, ROWS, 1, 1)
+fit_flow = family('fit_flow', flow=FLOW, key=KEY, rows=ROWS, num_steps=1)
+counts(init_flow, num_layers=(), hidden=())
+counts(fit_flow, num_steps=(), batch_size=())
+reals(fit_flow, learning_rate=NON_NEGATIVE, jitter=NON_NEGATIVE)
+for wrong, rows in (
+  ('one column', ROWS[:, :1]),
+  ('a vector', X),
+  ('no rows', ROWS[:0]),
+):
+  for make in (init_flow, fit_flow):
+    row(
+      make.__name__,
+      wrong,
+      functools.partial(make, rows=rows),
+      ValueError,
+      rf'rows must have shape \[num, .*got {re.escape(str(rows.shape))}',
+    )
+row(
+  'init_flow',
+  'NaN',
+  lambda: init_flow(rows=ROWS * NAN),
+  ValueError,
+  r'rows must be in \(-inf, inf\)',
+)
+row(
+  'fit_flow',
+  'flow=None',
+  lambda: fit_flow(flow=None),
+  TypeError,
+  'flow must be a Flow that init_flow makes, .*got NoneType',
+)
+
+
+@pytest.mark.parametrize('row', table.rows, ids=inputs.identity)
+def test_bad_input(row):
+  inputs.check(row)
+
+
+def test_docstrings_name_every_promised_error():
+  inputs.check_docstrings(table.rows)

@@ -1,0 +1,61 @@
+"""Rows of the contract table: unnormalized models."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optlab
+from tests.contract import Row
+from tests.contract import flat
+
+
+def energy(params, x):
+  """A Gaussian around the parameters, up to its normalizer."""
+  mean = flat(params)
+  return x.astype(mean.dtype) @ mean - 0.5 * jnp.sum(x**2, -1).astype(
+    mean.dtype
+  )
+
+
+def noise_batch(key, dtype=jnp.float32):
+  """Data around 0.5, noise around the origin; both of eight columns."""
+  data_key, noise_key = jax.random.split(key)
+  data = 0.5 + jax.random.normal(data_key, (16, 8), dtype)
+  noise = 1.5 * jax.random.normal(noise_key, (16, 8), dtype)
+
+  def log_prob(x):
+    white = x.astype(jnp.promote_types(dtype, jnp.float32)) / 1.5
+    return -0.5 * jnp.sum(white**2, -1) - 8 * jnp.log(1.5 * (2 * jnp.pi) ** 0.5)
+
+  return optlab.NoiseBatch(data, noise, log_prob(noise), log_prob(data))
+
+
+def likelihood_row(name, make, hyper, **fields):
+  """A row for an estimator over `NoiseBatch`, with SGD behind it."""
+  return Row(
+    name,
+    lambda hyper: (make(hyper), optax.sgd(0.05)),
+    hyper,
+    batch=noise_batch,
+    **fields,
+  )
+
+
+ROWS = [
+  likelihood_row('meco', lambda gamma: optlab.meco(energy, gamma), 0.5),
+  likelihood_row(
+    'meco_ratio_corrected',
+    lambda gamma: optlab.meco(energy, gamma, ratio_correction=True),
+    0.5,
+  ),
+  likelihood_row('nce', lambda nu: optlab.nce(energy, nu), 1.0),
+  likelihood_row(
+    'ence', lambda clip: optlab.unnormalized.ence(energy, clip), 5.0
+  ),
+  likelihood_row(
+    'contrastive_divergence',
+    lambda rate: optlab.contrastive_divergence(energy, rate, 3),
+    0.1,
+    inner=lambda dtype: (jax.random.key(7), jnp.zeros((16, 8), dtype)),
+  ),
+]
