@@ -15,9 +15,16 @@ def cast_like(tree: base.Params, like: base.Params) -> base.Params:
 
 
 def zeros_accumulator(tree: base.Params) -> base.Params:
-  """Zeros of the shapes of ``tree``, in float32 or wider."""
+  """Zeros laid out like ``tree`` over devices, in float32 or wider.
+
+  Args:
+    tree: Arrays, or `jax.ShapeDtypeStruct` in their place.
+
+  Returns:
+    A tree of arrays.
+  """
   return jax.tree.map(
-    lambda leaf: jnp.zeros(jnp.shape(leaf), accumulator_dtype(leaf)), tree
+    lambda leaf: jnp.zeros_like(leaf, dtype=accumulator_dtype(leaf)), tree
   )
 
 
@@ -92,10 +99,17 @@ def dtypes(tree: base.Params) -> base.Params:
 
 
 def own(tree: base.Params) -> base.Params:
-  """A copy without weak types, so that state in equals state out."""
-  return jax.tree.map(
-    lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype), tree
-  )
+  """A copy without weak types, so that state in equals state out.
+
+  A `jax.ShapeDtypeStruct`, whose numbers nobody knows, stays one.
+  """
+
+  def leaf(value):
+    if isinstance(value, jax.ShapeDtypeStruct):
+      return value
+    return jnp.array(value, jnp.asarray(value).dtype)
+
+  return jax.tree.map(leaf, tree)
 
 
 def is_finite(*trees: base.Params) -> jax.Array:
@@ -138,5 +152,7 @@ def accumulator_dtype(*trees: base.Params) -> Any:
   Returns:
     The dtype in which sums over the leaves are kept.
   """
-  dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(trees)]
+  # Of each leaf by itself, so that a Python number counts as the array that it
+  # becomes; a jax.ShapeDtypeStruct has a dtype and is no array.
+  dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees)]
   return jnp.result_type(jnp.float32, *dtypes)
