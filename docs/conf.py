@@ -10,6 +10,7 @@ from docutils.utils.math import MathError
 from docutils.utils.math import latex2mathml
 import optax
 from sphinx.errors import ExtensionError
+from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import stringify_annotation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,8 +59,12 @@ python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
+# The pages follow `__all__`.
+autosummary_ignore_module_all = False
 # File systems that ignore case have room for one of dense and Dense.
-autosummary_filename_map = {'optlab.Dense': 'optlab.DenseOperator'}
+autosummary_filename_map = {
+  'optlab.newton.Dense': 'optlab.newton.DenseOperator'
+}
 
 # Python writes out what these names stand for. Long ones come first: they
 # contain the others.
@@ -115,9 +120,26 @@ def shorten(app, what, name, obj, options, signature, returned):
   return signature, returned
 
 
+def find_home(app, env, node, contnode):
+  """Links a public name, wherever it is written, to the page of its wing."""
+  del app
+  python = env.get_domain('py')
+  name = node.get('reftarget', '').rpartition('.')[2]
+  homes = [
+    p for p in python.objects if re.fullmatch(rf'optlab\.\w+\.{name}', p)
+  ]
+  if node.get('refdomain') != 'py' or len(homes) != 1:
+    return None
+  page = python.objects[homes[0]]
+  return make_refnode(
+    env.app.builder, node['refdoc'], page.docname, page.node_id, contnode
+  )
+
+
 def setup(app):
   """Adds the renderer of mathematics and the shorter signatures."""
   app.connect('autodoc-process-signature', shorten)
+  app.connect('missing-reference', find_home)
   app.add_html_math_renderer(
     'mathml',
     inline_renderers=(visit_math, None),
