@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import bilevel
-from experiments import report
-from experiments import text
+from experiments.lab import tables
+from experiments.methods import bilevel
+from experiments.problems import text
 import optlab
 
 WIDTH, LENGTH, WORDS, ROWS, LOWER_STEPS, PERIOD = 64, 24, 4000, 64, 5, 2
@@ -149,7 +149,7 @@ def step_overhead(pairs: int = 150) -> None:
     a, b = np.median(times[chosen], axis=0)
     ratio = np.median(times[chosen, 0] / times[chosen, 1])
     rows.append((name, 1e3 * a, 1e3 * b, f'{ratio:.3f}'))
-  report.show(
+  tables.show(
     f'bo_rep step, GRU of width {WIDTH}, {ROWS} sentences of {LENGTH} words;'
     f' values agree to {gap:.1e}; compiled in {our_compile:.1f} s and'
     f' {their_compile:.1f} s',
@@ -186,7 +186,7 @@ def unrolled_memory() -> None:
       program = jax.jit(estimator.estimate).lower(x, state, batch).compile()
       sizes.append(program.memory_analysis().temp_size_in_bytes / 2**20)
     rows.append((steps, *sizes, f'{sizes[0] / sizes[1]:.1f}'))
-  report.show(
+  tables.show(
     'unrolled: temporary memory of a step, MiB',
     ('lower steps', 'checkpoint=False', 'checkpoint=True', 'ratio'),
     rows,
@@ -376,7 +376,7 @@ def finite_sum_quadratic(
         f'{np.min(finals):.1e} to {np.max(finals):.1e}',
       )
     )
-  report.show(
+  tables.show(
     f'finite sums of {samples} quadratics, {budget} samples each; squared'
     f' gradient norm, {start:.1e} at the start, 5 seeds',
     ('method', 'steps', 'lower', 'upper', 'schedule', 'median', 'range'),

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import multi_block_logistic as logistic
-from experiments import report
+from experiments.lab import tables
+from experiments.problems import scaled_logistic as logistic
 import optlab
 
 NUM_BLOCKS, SAMPLED, ROWS, L2 = 100, 10, 32, 1e-5
@@ -230,7 +230,7 @@ def against_num_blocks():
       entry[3].append((time.perf_counter() - began) / len(keys))
       entry[1] = state
   base = statistics.median(runs[counts[0]][3])
-  report.show(
+  tables.show(
     f'a donated step against m, I = {SAMPLED}',
     ('m', 'us a step', 'ratio to m = 100', 'bytes of state', 'bytes / m'),
     [
@@ -251,7 +251,7 @@ def main():
       against_numpy(split, scales, dtype, table)
       v1(split, scales, dtype, table)
   name = 'a8a' if real else "synthetic rows of a8a's shape"
-  report.show(
+  tables.show(
     f'{name}, m = {NUM_BLOCKS}, I = {SAMPLED}, B = {ROWS}: one iteration'
     ' against vectorized numpy',
     ('method', 'us', 'numpy us', 'ratio', 'compile s', 'numbers apart'),

@@ -35,7 +35,7 @@ import scipy.special
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from experiments import data as data_lib
+from experiments.problems import data as data_lib
 import optlab
 
 GAP = 1e-8

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import densities
-from experiments import report
+from experiments.lab import tables
+from experiments.problems import densities
 import optlab
 
 ROWS = 256
@@ -121,7 +121,7 @@ def main() -> None:
     ('MECO', 'MECO ratio-corrected'),
     ('NCE', 'NCE, plain loss'),
   ]
-  report.show(
+  tables.show(
     f'Milliseconds a step, {ROWS} + {ROWS} rows, MLP 2-64-64-64-1, Adam;'
     f' medians of {PAIRS} pairs of {STEPS} steps; ratio = peer / ours',
     ['ours', 'peer', 'ours ms', 'peer ms', 'ratio', 'low', 'high'],
@@ -130,7 +130,7 @@ def main() -> None:
       for ours, peer in pairs
     ],
   )
-  report.show(
+  tables.show(
     'Compilation, seconds',
     ['program', 'seconds'],
     [[name, seconds] for name, (_, seconds) in runs.items()],

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import densities
-from experiments import devices
-from experiments import report
+from experiments.lab import devices
+from experiments.lab import tables
+from experiments.problems import densities
 import optlab
 
 ROWS, FEATURES, BLOCKS, SAMPLED = 16384, 64, 16384, 1024
@@ -153,7 +153,7 @@ def table():
       lines.append(
         (name, count, milliseconds, alone * count / milliseconds, said or '-')
       )
-  report.show(
+  tables.show(
     f'weak scaling, {ROWS} rows or {BLOCKS} blocks a device',
     ('step', 'devices', 'ms', 'throughput', 'collectives'),
     lines,

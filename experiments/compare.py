@@ -17,36 +17,37 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import app
-from experiments import contests
-from experiments import plot
-from experiments import report
-from experiments import runner
-from experiments import tuning
+from .lab import contests
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import tables
+from .lab import tuning
+from .lab.session import Session
 
 PIECES = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(flags.Config):
   """Flags."""
 
-  problem: str = app.flag(
+  problem: str = flags.flag(
     'logistic', 'What is solved.', choices=tuple(contests.PROBLEMS)
   )
-  methods: tuple[str, ...] = app.flag(
+  methods: tuple[str, ...] = flags.flag(
     ('default',),
     'Methods; default is those of the problem. The first is the one that the'
     ' others are compared with.',
   )
-  budget: float = app.flag(
+  budget: float = flags.flag(
     0.0, "Oracle calls of a run; 0 is the problem's default.", low=0.0
   )
-  rates: tuple[float, ...] = app.flag(
+  rates: tuple[float, ...] = flags.flag(
     (0.0,), "Grid of rates; 0 is the problem's default.", low=0.0
   )
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
-  tuning_seeds: int = app.flag(2, 'Seeds that pick rates.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1)
 
 
 class Lane(NamedTuple):
@@ -60,7 +61,7 @@ class Lane(NamedTuple):
 
 
 def run(
-  session: runner.Session,
+  session: Session,
   problem: contests.Problem,
   method: str,
   label: str,
@@ -156,13 +157,13 @@ def main(config: Config) -> None:
     problem.entry(method)  # An unknown name is an error before work begins.
   budget = config.budget or problem.budget
   rates = problem.rates if config.rates == (0.0,) else config.rates
-  with runner.Session('compare', config) as session:
+  with Session('compare', config) as session:
     for method in methods:
       best = tune(session, config, problem, method, budget, rates)
       lanes = [(seed, best) for seed in range(config.seeds)]
       run(session, problem, method, method, budget, lanes)
     rows = summarize(session, methods, rates)
-  report.show(
+  tables.show(
     f'{config.problem}: {problem.value} after {budget:,.0f} {problem.unit},'
     f' {config.seeds} seeds; an asterisk is a rate at the edge of the grid',
     (
@@ -211,13 +212,13 @@ def summarize(session, methods, rates) -> list[dict]:
 def draw(rows, methods, problem, path) -> None:
   """The value against the calls; medians, and the range over seeds."""
   figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-  plot.draw_lines(
+  plots.draw_lines(
     axes, [('', rows)], 'calls', 'value', keep=lambda name: name in methods
   )
   axes.set(xlabel=problem.unit, ylabel=problem.value)
   axes.legend(fontsize=8)
-  plot.save(figure, path)
+  plots.save(figure, path)
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -23,17 +23,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from experiments import app
-from experiments import densities
-from experiments import devices
-from experiments import distant_mean
-from experiments import loss_landscapes
-from experiments import plane_noise
-from experiments import plot
-from experiments import report
-from experiments import runner
-from experiments import unnormalized
 import optlab
+
+from .lab import devices
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import tables
+from .lab.session import Session
+from .methods import unnormalized
+from .problems import densities
+from .problems import distant_mean
+from .problems import loss_landscapes
+from .problems import plane_noise
 
 # log Z: midpoints, then half spacing, then 1.5 x box; finer where these differ.
 BOX, CELLS = 7.0, (200, 400, 800)
@@ -48,7 +50,7 @@ def _grid_points(half_width: float, cells: int) -> jax.Array:
   return jnp.asarray(points, float)
 
 
-def run_plane(session: runner.Session, config: Config) -> None:
+def run_plane(session: Session, config: Config) -> None:
   """Trains every method on every set, all lanes of one in one program."""
   for name, kind, sampling, method in itertools.product(
     config.sets, config.noises, config.sampling, config.methods
@@ -176,6 +178,7 @@ def _run_plane_method(session, config, name, kind, sampling, method) -> None:
     }  # fmt: skip
     if session.select('score', **where):
       continue
+    cells, values = 0, {}
     for cells in CELLS:  # A sharp density needs a fine grid.
       values = score(lane, seed, cells)
       if jnp.isfinite(values['kl']):
@@ -262,7 +265,7 @@ def report_plane(rows: Sequence[dict], config: Config) -> None:
       values = list(mine.values())
       middle = [float(f(values)) for f in (np.median, np.min, np.max)]
       summary.append([where, method, best, *middle, *paired])
-  report.show(
+  tables.show(
     f'Held-out divergence in nats, {config.seeds} seeds, {config.steps} steps,'
     f' each at its best learning rate; differences to {config.methods[0]},'
     ' paired by seed, its win, tie or loss by a t test at 95 %',
@@ -273,7 +276,7 @@ def report_plane(rows: Sequence[dict], config: Config) -> None:
     ],
     summary,
   )  # fmt: skip
-  report.show(
+  tables.show(
     'Median divergence by learning rate',
     ['set, noise, sampling', 'method']
     + [f'{rate:g}' for rate in config.learning_rates],
@@ -327,7 +330,7 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
     for axes, text in zip(panels[:, 0], ['data', *methods], strict=True):
       axes.set_ylabel(text)
     what = 'density' if picture == 'densities' else 'energy, clipped at 12 nats'
-    plot.save(
+    plots.save(
       figure,
       folder / f'{picture}.png',
       title=f'model {what}, seed 0, best learning rate',
@@ -342,8 +345,8 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
     layout='constrained',
   )
   for axes, name in zip(panels[0], sets, strict=True):
-    for label in plot.methods([row for row in rows if row.get('set') == name]):
-      xs, middle, low, high = plot.curves(rows, label, 'step', 'ess')
+    for label in plots.methods([row for row in rows if row.get('set') == name]):
+      xs, middle, low, high = plots.curves(rows, label, 'step', 'ess')
       shown = np.isfinite(middle)
       if not np.any(shown):
         continue
@@ -359,14 +362,14 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
     return pictures
   figure.legend(handles, labels, loc='outside lower center', ncols=4)
   title = 'median and range over seeds and learning rates'
-  plot.save(figure, folder / 'ess.png', title=title)
+  plots.save(figure, folder / 'ess.png', title=title)
   return [*pictures, 'ess.png']
 
 
 def main(config: Config) -> None:
   """Runs one problem, prints its tables and draws its pictures."""
   if config.problem == 'landscape' and config.precision != 'float64':
-    raise app.UserError(
+    raise flags.UserError(
       '--problem=landscape needs --precision=float64: the curvature falls to'
       ' 1e-17'
     )
@@ -380,7 +383,7 @@ def main(config: Config) -> None:
     ),
   }
   run, show, draw = parts[config.problem]
-  with runner.Session('density_estimation', config, show='ess') as session:
+  with Session('density_estimation', config, show='ess') as session:
     run(session, config)
   show(session.rows, config)
   pictures = draw(session.rows, config, session.folder)
@@ -390,4 +393,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -20,37 +20,40 @@ from sklearn import exceptions
 from sklearn import linear_model
 from sklearn import metrics
 
-from experiments import app
-from experiments import report
-from experiments import runner
-from experiments import text
-from experiments import tuning
+from .lab import flags
+from .lab import launch
+from .lab import tables
+from .lab import tuning
+from .lab.session import Session
+from .problems import text
+
+REPORTED = ('test_loss', 'test_accuracy', 'auroc', 'refitted_accuracy')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(tuning.Config):
   """Flags."""
 
-  dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
-  min_count: int = app.flag(
+  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
-  flipped: tuple[float, ...] = app.flag(
+  flipped: tuple[float, ...] = flags.flag(
     (0.1, 0.2, 0.3, 0.4), 'Shares of flipped labels.', low=0.0
   )
-  clean: int = app.flag(
+  clean: int = flags.flag(
     1024, 'Training sentences kept clean, for the upper level.', low=1
   )
-  l2: float = app.flag(3e-4, 'Weight of |y|^2 / 2.', low=1e-12)
-  batch: int = app.flag(128, 'Sentences of a sample.', low=1)
-  rates: tuple[float, ...] = app.flag(
+  l2: float = flags.flag(3e-4, 'Weight of |y|^2 / 2.', low=1e-12)
+  batch: int = flags.flag(128, 'Sentences of a sample.', low=1)
+  rates: tuple[float, ...] = flags.flag(
     (0.1, 1.0, 10.0, 1e3, 1e5), 'Grid of upper rates.', low=0.0
   )
-  lower_rate: float = app.flag(2.0, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = app.flag(
+  lower_rate: float = flags.flag(2.0, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = flags.flag(
     2.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
-  steps: int = app.flag(
+  steps: int = flags.flag(
     1500, 'Steps of bo_rep; the others have as many calls.', low=1
   )
 
@@ -72,12 +75,12 @@ def make_problem(
   size = len(sentences.vocabulary)
   count = config.clean
   if 2 * count > len(sentences.train.labels):
-    raise app.UserError(
+    raise flags.UserError(
       f'--clean={count}: more than half of the'
       f' {len(sentences.train.labels)} training sentences'
     )
   if count % config.batch:
-    raise app.UserError(
+    raise flags.UserError(
       f'--clean={count}: must be a multiple of --batch={config.batch}'
     )
   # Clean sentences train the weights; those for validation pick the rates.
@@ -169,7 +172,7 @@ def make_problem(
     sample,
     start,
     measure,
-    ('test_loss', 'test_accuracy', 'auroc', 'refitted_accuracy'),
+    REPORTED,
     finish=finish,
     blocks=(upper_blocks, lower_blocks),
   )
@@ -183,15 +186,15 @@ def main(config: Config) -> None:
   )
   for share in config.flipped:
     if share >= 1.0:
-      raise app.UserError(f'--flipped={share}: must be below 1')
-  with runner.Session('hyper_cleaning', config, show='valid_loss') as session:
+      raise flags.UserError(f'--flipped={share}: must be below 1')
+  with Session('hyper_cleaning', config, show='valid_loss') as session:
     for share in config.flipped:
       problem, baselines = make_problem(config, sentences, share)
       session.write('baseline', flipped=share, **baselines)
       rows = tuning.compare(session, config, problem, f'{share:.0%} flipped')
       title = f'{config.dataset}, {share:.0%} of the labels flipped'
       tuning.show(title, problem, rows)
-      report.show(
+      tables.show(
         'Test accuracy of the same classifier without cleaning',
         ('trained on', 'accuracy'),
         [
@@ -200,9 +203,9 @@ def main(config: Config) -> None:
           ('those of the upper level', baselines['upper_only']),
         ],
       )
-    tuning.draw(session, config, problem.reported[0], 'hyper_cleaning')
+    tuning.draw(session, config, REPORTED[0], 'hyper_cleaning')
     print(session.folder)
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -17,37 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import app
-from experiments import runner
-from experiments import text
-from experiments import tuning
+from .lab import flags
+from .lab import launch
+from .lab import tuning
+from .lab.session import Session
+from .problems import text
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(tuning.Config):
   """Flags."""
 
-  dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
-  min_count: int = app.flag(
+  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
-  cell: str = app.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
-  width: int = app.flag(24, 'Width of embedding and state.', low=1)
-  max_length: int = app.flag(12, 'Words of a sentence.', low=1)
-  vectors: str = app.flag(
+  cell: str = flags.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
+  width: int = flags.flag(24, 'Width of embedding and state.', low=1)
+  max_length: int = flags.flag(12, 'Words of a sentence.', low=1)
+  vectors: str = flags.flag(
     '', 'File of word vectors of that width, "word number ..." a line.'
   )
-  batch: int = app.flag(8, 'Sentences of a class in a sample.', low=1)
-  shots: int = app.flag(10, 'Sentences of a class in a few-shot task.', low=1)
-  l2: float = app.flag(0.1, 'Weight of |y|^2 / 2.', low=1e-12)
-  steps: int = app.flag(
+  batch: int = flags.flag(8, 'Sentences of a class in a sample.', low=1)
+  shots: int = flags.flag(10, 'Sentences of a class in a few-shot task.', low=1)
+  l2: float = flags.flag(0.1, 'Weight of |y|^2 / 2.', low=1e-12)
+  steps: int = flags.flag(
     500, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  lower_rate: float = app.flag(0.5, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = app.flag(
+  lower_rate: float = flags.flag(0.5, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = flags.flag(
     0.5, 'Rate of the linear system and the Neumann series.', low=0.0
   )
-  rates: tuple[float, ...] = app.flag(
+  rates: tuple[float, ...] = flags.flag(
     (0.1, 0.3, 1.0, 3.0, 10.0), 'Grid of upper rates.', low=0.0
   )
 
@@ -72,7 +73,7 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
   try:
     lines = pathlib.Path(path).read_text(errors='replace').split('\n')
   except OSError as error:
-    raise app.UserError(f'--vectors={path}: {error.strerror}') from error
+    raise flags.UserError(f'--vectors={path}: {error.strerror}') from error
   for number, line in enumerate(lines, 1):
     word, *numbers = line.split()[:1] + line.split()[1:] or ['']
     if word not in place:
@@ -80,7 +81,7 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
     try:
       table[place[word]] = np.array(numbers, np.float32)
     except ValueError as error:
-      raise app.UserError(
+      raise flags.UserError(
         f'--vectors={path}: line {number} has {len(numbers)} numbers, not'
         f' {width} (--width)'
       ) from error
@@ -226,7 +227,7 @@ def main(config: Config) -> None:
   )  # fmt: skip
   problem = make_problem(config, sentences)
   program = 'hyper_representation'
-  with runner.Session(program, config, show='valid_loss') as session:
+  with Session(program, config, show='valid_loss') as session:
     rows = tuning.compare(session, config, problem)
     tuning.show(f'{config.dataset}, {config.cell} encoder', problem, rows)
     tuning.draw(session, config, problem.reported[0], program)
@@ -234,4 +235,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -9,162 +9,51 @@ a log penalty for each group, or each parameter, of a recurrent classifier.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import scipy.optimize
-from sklearn import datasets
 
-from experiments import app
-from experiments import runner
-from experiments import text
-from experiments import tuning
+from .lab import flags
+from .lab import launch
+from .lab import tuning
+from .lab.session import Session
+from .problems import penalties
+from .problems import text
 
 # Log penalty before learning.
-START = {'ridge': -7.0, 'logistic': 0.0, 'text': -7.0}
-# Few rows to train on, so that a penalty helps.
-TRAIN_ROWS, VALID_ROWS = 40, 200
+START = -7.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(tuning.Config):
   """Flags."""
 
-  problem: str = app.flag(
+  problem: str = flags.flag(
     'ridge', 'What is regularized.', choices=('ridge', 'logistic', 'text')
   )
-  dataset: str = app.flag('trec', 'Sentences.', choices=text.NAMES)
-  min_count: int = app.flag(
+  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
-  cell: str = app.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
-  width: int = app.flag(24, 'Width of embedding and state.', low=1)
-  max_length: int = app.flag(12, 'Words of a sentence.', low=1)
-  precision: str = app.flag(
+  cell: str = flags.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
+  width: int = flags.flag(24, 'Width of embedding and state.', low=1)
+  max_length: int = flags.flag(12, 'Words of a sentence.', low=1)
+  precision: str = flags.flag(
     'float64', 'Floating point type.', choices=('float32', 'float64')
   )
-  per_parameter: bool = app.flag(False, 'A penalty for each parameter.')
-  batch: int = app.flag(8, 'Rows of a sample.', low=1)
-  steps: int = app.flag(
+  per_parameter: bool = flags.flag(False, 'A penalty for each parameter.')
+  batch: int = flags.flag(8, 'Rows of a sample.', low=1)
+  steps: int = flags.flag(
     4000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  lower_rate: float = app.flag(0.05, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = app.flag(
+  lower_rate: float = flags.flag(0.05, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = flags.flag(
     0.05, 'Rate of the linear system and the Neumann series.', low=0.0
   )
-  rates: tuple[float, ...] = app.flag(
+  rates: tuple[float, ...] = flags.flag(
     (0.01, 0.03, 0.1, 0.3, 1.0), 'Grid of upper rates.', low=0.0
   )
-
-
-def split(features, targets):
-  """Rows to train on, to validate and to test."""
-  order = np.random.RandomState(0).permutation(len(targets))
-  rows = np.split(order, [TRAIN_ROWS, TRAIN_ROWS + VALID_ROWS])
-  features = (features - features.mean(0)) / features.std(0)
-  return [(features[part], targets[part]) for part in rows]
-
-
-def linear_problem(config: Config) -> tuple[tuning.Problem, float, float]:
-  """Ridge or logistic regression; the best log penalty and its value."""
-  if TRAIN_ROWS % config.batch or VALID_ROWS % config.batch:
-    raise app.UserError(
-      f'--batch={config.batch}: must divide {TRAIN_ROWS} and {VALID_ROWS} rows'
-    )
-  ridge = config.problem == 'ridge'
-  features: Any
-  targets: Any
-  if ridge:
-    bunch: Any = datasets.load_diabetes()
-    features, targets = bunch.data, bunch.target
-    targets = (targets - targets.mean()) / targets.std()
-  else:
-    bunch: Any = datasets.load_breast_cancer()
-    features, targets = bunch.data, 2.0 * bunch.target - 1.0
-  parts = [
-    tuple(np.asarray(leaf, config.precision) for leaf in part)
-    for part in split(features, targets)
-  ]
-  data = dict(zip(('train', 'valid', 'test'), parts, strict=True))
-
-  def loss(y, part):
-    features, targets = part
-    scores = features @ y
-    if ridge:
-      return jnp.mean((scores - targets) ** 2) / 2
-    return jnp.mean(jax.nn.softplus(-targets * scores))
-
-  def upper(x, y, batch):
-    del x
-    return loss(y, batch)
-
-  def lower(x, y, batch):
-    return loss(y, batch) + 0.5 * jnp.exp(x) * jnp.sum(y**2)
-
-  blocks = (VALID_ROWS // config.batch, TRAIN_ROWS // config.batch)
-
-  def sample(key, data):
-    keys = jax.random.split(key)
-    return tuple(
-      tuning.draw_block(key, data[part], count)
-      for key, part, count in zip(keys, ('valid', 'train'), blocks, strict=True)
-    )
-
-  def start(key, data):
-    del key
-    size = data['train'][0].shape[1]
-    return jnp.asarray(START[config.problem], config.precision), jnp.zeros(
-      size, config.precision
-    )
-
-  def solve(x, data):
-    """Newton's method: exact for ridge, and converged for logistic."""
-    y = jnp.zeros(data['train'][0].shape[1], config.precision)
-    g = lambda y: lower(x, y, data['train'])
-
-    def body(y, _):
-      step = jnp.linalg.solve(jax.hessian(g)(y), jax.grad(g)(y))
-      # Damped far away, where a full step may overshoot.
-      return y - step / (1.0 + 0.1 * jnp.linalg.norm(step)), None
-
-    return jax.lax.scan(body, y, length=40)[0]
-
-  @jax.jit
-  def value(x):
-    return loss(solve(x, data), data['valid'])
-
-  found = scipy.optimize.minimize_scalar(
-    lambda x: float(value(jnp.asarray(x, config.precision))),
-    bounds=(-12.0, 5.0),
-    method='bounded',
-    options={'xatol': 1e-6},
-  )
-
-  def measure(x, y, data):
-    del y
-    exact = solve(x, data)
-    valid_loss = loss(exact, data['valid'])
-    return {
-      'valid_loss': valid_loss,
-      'regret': jnp.maximum(valid_loss - found.fun, 0.0),
-      'test_loss': loss(exact, data['test']),
-      'log_penalty': x,
-    }
-
-  problem = tuning.Problem(
-    upper,
-    lower,
-    data,
-    sample,
-    start,
-    measure,
-    ('regret', 'test_loss', 'log_penalty'),
-    blocks=blocks,
-  )
-  return problem, float(found.x), float(found.fun)
 
 
 def text_problem(config: Config) -> tuning.Problem:
@@ -174,7 +63,7 @@ def text_problem(config: Config) -> tuning.Problem:
     min_count=config.min_count,
   )  # fmt: skip
   if config.precision != 'float32':
-    raise app.UserError(
+    raise flags.UserError(
       '--problem=text needs --precision=float32: the cells carry float32'
     )
   init, encode = text.functional(
@@ -225,7 +114,7 @@ def text_problem(config: Config) -> tuning.Problem:
     x = jax.tree.map(
       lambda leaf: jnp.full(
         leaf.shape if config.per_parameter else (),
-        START[config.problem],
+        START,
         leaf.dtype,
       ),
       y,
@@ -249,12 +138,14 @@ def text_problem(config: Config) -> tuning.Problem:
 def main(config: Config) -> None:
   """Runs the comparison."""
   program = 'hyperparameter_optimization'
-  with runner.Session(program, config, show='valid_loss') as session:
+  with Session(program, config, show='valid_loss') as session:
     if config.problem == 'text':
       problem = text_problem(config)
       title = f'{config.dataset}, penalties of a {config.cell} classifier'
     else:
-      problem, best, least = linear_problem(config)
+      problem, best, least = penalties.linear(
+        config.problem, config.batch, config.precision
+      )
       session.write('answer', log_penalty=best, valid_loss=least)
       title = (
         f'{config.problem}: the best log penalty is {best:.3f}, with validation'
@@ -267,4 +158,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -27,14 +27,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import devices
-from experiments import image_classifiers
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import devices
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
+from .problems import image_classifiers
 
 TUNING_SEED = 10_000  # And those that follow it.
 _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
@@ -44,34 +46,34 @@ _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
 class Config(devices.Config):
   """Flags."""
 
-  dataset: str = app.flag(
+  dataset: str = flags.flag(
     'digits', 'digits, mnist in data_dir, or an IDX file by path.'
   )
-  data_dir: str = app.flag('', 'Folder with data files.')
-  model: str = app.flag(
+  data_dir: str = flags.flag('', 'Folder with data files.')
+  model: str = flags.flag(
     'mlp', 'Model.', choices=tuple(image_classifiers.MODELS)
   )
-  optimizers: tuple[str, ...] = app.flag(
+  optimizers: tuple[str, ...] = flags.flag(
     ('adagrad',), 'Optimizers.', choices=tuple(image_classifiers.OPTIMIZERS)
   )
-  batches: tuple[str, ...] = app.flag(
+  batches: tuple[str, ...] = flags.flag(
     ('8', '32', '128', '512', 'full')
     + ('norm:0.5', 'norm:1', 'means:1', 'inner:0.5', 'augmented:1'),
     'Batch sizes, and tests with their constants.',
   )
-  first_size: int = app.flag(8, 'First size of a growing batch.', low=2)
-  microbatch: int = app.flag(64, 'Images in a round of the loop.', low=1)
-  epochs: int = app.flag(10, 'Passes over the training images.', low=1)
-  rates: tuple[float, ...] = app.flag(
+  first_size: int = flags.flag(8, 'First size of a growing batch.', low=2)
+  microbatch: int = flags.flag(64, 'Images in a round of the loop.', low=1)
+  epochs: int = flags.flag(10, 'Passes over the training images.', low=1)
+  rates: tuple[float, ...] = flags.flag(
     (0.003, 0.01, 0.03, 0.1, 0.3), 'Grid of learning rates.', low=0.0
   )
-  test_size: int = app.flag(360, 'Images held out for the report.', low=1)
-  valid_size: int = app.flag(
+  test_size: int = flags.flag(360, 'Images held out for the report.', low=1)
+  valid_size: int = flags.flag(
     287, 'Of the others, held out while rates are tuned.', low=1
   )
-  tuning_seeds: int = app.flag(2, 'Seeds of the tuning.', low=1)
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
-  precision: str = app.flag(
+  tuning_seeds: int = flags.flag(2, 'Seeds of the tuning.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
 
@@ -137,7 +139,7 @@ def task(config: Config, data: image_classifiers.Images) -> Task:
 
 
 def run(
-  session: runner.Session,
+  session: Session,
   config: Config,
   task: Task,
   choice: Choice,
@@ -263,7 +265,7 @@ def last(rows: list[dict], method: str) -> list[dict]:
 
 
 def tune(
-  session: runner.Session, config: Config, task: Task, choice: Choice
+  session: Session, config: Config, task: Task, choice: Choice
 ) -> tuple[float, float]:
   """Tries every rate of the grid.
 
@@ -296,7 +298,7 @@ def same_average(row: dict) -> str:
 
 
 def summarize(
-  session: runner.Session, choice: Choice, rate: float, valid_loss: float
+  session: Session, choice: Choice, rate: float, valid_loss: float
 ) -> dict:
   """The summary row of a choice: means and deviations over the seeds."""
   ends = last(session.rows, choice.label)
@@ -346,7 +348,7 @@ def references(
 
 
 def compare(
-  session: runner.Session, pairs: Sequence[tuple[Choice, str, Choice]]
+  session: Session, pairs: Sequence[tuple[Choice, str, Choice]]
 ) -> list[dict]:
   """Differences within the seeds, which share start and first permutation."""
   rows = []
@@ -389,7 +391,7 @@ def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
     edges = (min(config.rates), max(config.rates))
     return f'{value:g}{"*" if value in edges else ""}'
 
-  report.show(
+  tables.show(
     f'{config.dataset}, {config.model}: {config.epochs} epochs, mean ±'
     f' deviation over {config.seeds} seeds; rates of the lowest validation loss'
     f' out of {", ".join(f"{rate:g}" for rate in config.rates)} (* at an end)',
@@ -410,7 +412,7 @@ def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
   )  # fmt: skip
   if not compared:
     return
-  report.show(
+  tables.show(
     'Differences within the seeds, for as many samples',
     (
       'optimizer', 'batch', 'against', 'accuracy, points', 'lowest', 'highest',
@@ -431,9 +433,7 @@ def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
   )  # fmt: skip
 
 
-def draw(
-  session: runner.Session, config: Config, choices: Sequence[Choice]
-) -> None:
+def draw(session: Session, config: Config, choices: Sequence[Choice]) -> None:
   """Batch size and signal-to-noise over samples; accuracy over both."""
   rows = session.select('eval')
   figure, panels = plt.subplots(2, 2, figsize=(10.5, 8.0))
@@ -448,7 +448,7 @@ def draw(
     strict=True,
   ):
     for i, choice in enumerate(choices):
-      xs, middle, low, high = plot.curves(rows, choice.label, x, y)
+      xs, middle, low, high = plots.curves(rows, choice.label, x, y)
       if log_x:  # The start has no place on the axis.
         xs, middle, low, high = xs[1:], middle[1:], low[1:], high[1:]
       color = plt.get_cmap('tab20')(i % 20)
@@ -479,7 +479,7 @@ def draw(
   handles, labels = panels[0][0].get_legend_handles_labels()
   figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.97))
   figure.legend(handles, labels, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  plot.save(
+  plots.save(
     figure,
     session.folder / 'image_classification.png',
     title=f'{config.dataset}, {config.model}',
@@ -501,7 +501,7 @@ def main(config: Config) -> None:
   summary: list[dict] = []
   choices: list[Choice] = []
 
-  with runner.Session('image_classification', config) as session:
+  with Session('image_classification', config) as session:
 
     def add(choice):
       if choice in choices:
@@ -524,4 +524,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

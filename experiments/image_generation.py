@@ -21,12 +21,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn import neural_network
 
-from experiments import app
-from experiments import plot
-from experiments import report
-from experiments import runner
-from experiments import tilted
 import optlab
+
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import tables
+from .lab import tilted
+from .lab.session import Session
 
 SHOWN = 40
 
@@ -35,9 +37,9 @@ SHOWN = 40
 class Config(tilted.Config):
   """Flags of the program."""
 
-  chain_steps: int = app.flag(200, 'Langevin steps of a chain.', low=1)
-  step_size: float = app.flag(0.03, 'Of the chains, in whitened pixels.')
-  seeds: int = app.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
+  chain_steps: int = flags.flag(200, 'Langevin steps of a chain.', low=1)
+  step_size: float = flags.flag(0.03, 'Of the chains, in whitened pixels.')
+  seeds: int = flags.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
 
 
 class Features:
@@ -94,9 +96,9 @@ def sample(
 def main(config: Config) -> None:
   """Trains, samples, and reports."""
   if config.step_size <= 0:
-    raise app.UserError(f'--step_size={config.step_size}: must be positive')
+    raise flags.UserError(f'--step_size={config.step_size}: must be positive')
   data = tilted.load(config.dataset, config.data_dir, seed=0)
-  with runner.Session('image_generation', config, show='ess') as session:
+  with Session('image_generation', config, show='ess') as session:
     run(session, config, data)
   show(session.rows, config)
   path = session.folder / 'samples.png'
@@ -104,7 +106,7 @@ def main(config: Config) -> None:
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(session: runner.Session, config: Config, data: tilted.Images) -> None:
+def run(session: Session, config: Config, data: tilted.Images) -> None:
   """Fits noise and features for every seed, then trains and samples."""
   test_rows, noises, bases, log_qs, features = [], [], [], [], []
   for seed in range(config.seeds):
@@ -193,7 +195,7 @@ def show(rows: Sequence[dict], config: Config) -> None:
       float(np.median(accepted)) if accepted else '-',
     ])  # fmt: skip
   accuracy = [row['accuracy'] for row in rows if row['kind'] == 'classifier']
-  report.show(
+  tables.show(
     f'{config.dataset}: Frechet distance to test images in the features of a'
     f' classifier (accuracy {np.median(accuracy):.3f}), {config.seeds} seeds',
     ['samples', 'median', 'low', 'high', 'nearer than q', 'acceptance'],
@@ -225,10 +227,10 @@ def draw(rows: Sequence[dict], config: Config, side: int, path: Any) -> None:
     axes.set(
       xticks=[], yticks=[], title=f'{row["method"]}: {row["frechet"]:.2f}'
     )
-  plot.save(
+  plots.save(
     figure, path, title=f'{config.dataset}: samples and Frechet distance'
   )
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -3,17 +3,17 @@
 python -m experiments.logistic_regression [--dataset=mushrooms] [--l2=...]
 """
 
-from experiments import app
-from experiments import newton
-from experiments import problems
+from .lab import launch
+from .lab import newton
+from .problems import smooth
 
 Config = newton.RegressionConfig
 
 
 def main(config: newton.RegressionConfig) -> None:
   """Runs the comparison; the data set has two classes."""
-  newton.regress('logistic_regression', problems.logistic, config)
+  newton.regress('logistic_regression', smooth.logistic, config)
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -26,14 +26,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import devices
-from experiments import multi_block_logistic as logistic
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import devices
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
+from .problems import scaled_logistic as logistic
 
 METHODS = ('v1', 'v2', 'rsvrb', 'frozen')
 TUNING_SEED = 10_000
@@ -43,38 +45,38 @@ TUNING_SEED = 10_000
 class Config(devices.Config):
   """Flags."""
 
-  dataset: str = app.flag('a8a', 'Data set: a name or a file.')
-  data_dir: str = app.flag('', 'Folder with data files.')
-  train_rows: int = app.flag(0, 'Training rows to use; 0 is all.', low=0)
-  keep_positive: float = app.flag(
+  dataset: str = flags.flag('a8a', 'Data set: a name or a file.')
+  data_dir: str = flags.flag('', 'Folder with data files.')
+  train_rows: int = flags.flag(0, 'Training rows to use; 0 is all.', low=0)
+  keep_positive: float = flags.flag(
     1.0, 'Fraction of the positive training rows to keep.', low=0.0
   )
-  flip: float = app.flag(0.0, 'Fraction of training labels to flip.', low=0.0)
-  num_blocks: int = app.flag(100, 'Scaled losses, m.', low=1)
-  blocks: int = app.flag(10, 'Blocks sampled in a step, I.', low=1)
-  rows: int = app.flag(32, 'Rows per sampled block, B.', low=1)
-  l2: float = app.flag(1e-5, 'Penalty of the lower problems.', low=0.0)
-  steps: int = app.flag(2000, 'Steps of the runs.', low=20)
-  tuning_steps: int = app.flag(1000, 'Steps of the tuning runs.', low=20)
-  looks: int = app.flag(20, 'Evaluations of a run.', low=1)
-  upper_rates: tuple[float, ...] = app.flag(
+  flip: float = flags.flag(0.0, 'Fraction of training labels to flip.', low=0.0)
+  num_blocks: int = flags.flag(100, 'Scaled losses, m.', low=1)
+  blocks: int = flags.flag(10, 'Blocks sampled in a step, I.', low=1)
+  rows: int = flags.flag(32, 'Rows per sampled block, B.', low=1)
+  l2: float = flags.flag(1e-5, 'Penalty of the lower problems.', low=0.0)
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
+  tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
+  looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
+  upper_rates: tuple[float, ...] = flags.flag(
     (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
   )
-  lower_rates: tuple[float, ...] = app.flag(
+  lower_rates: tuple[float, ...] = flags.flag(
     (0.3, 1.0, 3.0),
     'Grid of steps of a block between two visits.',
     low=0.0,
   )
-  alpha: float = app.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
-  beta: float = app.flag(0.1, 'Rate of the hypergradient.', low=0.0)
-  floor: float = app.flag(1e-3, 'Least eigenvalue of a tracked Hessian.')
-  damping: float = app.flag(1e-2, 'Added to each Hessian sample.', low=0.0)
-  methods: tuple[str, ...] = app.flag(METHODS, 'Methods.', choices=METHODS)
-  max_numbers: float = app.flag(
+  alpha: float = flags.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
+  beta: float = flags.flag(0.1, 'Rate of the hypergradient.', low=0.0)
+  floor: float = flags.flag(1e-3, 'Least eigenvalue of a tracked Hessian.')
+  damping: float = flags.flag(1e-2, 'Added to each Hessian sample.', low=0.0)
+  methods: tuple[str, ...] = flags.flag(METHODS, 'Methods.', choices=METHODS)
+  max_numbers: float = flags.flag(
     1e8, 'The most numbers in a cross Jacobian table of RSVRB.', low=0.0
   )
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
-  precision: str = app.flag(
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
 
@@ -98,14 +100,14 @@ class Problem(NamedTuple):
 def load(config: Config) -> Problem:
   """Reads, splits and spoils the data."""
   if config.keep_positive > 1.0 or config.flip > 1.0:
-    raise app.UserError('--keep_positive and --flip are fractions, at most 1')
+    raise flags.UserError('--keep_positive and --flip are fractions, at most 1')
   if config.blocks > config.num_blocks:
-    raise app.UserError(
+    raise flags.UserError(
       f'--blocks={config.blocks}: more than --num_blocks={config.num_blocks}'
     )
   for name in ('alpha', 'beta'):
     if not 0.0 < getattr(config, name) < 1.0:
-      raise app.UserError(f'--{name}={getattr(config, name)}: not in (0, 1)')
+      raise flags.UserError(f'--{name}={getattr(config, name)}: not in (0, 1)')
   random = np.random.default_rng(0)
   split = logistic.load(
     config.dataset, config.data_dir, keep_positive=config.keep_positive,
@@ -287,20 +289,20 @@ def draw(rows: list[dict], path) -> None:
   figure, panels = plt.subplots(2, 2, figsize=(10.0, 7.0), sharex='col')
   for line, y in zip(panels, ('validation', 'test'), strict=True):
     for axes, x in zip(line, ('samples', 'seconds'), strict=True):
-      plot.draw_lines(
+      plots.draw_lines(
         axes, [('', rows)], x, y, log_x=False, log_y=False,
         keep=lambda method: not method.startswith('tuning'),
       )  # fmt: skip
       axes.set_ylabel(f'{y} loss')
       axes.label_outer()
   panels[0][0].legend(fontsize=8)
-  plot.save(figure, path)
+  plots.save(figure, path)
 
 
 def main(config: Config) -> None:
   """Compares the methods, prints the table and draws the picture."""
   problem = load(config)
-  with runner.Session(
+  with Session(
     'multi_block_hyperparameters', config, show='validation'
   ) as session:
     compare(session, config, problem)
@@ -322,7 +324,7 @@ def main(config: Config) -> None:
         f'{spread:.4f}', f'{middle["accuracy"]:.4f}', middle['moved'],
         middle['seconds'],
       ))  # fmt: skip
-    report.show(
+    tables.show(
       f'{config.dataset}, m = {config.num_blocks}: median of {config.seeds}'
       f' seeds after {config.steps} steps',
       ('method', 'rate of p', 'rate of w', 'validation', 'test',
@@ -335,4 +337,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

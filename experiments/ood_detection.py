@@ -20,19 +20,21 @@ import numpy as np
 from sklearn import metrics
 from sklearn import neighbors
 
-from experiments import app
-from experiments import plot
-from experiments import report
-from experiments import runner
-from experiments import tilted
 import optlab
+
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import tables
+from .lab import tilted
+from .lab.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(tilted.Config):
   """Flags of the program."""
 
-  seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
 
 
 def split(data: tilted.Images, seed: int) -> tuple[np.ndarray, ...]:
@@ -78,7 +80,7 @@ def auroc(inside: Any, outside: Any) -> float:
 def main(config: Config) -> None:
   """Trains, scores, and reports."""
   data = tilted.load(config.dataset, config.data_dir, seed=0)
-  with runner.Session('ood_detection', config, show='ess') as session:
+  with Session('ood_detection', config, show='ess') as session:
     run(session, config, data)
   show(session.rows, config)
   path = session.folder / 'auroc.png'
@@ -86,7 +88,7 @@ def main(config: Config) -> None:
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(session: runner.Session, config: Config, data: tilted.Images) -> None:
+def run(session: Session, config: Config, data: tilted.Images) -> None:
   """Fits the noise of every seed, then trains and scores each method."""
   parts: list[Any] = []
   noises: list[tilted.Noise] = []
@@ -155,7 +157,7 @@ def show(rows: Sequence[dict], config: Config) -> None:
       name, float(np.median(values)), min(values), max(values),
       '-' if name == 'nearest neighbour' else f'{wins} of {len(mine)}',
     ])  # fmt: skip
-  report.show(
+  tables.show(
     f'{config.dataset}: AUROC of left-out classes, {config.seeds} seeds',
     ['score', 'median', 'low', 'high', 'beats nearest neighbour'],
     sorted(table, key=lambda row: row[1], reverse=True),
@@ -184,8 +186,8 @@ def draw(rows: Sequence[dict], config: Config, path: Any) -> None:
     xlabel='AUROC, known against left-out classes',
   )
   axes.grid(alpha=0.3)
-  plot.save(figure, path, title=f'{config.dataset}, {config.seeds} seeds')
+  plots.save(figure, path, title=f'{config.dataset}, {config.seeds} seeds')
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

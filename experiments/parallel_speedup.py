@@ -19,14 +19,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import devices
-from experiments import multi_block_quadratic as quadratic
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import devices
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
+from .problems import quadratic
 
 LOOK = 10  # Steps from one look to the next.
 WINDOW = 10  # Looks over which the gap must stay below the target.
@@ -36,24 +38,26 @@ WINDOW = 10  # Looks over which the gap must stay below the target.
 class Config(devices.Config):
   """Flags."""
 
-  num_blocks: int = app.flag(100, 'Blocks of the problem, m.', low=1)
-  blocks: tuple[int, ...] = app.flag(
+  num_blocks: int = flags.flag(100, 'Blocks of the problem, m.', low=1)
+  blocks: tuple[int, ...] = flags.flag(
     (5, 10, 25, 50, 100), 'Blocks sampled in a step, I.', low=1
   )
-  rows: tuple[int, ...] = app.flag((1, 8), 'Rows per sampled block, B.', low=1)
-  upper_rates: tuple[float, ...] = app.flag(
+  rows: tuple[int, ...] = flags.flag(
+    (1, 8), 'Rows per sampled block, B.', low=1
+  )
+  upper_rates: tuple[float, ...] = flags.flag(
     (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64), 'Rates of x.', low=0.0
   )
-  lower_rates: tuple[float, ...] = app.flag(
+  lower_rates: tuple[float, ...] = flags.flag(
     (0.01, 0.03, 0.1, 0.3), 'Steps of a block between two visits.', low=0.0
   )
-  noise: float = app.flag(3.0, 'Standard deviation of a row.', low=0.0)
-  target: float = app.flag(3e-3, 'F - F* to reach.', low=0.0)
-  steps: int = app.flag(4000, 'The most steps of a cell.', low=LOOK)
-  alpha: float = app.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
-  beta: float = app.flag(0.1, 'Rate of the hypergradient.', low=0.0)
-  dual: str = app.flag('v2', 'Variant of BSVRB.', choices=('v1', 'v2'))
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
+  noise: float = flags.flag(3.0, 'Standard deviation of a row.', low=0.0)
+  target: float = flags.flag(3e-3, 'F - F* to reach.', low=0.0)
+  steps: int = flags.flag(4000, 'The most steps of a cell.', low=LOOK)
+  alpha: float = flags.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
+  beta: float = flags.flag(0.1, 'Rate of the hypergradient.', low=0.0)
+  dual: str = flags.flag('v2', 'Variant of BSVRB.', choices=('v1', 'v2'))
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
 
 
 class Cell(NamedTuple):
@@ -252,28 +256,28 @@ def draw(rows: list[dict], path) -> None:
     axes.set_ylabel(f'{field} to the target')
     axes.grid(alpha=0.3, which='both')
   panels[0].legend()
-  plot.save(figure, path)
+  plots.save(figure, path)
 
 
 def main(config: Config) -> None:
   """Runs every cell, prints the table and draws the picture."""
   if max(config.blocks) > config.num_blocks:
-    raise app.UserError(
+    raise flags.UserError(
       f'--blocks={max(config.blocks)}: more than --num_blocks='
       f'{config.num_blocks}'
     )
   for name in ('alpha', 'beta'):
     if not 0.0 < getattr(config, name) < 1.0:
-      raise app.UserError(f'--{name}={getattr(config, name)}: not in (0, 1)')
+      raise flags.UserError(f'--{name}={getattr(config, name)}: not in (0, 1)')
   data, best = problem(config)
   cells = [Cell(i, b) for b in config.rows for i in config.blocks]
-  with runner.Session('parallel_speedup', config, show='best') as session:
+  with Session('parallel_speedup', config, show='best') as session:
     for cell in cells:
       run_cell(session, config, data, best, cell)
       summarize(session, config, data, cell)
     rows = session.rows
     summaries = record.select(rows, 'summary')
-    report.show(
+    tables.show(
       f'steps to F - F* <= {config.target:g}, best rates of the grid,'
       f' median of {config.seeds} seeds',
       ('step', 'iterations', 'seconds', 'rate of x', 'rate of y', 'speedup'),
@@ -300,4 +304,4 @@ def speedup(summaries: list[dict], row: dict) -> float | None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -4,205 +4,31 @@ python -m experiments.plot RECORD... overlays any records, each a file or the
 folder of a run. What is drawn comes from the records alone.
 """
 
-from collections.abc import Callable, Sequence
 import dataclasses
-import itertools
-import math
 import pathlib
-from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
-import numpy as np
-
-from experiments import app
-from experiments import record
-
-mpl.use('Agg')
-
-LABELS = {
-  'calls': 'oracle calls (gradients + Hessian-vector products)',
-  'gradients': 'gradients',
-  'products': 'Hessian-vector products',
-  'samples': 'samples',
-  'seconds': 'seconds (compilation excluded)',
-  'solves': 'linear solves',
-  'step': 'steps',
-  'suboptimality': 'f - f*',
-}
-_STYLES = ('-', '--', '-.', ':')
-
-
-def get(row: dict[str, Any], name: str) -> float:
-  """A field of a row; ``calls`` may be the sum of gradients and products."""
-  if name == 'calls' and name not in row:
-    counts = [row.get('gradients'), row.get('products')]
-    return sum(count for count in counts if count is not None)
-  value = row.get(name)
-  return math.nan if value is None else value
-
-
-def curves(
-  rows: Sequence[dict], method: str, x: str, y: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Median x and y, and lowest and highest y, of a method's seeds by step.
-
-  Args:
-    rows: Rows of a record.
-    method: The method's name.
-    x: Field on the x axis.
-    y: Field on the y axis.
-
-  Returns:
-    Four arrays with one entry a step.
-  """
-  by_step: dict[int, list[dict]] = {}
-  for row in record.select(rows, 'eval', method=method):
-    by_step.setdefault(row['step'], []).append(row)
-  points = np.empty((0, 4))
-  for step in sorted(by_step):
-    xs = [get(row, x) for row in by_step[step]]
-    ys = [get(row, y) for row in by_step[step]]
-    row = [np.median(xs), np.median(ys), np.min(ys), np.max(ys)]
-    points = np.vstack([points, row])
-  return points[:, 0], points[:, 1], points[:, 2], points[:, 3]
-
-
-def methods(rows: Sequence[dict]) -> list[str]:
-  """The methods of a record, in order."""
-  found = (row['method'] for row in rows if row['kind'] == 'eval')
-  return list(dict.fromkeys(found))
-
-
-def save(
-  figure: plt.Figure, path: str | pathlib.Path, *, title: str | None = None
-) -> None:
-  """Writes a picture whole or not at all, and closes it."""
-  if title:
-    figure.suptitle(title)
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}')
-  figure.savefig(
-    temporary, format=path.suffix[1:], dpi=150, bbox_inches='tight'
-  )
-  temporary.rename(path)
-  plt.close(figure)
-
-
-def draw_lines(
-  axes: plt.Axes,
-  records: Sequence[tuple[str, Sequence[dict]]],
-  x: str,
-  y: str,
-  *,
-  log_x: bool = True,
-  log_y: bool = True,
-  floor: float = 1e-17,
-  keep: Callable[[str], bool] = lambda method: True,
-) -> None:
-  """Draws y against x for every method of the records.
-
-  Args:
-    axes: Where to draw.
-    records: Pairs of a label, put before the methods' names, and rows.
-    x: Field on the x axis.
-    y: Field on the y axis.
-    log_x: Whether x has a logarithmic axis.
-    log_y: Whether y has a logarithmic axis.
-    floor: On a logarithmic axis values below this are drawn at it.
-    keep: Which methods to draw.
-  """
-  style = itertools.cycle(_STYLES)
-  for label, rows in records:
-    line = next(style)
-    for i, method in enumerate(filter(keep, methods(rows))):
-      xs, middle, low, high = curves(rows, method, x, y)
-      if log_y:
-        middle, low, high = (np.maximum(v, floor) for v in (middle, low, high))
-      shown = np.isfinite(xs) & np.isfinite(middle)
-      if log_x:
-        shown &= xs > 0
-      if not np.any(shown):
-        continue
-      color = f'C{i % 10}'
-      name = f'{label}: {method}' if label else method
-      mark = 'o' if np.sum(shown) < 40 else None
-      axes.plot(
-        xs[shown], middle[shown], line,
-        color=color, label=name, marker=mark, markersize=3,
-      )  # fmt: skip
-      axes.fill_between(
-        xs[shown], low[shown], high[shown], color=color, alpha=0.15, lw=0
-      )
-  axes.set_xscale('log' if log_x else 'linear')
-  axes.set_yscale('log' if log_y else 'linear')
-  axes.set_xlabel(LABELS.get(x, x))
-  axes.set_ylabel(LABELS.get(y, y))
-  axes.grid(alpha=0.3)
-
-
-def draw(
-  records: Sequence[tuple[str, dict, Sequence[dict]]],
-  path: str | pathlib.Path,
-  *,
-  x: Sequence[str],
-  y: str,
-  log_x: bool = True,
-  log_y: bool = True,
-) -> None:
-  """Draws one panel for each x, and one legend.
-
-  Args:
-    records: Triples of label, header and rows.
-    path: The picture's file, .png, .pdf or .svg.
-    x: Fields on the x axes.
-    y: Field on the y axes.
-    log_x: Whether the x axes are logarithmic.
-    log_y: Whether the y axes are logarithmic.
-  """
-  figure, panels = plt.subplots(
-    1, len(x), figsize=(5.0 * len(x), 4.0), squeeze=False, sharey=True
-  )
-  pairs = [(label, rows) for label, _, rows in records]
-  for axes, name in zip(panels[0], x, strict=True):
-    draw_lines(axes, pairs, name, y, log_x=log_x, log_y=log_y)
-    axes.label_outer()
-    axes.set_xlabel(LABELS.get(name, name))
-  handles, names = panels[0][0].get_legend_handles_labels()
-  if not handles:
-    handles, names = panels[0][-1].get_legend_handles_labels()
-  if not handles:
-    plt.close(figure)
-    raise app.UserError(f'no rows with both {" or ".join(x)} and {y} to draw')
-  figure.legend(
-    handles, names, loc='center left', bbox_to_anchor=(0.92, 0.5), fontsize=8
-  )
-  titles = dict.fromkeys(
-    ' '.join(
-      str(part)
-      for part in (header['program'], header['config'].get('dataset', ''))
-    ).strip()
-    for _, header, _ in records
-  )
-  save(figure, path, title=', '.join(titles))
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
 
 
 @dataclasses.dataclass(frozen=True)
-class PlotConfig(app.BareConfig):
+class Config(flags.BareConfig):
   """What `python -m experiments.plot` draws."""
 
-  records: tuple[str, ...] = app.positional('Records, or folders of runs.')
-  x: tuple[str, ...] = app.flag(('calls', 'seconds'), 'Fields on the x axes.')
-  y: str = app.flag('', "Field on the y axis; the first record's if empty.")
-  log_x: bool = app.flag(True, 'Logarithmic x axes.')
-  log_y: bool = app.flag(True, 'Logarithmic y axis.')
-  output: str = app.flag('records.png', 'The picture: .png, .pdf or .svg.')
+  records: tuple[str, ...] = flags.positional('Records, or folders of runs.')
+  x: tuple[str, ...] = flags.flag(('calls', 'seconds'), 'Fields on the x axes.')
+  y: str = flags.flag('', "Field on the y axis; the first record's if empty.")
+  log_x: bool = flags.flag(True, 'Logarithmic x axes.')
+  log_y: bool = flags.flag(True, 'Logarithmic y axis.')
+  output: str = flags.flag('records.png', 'The picture: .png, .pdf or .svg.')
 
 
-def main(config: PlotConfig) -> None:
+def main(config: Config) -> None:
   """Draws the records."""
   if pathlib.Path(config.output).suffix not in ('.png', '.pdf', '.svg'):
-    raise app.UserError(f'--output={config.output}: not .png, .pdf or .svg')
+    raise flags.UserError(f'--output={config.output}: not .png, .pdf or .svg')
   several = len(config.records) > 1
   loaded = []
   for path in config.records:
@@ -211,7 +37,7 @@ def main(config: PlotConfig) -> None:
     name = label.parent.name if label.is_file() else label.name
     loaded.append((name if several else '', header, rows))
   y = config.y or loaded[0][1].get('show', 'value')
-  draw(
+  plots.draw(
     loaded, config.output,
     x=config.x, y=y, log_x=config.log_x, log_y=config.log_y,
   )  # fmt: skip
@@ -219,4 +45,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, PlotConfig)
+  launch.run(main, Config)

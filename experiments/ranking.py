@@ -25,13 +25,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import devices
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import devices
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
 
 METHODS = ('bsvrb_v1', 'bsvrb_v2', 'pointwise', 'listwise')
 TUNING_SEED = 10_000
@@ -42,31 +44,31 @@ CUTS = (5, 10)
 class Config(devices.Config):
   """Flags."""
 
-  queries: int = app.flag(200, 'Training queries, m.', low=1)
-  documents: int = app.flag(40, 'Documents of a query, n.', low=2)
-  features: int = app.flag(20, 'Features of a document.', low=2)
-  hidden: int = app.flag(16, 'Hidden units of the model.', low=1)
-  noise: float = app.flag(0.5, 'Noise of the relevance.', low=0.0)
-  blocks: int = app.flag(20, 'Queries sampled in a step, I.', low=1)
-  top: int = app.flag(10, 'K of the thresholds.', low=1)
-  steps: int = app.flag(2000, 'Steps of the runs.', low=20)
-  warm_fraction: float = app.flag(
+  queries: int = flags.flag(200, 'Training queries, m.', low=1)
+  documents: int = flags.flag(40, 'Documents of a query, n.', low=2)
+  features: int = flags.flag(20, 'Features of a document.', low=2)
+  hidden: int = flags.flag(16, 'Hidden units of the model.', low=1)
+  noise: float = flags.flag(0.5, 'Noise of the relevance.', low=0.0)
+  blocks: int = flags.flag(20, 'Queries sampled in a step, I.', low=1)
+  top: int = flags.flag(10, 'K of the thresholds.', low=1)
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
+  warm_fraction: float = flags.flag(
     0.5, 'Part of the steps in which BSVRB trains listwise.', low=0.0
   )
-  tuning_steps: int = app.flag(1000, 'Steps of the tuning runs.', low=20)
-  looks: int = app.flag(20, 'Evaluations of a run.', low=1)
-  rates: tuple[float, ...] = app.flag(
+  tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
+  looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
+  rates: tuple[float, ...] = flags.flag(
     (0.001, 0.003, 0.01, 0.03), 'Grid of rates of Adam.', low=0.0
   )
-  lower_rate: float = app.flag(
+  lower_rate: float = flags.flag(
     0.3, 'Step of a threshold between two visits.', low=0.0
   )
-  smoothness: float = app.flag(0.1, 'Smoothness of a threshold.', low=1e-6)
-  steepness: float = app.flag(2.0, 'Steepness of the selection.', low=0.0)
-  convexity: float = app.flag(0.01, 'Penalty of a threshold.', low=0.0)
-  methods: tuple[str, ...] = app.flag(METHODS, 'Methods.', choices=METHODS)
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
-  precision: str = app.flag(
+  smoothness: float = flags.flag(0.1, 'Smoothness of a threshold.', low=1e-6)
+  steepness: float = flags.flag(2.0, 'Steepness of the selection.', low=0.0)
+  convexity: float = flags.flag(0.01, 'Penalty of a threshold.', low=0.0)
+  methods: tuple[str, ...] = flags.flag(METHODS, 'Methods.', choices=METHODS)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
 
@@ -325,30 +327,30 @@ def draw(rows: list[dict], path) -> None:
   """Test NDCG at both cuts against queries seen."""
   figure, panels = plt.subplots(1, len(CUTS), figsize=(10.0, 4.0))
   for axes, cut in zip(panels, CUTS, strict=True):
-    plot.draw_lines(
+    plots.draw_lines(
       axes, [('', rows)], 'samples', f'ndcg{cut}', log_x=False, log_y=False,
       keep=lambda method: not method.startswith('tuning'),
     )  # fmt: skip
     axes.set_xlabel('queries seen')
     axes.set_ylabel(f'test NDCG@{cut}')
   panels[0].legend(fontsize=8)
-  plot.save(figure, path)
+  plots.save(figure, path)
 
 
 def main(config: Config) -> None:
   """Compares the methods, prints the table and draws the picture."""
   if config.blocks > config.queries:
-    raise app.UserError(
+    raise flags.UserError(
       f'--blocks={config.blocks}: more than --queries={config.queries}'
     )
   if config.top >= config.documents:
-    raise app.UserError(
+    raise flags.UserError(
       f'--top={config.top}: must be below --documents={config.documents}'
     )
   if config.warm_fraction > 1.0:
-    raise app.UserError('--warm_fraction is a fraction, at most 1')
+    raise flags.UserError('--warm_fraction is a fraction, at most 1')
   data = synthesize(config)
-  with runner.Session('ranking', config, show='ndcg10') as session:
+  with Session('ranking', config, show='ndcg10') as session:
     for name in config.methods:
       compare(session, config, data, name)
     rows = session.rows
@@ -361,7 +363,7 @@ def main(config: Config) -> None:
         values = [row[f'ndcg{cut}'] for row in last]
         line += [f'{np.median(values):.4f}', f'{np.ptp(values):.4f}']
       table.append((*line, last[0]['seconds']))
-    report.show(
+    tables.show(
       f'ranking, {config.queries} queries of {config.documents} documents,'
       f' K = {config.top}: median of {config.seeds} seeds',
       ('method', 'rate', 'NDCG@5', 'spread', 'NDCG@10', 'spread', 'seconds'),
@@ -373,4 +375,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import app
-from experiments import density_estimation
-from experiments import distant_mean
-from experiments import record
-from experiments import report
-from experiments import tuning
+from . import density_estimation
+from .lab import flags
+from .lab import launch
+from .lab import record
+from .lab import tables
+from .lab import tuning
+from .problems import distant_mean
 
 GNS, DIFFGRAD, ADADAGRAD, BO_REP, BSVRB, MECO = (
   'Semenov, Jaggi, Doikov', 'Dubey et al.', 'Lau, Liu, Kolar',
@@ -140,15 +141,15 @@ RUNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.BareConfig):
+class Config(flags.BareConfig):
   """Flags."""
 
-  output_dir: str = app.flag('results/reproduce', 'Folder of results.')
-  data_dir: str = app.flag('', 'Folder with TREC and a8a; skipped if empty.')
-  only: tuple[str, ...] = app.flag(
+  output_dir: str = flags.flag('results/reproduce', 'Folder of results.')
+  data_dir: str = flags.flag('', 'Folder with TREC and a8a; skipped if empty.')
+  only: tuple[str, ...] = flags.flag(
     tuple(RUNS), 'Runs to do.', choices=tuple(RUNS)
   )
-  resume: bool = app.flag(False, 'Go on where a run in output_dir stopped.')
+  resume: bool = flags.flag(False, 'Go on where a run in output_dir stopped.')
 
 
 def ends(rows: Rows, method: str, field: str) -> np.ndarray:
@@ -518,9 +519,9 @@ def main(config: Config) -> None:
     with (folder / 'output.txt').open('w') as output:
       done = subprocess.run(line, stdout=output, check=False)
     if done.returncode == 130:
-      raise app.InterruptedRun('interrupted; go on with --resume')
+      raise flags.InterruptedRun('interrupted; go on with --resume')
     if done.returncode:
-      raise app.UserError(
+      raise flags.UserError(
         f'the run {name} failed; see above and {folder / "output.txt"}'
       )
   table = []
@@ -542,7 +543,7 @@ def main(config: Config) -> None:
       indent=1,
     )
   )
-  report.show(
+  tables.show(
     'Claims of the six papers',
     ('claim', 'verdict', 'number'),
     [
@@ -554,4 +555,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

@@ -5,16 +5,17 @@ python -m experiments.softmax_regression [--dataset=digits] [--l2=...]
 
 import dataclasses
 
-from experiments import app
-from experiments import newton
-from experiments import problems
+from .lab import flags
+from .lab import launch
+from .lab import newton
+from .problems import smooth
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(newton.RegressionConfig):
   """Flags."""
 
-  dataset: str = app.flag(
+  dataset: str = flags.flag(
     'digits',
     'digits, mushrooms, breast_cancer, mnist in data_dir, a LIBSVM or IDX file'
     ' by path or by name in data_dir, or openml:NAME.',
@@ -23,8 +24,8 @@ class Config(newton.RegressionConfig):
 
 def main(config: Config) -> None:
   """Runs the comparison."""
-  newton.regress('softmax_regression', problems.softmax, config)
+  newton.regress('softmax_regression', smooth.softmax, config)
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

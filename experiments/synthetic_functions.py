@@ -18,12 +18,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
 
 
 def f1(x: jax.Array) -> jax.Array:
@@ -73,32 +75,30 @@ def optimizer(name: str, config: Any) -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(flags.Config):
   """Flags."""
 
-  functions: tuple[str, ...] = app.flag(
+  functions: tuple[str, ...] = flags.flag(
     tuple(FUNCTIONS), 'Functions.', choices=tuple(FUNCTIONS)
   )
-  optimizers: tuple[str, ...] = app.flag(
+  optimizers: tuple[str, ...] = flags.flag(
     OPTIMIZERS, 'Optimizers.', choices=OPTIMIZERS
   )
-  gradient: str = app.flag(
+  gradient: str = flags.flag(
     'exact',
     "Derivative of F2, or what the authors' notebook has in its place.",
     choices=('exact', 'authors'),
   )
-  start: float = app.flag(-1.0, 'Start of seed 0.')
-  spread: float = app.flag(0.05, 'Starts are up to so far away.', low=0.0)
-  rate: float = app.flag(0.1, 'Learning rate.', low=0.0)
-  b1: float = app.flag(0.95, 'Decay of the first moment.', low=0.0)
-  b2: float = app.flag(0.999, 'Decay of the second moment.', low=0.0)
-  steps: int = app.flag(300, 'Steps, a multiple of 5.', low=1)
-  seeds: int = app.flag(21, 'Number of starts.', low=1)
+  start: float = flags.flag(-1.0, 'Start of seed 0.')
+  spread: float = flags.flag(0.05, 'Starts are up to so far away.', low=0.0)
+  rate: float = flags.flag(0.1, 'Learning rate.', low=0.0)
+  b1: float = flags.flag(0.95, 'Decay of the first moment.', low=0.0)
+  b2: float = flags.flag(0.999, 'Decay of the second moment.', low=0.0)
+  steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=1)
+  seeds: int = flags.flag(21, 'Number of starts.', low=1)
 
 
-def run(
-  session: runner.Session, config: Config, function: str, name: str
-) -> None:
+def run(session: Session, config: Config, function: str, name: str) -> None:
   """One optimizer on one function, from all starts."""
   dtype = jnp.dtype(config.precision)
   value = FUNCTIONS[function]
@@ -138,7 +138,7 @@ def _minimum(function):
   return grid[np.argmin(values)], values.min()
 
 
-def summarize(session: runner.Session, config: Config) -> list[dict]:
+def summarize(session: Session, config: Config) -> list[dict]:
   """Where each optimizer ends, and how often at the global minimum."""
   summary = []
   for function, name in itertools.product(config.functions, config.optimizers):
@@ -162,7 +162,7 @@ def summarize(session: runner.Session, config: Config) -> list[dict]:
   return summary
 
 
-def draw(session: runner.Session, config: Config) -> None:
+def draw(session: Session, config: Config) -> None:
   """The functions, and x over the steps from the paper's start."""
   figure, panels = plt.subplots(
     2, len(config.functions), figsize=(4.5 * len(config.functions), 7.0),
@@ -189,17 +189,17 @@ def draw(session: runner.Session, config: Config) -> None:
   handles, labels = panels[1][0].get_legend_handles_labels()
   figure.tight_layout()
   figure.legend(handles, labels, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  plot.save(figure, session.folder / 'synthetic_functions.png')
+  plots.save(figure, session.folder / 'synthetic_functions.png')
 
 
 def main(config: Config) -> None:
   """Runs all optimizers on all functions."""
   pairs = list(itertools.product(config.functions, config.optimizers))
-  with runner.Session('synthetic_functions', config) as session:
+  with Session('synthetic_functions', config) as session:
     for function, name in pairs:
       run(session, config, function, name)
     summary = summarize(session, config)
-    report.show(
+    tables.show(
       f'From x = {config.start:g}, {config.steps} steps, rate'
       f' {config.rate:g}, b1 {config.b1:g}; and {config.seeds} starts within'
       f' {config.spread:g}',
@@ -221,4 +221,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

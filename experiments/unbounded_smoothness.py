@@ -19,55 +19,59 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import bilevel
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import record
+from .lab import tables
+from .lab.session import Session
+from .methods import bilevel
 
 WINDOW = 200  # The value at the end is the median over the last steps.
 NEAR = 0.05  # What counts as solved; the least value is zero.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(flags.Config):
   """Flags."""
 
-  problem: str = app.flag(
+  problem: str = flags.flag(
     'cosh', 'The upper level.', choices=('cosh', 'quartic')
   )
-  start: float = app.flag(
+  start: float = flags.flag(
     12.0, 'Distance of y - t in each coordinate.', low=0.0
   )
-  rates: tuple[float, ...] = app.flag(
+  rates: tuple[float, ...] = flags.flag(
     tuple(float(f'{m}e{e}') for e in range(-7, 0) for m in (1, 3)) + (1.0,),
     'Upper rates.',
     low=0.0,
   )
-  steps: int = app.flag(
+  steps: int = flags.flag(
     3000, 'Steps of bo_rep; the others have as many calls.', low=WINDOW
   )
-  equal: str = app.flag(
+  equal: str = flags.flag(
     'calls',
     'What the methods have equally much of.',
     choices=('calls', 'steps'),
   )
-  lower_rate: float = app.flag(0.05, 'Rate of y and of the linear system.')
-  lower_steps: int = app.flag(5, 'Lower steps of a round.', low=1)
-  terms: int = app.flag(5, 'Terms of the Neumann series.', low=1)
-  beta: float = app.flag(0.9, 'Momentum of the upper step.', low=0.0)
-  noise: float = app.flag(0.5, 'Standard deviation of the gradients.', low=0.0)
-  methods: tuple[str, ...] = app.flag(
+  lower_rate: float = flags.flag(0.05, 'Rate of y and of the linear system.')
+  lower_steps: int = flags.flag(5, 'Lower steps of a round.', low=1)
+  terms: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
+  beta: float = flags.flag(0.9, 'Momentum of the upper step.', low=0.0)
+  noise: float = flags.flag(
+    0.5, 'Standard deviation of the gradients.', low=0.0
+  )
+  methods: tuple[str, ...] = flags.flag(
     bilevel.METHODS, 'Estimators.', choices=bilevel.METHODS
   )
-  upper_steps: tuple[str, ...] = app.flag(
+  upper_steps: tuple[str, ...] = flags.flag(
     ('plain', 'momentum', 'clipped', 'normalized'),
     'Upper steps.',
     choices=bilevel.UPPER_STEPS,
   )
-  seeds: int = app.flag(5, 'Number of noise seeds.', low=1)
+  seeds: int = flags.flag(5, 'Number of noise seeds.', low=1)
 
 
 class Problem(NamedTuple):
@@ -242,7 +246,7 @@ def span(by_rate: dict[float, list[float]], pick: Any) -> tuple[int, str]:
   return len(good), f'{good[0]:g} to {good[-1]:g}' if good else '-'
 
 
-def summarize(session: runner.Session, config: Config) -> None:
+def summarize(session: Session, config: Config) -> None:
   """Writes a summary row a method, upper step and schedule; shows them."""
   shown = []
   choices = itertools.product(
@@ -271,7 +275,7 @@ def summarize(session: runner.Session, config: Config) -> None:
     session.write('summary', **fields, **row)
     label = f'{name}, {upper_step}, {schedule}'
     shown.append((label, *row.values()))
-  report.show(
+  tables.show(
     f'{config.problem}: of {len(config.rates)} rates, those that end below'
     f' {NEAR} in the median of {config.seeds} seeds; highest value over the'
     ' rates from 0.03 to 1',
@@ -289,7 +293,7 @@ def summarize(session: runner.Session, config: Config) -> None:
   )
 
 
-def draw(session: runner.Session) -> None:
+def draw(session: Session) -> None:
   """Final value against upper rate, a panel each schedule and upper step."""
   rows = session.rows
   names = list(
@@ -338,13 +342,13 @@ def draw(session: runner.Session) -> None:
   panels[0][0].annotate('solved', (1e-7, NEAR / 2.5), fontsize=8)
   handles, labels = panels[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc='center left', bbox_to_anchor=(0.91, 0.5))
-  plot.save(figure, session.folder / 'unbounded_smoothness.png')
+  plots.save(figure, session.folder / 'unbounded_smoothness.png')
 
 
 def main(config: Config) -> None:
   """Runs the study."""
   problem = make_problem(config.problem, config.start)
-  with runner.Session('unbounded_smoothness', config, show='value') as session:
+  with Session('unbounded_smoothness', config, show='value') as session:
     for name in config.methods:
       for upper_step in config.upper_steps:
         run_one(session, config, problem, name, upper_step)
@@ -354,4 +358,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, Config)
+  launch.run(main, Config)

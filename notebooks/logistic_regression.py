@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 
-from experiments import data
+from experiments.problems import data
 import optlab
 
 jax.config.update('jax_enable_x64', True)

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import app
-from experiments import bilevel
 from experiments import hyper_cleaning
 from experiments import hyper_representation
 from experiments import hyperparameter_optimization
-from experiments import record
-from experiments import runner
-from experiments import text
-from experiments import tuning
 from experiments import unbounded_smoothness
+from experiments.lab import flags
+from experiments.lab import record
+from experiments.lab import tuning
+from experiments.lab.session import Session
+from experiments.methods import bilevel
+from experiments.problems import penalties
+from experiments.problems import text
 
 WORDS = ('alpha', 'beta', 'gamma', 'delta', 'caf\xe9\x85')
 
@@ -61,11 +62,11 @@ def test_a_bad_line_or_folder_is_named(trec, tmp_path):
   with (trec / 'TREC.test.all').open('w') as file:
     file.write('0 fine\nno label\n')
   (trec / 'TREC.test.all.gz').unlink()
-  with pytest.raises(app.UserError, match='line 2 is not "label words"'):
+  with pytest.raises(flags.UserError, match='line 2 is not "label words"'):
     text.load('trec', str(trec))
-  with pytest.raises(app.UserError, match='no such folder'):
+  with pytest.raises(flags.UserError, match='no such folder'):
     text.load('trec', str(tmp_path / 'missing'))
-  with pytest.raises(app.UserError, match=r'has no file stsa\.binary\.train'):
+  with pytest.raises(flags.UserError, match=r'has no file stsa\.binary\.train'):
     text.load('sst2', str(trec))
 
 
@@ -161,7 +162,7 @@ def test_flags_that_make_no_sense_are_said_in_a_line(
   trec, tmp_path, program, flags, message
 ):
   common = {'data_dir': str(trec), 'output_dir': str(tmp_path / 'bad')}
-  with pytest.raises(app.UserError, match=f'^{message}'):
+  with pytest.raises(flags.UserError, match=f'^{message}'):
     program.main(program.Config(**common | flags))
 
 
@@ -232,11 +233,13 @@ def test_a_study_cut_short_goes_on_where_it_was(tmp_path, where):
   )  # fmt: skip
 
   def study(config, problem):
-    with runner.Session('hyperparameter_optimization', config) as session:
+    with Session('hyperparameter_optimization', config) as session:
       tuning.compare(session, config, problem)
 
   with jax.enable_x64(True):
-    problem, *_ = hyperparameter_optimization.linear_problem(config)
+    problem, *_ = penalties.linear(
+      config.problem, config.batch, config.precision
+    )
     study(config, problem)
     path = tmp_path / 'record.jsonl'
     whole = record.read(path)[1]

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import app
 from experiments import multi_block_hyperparameters
-from experiments import multi_block_logistic as logistic
-from experiments import multi_block_quadratic as quadratic
 from experiments import parallel_speedup
 from experiments import ranking
-from experiments import record
+from experiments.lab import flags
+from experiments.lab import record
+from experiments.problems import quadratic
+from experiments.problems import scaled_logistic as logistic
 
 
 def test_log_loss_has_the_derivatives_of_its_definition(x64):
@@ -107,11 +107,11 @@ def test_multi_block_hyperparameters_end_to_end(tmp_path):
 
 
 def test_bad_flags_are_one_line():
-  with pytest.raises(app.UserError, match='more than --num_blocks=4'):
+  with pytest.raises(flags.UserError, match='more than --num_blocks=4'):
     parallel_speedup.main(parallel_speedup.Config(num_blocks=4))
-  with pytest.raises(app.UserError, match='--top=40: must be below'):
+  with pytest.raises(flags.UserError, match='--top=40: must be below'):
     ranking.main(ranking.Config(top=40))
-  with pytest.raises(app.UserError, match='no data set nothing'):
+  with pytest.raises(flags.UserError, match='no data set nothing'):
     multi_block_hyperparameters.main(
       multi_block_hyperparameters.Config(dataset='nothing')
     )

@@ -7,10 +7,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from experiments import app
 from experiments import compare
-from experiments import contests
-from experiments import record
+from experiments.lab import contests
+from experiments.lab import flags
+from experiments.lab import record
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
   ],
 )
 def test_unknown_methods_are_refused(problem, method, match):
-  with pytest.raises(app.UserError, match=match):
+  with pytest.raises(flags.UserError, match=match):
     contests.PROBLEMS[problem]().entry(method)
 
 

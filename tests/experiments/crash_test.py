@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from experiments import record
+from experiments.lab import record
 
 pytestmark = pytest.mark.crash
 ROOT = pathlib.Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from experiments import app
-from experiments import data
+from experiments.lab import flags
+from experiments.problems import data
 
 
 def test_mushrooms_is_bundled():
@@ -29,7 +29,9 @@ def test_scikit_learns_data():
 
 
 def test_labels_that_are_not_binary():
-  with pytest.raises(app.UserError, match=r'digits: labels are not binary.*10'):
+  with pytest.raises(
+    flags.UserError, match=r'digits: labels are not binary.*10'
+  ):
     data.signs(data.load('digits'))
 
 
@@ -62,22 +64,24 @@ def test_files_by_path_and_by_name(tmp_path):
 def test_a_malformed_libsvm_file_names_its_line(tmp_path, text, words):
   path = tmp_path / 'bad.libsvm'
   path.write_text(text)
-  with pytest.raises(app.UserError, match=words):
+  with pytest.raises(flags.UserError, match=words):
     data.load(str(path))
 
 
 def test_a_file_that_is_no_gzip(tmp_path):
   (tmp_path / 'bad.libsvm.gz').write_text('1 1:2\n')
-  with pytest.raises(app.UserError, match='Not a gzipped file'):
+  with pytest.raises(flags.UserError, match='Not a gzipped file'):
     data.load(str(tmp_path / 'bad.libsvm.gz'))
 
 
 def test_what_is_missing_is_named(tmp_path):
-  with pytest.raises(app.UserError, match='no data set a9a: give one of mush'):
+  with pytest.raises(
+    flags.UserError, match='no data set a9a: give one of mush'
+  ):
     data.load('a9a')
-  with pytest.raises(app.UserError, match=f'no data set a9a in {tmp_path}'):
+  with pytest.raises(flags.UserError, match=f'no data set a9a in {tmp_path}'):
     data.load('a9a', str(tmp_path))
-  with pytest.raises(app.UserError, match='--data_dir=/nowhere: no such'):
+  with pytest.raises(flags.UserError, match='--data_dir=/nowhere: no such'):
     data.load('a9a', '/nowhere')
 
 
@@ -95,14 +99,16 @@ def test_an_idx_pair(tmp_path):
   np.testing.assert_array_equal(dataset.classes[dataset.labels], [7, 1, 7])
 
   write_idx(tmp_path / 't-labels-idx1-ubyte', np.array([7, 1]), 0x801)
-  with pytest.raises(app.UserError, match='has 3 images, but .* has 2 labels'):
+  with pytest.raises(
+    flags.UserError, match='has 3 images, but .* has 2 labels'
+  ):
     data.load('mnist', str(tmp_path))
   path = tmp_path / 't-images-idx3-ubyte'
   path.write_bytes(path.read_bytes()[:-3])
-  with pytest.raises(app.UserError, match='is cut short: 9 bytes for shape'):
+  with pytest.raises(flags.UserError, match='is cut short: 9 bytes for shape'):
     data.load('mnist', str(tmp_path))
   path.write_bytes(b'hello')
-  with pytest.raises(app.UserError, match='not an IDX file'):
+  with pytest.raises(flags.UserError, match='not an IDX file'):
     data.load('mnist', str(tmp_path))
 
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import app
 from experiments import density_estimation
-from experiments import plane_noise
-from experiments import unnormalized
+from experiments.methods import unnormalized
+from experiments.problems import plane_noise
 
 
 def test_verdict_is_a_paired_t_test():
@@ -37,7 +36,7 @@ def test_verdict_is_a_paired_t_test():
   ],
 )
 def test_flags_that_are_refused(flags, match):
-  with pytest.raises(app.UserError, match=match):
+  with pytest.raises(flags.UserError, match=match):
     density_estimation.Config(**flags)
 
 

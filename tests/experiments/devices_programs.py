@@ -10,11 +10,11 @@ import sys
 import jax
 
 from experiments import density_estimation
-from experiments import devices
 from experiments import hyperparameter_optimization
 from experiments import image_classification
 from experiments import logistic_regression
 from experiments import multi_block_hyperparameters
+from experiments.lab import devices
 
 F64 = {'precision': 'float64'}
 TUNED = F64 | {'seeds': 2, 'tuning_seeds': 1}

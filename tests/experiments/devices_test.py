@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import app
-from experiments import devices
-from experiments import record
-from experiments import runner
+from experiments.lab import devices
+from experiments.lab import flags
+from experiments.lab import record
+from experiments.lab.session import Session
 from tests.experiments import devices_programs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def sgd(state, data):
 def go(config, *, rows=8, **kwargs):
   data = jax.random.normal(jax.random.key(0), (rows, 3))
   state = jnp.ones((1, 3)), jnp.zeros((1, 6, 2)), jax.random.key(1)[None]
-  with runner.Session('test', config) as session:
+  with Session('test', config) as session:
     return session.run(
       'sgd', state, sgd,
       lambda state: {'value': state[0].sum(), 'table': state[1].sum()},
@@ -199,14 +199,14 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
   go(dataclasses.replace(config, resume=True))
   assert values(tmp_path / 'cut') == values(tmp_path / 'whole')
   other = dataclasses.replace(config, resume=True, mesh='blocks=2')
-  with pytest.raises(app.UserError, match='--mesh was data=2, is blocks=2'):
+  with pytest.raises(flags.UserError, match='--mesh was data=2, is blocks=2'):
     go(other)
 
 
 def test_a_mesh_that_splits_nothing_is_said(tmp_path, capsys):
   config = devices.Config(output_dir=str(tmp_path), mesh='blocks=2')
   data = jnp.ones((7, 3))
-  with runner.Session('test', config) as session:
+  with Session('test', config) as session:
     session.run(
       'still', jnp.ones((1, 3)), lambda state, data: state * data.mean(),
       lambda state: {'value': state.sum()}, steps=1, data=data,
@@ -218,12 +218,12 @@ def test_a_mesh_that_splits_nothing_is_said(tmp_path, capsys):
   'mesh', ['data', 'data=0', 'rows=2', 'data=2;blocks=2']
 )
 def test_a_malformed_mesh(mesh):
-  with pytest.raises(app.UserError, match='is not data=N or blocks=N'):
+  with pytest.raises(flags.UserError, match='is not data=N or blocks=N'):
     devices.make_mesh(mesh)
 
 
 def test_more_devices_than_there_are():
-  with pytest.raises(app.UserError, match='16 devices, this run has'):
+  with pytest.raises(flags.UserError, match='16 devices, this run has'):
     devices.make_mesh('data=8,blocks=2')
 
 
@@ -239,7 +239,7 @@ def test_more_devices_than_there_are():
   ],
 )
 def test_flags_that_do_not_fit(flags, message):
-  with pytest.raises(app.UserError, match=message):
+  with pytest.raises(flags.UserError, match=message):
     devices.connect(devices.Config(**flags))
 
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import app
 from experiments import image_classification
-from experiments import image_classifiers
-from experiments import record
-from experiments import runner
 from experiments import synthetic_functions
+from experiments.lab import flags
+from experiments.lab import record
+from experiments.lab.session import Session
+from experiments.problems import image_classifiers
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_run_of_growing_batches_resumes(config):
 
   def go(folder, measure, resume=False):
     now = dataclasses.replace(config, output_dir=str(folder), resume=resume)
-    with runner.Session('image_classification', now) as session:
+    with Session('image_classification', now) as session:
       image_classification.run(
         session, now, task._replace(measure=measure), choice, 'it', lanes
       )
@@ -92,7 +92,7 @@ def test_a_run_of_growing_batches_resumes(config):
 
   folder = pathlib.Path(config.output_dir)
   whole = go(folder / 'whole', task.measure)
-  with pytest.raises(app.InterruptedRun, match='at step 1 of it'):
+  with pytest.raises(flags.InterruptedRun, match='at step 1 of it'):
     go(folder / 'cut', interrupt)
   assert go(folder / 'cut', task.measure, resume=True) == whole
   ends = record.select(whole, 'eval', step=2)
@@ -111,15 +111,17 @@ def test_a_run_of_growing_batches_resumes(config):
   ],
 )
 def test_bad_batches_are_one_line(config, batches, message):
-  with pytest.raises(app.UserError, match=f'--batches={batches}: .*{message}'):
+  with pytest.raises(
+    flags.UserError, match=f'--batches={batches}: .*{message}'
+  ):
     image_classification.main(dataclasses.replace(config, batches=(batches,)))
 
 
 def test_bad_splits_are_one_line(config):
   for name, size in (('test_size', 1790), ('valid_size', 190)):
-    with pytest.raises(app.UserError, match=f'--{name}={size}: must leave'):
+    with pytest.raises(flags.UserError, match=f'--{name}={size}: must leave'):
       image_classification.main(dataclasses.replace(config, **{name: size}))
-  with pytest.raises(app.UserError, match='are no square images'):
+  with pytest.raises(flags.UserError, match='are no square images'):
     image_classification.main(
       dataclasses.replace(config, dataset='breast_cancer')
     )

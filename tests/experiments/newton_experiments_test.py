@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import app
-from experiments import data
 from experiments import logistic_regression
-from experiments import newton
 from experiments import nonlinear_equations
-from experiments import problems
-from experiments import record
 from experiments import softmax_regression
+from experiments.lab import flags
+from experiments.lab import newton
+from experiments.lab import record
+from experiments.problems import data
+from experiments.problems import smooth
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -106,10 +106,10 @@ def test_two_runs_differ_in_times_alone(tmp_path, x64):
 
 
 def test_the_rank_one_curvature_is_the_papers(x64):
-  problem = problems.equations('chebyshev', 4, 6)
+  problem = smooth.equations('chebyshev', 4, 6)
   x = problem.start(1)
-  jacobian = jax.jacobian(lambda x: problems._chebyshev(x, ()))(x)
-  u = problems._chebyshev(x, ())
+  jacobian = jax.jacobian(lambda x: smooth._chebyshev(x, ()))(x)
+  u = smooth._chebyshev(x, ())
   expected = 2.0 * np.outer(jacobian.T @ u, jacobian.T @ u)
   operator = problem.curvatures['fisher'].factory(x, ())
   actual = operator.factor.T @ operator.factor
@@ -134,7 +134,7 @@ def test_float32_reaches_what_float32_can(small):
 
 
 def test_scikit_learns_calls_are_counted(x64):
-  problem = problems.logistic(data.load('breast_cancer'), 0.1)
+  problem = smooth.logistic(data.load('breast_cancer'), 0.1)
   with newton._counting(columns=30) as counts:
     newton.fit_sklearn(
       problem.regression, 'newton-cholesky', problem.start(0), 3, np.float64
@@ -158,7 +158,7 @@ def test_scikit_learns_calls_are_counted(x64):
 )
 def test_bad_configurations(tmp_path, fields, words):
   output = tmp_path / 'run'
-  with pytest.raises(app.UserError, match=words):
+  with pytest.raises(flags.UserError, match=words):
     logistic_regression.main(
       logistic_regression.Config(output_dir=str(output), **fields)
     )
@@ -192,5 +192,5 @@ def test_help_names_the_flags():
 def test_an_output_folder_that_cannot_be_made(tmp_path, small):
   (tmp_path / 'file').write_text('')
   config = dataclasses.replace(small, output_dir=str(tmp_path / 'file' / 'run'))
-  with pytest.raises(app.UserError, match='--output_dir=.*: Not a directory'):
+  with pytest.raises(flags.UserError, match='--output_dir=.*: Not a directory'):
     logistic_regression.main(config)

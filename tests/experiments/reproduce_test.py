@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import app
 from experiments import reproduce
+from experiments.lab import flags
 
 
 def test_every_run_has_a_claim_and_every_claim_a_run():
@@ -47,7 +47,7 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
   broken = reproduce.Run('synthetic_functions', {'rate': '-1'})
   monkeypatch.setitem(reproduce.RUNS, 'landscapes', broken)
   config = reproduce.Config(output_dir=str(tmp_path), only=('landscapes',))
-  with pytest.raises(app.UserError, match='the run landscapes failed'):
+  with pytest.raises(flags.UserError, match='the run landscapes failed'):
     reproduce.main(config)
 
 

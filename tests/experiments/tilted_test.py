@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import app
 from experiments import image_generation
 from experiments import ood_detection
-from experiments import record
-from experiments import tilted
+from experiments.lab import flags
+from experiments.lab import record
+from experiments.lab import tilted
 
 
 def test_frechet_distance_of_two_gaussians():
@@ -94,5 +94,7 @@ def test_image_generation_end_to_end(tmp_path, capsys, few_draws):
 
 def test_steps_of_chains_must_be_positive(tmp_path):
   config = image_generation.Config(output_dir=str(tmp_path), step_size=0.0)
-  with pytest.raises(app.UserError, match='--step_size=0.0: must be positive'):
+  with pytest.raises(
+    flags.UserError, match='--step_size=0.0: must be positive'
+  ):
     image_generation.main(config)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import multi_block_quadratic as quadratic
+from experiments.problems import quadratic
 import optlab
 from optlab import tracking
 
@@ -632,7 +632,7 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_enable_x64', True)
 import jax.numpy as jnp, numpy as np, optax, re
 import optlab
-from experiments import multi_block_quadratic as quadratic
+from experiments.problems import quadratic
 
 assert len(jax.devices()) == 8
 auto = (jax.sharding.AxisType.Auto,) * 2

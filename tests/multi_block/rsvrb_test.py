@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import multi_block_quadratic as quadratic
+from experiments.problems import quadratic
 import optlab
 from optlab import tracking
 

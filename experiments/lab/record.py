@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import app
+from . import flags
 
 # Oracle calls, counted from the start of a method, in the order of the tables.
 ORACLES = ('samples', 'gradients', 'products', 'solves')
@@ -134,16 +134,16 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   try:
     text = path.read_text()
   except OSError as error:
-    raise app.UserError(f'{path}: {error.strerror}') from error
+    raise flags.UserError(f'{path}: {error.strerror}') from error
   rows = []
   lines = text.split('\n')
   for number, line in enumerate(lines[:-1], 1):
     try:
       rows.append(_revive(json.loads(line)))
     except (json.JSONDecodeError, AttributeError) as error:
-      raise app.UserError(f'{path}: line {number} is not JSON') from error
+      raise flags.UserError(f'{path}: line {number} is not JSON') from error
   if not rows or rows[0].get('kind') != 'run':
-    raise app.UserError(f'{path}: not a record, its first line is no run')
+    raise flags.UserError(f'{path}: not a record, its first line is no run')
   return rows[0], rows[1:]
 
 

@@ -18,14 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import bilevel
-from experiments import devices
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
 import optlab
+
+from ..methods import bilevel
+from . import devices
+from . import flags
+from . import plots
+from . import record
+from . import tables
+from .session import Session
 
 TUNING_SEED = 10_000
 EXTENSIONS = 2  # How often a grid is continued, by its own length.
@@ -45,33 +46,33 @@ METHODS = (
 class Config(devices.Config):
   """Flags of every program that compares tuned methods."""
 
-  data_dir: str = app.flag('', 'Folder with data files.')
-  steps: int = app.flag(
+  data_dir: str = flags.flag('', 'Folder with data files.')
+  steps: int = flags.flag(
     1000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  rates: tuple[float, ...] = app.flag((), 'Grid of upper rates.', low=0.0)
-  lower_rate: float = app.flag(1.0, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = app.flag(
+  rates: tuple[float, ...] = flags.flag((), 'Grid of upper rates.', low=0.0)
+  lower_rate: float = flags.flag(1.0, 'Rate of the lower variable.', low=0.0)
+  linear_rate: float = flags.flag(
     1.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
-  lower_steps: int = app.flag(5, 'Lower steps of a round.', low=1)
-  refine_epochs: int = app.flag(
+  lower_steps: int = flags.flag(5, 'Lower steps of a round.', low=1)
+  refine_epochs: int = flags.flag(
     3, 'Epochs of initialization refinement of bo_rep; 0 is none.', low=0
   )
-  terms: int = app.flag(5, 'Terms of the Neumann series.', low=1)
-  beta: float = app.flag(0.9, 'Momentum of the upper step.', low=0.0)
-  methods: tuple[str, ...] = app.flag(
+  terms: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
+  beta: float = flags.flag(0.9, 'Momentum of the upper step.', low=0.0)
+  methods: tuple[str, ...] = flags.flag(
     METHODS, 'Estimators.', choices=('saba', *bilevel.METHODS)
   )
-  upper_steps: tuple[str, ...] = app.flag(
+  upper_steps: tuple[str, ...] = flags.flag(
     ('normalized', 'plain'), 'Upper steps.', choices=bilevel.UPPER_STEPS
   )
-  schedules: tuple[str, ...] = app.flag(
+  schedules: tuple[str, ...] = flags.flag(
     ('cosine',), 'Schedules of the upper rate.', choices=bilevel.SCHEDULES
   )
-  seeds: int = app.flag(5, 'Number of seeds.', low=1)
-  tuning_seeds: int = app.flag(2, 'Number of seeds that pick rates.', low=1)
-  precision: str = app.flag(
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  tuning_seeds: int = flags.flag(2, 'Number of seeds that pick rates.', low=1)
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
 
@@ -250,7 +251,7 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
 
 
 def run(
-  session: runner.Session,
+  session: Session,
   config: Config,
   problem: Problem,
   program: Program,
@@ -337,14 +338,14 @@ def continued(rates: list[float], best: float, count: int) -> list[float]:
 
 
 def tune(
-  session: runner.Session,
+  session: Session,
   config: Config,
   problem: Problem,
   program: Program,
   choice: Choice,
 ) -> float:
   """The upper rate of the least validation loss, a median over tuning seeds."""
-  new = sorted(config.rates)
+  new, best = sorted(config.rates), config.rates[0]
   for grid in range(1 + EXTENSIONS):
     label = f'{choice.label}: tuning, grid {grid}'
     # A run for each seed: with as many rates as seeds in the runs that are
@@ -379,7 +380,7 @@ def tuning_losses(
 
 
 def compare(
-  session: runner.Session, config: Config, problem: Problem, group: str = ''
+  session: Session, config: Config, problem: Problem, group: str = ''
 ) -> list[dict]:
   """Tunes and runs every choice on one variant of a problem.
 
@@ -396,7 +397,7 @@ def compare(
     UserError: A method is not for this problem.
   """
   if 'saba' in config.methods and problem.blocks is None:
-    raise app.UserError('--methods=saba: this problem is not a finite sum')
+    raise flags.UserError('--methods=saba: this problem is not a finite sum')
   programs = {
     name: make_program(config, problem, name) for name in config.methods
   }
@@ -409,7 +410,7 @@ def compare(
 
 
 def summarize(
-  session: runner.Session, config: Config, problem: Problem, group: str
+  session: Session, config: Config, problem: Problem, group: str
 ) -> list[dict]:
   """One summary row a choice: medians over seeds, and pairs with the first."""
   first, rows = problem.reported[0], []
@@ -459,7 +460,7 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     text = f'{row["gap"]:+.4f}'
     return text if error is None else f'{text} ± {error:.4f}'
 
-  report.show(
+  tables.show(
     f'{title}; medians (and ranges) over seeds; gap: how much worse than the'
     f' first line in {problem.reported[0]}, by seed, with its standard error',
     (
@@ -484,9 +485,7 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
   )
 
 
-def draw(
-  session: runner.Session, config: Config, field: str, program: str
-) -> None:
+def draw(session: Session, config: Config, field: str, program: str) -> None:
   """Draws a field against calls: a row a group, a column an upper step."""
   rows = session.select('eval')
   groups = list(dict.fromkeys(row['group'] for row in rows))
@@ -503,7 +502,7 @@ def draw(
     for axes, (upper_step, schedule) in zip(line, pairs, strict=True):
       for i, method in enumerate(config.methods):
         label = Choice(group, method, upper_step, schedule).label
-        x, middle, low, high = plot.curves(rows, label, 'calls', field)
+        x, middle, low, high = plots.curves(rows, label, 'calls', field)
         axes.plot(
           x,
           middle,
@@ -523,4 +522,4 @@ def draw(
     axes.set_xlabel('gradients + products')
   handles, labels = panels[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc='center left', bbox_to_anchor=(0.92, 0.5))
-  plot.save(figure, session.folder / f'{program}.png')
+  plots.save(figure, session.folder / f'{program}.png')

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from experiments import app
+from ..lab import flags
 
 PAD, UNKNOWN = 0, 1
 # Files of train, validation and test; a missing one is split off from train.
@@ -68,13 +68,13 @@ def tokenize(sentence: str) -> list[str]:
 def _find(stem: str, data_dir: str) -> pathlib.Path:
   folder = pathlib.Path(data_dir)
   if not data_dir or not folder.is_dir():
-    raise app.UserError(
+    raise flags.UserError(
       f'--data_dir={data_dir}: no such folder; give the one that holds'
       f' {stem}.gz'
     )
   found = sorted(folder.rglob(f'{stem}*'))
   if not found:
-    raise app.UserError(f'--data_dir={data_dir}: has no file {stem} or .gz')
+    raise flags.UserError(f'--data_dir={data_dir}: has no file {stem} or .gz')
   return found[0]
 
 
@@ -96,7 +96,7 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
     with opener(path, 'rb') as file:
       content = file.read().decode('latin-1')
   except (OSError, EOFError) as error:
-    raise app.UserError(f'{path}: {error}') from error
+    raise flags.UserError(f'{path}: {error}') from error
   sentences, labels = [], []
   # Not splitlines: 0x85 is a letter's byte here, and a line end in Unicode.
   for number, line in enumerate(content.split('\n'), 1):
@@ -104,13 +104,13 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
       continue
     label, _, sentence = line.partition(' ')
     if not label.isdigit() or not sentence.strip():
-      raise app.UserError(
+      raise flags.UserError(
         f'{path}: line {number} is not "label words": {line[:60]!r}'
       )
     labels.append(int(label))
     sentences.append(tokenize(sentence))
   if not labels:
-    raise app.UserError(f'{path}: has no sentences')
+    raise flags.UserError(f'{path}: has no sentences')
   return sentences, np.asarray(labels, np.int32)
 
 

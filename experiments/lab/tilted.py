@@ -17,13 +17,14 @@ import numpy as np
 import optax
 from sklearn import mixture as sklearn_mixture
 
-from experiments import app
-from experiments import data as data_lib
-from experiments import densities
-from experiments import devices
-from experiments import report
-from experiments import runner
 import optlab
+
+from ..problems import data as data_lib
+from ..problems import densities
+from . import devices
+from . import flags
+from . import tables
+from .session import Session
 
 METHODS = ('meco', 'nce')
 POOL = 20_000
@@ -35,26 +36,26 @@ WIDE_SHARE, WIDE_INFLATION = 0.05, 2.0
 class Config(devices.Config):
   """Flags of the programs that train energies of images."""
 
-  dataset: str = app.flag('digits', 'Images.', choices=('digits', 'mnist'))
-  data_dir: str = app.flag('', 'Folder with the IDX files of MNIST.')
-  methods: tuple[str, ...] = app.flag(
+  dataset: str = flags.flag('digits', 'Images.', choices=('digits', 'mnist'))
+  data_dir: str = flags.flag('', 'Folder with the IDX files of MNIST.')
+  methods: tuple[str, ...] = flags.flag(
     METHODS, 'Energies to train.', choices=METHODS
   )
-  steps: int = app.flag(1000, 'Steps.', low=1)
-  batch: int = app.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
-  hidden: int = app.flag(128, 'Width of the energy.', low=1)
-  components: int = app.flag(10, 'Components of the noise.', low=1)
-  learning_rate: float = app.flag(2e-3, 'Of Adam, at the start.', low=0.0)
-  weight_decay: float = app.flag(1e-2, "Of Adam's, decoupled.", low=0.0)
-  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.')
-  precision: str = app.flag(
+  steps: int = flags.flag(1000, 'Steps.', low=1)
+  batch: int = flags.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
+  hidden: int = flags.flag(128, 'Width of the energy.', low=1)
+  components: int = flags.flag(10, 'Components of the noise.', low=1)
+  learning_rate: float = flags.flag(2e-3, 'Of Adam, at the start.', low=0.0)
+  weight_decay: float = flags.flag(1e-2, "Of Adam's, decoupled.", low=0.0)
+  gamma: float = flags.flag(0.1, 'Weight of the newest batch in MECO.')
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32',)
   )
 
   def __post_init__(self):
     super().__post_init__()
     if not 0 < self.gamma <= 1:
-      raise app.UserError(f'--gamma={self.gamma}: must be in (0, 1]')
+      raise flags.UserError(f'--gamma={self.gamma}: must be in (0, 1]')
 
 
 class Images(NamedTuple):
@@ -169,7 +170,7 @@ class Lane(NamedTuple):
 
 
 def train(
-  session: runner.Session,
+  session: Session,
   method: str,
   config: Any,
   data: jax.Array,
@@ -291,7 +292,7 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
 
 def show_likelihoods(scores: Sequence[dict]) -> None:
   """A table of held-out likelihoods, each with its standard error."""
-  report.show(
+  tables.show(
     'Held-out negative log-likelihood in nats; a dash where log Z is refused',
     ['method', 'seed', 'NLL', 'standard error', 'NLL of q', 'ESS', 'share'],
     [

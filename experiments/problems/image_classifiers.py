@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from sklearn import model_selection
 
-from experiments import app
-from experiments import data as data_lib
 import optlab
+
+from ..lab import flags
+from . import data as data_lib
 
 
 class Images(NamedTuple):
@@ -50,7 +51,7 @@ def hold_out(
     UserError: There are too few.
   """
   if not classes <= size <= len(images) - classes:
-    raise app.UserError(
+    raise flags.UserError(
       f'--{name}_size={size}: must leave an image of each of the {classes}'
       f' classes on both sides, of {len(images)} images'
     )
@@ -79,7 +80,7 @@ def load(name: str, data_dir: str, test_size: int, dtype: Any) -> Images:
   rows = data_lib.dense(dataset)
   side = round(rows.shape[1] ** 0.5)
   if side * side != rows.shape[1]:
-    raise app.UserError(
+    raise flags.UserError(
       f'--dataset={name}: rows of {rows.shape[1]} columns are no square images'
     )
   images = rows.reshape(-1, side, side, 1).astype(dtype)
@@ -258,7 +259,7 @@ def batches(name: str, first_size: int, length: int) -> Batches:
     if not text:
       size = length if name == 'full' else int(name)
       if not 2 <= size <= length:
-        raise app.UserError(
+        raise flags.UserError(
           f'--batches={name}: a size must be from 2 to the {length} images'
         )
       return Batches(
@@ -291,7 +292,7 @@ def batches(name: str, first_size: int, length: int) -> Batches:
       ),
     }
     if kind not in routes:
-      raise app.UserError(
+      raise flags.UserError(
         f'--batches={name}: no test {kind}; there are {", ".join(routes)}'
       )
     test, moments, inner_products = routes[kind]
@@ -299,4 +300,4 @@ def batches(name: str, first_size: int, length: int) -> Batches:
       name, test(value), first_size, length, moments, inner_products, True
     )
   except ValueError as error:
-    raise app.UserError(f'--batches={name}: {error}') from error
+    raise flags.UserError(f'--batches={name}: {error}') from error

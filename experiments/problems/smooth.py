@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data as data_lib
 import optlab
+
+from . import data as data_lib
 
 
 class Curvature(NamedTuple):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets as sklearn_datasets
 
-from experiments import app
-from experiments import data as data_lib
+from ..lab import flags
+from . import data as data_lib
 
 
 class Split(NamedTuple):
@@ -117,7 +117,7 @@ def _signed(features, signs) -> np.ndarray:
 def _test_file(name, data_dir, num_features) -> np.ndarray | None:
   try:
     test = data_lib.load(f'{name}_testing.libsvm.gz', data_dir, num_features)
-  except app.UserError:
+  except flags.UserError:
     return None
   return _signed(data_lib.dense(test), data_lib.signs(test))
 

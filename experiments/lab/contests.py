@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import app
-from experiments import bilevel
-from experiments import data as data_lib
-from experiments import densities
-from experiments import hyperparameter_optimization
-from experiments import image_classifiers
-from experiments import multi_block_quadratic as quadratic
-from experiments import newton
-from experiments import plane_noise
-from experiments import problems
 import optlab
+
+from ..methods import bilevel
+from ..problems import data as data_lib
+from ..problems import densities
+from ..problems import image_classifiers
+from ..problems import penalties
+from ..problems import plane_noise
+from ..problems import quadratic
+from ..problems import smooth
+from . import flags
+from . import newton
 
 
 class Entry(NamedTuple):
@@ -93,7 +94,7 @@ def optimizer(name: str) -> Callable[..., Any]:
   except TypeError:
     needed = []
   if needed != ['learning_rate']:
-    raise app.UserError(
+    raise flags.UserError(
       f'--methods={name}: neither optlab nor optax has an optimizer of that'
       ' name whose one argument is a learning rate'
     )
@@ -107,7 +108,7 @@ def logistic() -> Problem:
   """Ridge-penalized logistic regression, without noise."""
   dataset = data_lib.load('mushrooms')
   l2 = 1.0 / len(dataset.labels)
-  problem = problems.logistic(dataset, l2)
+  problem = smooth.logistic(dataset, l2)
   data = jax.tree.map(jnp.asarray, problem.data)
   fun = lambda params: problem.fun(params, data)
   estimator = optlab.value_and_grad(lambda params, _: fun(params))
@@ -232,17 +233,15 @@ def images() -> Problem:
 
 def ridge() -> Problem:
   """Bilevel methods, ``estimator`` or ``estimator:upper step``."""
-  config = hyperparameter_optimization.Config(
-    problem='ridge', precision=str(jnp.zeros(()).dtype)
-  )
-  problem, _, _ = hyperparameter_optimization.linear_problem(config)
+  precision = str(jnp.zeros(()).dtype)
+  problem, _, _ = penalties.linear('ridge', 8, precision)
   table = bilevel.methods(5, 5, blocks=problem.blocks)
 
   def entry(name):
     estimator_name, _, upper_step = name.partition(':')
     upper_step = upper_step or 'plain'
     if estimator_name not in table or upper_step not in bilevel.UPPER_STEPS:
-      raise app.UserError(
+      raise flags.UserError(
         f'--methods={name}: estimators are {", ".join(table)}; upper steps, put'
         f' behind a colon, {", ".join(bilevel.UPPER_STEPS)}'
       )
@@ -305,7 +304,7 @@ def blocks() -> Problem:
 
   def entry(name):
     if name not in table:
-      raise app.UserError(f'--methods={name}: not one of {", ".join(table)}')
+      raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
     estimator = table[name](*levels, step_size=0.5, beta=0.1)
 
     def start(key, rate):
@@ -363,7 +362,7 @@ def density() -> Problem:
 
   def entry(name):
     if name not in table:
-      raise app.UserError(f'--methods={name}: not one of {", ".join(table)}')
+      raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
     estimator = table[name]
 
     def start(key, rate):

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plot
-from experiments import report
-from experiments import runner
-from experiments import unnormalized
+from ..lab import plots
+from ..lab import tables
+from ..lab.session import Session
+from ..methods import unnormalized
 
 
-def run(session: runner.Session, config: unnormalized.Config) -> None:
+def run(session: Session, config: unnormalized.Config) -> None:
   """The three losses along theta, with the normalizer at its optimum."""
   for distance in config.distances:
     # Wide enough for both distributions and the overlap between them.
@@ -74,7 +74,7 @@ def run(session: runner.Session, config: unnormalized.Config) -> None:
 
 def show(rows: Sequence[dict], config: unnormalized.Config) -> None:
   """The curvature in theta at the optimum, normalizer profiled out."""
-  report.show(
+  tables.show(
     'Curvature of the population loss in theta at its optimum, q = N(0, 1)',
     ['distance', 'likelihood', 'nce', 'ence'],
     [
@@ -107,5 +107,5 @@ def draw(
     )
     axes.axvline(distance, color='k', lw=0.5)
     axes.legend()
-  plot.save(figure, folder / 'landscape.png')
+  plots.save(figure, folder / 'landscape.png')
   return ['landscape.png']

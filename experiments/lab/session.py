@@ -30,9 +30,9 @@ import orbax.checkpoint as ocp
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from experiments import app
-from experiments import devices
-from experiments import record
+from . import devices
+from . import flags
+from . import record
 
 # Flags that do not change the numbers of a run.
 _NOT_IDENTITY = (
@@ -41,7 +41,7 @@ _NOT_IDENTITY = (
 _SAVE_ERRORS = (OSError, ValueError, KeyError, TypeError, FileNotFoundError)
 
 
-def _identity(config: app.Config) -> dict[str, Any]:
+def _identity(config: flags.Config) -> dict[str, Any]:
   values = dataclasses.asdict(config)
   for name in _NOT_IDENTITY:
     values.pop(name, None)
@@ -117,7 +117,7 @@ class Session:
     rows: All rows of the record so far.
   """
 
-  def __init__(self, program: str, config: app.Config, **header: Any):
+  def __init__(self, program: str, config: flags.Config, **header: Any):
     """Opens or resumes a run.
 
     Args:
@@ -153,7 +153,7 @@ class Session:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise app.UserError(
+      raise flags.UserError(
         f'--output_dir={self.folder}: {error.strerror}'
       ) from error
     if self._path.exists():  # An earlier record is kept under another name.
@@ -170,10 +170,10 @@ class Session:
 
   def _resume(self, program) -> None:
     if not self._path.exists():
-      raise app.UserError(f'--resume: no run in {self.folder}')
+      raise flags.UserError(f'--resume: no run in {self.folder}')
     first, rows = record.read(self._path)
     if first['program'] != program:
-      raise app.UserError(
+      raise flags.UserError(
         f'--resume: {self.folder} holds a run of {first["program"]}'
       )
     theirs, ours = first['identity'], self._identity
@@ -183,7 +183,7 @@ class Session:
       if theirs.get(name) != ours.get(name)
     ]
     if changed:
-      raise app.UserError(
+      raise flags.UserError(
         f'--resume: the run in {self.folder} has another configuration:'
         f' {"; ".join(changed)}'
       )
@@ -194,7 +194,7 @@ class Session:
       if now.get(name) != version
     ]
     if changed:
-      raise app.UserError(
+      raise flags.UserError(
         f'--resume: the run in {self.folder} was made by other versions:'
         f' {"; ".join(changed)}'
       )
@@ -294,7 +294,7 @@ class Session:
       InterruptedRun: On SIGINT, after a checkpoint.
     """
     if steps % every:
-      raise app.UserError(f'{steps} steps are not a multiple of {every}')
+      raise flags.UserError(f'{steps} steps are not a multiple of {every}')
     folder = self._checkpoints / _folder_name(method, seeds)
     done = self.select('done', method=method, seeds=list(seeds))
     if done:
@@ -371,7 +371,7 @@ class Session:
           self._save(folder, result, step, seconds)
           saved = time.perf_counter()
         if interrupted:
-          raise app.InterruptedRun(
+          raise flags.InterruptedRun(
             f'interrupted at step {step} of {method}; the record is in'
             f' {self.folder}, go on with --resume'
           )

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 from sklearn import datasets as sklearn_datasets
 
-from experiments import app
+from ..lab import flags
 
 BUNDLED = pathlib.Path(__file__).parent / 'data'
 NAMES = ('mushrooms', 'breast_cancer', 'digits', 'mnist')
@@ -79,7 +79,7 @@ def signs(dataset: Dataset) -> np.ndarray:
   if len(dataset.classes) != 2:
     shown = ', '.join(str(label) for label in dataset.classes[:5])
     more = ', ...' if len(dataset.classes) > 5 else ''
-    raise app.UserError(
+    raise flags.UserError(
       f'{dataset.name}: labels are not binary, they have'
       f' {len(dataset.classes)} values ({shown}{more}); use'
       ' experiments.softmax_regression'
@@ -114,7 +114,7 @@ def _from_openml(name: str) -> Dataset:
     bunch = sklearn_datasets.fetch_openml(name, as_frame=False, parser='auto')
     features = np.asarray(bunch.data, np.float64)
   except (OSError, ValueError) as error:
-    raise app.UserError(
+    raise flags.UserError(
       f'OpenML data set {name} could not be loaded: {error}'
     ) from error
   return _dataset(name, features, bunch.target)
@@ -126,7 +126,7 @@ def _find(name: str, data_dir: str) -> pathlib.Path:
   folder = pathlib.Path(data_dir) if data_dir else None
   if folder is not None:
     if not folder.is_dir():
-      raise app.UserError(f'--data_dir={data_dir}: no such folder')
+      raise flags.UserError(f'--data_dir={data_dir}: no such folder')
     patterns = [name, f'{name}_training.libsvm*', f'{name}.libsvm*']
     if name == 'mnist':
       patterns = ['train-images-idx3-*', '*-images-idx3-*']
@@ -135,7 +135,7 @@ def _find(name: str, data_dir: str) -> pathlib.Path:
       if found:
         return found[0]
   where = f' in {data_dir}' if data_dir else ''
-  raise app.UserError(
+  raise flags.UserError(
     f'no data set {name}{where}: give one of {", ".join(NAMES)}, openml:NAME,'
     ' or a file, or the folder that holds it by --data_dir'
   )
@@ -150,7 +150,7 @@ def _read(path: pathlib.Path) -> bytes:
     with _open(path) as file:
       return file.read()
   except (OSError, EOFError) as error:
-    raise app.UserError(f'{path}: {error}') from error
+    raise flags.UserError(f'{path}: {error}') from error
 
 
 def _libsvm(name, path: pathlib.Path, num_features) -> Dataset:
@@ -163,14 +163,14 @@ def _libsvm(name, path: pathlib.Path, num_features) -> Dataset:
   except (ValueError, OSError, IndexError) as error:
     bad = _first_bad_line(content)
     reason = f'line {bad[0]} is not "label index:value ...": {bad[1]}'
-    raise app.UserError(f'{path}: {reason if bad[0] else error}') from error
+    raise flags.UserError(f'{path}: {reason if bad[0] else error}') from error
   features, labels = scipy.sparse.csr_matrix(loaded[0]), loaded[1]
   if not len(labels):
-    raise app.UserError(f'{path}: has no rows')
+    raise flags.UserError(f'{path}: has no rows')
   bad = np.flatnonzero(~np.isfinite(features.data))
   if len(bad):
     row = np.searchsorted(features.indptr, bad[0], side='right')
-    raise app.UserError(f'{path}: row {row} has a value that is not finite')
+    raise flags.UserError(f'{path}: row {row} has a value that is not finite')
   return _dataset(name, features, labels)
 
 
@@ -198,10 +198,10 @@ def _idx_array(path: pathlib.Path, magic: int) -> np.ndarray:
   dimensions = magic & 0xFF
   head = 4 + 4 * dimensions
   if len(content) < head or struct.unpack('>I', content[:4])[0] != magic:
-    raise app.UserError(f'{path}: not an IDX file of {dimensions} dimensions')
+    raise flags.UserError(f'{path}: not an IDX file of {dimensions} dimensions')
   shape = struct.unpack(f'>{dimensions}I', content[4:head])
   if len(content) - head != np.prod(shape):
-    raise app.UserError(
+    raise flags.UserError(
       f'{path}: is cut short: {len(content) - head} bytes for shape {shape}'
     )
   return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
@@ -213,7 +213,7 @@ def _idx(name, path: pathlib.Path) -> Dataset:
   other = path.name.replace('images-idx3', 'labels-idx1')
   labels = _idx_array(path.with_name(other), _IDX_LABELS)
   if len(images) != len(labels):
-    raise app.UserError(
+    raise flags.UserError(
       f'{path}: has {len(images)} images, but {other} has {len(labels)} labels'
     )
   return _dataset(name, images.reshape(len(images), -1) / 255.0, labels)

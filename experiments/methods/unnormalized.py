@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 
-from experiments import app
-from experiments import densities
-from experiments import devices
-from experiments import plane_noise
 import optlab
+
+from ..lab import devices
+from ..lab import flags
+from ..problems import densities
+from ..problems import plane_noise
 
 METHODS = ('meco', 'meco_ratio', 'snis', 'nce', 'ence', 'cd')
 PROBLEMS = ('plane', 'mean', 'landscape')
@@ -36,49 +37,51 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class Config(devices.Config):
   """Flags of the program."""
 
-  problem: str = app.flag('plane', 'What to run.', choices=PROBLEMS)
-  sets: tuple[str, ...] = app.flag(
+  problem: str = flags.flag('plane', 'What to run.', choices=PROBLEMS)
+  sets: tuple[str, ...] = flags.flag(
     densities.NAMES, 'plane: the distributions.', choices=densities.NAMES
   )
-  distances: tuple[float, ...] = app.flag(
+  distances: tuple[float, ...] = flags.flag(
     (4.0, 8.0, 16.0), 'mean, landscape: distances of the mean.', low=0.1
   )
-  methods: tuple[str, ...] = app.flag(
+  methods: tuple[str, ...] = flags.flag(
     ('meco', 'nce'),
     f'Methods, of {", ".join(METHODS)}; snis is meco with gamma=1, meco:0.3'
     ' meco with that gamma, cd contrastive divergence (plane only).',
   )
-  noises: tuple[str, ...] = app.flag(
+  noises: tuple[str, ...] = flags.flag(
     ('mixture',),
     'plane: noise distributions.',
     choices=plane_noise.NOISES,
   )
-  sampling: tuple[str, ...] = app.flag(
+  sampling: tuple[str, ...] = flags.flag(
     ('lattice',),
     'How noise is drawn; the mean takes the first.',
     choices=('independent', 'lattice'),
   )
-  learning_rates: tuple[float, ...] = app.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
   )
-  optimizer: str = app.flag(
+  optimizer: str = flags.flag(
     'auto',
     'What takes the gradients; auto is adam in the plane, and for the mean sgd,'
     ' or normalized descent for eNCE.',
     choices=('auto', *OPTIMIZERS),
   )
-  decay: str = app.flag(
+  decay: str = flags.flag(
     'cosine',
     'Of the learning rate: to zero by a cosine, or as rate / (1 + rate t / 3),'
     ' which averages over all steps where the curvature is one.',
     choices=('cosine', 'inverse'),
   )
-  gamma: float = app.flag(0.1, 'Weight of the newest batch in MECO.', low=1e-6)
-  steps: int = app.flag(2000, 'Steps.', low=1)
-  data_rows: int = app.flag(256, 'Rows of data in a batch.', low=1)
-  noise_rows: int = app.flag(256, 'Rows of noise in a batch.', low=1)
-  seeds: int = app.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
-  precision: str = app.flag(
+  gamma: float = flags.flag(
+    0.1, 'Weight of the newest batch in MECO.', low=1e-6
+  )
+  steps: int = flags.flag(2000, 'Steps.', low=1)
+  data_rows: int = flags.flag(256, 'Rows of data in a batch.', low=1)
+  noise_rows: int = flags.flag(256, 'Rows of noise in a batch.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
 
@@ -87,18 +90,18 @@ class Config(devices.Config):
     for method in self.methods:
       name, gamma = parse_method(method, self.gamma)
       if name not in METHODS or (':' in method and name != 'meco'):
-        raise app.UserError(
+        raise flags.UserError(
           f'--methods={method}: not one of {", ".join(METHODS)} or meco:GAMMA'
         )
       if not 0 < gamma <= 1:
-        raise app.UserError(f'{method}, gamma={gamma}: must be in (0, 1]')
+        raise flags.UserError(f'{method}, gamma={gamma}: must be in (0, 1]')
       if name == 'cd' and self.problem == 'mean':
-        raise app.UserError(
+        raise flags.UserError(
           '--methods=cd: the mean has no chains, leave it out'
         )
     for noise in self.noises:
       if 'lattice' in self.sampling and noise not in plane_noise.WITH_LATTICE:
-        raise app.UserError(
+        raise flags.UserError(
           f'--noises={noise} has no lattice: set --sampling=independent'
         )
 
@@ -109,7 +112,7 @@ def parse_method(method: str, gamma: float) -> tuple[str, float]:
   try:
     return name, float(number) if number else gamma
   except ValueError as error:
-    raise app.UserError(f'--methods={method}: {error}') from error
+    raise flags.UserError(f'--methods={method}: {error}') from error
 
 
 class Lane(NamedTuple):

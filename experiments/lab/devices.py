@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import app
+from . import flags
 
 AXES = ('data', 'blocks')
 COLLECTIVES = (
@@ -30,17 +30,17 @@ COLLECTIVES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(app.Config):
+class Config(flags.Config):
   """A program that runs on one device or on many."""
 
-  mesh: str = app.flag(
+  mesh: str = flags.flag(
     '', 'Devices along each axis, as in data=4,blocks=2; one device if empty.'
   )
-  coordinator: str = app.flag(
+  coordinator: str = flags.flag(
     '', 'HOST:PORT of process 0; "auto" on a cluster that tells it.'
   )
-  processes: int = app.flag(1, 'Processes in all, with --coordinator.', low=1)
-  process: int = app.flag(0, 'Number of this process, from 0.', low=0)
+  processes: int = flags.flag(1, 'Processes in all, with --coordinator.', low=1)
+  process: int = flags.flag(0, 'Number of this process, from 0.', low=0)
 
 
 def connect(config: Config) -> None:
@@ -54,17 +54,17 @@ def connect(config: Config) -> None:
   """
   if not config.coordinator:
     if config.processes > 1:
-      raise app.UserError(
+      raise flags.UserError(
         f'--processes={config.processes} needs --coordinator=HOST:PORT'
       )
     return
   if not config.mesh:
-    raise app.UserError('--coordinator needs --mesh, as in --mesh=data=2')
+    raise flags.UserError('--coordinator needs --mesh, as in --mesh=data=2')
   if config.coordinator == 'auto':
     jax.distributed.initialize()
   else:
     if config.process >= config.processes:
-      raise app.UserError(
+      raise flags.UserError(
         f'--process={config.process}: must be below'
         f' --processes={config.processes}'
       )
@@ -98,11 +98,13 @@ def make_mesh(text: str) -> jax.sharding.Mesh | None:
   for entry in text.split(','):
     match = re.fullmatch(r'(\w+)=([1-9]\d*)', entry)
     if match is None or match[1] not in AXES:
-      raise app.UserError(f'--mesh={text}: {entry!r} is not data=N or blocks=N')
+      raise flags.UserError(
+        f'--mesh={text}: {entry!r} is not data=N or blocks=N'
+      )
     sizes[match[1]] = int(match[2])
   count, there = int(np.prod(list(sizes.values()))), jax.device_count()
   if count > there or (jax.process_count() > 1 and count != there):
-    raise app.UserError(
+    raise flags.UserError(
       f'--mesh={text}: {count} devices, this run has {there}; for N devices of'
       ' a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N'
     )

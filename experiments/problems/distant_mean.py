@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plot
-from experiments import record
-from experiments import report
-from experiments import runner
-from experiments import unnormalized
 import optlab
+
+from ..lab import plots
+from ..lab import record
+from ..lab import tables
+from ..lab.session import Session
+from ..methods import unnormalized
 
 
 def natural(theta: jax.Array, rows: jax.Array) -> jax.Array:
@@ -47,7 +48,7 @@ class Bridge(NamedTuple):
     )
 
 
-def run(session: runner.Session, config: unnormalized.Config) -> None:
+def run(session: Session, config: unnormalized.Config) -> None:
   """Trains every method at every distance, with adaptive noise."""
   rates = jnp.repeat(jnp.asarray(config.learning_rates), config.seeds)
   seeds = tuple(range(config.seeds)) * len(config.learning_rates)
@@ -148,7 +149,7 @@ def show(rows: Sequence[dict], config: unnormalized.Config) -> None:
       f'{distance:g}', method, best,
       float(np.median(errors)), min(errors), max(errors),
     ])  # fmt: skip
-  report.show(
+  tables.show(
     f'|theta - mean| after {config.steps} steps, {config.seeds} seeds, natural'
     ' parametrization, adaptive noise from N(0, 1)',
     ['distance', 'method', 'rate', 'median', 'low', 'high'],
@@ -163,11 +164,11 @@ def draw(
   figure, panels = unnormalized.panels(config, sharey=True)
   for axes, distance in zip(panels, config.distances, strict=True):
     mine = [row for row in rows if row.get('distance') == distance]
-    plot.draw_lines(
+    plots.draw_lines(
       axes, [('', mine)], 'step', 'error', log_x=False, floor=1e-4
     )
     axes.set(title=f'distance {distance:g}', ylabel='|theta - mean|')
     axes.legend(fontsize=6)
     axes.label_outer()
-  plot.save(figure, folder / 'mean.png')
+  plots.save(figure, folder / 'mean.png')
   return ['mean.png']

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import mixture as sklearn_mixture
 
-from experiments import densities
 import optlab
+
+from . import densities
 
 TRAIN_ROWS = 20_000
 NOISES = ('gaussian', 'mixture', 'flow', 'adaptive')

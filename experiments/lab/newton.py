@@ -24,14 +24,15 @@ from sklearn import exceptions as sklearn_exceptions
 from sklearn import linear_model
 from sklearn.linear_model import _linear_loss
 
-from experiments import app
-from experiments import data as data_lib
-from experiments import devices
-from experiments import plot
-from experiments import problems
-from experiments import report
-from experiments import runner
 import optlab
+
+from ..problems import data as data_lib
+from ..problems import smooth
+from . import devices
+from . import flags
+from . import plots
+from . import tables
+from .session import Session
 
 SKLEARN = ('lbfgs', 'newton-cg', 'newton-cholesky')
 OPTIMIZERS = (
@@ -50,27 +51,27 @@ _LONG = 1.0  # Seconds of a run that is not repeated.
 class Config(devices.Config):
   """Flags of the three programs."""
 
-  curvature: tuple[str, ...] = app.flag(
+  curvature: tuple[str, ...] = flags.flag(
     CURVATURES, 'Curvatures of gns and gns_paper.', choices=CURVATURES
   )
-  tolerance: float = app.flag(1e-8, 'Stop at f - f* <= tolerance.', low=0.0)
-  max_steps: int = app.flag(1000, 'The most steps of a solver.', low=1)
+  tolerance: float = flags.flag(1e-8, 'Stop at f - f* <= tolerance.', low=0.0)
+  max_steps: int = flags.flag(1000, 'The most steps of a solver.', low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RegressionConfig(Config):
   """Flags of logistic and softmax regression."""
 
-  dataset: str = app.flag(
+  dataset: str = flags.flag(
     'mushrooms',
     'mushrooms, breast_cancer, digits, mnist in data_dir, a LIBSVM or IDX file'
     ' by path or by name in data_dir, or openml:NAME.',
   )
-  data_dir: str = app.flag('', 'Folder with data files.')
-  l2: float | None = app.flag(
+  data_dir: str = flags.flag('', 'Folder with data files.')
+  l2: float | None = flags.flag(
     None, 'Weight of |x|^2 / 2; 1 / rows if not given.', low=1e-12
   )
-  optimizers: tuple[str, ...] = app.flag(
+  optimizers: tuple[str, ...] = flags.flag(
     tuple(name for name in OPTIMIZERS if name != 'gns_paper'),
     'Solvers.',
     choices=OPTIMIZERS,
@@ -90,7 +91,7 @@ class Method(NamedTuple):
 
   name: str
   tx: optax.GradientTransformation
-  curvature: problems.Curvature | None
+  curvature: smooth.Curvature | None
   evaluations: Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
@@ -120,7 +121,7 @@ def _backtracking_evaluations(state):
 
 
 def methods(
-  names: Sequence[str], curvatures: Sequence[str], problem: problems.Problem
+  names: Sequence[str], curvatures: Sequence[str], problem: smooth.Problem
 ) -> list[Method]:
   """The optax transformations among the optimizers.
 
@@ -161,7 +162,7 @@ def methods(
 
 
 def _minimize(
-  problem: problems.Problem, method: Method, params, data, **kwargs
+  problem: smooth.Problem, method: Method, params, data, **kwargs
 ) -> optlab.MinimizeResult:
   curvature = None
   if method.curvature is not None:
@@ -198,7 +199,7 @@ def _advance(problem, method, state: Progress, data) -> Progress:
   )  # fmt: skip
 
 
-def _cast(problem: problems.Problem, dtype) -> problems.Problem:
+def _cast(problem: smooth.Problem, dtype) -> smooth.Problem:
   """The problem with its data and metric in the dtype of the run."""
   cast = lambda tree: jax.tree.map(
     lambda leaf: jnp.asarray(
@@ -209,7 +210,7 @@ def _cast(problem: problems.Problem, dtype) -> problems.Problem:
   return problem._replace(data=cast(problem.data), metric=cast(problem.metric))
 
 
-def least_value(problem: problems.Problem) -> float:
+def least_value(problem: smooth.Problem) -> float:
   """The least value: known, or found in float64 by the exact Newton method."""
   if problem.least is not None:
     return problem.least
@@ -226,7 +227,7 @@ def least_value(problem: problems.Problem) -> float:
     return float(run(jnp.asarray(problem.start(0)), wide.data))
 
 
-def _suboptimality(problem: problems.Problem, least: float):
+def _suboptimality(problem: smooth.Problem, least: float):
   """``params -> value and f - f*``, in float64 whatever the run's precision."""
   with jax.enable_x64(True):
     wide = _cast(problem, jnp.float64)
@@ -433,10 +434,10 @@ def _run_sklearn(session, problem, solver, seed, config, evaluate):
 
 def compare(
   program: str,
-  problem: problems.Problem,
+  problem: smooth.Problem,
   config: Config,
   optimizers: Sequence[str],
-) -> runner.Session:
+) -> Session:
   """Runs the optimizers on a problem; writes the record, table and picture.
 
   Args:
@@ -452,7 +453,7 @@ def compare(
   least = least_value(problem)
   evaluate = _suboptimality(problem, least)
   header = {'problem': problem.name, 'least': least, 'show': 'suboptimality'}
-  with runner.Session(program, config, **header) as session:
+  with Session(program, config, **header) as session:
     for seed in range(config.seeds):
       for method in methods(optimizers, config.curvature, cast):
         _run_optax(session, cast, method, seed, config, least, evaluate)
@@ -462,7 +463,7 @@ def compare(
           _run_sklearn(session, problem, solver, seed, config, evaluate)
   _report(problem, config, session, least)
   picture = session.folder / 'suboptimality.png'
-  plot.draw(
+  plots.draw(
     [('', {'program': problem.name, 'config': {}}, session.rows)],
     picture, x=('calls', 'seconds'), y='suboptimality',
   )  # fmt: skip
@@ -490,7 +491,7 @@ def _report(problem, config, session, least) -> None:
       1e3 * middle('seconds'), 1e3 * middle('seconds_with_compilation'),
     ])  # fmt: skip
   seeds = f', median of {config.seeds} starts' if config.seeds > 1 else ''
-  report.show(
+  tables.show(
     f'{problem.name}, {config.precision}{seeds}:\nuntil f - f* <='
     f' {config.tolerance:g}, where f* = {least:.10g}',
     columns, rows,
@@ -499,7 +500,7 @@ def _report(problem, config, session, least) -> None:
 
 def regress(
   program: str,
-  make: Callable[[data_lib.Dataset, float], problems.Problem],
+  make: Callable[[data_lib.Dataset, float], smooth.Problem],
   config: RegressionConfig,
 ) -> None:
   """Loads the data, and compares the solvers on it.

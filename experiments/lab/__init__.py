@@ -1,0 +1,1 @@
+"""What every program shares: flags, sessions, records, tables, pictures."""

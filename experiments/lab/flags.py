@@ -1,0 +1,95 @@
+"""Flags: fields of a frozen dataclass, checked wherever it is made.
+
+A program declares its configuration once::
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(flags.Config):
+      '''What the program does.'''
+      l2: float = flags.flag(1e-3, 'Weight of the penalty.', low=0.0)
+
+`launch.run` makes an absl flag of each field.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+
+class UserError(Exception):
+  """Something the user can mend; shown as one line, without a traceback."""
+
+
+class InterruptedRun(Exception):
+  """The user asked a run to stop; what it had is on disk."""
+
+
+def flag(
+  default: Any,
+  help_text: str,
+  *,
+  choices: Sequence[str] | None = None,
+  low: float | None = None,
+) -> Any:
+  """A field of a configuration that is also a command-line flag.
+
+  Args:
+    default: Its default; a tuple makes a comma-separated list.
+    help_text: Shown by ``--help``.
+    choices: The values allowed, of the flag or of each entry of a list.
+    low: The smallest number allowed.
+
+  Returns:
+    A dataclass field.
+  """
+  metadata = {'help': help_text, 'choices': choices, 'low': low}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def positional(help_text: str) -> Any:
+  """A field that takes the arguments which are no flags, at least one."""
+  return dataclasses.field(
+    default=(), metadata={'help': help_text, 'positional': True}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BareConfig:
+  """A configuration whose fields are checked against what `flag` allows."""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      _check(field, getattr(self, field.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BareConfig):
+  """What every experiment has."""
+
+  output_dir: str = flag('', 'Folder of results; results/PROGRAM if empty.')
+  resume: bool = flag(False, 'Go on where a run in output_dir stopped.')
+  seeds: int = flag(1, 'Number of seeds, 0 to seeds - 1.', low=1)
+  precision: str = flag(
+    'float64', 'Floating point type.', choices=('float32', 'float64')
+  )
+  checkpoint_every: float = flag(
+    30.0, 'Seconds of work between checkpoints.', low=0.0
+  )
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+  """Raises a `UserError` unless the value is one that the flag allows."""
+  choices, low = (field.metadata.get(name) for name in ('choices', 'low'))
+  name = f'--{field.name}'
+  if field.metadata.get('positional'):
+    name = field.name
+  entries = value if isinstance(value, tuple) else (value,)
+  if isinstance(value, tuple) and not value:
+    raise UserError(f'{name} is empty: give at least one value')
+  for entry in entries:
+    if choices is not None and entry not in choices:
+      raise UserError(f'{name}={entry}: not one of {", ".join(choices)}')
+    if isinstance(entry, float) and math.isnan(entry):
+      raise UserError(f'{name}={entry}: not a number')
+    if low is not None and entry is not None and entry < low:
+      raise UserError(f'{name}={entry}: must be at least {low}')

@@ -1,0 +1,230 @@
+"""Starts a program: flags into its configuration, and errors in one line.
+
+A program ends with::
+
+    def main(config): ...
+
+    if __name__ == '__main__':
+      launch.run(main, Config)
+
+`main` gets the dataclass, so a test or a notebook calls it without flags.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+import pathlib
+import sys
+import types
+import typing
+from typing import Any
+
+from absl import app
+from absl import flags as absl_flags
+from absl import logging
+import jax
+
+from . import devices
+from . import flags
+from . import record
+
+_DEFINE: dict[type, Callable[..., Any]] = {
+  str: absl_flags.DEFINE_string,
+  int: absl_flags.DEFINE_integer,
+  float: absl_flags.DEFINE_float,
+  bool: absl_flags.DEFINE_bool,
+}
+
+
+def _value_type(annotation: Any) -> tuple[type, bool]:
+  """The type of a flag's value, and whether it is a list."""
+  if isinstance(annotation, types.UnionType):  # `float | None`
+    annotation = typing.get_args(annotation)[0]
+  if typing.get_origin(annotation) is tuple:
+    return typing.get_args(annotation)[0], True
+  return annotation, False
+
+
+def _flag_fields(
+  config_type: type[flags.BareConfig],
+) -> list[dataclasses.Field]:
+  return [
+    field
+    for field in dataclasses.fields(config_type)
+    if not field.metadata.get('positional')
+  ]
+
+
+def _define(config_type: type[flags.BareConfig]) -> None:
+  annotations = typing.get_type_hints(config_type)
+  for field in _flag_fields(config_type):
+    value_type, is_list = _value_type(annotations[field.name])
+    help_text = field.metadata['help']
+    choices = field.metadata['choices']
+    if choices:
+      help_text += f' One of: {", ".join(choices)}.'
+    if is_list:
+      entries: Any = field.default
+      default = [str(entry) for entry in entries]
+      absl_flags.DEFINE_list(field.name, default, help_text)
+    else:
+      _DEFINE[value_type](field.name, field.default, help_text)
+    # Else --help takes the flags for those of this module, and leaves them out.
+    absl_flags.FLAGS.register_key_flag_for_module(
+      sys.argv[0], absl_flags.FLAGS[field.name]
+    )
+
+
+def _from_flags(
+  config_type: type[flags.BareConfig], arguments: Sequence[str]
+) -> flags.BareConfig:
+  annotations = typing.get_type_hints(config_type)
+  values: dict[str, Any] = {
+    field.name: tuple(arguments)
+    for field in dataclasses.fields(config_type)
+    if field.metadata.get('positional')
+  }
+  if arguments and not values:
+    raise flags.UserError(
+      f'unexpected argument {arguments[0]}: flags begin with --'
+    )
+  for field in _flag_fields(config_type):
+    value: Any = absl_flags.FLAGS[field.name].value
+    value_type, is_list = _value_type(annotations[field.name])
+    if is_list:
+      try:
+        value = tuple(value_type(entry) for entry in value)
+      except ValueError as error:
+        raise flags.UserError(
+          f'--{field.name}={",".join(value)}: {error}'
+        ) from error
+    values[field.name] = value
+  return config_type(**values)
+
+
+def _repeated(
+  config_type: type[flags.BareConfig], header: dict
+) -> flags.BareConfig:
+  """The configuration of a record; only --output_dir is taken from the flags.
+
+  Args:
+    config_type: The program's configuration.
+    header: First row of the record.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    flags.UserError: The record is of another program, or of other flags.
+  """
+  program = pathlib.Path(sys.argv[0]).stem
+  if header['program'] != program:
+    raise flags.UserError(
+      f'--repeat: the record is of {header["program"]}, this is {program}'
+    )
+  names = {field.name for field in dataclasses.fields(config_type)}
+  if names != set(header['config']):
+    changed = ', '.join(sorted(names ^ set(header['config'])))
+    raise flags.UserError(
+      f'--repeat: the program has other flags now: {changed}'
+    )
+  values = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in header['config'].items()
+  }
+  values |= {'output_dir': absl_flags.FLAGS.output_dir, 'resume': False}
+  return config_type(**values)
+
+
+def _check_repeated(rows: list[dict], again: list[dict]) -> None:
+  """Raises a `flags.UserError` unless two runs have the same numbers."""
+  for i, (row, new) in enumerate(zip(rows, again, strict=False)):
+    # As text, in which NaN equals NaN.
+    changed = [
+      key
+      for key in row | new
+      if json.dumps(row.get(key)) != json.dumps(new.get(key))
+    ]
+    if changed:
+      key = changed[0]
+      raise flags.UserError(
+        f'--repeat: row {i + 2} differs: {key} was {row.get(key)}, is'
+        f' {new.get(key)}'
+      )
+  if len(rows) != len(again):
+    raise flags.UserError(
+      f'--repeat: there were {len(rows)} rows, there are {len(again)}'
+    )
+  print(f'repeated: {len(rows)} rows with the same numbers')
+
+
+def _fail(message: str) -> typing.NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(1)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return absl_flags.FLAGS(argv)
+  except absl_flags.Error as error:
+    _fail(' '.join(str(error).split()))
+
+
+def run(
+  main: Callable[[Any], Any], config_type: type[flags.BareConfig]
+) -> None:
+  """Runs a program: parses its flags, calls ``main(config)``, and exits.
+
+  Args:
+    main: The program.
+    config_type: Its configuration, a subclass of `flags.BareConfig`.
+  """
+  _define(config_type)
+  has_record = issubclass(config_type, flags.Config)
+  if has_record:
+    absl_flags.DEFINE_string(
+      'repeat',
+      '',
+      'A record that is run again, with its flags; --output_dir counts too.',
+    )
+    absl_flags.FLAGS.register_key_flag_for_module(
+      sys.argv[0], absl_flags.FLAGS['repeat']
+    )
+
+  def guarded(argv):
+    logging.set_verbosity(logging.WARNING)
+    try:
+      header, earlier = {}, None
+      if has_record and absl_flags.FLAGS.repeat:
+        header, earlier = record.read(absl_flags.FLAGS.repeat)
+        config = _repeated(config_type, header)
+        now = record.versions()
+        for name, version in header['versions'].items():
+          if now.get(name) != version:
+            print(
+              f'--repeat: {name} was {version}, is {now.get(name)}',
+              file=sys.stderr,
+            )
+      else:
+        config = _from_flags(config_type, argv[1:])
+      if isinstance(config, flags.Config):
+        jax.config.update('jax_enable_x64', config.precision == 'float64')
+      if isinstance(config, devices.Config):
+        devices.connect(config)
+      main(config)
+      if earlier is not None:
+        folder = absl_flags.FLAGS.output_dir or f'results/{header["program"]}'
+        rows = record.read(folder)[1]
+        _check_repeated(
+          record.without_times(earlier), record.without_times(rows)
+        )
+    except flags.UserError as error:
+      _fail(str(error))
+    except flags.InterruptedRun as stopped:
+      print(stopped, file=sys.stderr)
+      sys.exit(130)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(130)
+
+  app.run(guarded, flags_parser=_parse)

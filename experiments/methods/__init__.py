@@ -1,0 +1,1 @@
+"""Methods by name: how each is made, and what a step of it costs."""
