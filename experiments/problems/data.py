@@ -11,7 +11,7 @@ from sklearn import datasets as sklearn_datasets
 
 from ..lab import flags
 
-BUNDLED = pathlib.Path(__file__).parent / 'data'
+BUNDLED = pathlib.Path(__file__).parent / 'bundled'
 NAMES = ('mushrooms', 'breast_cancer', 'digits', 'mnist')
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801
 
