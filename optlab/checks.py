@@ -304,6 +304,43 @@ def check_floating(name: str, tree: Any, remedy: str = '') -> None:
       )
 
 
+def check_params(name: str, tree: Any) -> None:
+  """Raises a ``TypeError`` for a leaf that no gradient step can move.
+
+  Args:
+    name: Name of ``tree``, for the message.
+    tree: Parameters, a tree of floating or complex arrays.
+  """
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    where = f'{name}{jax.tree_util.keystr(path)}'
+    dtype = getattr(leaf, 'dtype', None)
+    if dtype is None and isinstance(leaf, numbers.Number):
+      dtype = np.asarray(leaf).dtype
+    if dtype is None:
+      raise TypeError(
+        f'{where} must be an array, got {leaf!r} of type'
+        f' {type(leaf).__name__}; keep functions and settings out of the'
+        ' parameters, for example by nnx.split or equinox.partition.'
+      )
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f'{where} must be floating, got dtype {dtype}; what is not trained'
+        ' belongs to the loss, to the batch or to the model state.'
+      )
+
+
+def as_key(name: str, value: Any) -> jax.Array:
+  """A copy of a PRNG key, typed; or a ``TypeError`` that names it."""
+  dtype = getattr(value, 'dtype', None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return jax.random.clone(value)
+  if dtype == jnp.uint32 and value.shape[-1:] == (2,):
+    return jax.random.wrap_key_data(jnp.array(value))
+  raise TypeError(
+    f'{name} must be a PRNG key such as jax.random.key(0), got {value!r}.'
+  )
+
+
 def as_array(name: str, value: Any) -> jax.Array:
   """An array of ``value``, or a ``TypeError`` that names it."""
   try:

@@ -14,6 +14,7 @@ from optlab import trees
 __all__ = [
   'EstimateIfFiniteState',
   'FiniteInfo',
+  'LossState',
   'WithStormState',
   'estimate_if_finite',
   'stateless',
@@ -44,22 +45,60 @@ def stateless(
   )
 
 
-def value_and_grad(
-  fun: Callable[[base.Params, base.Batch], jax.Array],
-) -> base.GradientEstimator:
-  """`jax.value_and_grad` as an estimator.
+class LossState(NamedTuple):
+  """State of `value_and_grad` for a loss with model state or a key."""
 
-  It also hands ``value_fn``, the objective bound to the batch, to line searches
-  and to `gns_newton`. Cost: one gradient.
+  step: jax.Array  # shape (), int32, folded into the key
+  model_state: Any  # as the loss returned it last; () where it has none
+  key: Any  # typed PRNG key of the run; () where the loss takes none
+
+
+@checks.domains(fun=checks.Function('(params, batch) -> scalar'))
+def value_and_grad(
+  fun: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  has_state: bool = False,
+  has_key: bool = False,
+) -> base.GradientEstimator:
+  r"""`jax.value_and_grad` as an estimator, for models with state and keys too.
+
+  It also hands ``value_fn``, the objective bound to the batch (and to the model
+  state and key of the step), to line searches and to `gns_newton`. Cost: one
+  gradient.
+
+  ======================== ============================= =====================
+  declared                 ``fun`` takes                 and returns
+  ======================== ============================= =====================
+  nothing                  ``params, batch``             the loss
+  ``has_aux``              the same                      ``loss, aux``
+  ``has_state``            ``params, model_state,        ``loss, model_state``
+                           batch``
+  ``has_state, has_aux``   the same                      ``loss, (model_state,
+                                                         aux)``
+  ``has_key``              one argument more, a key      the same
+  ======================== ============================= =====================
 
   Args:
-    fun: The loss, ``(params, batch) -> scalar``.
+    fun: The loss, ``(params, batch) -> scalar``, or as in the table.
+    has_aux: Whether it returns auxiliary output: that is `Estimate.aux`, and
+      `train_step` returns ``(value, aux)`` for the value.
+    has_state: Whether the model has state beside its parameters (running
+      statistics, caches). It is given to ``init`` after the parameters and
+      lives in the estimator's state.
+    has_key: Whether the loss is random. ``init`` takes the key of the run last;
+      the loss gets it folded with the number of the step.
 
   Returns:
-    A `GradientEstimator` without memory.
+    A `GradientEstimator`; ``init(params)``, ``init(params, model_state)``,
+    ``init(params, key)`` or ``init(params, model_state, key)``. Its state is
+    empty, or a `LossState`.
 
   Raises:
-    TypeError: ``fun`` is not a function.
+    TypeError: ``fun`` is not a function, or a leaf of ``params`` not a floating
+      array.
+    ValueError: ``init`` gets too few or too many arguments, or ``fun`` returns
+      something else than declared.
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -68,18 +107,128 @@ def value_and_grad(
     >>> estimate, _ = estimator.estimate(x, estimator.init(x), 2.0 * x)
     >>> print(estimate.value, estimate.grads)
     4.0 [2. 2.]
+
+  Notes:
+    For complex parameters the gradient is the conjugate of what `jax.grad`
+    returns: the direction of steepest ascent, which optax's updates descend.
+    A changed model state must keep shapes and dtypes, as that of a scan.
   """
-  checks.check_callable('fun', fun, '(params, batch) -> scalar')
+  checks.enforce(value_and_grad, locals())
+  loss = Loss(fun, has_aux, has_state, has_key)
 
-  def value_fn(batch, params):
-    return fun(params, batch)
+  def estimate(params, state, batch):
+    checks.check_params('params', params)
+    model_state, key, state = loss.begin(state)
+    (value, (new, aux)), grads = jax.value_and_grad(loss, has_aux=True)(
+      params, model_state, batch, key
+    )
+    bound = jax.tree_util.Partial(loss.value, model_state, batch, key)
+    result = base.Estimate(
+      value, trees.conjugate(grads), {'value_fn': bound}, aux
+    )
+    return result, loss.end(state, new)
 
-  def estimate(params, batch):
-    value, grads = jax.value_and_grad(fun)(params, batch)
-    bound = jax.tree_util.Partial(value_fn, batch)
-    return base.Estimate(value, grads, {'value_fn': bound})
+  return base.GradientEstimator(loss.init, estimate)
 
-  return stateless(estimate)
+
+class Loss(NamedTuple):
+  """A user's loss in one form, whatever it takes and returns.
+
+  It maps ``(params, model_state, batch, key)`` to ``(value, (model_state,
+  aux))``, with ``()`` for what the loss does not have. Estimators use it.
+
+  Attributes:
+    fun: The user's function, see `value_and_grad`.
+    has_aux: Whether it returns auxiliary output.
+    has_state: Whether it takes and returns model state.
+    has_key: Whether it takes a key, last.
+  """
+
+  fun: Callable[..., Any]
+  has_aux: bool = False
+  has_state: bool = False
+  has_key: bool = False
+
+  def __call__(self, params, model_state, batch, key):
+    args = (params, model_state) if self.has_state else (params,)
+    args = (*args, batch, key) if self.has_key else (*args, batch)
+    # New containers: a module of the user may write into those it gets.
+    out = self.fun(*jax.tree.map(lambda leaf: leaf, args))
+    if not (self.has_aux or self.has_state):
+      _check_value(out)
+      return out, ((), ())
+    if not (isinstance(out, tuple) and len(out) == 2):
+      raise ValueError(
+        f'the loss must return {self.returns()}, got {type(out).__name__}'
+        + (f' of {len(out)}' if isinstance(out, tuple) else '')
+        + '.'
+      )
+    value, rest = out
+    if not self.has_state:
+      return value, ((), rest)
+    new, aux = rest, ()
+    if self.has_aux:
+      if not (isinstance(rest, tuple) and len(rest) == 2):
+        raise ValueError(
+          f'the loss must return {self.returns()}, got {type(rest).__name__}'
+          ' beside the value.'
+        )
+      new, aux = rest
+    checks.check_same_tree(
+      'the model state that the loss returned', new, 'the one given to init',
+      model_state,
+    )  # fmt: skip
+    return value, (trees.cast_like(new, model_state), aux)
+
+  def returns(self):
+    """What the loss must return, in words."""
+    if self.has_state and self.has_aux:
+      return '(value, (model_state, aux))'
+    return '(value, model_state)' if self.has_state else '(value, aux)'
+
+  def value(self, model_state, batch, key, params):
+    """The loss alone."""
+    return self(params, model_state, batch, key)[0]
+
+  def init(self, params, *given):
+    """The state before the first step, from what follows the parameters."""
+    del params
+    names = ['model_state'] * self.has_state + ['key'] * self.has_key
+    if len(given) != len(names):
+      raise ValueError(
+        f'init must get {", ".join(["params", *names])}, got {len(given)}'
+        ' after params: declare has_state and has_key where the estimator is'
+        ' made, and pass what they declare to optlab.init after tx.'
+      )
+    if not names:
+      return optax.EmptyState()
+    values = dict(zip(names, given, strict=True))
+    return LossState(
+      step=jnp.zeros((), jnp.int32),
+      model_state=trees.own(values.get('model_state', ())),
+      key=checks.as_key('key', values['key']) if self.has_key else (),
+    )
+
+  def begin(self, state):
+    """The model state and the key of this step, and the state."""
+    if not isinstance(state, LossState):
+      return (), (), state
+    key = jax.random.fold_in(state.key, state.step) if self.has_key else ()
+    return state.model_state, key, state
+
+  def end(self, state, model_state):
+    """The state after this step."""
+    if not isinstance(state, LossState):
+      return state
+    return state._replace(step=state.step + 1, model_state=model_state)
+
+
+def _check_value(out):
+  if isinstance(out, tuple):
+    raise ValueError(
+      f'the loss returned a tuple of {len(out)}: declare has_aux=True for'
+      ' (value, aux), has_state=True for (value, model_state).'
+    )
 
 
 def with_curvature(

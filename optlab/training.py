@@ -69,7 +69,7 @@ def init(
 def train_step(
   estimator: base.GradientEstimator,
   tx: optax.GradientTransformation,
-) -> Callable[[TrainState, base.Batch], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, base.Batch], tuple[TrainState, Any]]:
   """Makes the step that serves every method of optlab and optax.
 
   The step is pure: jit it, scan it, vmap it over seeds. What a method reports
@@ -81,7 +81,8 @@ def train_step(
     tx: Any optax transformation.
 
   Returns:
-    ``step(state, batch) -> (state, value)``, with the loss before the step.
+    ``step(state, batch) -> (state, value)``, with the loss before the step;
+    ``(state, (value, aux))`` where the loss has auxiliary output.
 
   Raises:
     TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
@@ -118,9 +119,16 @@ def train_step(
     )
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, opt_state, estimator_state)
-    return state, estimate.value
+    return state, with_aux(estimate)
 
   return step
+
+
+def with_aux(estimate: base.Estimate) -> Any:
+  """The value, and beside it the auxiliary output where there is one."""
+  if isinstance(estimate.aux, tuple) and not estimate.aux:
+    return estimate.value
+  return estimate.value, estimate.aux
 
 
 def report(state: Any) -> dict[str, jax.Array]:

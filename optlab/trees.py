@@ -9,9 +9,17 @@ import jax.numpy as jnp
 from optlab import base
 
 
-def cast_like(tree: base.Params, like: base.Params) -> base.Params:
-  """Casts each leaf to the dtype of the corresponding leaf of ``like``."""
-  return jax.tree.map(lambda leaf, to: leaf.astype(to), tree, like)
+def cast_like(tree: base.ArrayTree, like: base.ArrayTree) -> base.ArrayTree:
+  """Casts each leaf to the dtype of the leaf of ``like``, or that dtype."""
+  return jax.tree.map(
+    lambda leaf, to: cast(leaf, getattr(to, 'dtype', to)), tree, like
+  )
+
+
+def cast(leaf: Any, dtype: Any) -> jax.Array:
+  """An array of a dtype; PRNG keys, which can't be cast, as they are."""
+  leaf = jnp.asarray(leaf)
+  return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def zeros_accumulator(tree: base.Params) -> base.Params:
@@ -69,6 +77,13 @@ def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
   )
 
 
+def conjugate(tree: base.Params) -> base.Params:
+  """The complex conjugate of complex leaves; others as they are."""
+  return jax.tree.map(
+    lambda leaf: jnp.conj(leaf) if jnp.iscomplexobj(leaf) else leaf, tree
+  )
+
+
 def where(condition: Any, on_true: Any, on_false: Any) -> Any:
   """Selects between two trees; PRNG keys too.
 
@@ -88,7 +103,7 @@ def where(condition: Any, on_true: Any, on_false: Any) -> Any:
     mask = condition.reshape(
       condition.shape + (1,) * (old.ndim - condition.ndim)
     )
-    return jnp.where(mask, new.astype(old.dtype), old)
+    return jnp.where(mask, cast(new, old.dtype), old)
 
   return jax.tree.map(leaf, on_true, on_false)
 

@@ -68,7 +68,6 @@ minimize = family(
   tx=optax.sgd(0.1),
   max_steps=1,
 )
-functions(value_and_grad, fun='(params, batch) -> scalar')
 functions(stateless, estimate='(params, batch) -> Estimate')
 functions(with_curvature, curvature='(params, batch) -> operator')
 for make in (with_curvature, init, train_step):
@@ -131,7 +130,7 @@ row(
   'integer params',
   lambda: estimate(value_and_grad(), ROWS, np.ones(2, int)),
   TypeError,
-  'real- or complex-valued inputs.*int',
+  'params must be floating, got dtype int',
 )
 row(
   'value_and_grad',
