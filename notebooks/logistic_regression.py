@@ -106,7 +106,7 @@ def gns(x):
     curvature=lambda x: curvature(x, (A, y)),
     max_steps=25,
     grad_tol=1e-12,
-    trace=lambda now: (now.value, now.grad_norm, now.opt_state.shift),
+    trace=lambda now: (now.value, now.grad_norm, now.opt_state.info.shift),
   )
 
 

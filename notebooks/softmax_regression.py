@@ -84,8 +84,8 @@ def curvature(W):
 
 # %%
 def trace(now):
-  state = now.opt_state
-  return now.value, state.total_products, state.total_trials
+  info = now.opt_state.info
+  return now.value, info.total_products, info.total_trials
 
 
 run = jax.jit(

@@ -26,6 +26,7 @@ __all__ = [
   'GradientEstimator',
   'Operator',
   'Params',
+  'Prepared',
   'ScalarOrSchedule',
   'Solver',
   'Updates',
@@ -68,17 +69,35 @@ class GradientEstimator(NamedTuple):
   estimate: Callable[[Params, Any, Batch], tuple[Estimate, Any]]
 
 
+class Prepared(NamedTuple):
+  """The system ``(A + shift I) x = b``, prepared for many shifts.
+
+  It is a function ``shift -> (x, ok)``; ``solve`` also counts.
+
+  Attributes:
+    solve: ``shift -> (x, ok, products)``. ``ok`` is false where the shifted
+      operator is not positive definite, and ``x`` is then undefined;
+      ``products`` are the operator-vector products of this shift, 0 or an int32
+      scalar.
+    products: Those of the preparation.
+  """
+
+  solve: Callable[[jax.Array], tuple[ArrayTree, jax.Array, Any]]
+  products: Any = 0
+
+  def __call__(self, shift: Any) -> tuple[ArrayTree, jax.Array]:
+    return self.solve(shift)[:2]
+
+
 class Solver(Protocol):
   """Prepares the solution of ``(A + shift I) x = b`` for many shifts.
 
   ``shift`` is the smallest shift of interest: a solver may use it to decide how
-  far to prepare. The result maps a shift to ``(x, ok)``; ``ok`` is false where
-  the shifted operator is not positive definite, and ``x`` is then undefined.
-  `gns_newton` passes flat vectors; where the parameters are one vector and
-  there is no metric, the operator is the user's own, with the structure that a
-  solver may use (bands, say).
+  far to prepare. `gns_newton` passes flat vectors; where the parameters are one
+  vector and there is no metric, the operator is the user's own, with the
+  structure that a solver may use (bands, say).
   """
 
   def __call__(
-    self, operator: Operator, b: ArrayTree, shift: jax.Array
-  ) -> Callable[[jax.Array], tuple[ArrayTree, jax.Array]]: ...
+    self, operator: Operator, b: ArrayTree, shift: Any
+  ) -> Prepared: ...

@@ -107,7 +107,7 @@ class Progress(NamedTuple):
 
 
 def _gns_evaluations(state):
-  return state.trials, state.trials
+  return state.info.trials, state.info.trials
 
 
 def _line_search_evaluations(state):

@@ -1,16 +1,17 @@
 """GNS-Newton: curvature, solvers for shifted systems, and the search."""
 
+from optlab.base import Prepared
 from optlab.newton._curvature import empirical_fisher
 from optlab.newton._curvature import fisher
 from optlab.newton._curvature import gauss_newton
 from optlab.newton._curvature import hessian
 from optlab.newton._curvature import linear_gauss_newton
+from optlab.newton._gns import GNSNewtonInfo
 from optlab.newton._gns import GNSNewtonState
 from optlab.newton._gns import gns_newton
 from optlab.newton._gns import gns_newton_paper
 from optlab.newton._krylov import cg
 from optlab.newton._krylov import lanczos
-from optlab.newton._linear import Prepared
 from optlab.newton._linear import cholesky
 from optlab.newton._linear import eigh
 from optlab.newton._linear import woodbury
@@ -28,6 +29,7 @@ from optlab.newton._sparse import sparse_matrix
 
 __all__ = [
   'Dense',
+  'GNSNewtonInfo',
   'GNSNewtonState',
   'LowRank',
   'OperatorFactory',

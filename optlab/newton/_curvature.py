@@ -19,8 +19,10 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.newton import _operators
+from optlab.newton import _sparse
 
 
+@checks.domains(fun=checks.Function('(params, *args) -> scalar'))
 def hessian(fun: Callable[..., jax.Array]) -> _operators.OperatorFactory:
   r"""The exact Hessian, matrix-free.
 
@@ -45,7 +47,7 @@ def hessian(fun: Callable[..., jax.Array]) -> _operators.OperatorFactory:
     >>> print(operator(jnp.ones(3)))
     [ 0.  6. 12.]
   """
-  checks.check_callable('fun', fun, '(params, *args) -> scalar')
+  checks.enforce(hessian, locals())
 
   def curvature(params, *args):
     grad = jax.grad(lambda params: fun(params, *args))
@@ -54,6 +56,10 @@ def hessian(fun: Callable[..., jax.Array]) -> _operators.OperatorFactory:
   return curvature
 
 
+@checks.domains(
+  model=checks.Function('(params, *args) -> outputs'),
+  loss=checks.Function('(outputs, *args) -> scalar'),
+)
 def gauss_newton(
   model: Callable[..., base.ArrayTree], loss: Callable[..., jax.Array]
 ) -> _operators.OperatorFactory:
@@ -87,8 +93,7 @@ def gauss_newton(
     >>> print(factory(jnp.array([1.0, 2.0]))(jnp.array([1.0, 0.0])))
     [4. 2.]
   """
-  checks.check_callable('model', model, '(params, *args) -> outputs')
-  checks.check_callable('loss', loss, '(outputs, *args) -> scalar')
+  checks.enforce(gauss_newton, locals())
 
   def product(jvp, outer, vjp, vector):
     return vjp(outer(jvp(vector)))[0]
@@ -104,6 +109,10 @@ def gauss_newton(
   return curvature
 
 
+@checks.domains(
+  loss=checks.Function('(params, *example) -> scalar'),
+  weights=checks.Function('(losses) -> weights', optional=True),
+)
 def empirical_fisher(
   loss: Callable[..., jax.Array],
   weights: Callable[[jax.Array], jax.Array] | None = None,
@@ -140,9 +149,7 @@ def empirical_fisher(
     [[0.70710677 0.        ]
      [0.         2.828427  ]]
   """
-  checks.check_callable('loss', loss, '(params, *example) -> scalar')
-  if weights is not None:
-    checks.check_callable('weights', weights, '(losses) -> weights')
+  checks.enforce(empirical_fisher, locals())
 
   def curvature(params, *args):
     value_and_row = lambda *args: _value_and_row(loss, params, *args)
@@ -157,6 +164,7 @@ def empirical_fisher(
   return curvature
 
 
+@checks.domains(log_probs=checks.Function('(params, *example) -> array'))
 def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
   r"""The Fisher matrix of a classifier, exact over its classes, low rank.
 
@@ -186,7 +194,7 @@ def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
     >>> print(operator(jnp.array([4.0, 0.0])).round(3))
     [ 1. -1.]
   """
-  checks.check_callable('log_probs', log_probs, '(params, *example) -> array')
+  checks.enforce(fisher, locals())
 
   def curvature(params, *args):
     checks.check_floating('params', params)
@@ -212,6 +220,11 @@ def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
   return curvature
 
 
+@checks.domains(
+  inputs=checks.Function('(*args) -> matrix'),
+  loss=checks.Function('(outputs, *args) -> scalar'),
+  l2=checks.NON_NEGATIVE,
+)
 def linear_gauss_newton(
   inputs: Callable[..., jax.Array],
   loss: Callable[..., jax.Array],
@@ -255,12 +268,11 @@ def linear_gauss_newton(
     [[ 4.  8.]
      [ 8. 16.]]
   """
-  checks.check_callable('inputs', inputs, '(*args) -> matrix')
-  checks.check_callable('loss', loss, '(outputs, *args) -> scalar')
-  checks.check_non_negative('l2', l2)
+  checks.enforce(linear_gauss_newton, locals())
 
   def curvature(params, *args):
-    if not hasattr(params, 'ndim') or params.ndim not in (1, 2):
+    is_array = jax.tree_util.all_leaves([params])
+    if not is_array or jnp.ndim(params) not in (1, 2):
       raise ValueError(
         'linear_gauss_newton needs params that are one array of shape (d,) or'
         f' (d, classes), got {jax.tree.structure(params)} with shapes'
@@ -268,7 +280,7 @@ def linear_gauss_newton(
         ' models use dense(gauss_newton(model, loss)).'
       )
     features: Any = inputs(*args)
-    sparse = hasattr(features, 'gram')
+    sparse = isinstance(features, _sparse.SparseMatrix)
     if sparse and params.ndim != 1:
       raise ValueError(
         'linear_gauss_newton takes a SparseMatrix for params of shape (d,)'

@@ -19,16 +19,15 @@ from optlab.newton import _linear
 from optlab.newton import _metric
 from optlab.newton import _operators
 from optlab.newton import _search
+from optlab.newton import _trials
+
+SOLVER = checks.Function('(operator, b, shift) -> Prepared', optional=True)
 
 
-class GNSNewtonState(NamedTuple):
-  """State of `gns_newton`; scalars are float32 or wider, counts int32.
+class GNSNewtonInfo(NamedTuple):
+  """What `gns_newton` reports of its last step and, in totals, of the run.
 
   Attributes:
-    gamma: The gradient-normalized smoothness that the next search starts from;
-      0 before the first step where the method chooses the first one itself.
-    value: The objective at the current point, infinite if it is not known.
-    grad: The gradient at the current point, for `value_and_grad_from_state`.
     shift: The regularization ``lambda`` of the last trial.
     trials: Trials of the last step.
     accepted: Whether the last step was accepted; a rejected step is zero.
@@ -37,9 +36,6 @@ class GNSNewtonState(NamedTuple):
     total_products: Operator-vector products of all steps.
   """
 
-  gamma: jax.Array  # shape ()
-  value: jax.Array  # shape ()
-  grad: base.Updates
   shift: jax.Array  # shape ()
   trials: jax.Array  # shape (), int32
   accepted: jax.Array  # shape (), bool
@@ -48,6 +44,31 @@ class GNSNewtonState(NamedTuple):
   total_products: jax.Array  # shape (), int32
 
 
+class GNSNewtonState(NamedTuple):
+  """State of `gns_newton`; scalars are float32 or wider.
+
+  Attributes:
+    gamma: The gradient-normalized smoothness that the next search starts from;
+      0 before the first step where the method chooses the first one itself.
+    value: The objective at the current point, infinite if it is not known.
+    grad: The gradient at the current point, for `value_and_grad_from_state`.
+    rule: The state of the search rule, empty for those of optlab.
+    info: Diagnostics.
+  """
+
+  gamma: jax.Array  # shape ()
+  value: jax.Array  # shape ()
+  grad: base.Updates
+  rule: Any
+  info: GNSNewtonInfo
+
+
+@checks.domains(
+  solver=SOLVER,
+  gamma_init=checks.POSITIVE._replace(optional=True),
+  max_trials=checks.Integer(1, traced=True),
+  gamma_offset=checks.NON_NEGATIVE,
+)
 def gns_newton(
   solver: base.Solver | None = None,
   metric: base.ArrayTree | None = None,
@@ -71,9 +92,9 @@ def gns_newton(
   `optlab.newton` for the rules that move it.
 
   Args:
-    solver: Solves ``(H + shift B) x = g``; ``None`` takes `cholesky` for
-      operators with a ``matrix``, `woodbury` for those with a ``factor`` and
-      `lanczos` for others.
+    solver: Solves ``(H + shift B) x = g``, see `optlab.base.Solver`; ``None``
+      takes `cholesky` for operators with a ``matrix``, `woodbury` for those
+      with a ``factor`` and `lanczos` for others.
     metric: ``B`` of the norm :math:`|d|^2 = \langle B d, d \rangle`: a pytree
       like the parameters (its positive diagonal), a `Dense` operator, or
       ``None`` for the identity.
@@ -123,34 +144,28 @@ def gns_newton(
     It must be the last link of a chain, and cannot be masked or partitioned, as
     `optax.lbfgs` cannot: ``value_fn`` takes all parameters.
   """
-  if solver is not None:
-    checks.check_callable('solver', solver, '(operator, b, shift) -> solve')
-  if gamma_init is not None:
-    checks.check_positive('gamma_init', gamma_init)
-  checks.check_real('max_trials', max_trials, low=1)
-  checks.check_non_negative('gamma_offset', gamma_offset)
+  checks.enforce(gns_newton, locals())
   _check_metric(metric)
-  if rule is None:
-    rule = _search.hold()
-  if not isinstance(rule, _search.SearchRule):
-    raise TypeError(
-      f'rule must be a SearchRule such as optlab.newton.hold() makes, got'
-      f' {rule!r}.'
-    )
+  rule = _search.hold() if rule is None else rule
+  _check_rule(rule)
 
   def init(params):
     dtype = trees.accumulator_dtype(params)
+    gamma = 0.0 if gamma_init is None else gamma_init
     # No two fields share a buffer, so that the state can be donated.
     return GNSNewtonState(
-      gamma=jnp.array(0.0 if gamma_init is None else gamma_init, dtype),
+      gamma=jnp.array(gamma, dtype),
       value=jnp.full((), jnp.inf, dtype),
       grad=optax.tree.zeros_like(params),
-      shift=jnp.zeros((), dtype),
-      trials=jnp.zeros((), jnp.int32),
-      accepted=jnp.zeros((), bool),
-      stalled=jnp.zeros((), bool),
-      total_trials=jnp.zeros((), jnp.int32),
-      total_products=jnp.zeros((), jnp.int32),
+      rule=rule.init(jnp.array(gamma, dtype)),
+      info=GNSNewtonInfo(
+        shift=jnp.zeros((), dtype),
+        trials=jnp.zeros((), jnp.int32),
+        accepted=jnp.zeros((), bool),
+        stalled=jnp.zeros((), bool),
+        total_trials=jnp.zeros((), jnp.int32),
+        total_products=jnp.zeros((), jnp.int32),
+      ),
     )
 
   def update(
@@ -182,131 +197,64 @@ def gns_newton(
       'curvature', curvature, sum(map(jnp.size, jax.tree.leaves(params)))
     )
     space: Any = _metric.Space.make(metric, params, dtype)
-    operator: Any = space.operator(curvature)
+    operator = space.operator(curvature)
     g = space.dual(updates)
     g_norm = jnp.linalg.norm(g)
     value = jnp.asarray(value).astype(dtype)
-    make: Any = solver or _default_solver(operator)
-
-    finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
-    movable = finite & (g_norm > 0)
     gamma, products = state.gamma, jnp.zeros((), jnp.int32)
     if gamma_init is None:
-      first = movable & (gamma == 0)
-      shift = jax.lax.cond(
-        first,
-        lambda: 0.01 * jnp.abs(g @ operator(g)) / (g @ g),
-        lambda: jnp.ones((), dtype),
-      ).astype(dtype)
-      shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
-      gamma = jnp.where(first, g_norm / shift, gamma)
-      products = first.astype(jnp.int32)
-
-    def shift_of(gamma):
-      return g_norm / (gamma + gamma_offset)
-
-    prepared: Any = make(operator, g, shift_of(gamma))
-    products += getattr(prepared, 'products', 0)
-    value_and_grad = jax.value_and_grad(value_fn)
-
-    def search(carry):
-      shift = shift_of(carry.gamma)
-      if isinstance(prepared, _linear.Prepared):
-        counted: Any = prepared.solve(shift)
-        solution, ok, trial_products = counted
-      else:
-        (solution, ok), trial_products = prepared(shift), 0
-      step = jax.tree.map(
-        lambda u, p: (-u).astype(p.dtype), space.primal(solution), params
-      )
-      point = optax.apply_updates(params, step)
-      new_value, new_grad = value_and_grad(point)
-      new_value = new_value.astype(dtype)
-      h = space.dual(new_grad)
-      # The step that rounding left, which may be none.
-      d = space.lift(point, params)
-      square, h_norm = h @ h, jnp.linalg.norm(h)
-      ok &= jnp.isfinite(new_value) & jnp.isfinite(h_norm)
-      needed = square / (8.0 * shift)
-      accepted = value - new_value >= needed
-      flat = jnp.asarray(False)
-      if safeguard:
-        flat = jnp.abs(value - new_value) <= (
-          10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
-        )
-        flat &= ok
-        accepted |= flat & ((h @ -d >= needed) | (h_norm <= 0.9 * g_norm))
-      accepted &= ok
-      gamma = rule.next_gamma(
-        _search.Trial(
-          gamma=carry.gamma,
-          shift=shift,
-          trials=carry.trials + 1,
-          accepted=accepted,
-          grad_norm=h_norm,
-          step_norm=jnp.linalg.norm(d),
-          residual_norm=jnp.linalg.norm(h + shift * d),
-        )
-      ).astype(dtype)
-      # Nothing is learned where the gradient is zero or the point the same.
-      useful = (gamma > 0) & jnp.isfinite(gamma) & (accepted | jnp.any(d != 0))
-      gamma = jnp.where(useful, gamma, carry.gamma)
-      pick = lambda new, old: jnp.where(accepted, new, old)
-      return _Search(
-        step=jax.tree.map(pick, step, carry.step),
-        value=pick(new_value, carry.value),
-        grad=jax.tree.map(
-          lambda new, old: pick(new.astype(old.dtype), old),
-          new_grad,
-          carry.grad,
-        ),
-        gamma=gamma,
-        shift=shift,
-        trials=carry.trials + 1,
-        accepted=accepted,
-        stalled=flat & ~accepted,
-        products=carry.products + trial_products,
-      )
-
-    def unfinished(carry):
-      open_ = ~(carry.accepted | carry.stalled)
-      return movable & open_ & (carry.trials < max_trials)
-
-    false = jnp.zeros((), bool)
-    found = jax.lax.while_loop(
-      unfinished,
-      search,
-      _Search(
+      gamma, products = _first_gamma(operator, g, g_norm, value, gamma)
+    shift_of = lambda gamma: g_norm / (gamma + gamma_offset)
+    prepare: Any = solver or _default_solver(operator)
+    prepared = prepare(operator, g, shift_of(gamma))
+    _check_prepared(prepared)
+    start = _trials.Start(
+      params=params,
+      value=value,
+      grad_norm=g_norm,
+      space=space,
+      prepared=prepared,
+      value_and_grad=jax.value_and_grad(value_fn),
+      shift_of=shift_of,
+    )
+    finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
+    found, stalled = _trials.search(
+      start,
+      _trials.Search(
         step=optax.tree.zeros_like(params),
         value=jnp.where(finite, value, jnp.inf),
-        grad=jax.tree.map(
-          lambda g, old: jnp.where(finite, g, 0).astype(old.dtype),
-          grad,
-          state.grad,
-        ),
+        grad=trees.where(finite, grad, optax.tree.zeros_like(state.grad)),
         gamma=gamma,
-        shift=state.shift,
+        rule=state.rule,
+        shift=state.info.shift,
         trials=jnp.zeros((), jnp.int32),
-        accepted=false,
-        stalled=false,
-        products=products,
+        accepted=jnp.zeros((), bool),
+        flat=jnp.zeros((), bool),
+        products=products + prepared.products,
       ),
+      rule,
+      max_trials,
+      safeguard,
     )
     return found.step, GNSNewtonState(
       gamma=found.gamma,
       value=found.value,
       grad=found.grad,
-      shift=found.shift,
-      trials=found.trials,
-      accepted=found.accepted,
-      stalled=found.stalled,
-      total_trials=state.total_trials + found.trials,
-      total_products=state.total_products + found.products,
+      rule=found.rule,
+      info=GNSNewtonInfo(
+        shift=found.shift,
+        trials=found.trials,
+        accepted=found.accepted,
+        stalled=stalled,
+        total_trials=state.info.total_trials + found.trials,
+        total_products=state.info.total_products + found.products,
+      ),
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checks.domains(solver=SOLVER, gamma_init=checks.POSITIVE)
 def gns_newton_paper(
   solver: base.Solver | None = None,
   metric: base.ArrayTree | None = None,
@@ -330,6 +278,7 @@ def gns_newton_paper(
       a real number.
     ValueError: ``gamma_init`` is not a finite number above 0.
   """
+  checks.enforce(gns_newton_paper, locals())
   return gns_newton(
     solver=solver,
     metric=metric,
@@ -340,21 +289,38 @@ def gns_newton_paper(
   )
 
 
-class _Search(NamedTuple):
-  step: base.Updates
-  value: jax.Array
-  grad: base.Updates
-  gamma: jax.Array
-  shift: jax.Array
-  trials: jax.Array
-  accepted: jax.Array
-  stalled: jax.Array
-  products: jax.Array
+def _first_gamma(operator, g, g_norm, value, gamma):
+  """The smoothness, chosen where it is still 0, and the products it took."""
+  finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
+  first = finite & (g_norm > 0) & (gamma == 0)
+  shift = jax.lax.cond(
+    first,
+    lambda: 0.01 * jnp.abs(g @ operator(g)) / (g @ g),
+    lambda: jnp.ones((), gamma.dtype),
+  ).astype(gamma.dtype)
+  shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
+  return jnp.where(first, g_norm / shift, gamma), first.astype(jnp.int32)
+
+
+def _check_rule(rule):
+  if not isinstance(rule, _search.SearchRule):
+    raise TypeError(
+      f'rule must be a SearchRule such as optlab.newton.hold() makes, got'
+      f' {rule!r}.'
+    )
+
+
+def _check_prepared(prepared):
+  if not isinstance(prepared, base.Prepared):
+    raise TypeError(
+      'solver must return optlab.newton.Prepared(solve, products), where solve'
+      f' maps a shift to (x, ok, products); got {prepared!r}.'
+    )
 
 
 def _check_metric(metric):
   """Raises unless what is seen of the metric's diagonal is positive."""
-  matrix = getattr(metric, 'matrix', None)
+  matrix = _operators.matrix_of(metric)
   if matrix is not None and not isinstance(matrix, jax.core.Tracer):
     metric = jnp.diagonal(matrix)
   for path, leaf in jax.tree.leaves_with_path(metric):
@@ -362,8 +328,8 @@ def _check_metric(metric):
 
 
 def _default_solver(operator):
-  if hasattr(operator, 'matrix'):
+  if _operators.matrix_of(operator) is not None:
     return _linear.cholesky()
-  if hasattr(operator, 'factor'):
+  if _operators.factor_of(operator) is not None:
     return _linear.woodbury()
   return _krylov.lanczos()

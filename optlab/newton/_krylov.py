@@ -10,6 +10,11 @@ from optlab.newton import _linear
 from optlab.newton import _operators
 
 
+@checks.domains(
+  max_steps=checks.Integer(1),
+  rtol=checks.NON_NEGATIVE,
+  power=checks.NON_NEGATIVE,
+)
 def cg(
   max_steps: int = 100,
   rtol: float | jax.Array = 0.1,
@@ -42,9 +47,7 @@ def cg(
     >>> print(solve(1.0)[0].round(4), solve(-4.0)[1])
     [0.25   0.0625] False
   """
-  checks.check_int('max_steps', max_steps, 1)
-  checks.check_non_negative('rtol', rtol)
-  checks.check_non_negative('power', power)
+  checks.enforce(cg, locals())
 
   def solver(operator, b, shift):
     del shift
@@ -76,11 +79,16 @@ def cg(
       x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
       return unravel(x), ok & jnp.all(jnp.isfinite(x)), k
 
-    return _linear.Prepared(solve, jnp.zeros((), jnp.int32))
+    return base.Prepared(solve, jnp.zeros((), jnp.int32))
 
   return solver
 
 
+@checks.domains(
+  max_steps=checks.Integer(1),
+  rtol=checks.NON_NEGATIVE,
+  power=checks.NON_NEGATIVE,
+)
 def lanczos(
   max_steps: int = 100,
   rtol: float | jax.Array = 0.1,
@@ -119,9 +127,7 @@ def lanczos(
     Memory for ``max_steps`` vectors. Fully reorthogonalized: a step takes four
     passes over the basis beside its product.
   """
-  checks.check_int('max_steps', max_steps, 1)
-  checks.check_non_negative('rtol', rtol)
-  checks.check_non_negative('power', power)
+  checks.enforce(lanczos, locals())
 
   def solver(operator, b, shift):
     flat, unravel = _linear.flatten(b)
@@ -184,7 +190,7 @@ def lanczos(
       ok = ok & jnp.all(jnp.isfinite(x))
       return unravel(x), ok, jnp.zeros((), jnp.int32)
 
-    return _linear.Prepared(solve, k)
+    return base.Prepared(solve, k)
 
   return solver
 

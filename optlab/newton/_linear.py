@@ -1,8 +1,9 @@
 r"""Solvers for shifted linear systems, ``(A + shift I) x = b``.
 
 ``solver(operator, b, shift)`` prepares for the smallest shift of interest and
-returns a function ``shift -> (x, ok)``; preparing is the expensive part, so
-that the search of `gns_newton` tries many shifts at little cost. ``b`` and
+returns a `Prepared`, which maps a shift to ``(x, ok)``; preparing is the
+expensive part, so that the search of `gns_newton` tries many shifts at little
+cost. ``b`` and
 ``x`` are pytrees. Where ``ok`` is false the shifted operator was found not to
 be positive definite (or not to be finite) and ``x`` is of no use.
 
@@ -18,9 +19,6 @@ solver           to prepare                        a shift
 ================ ================================= ==========================
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
@@ -28,21 +26,6 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import trees
 from optlab.newton import _operators
-
-
-class Prepared(NamedTuple):
-  """What a solver returns, with the number of products it took.
-
-  Attributes:
-    solve: ``shift -> (x, ok, products)``, with the products of this shift.
-    products: int32 scalar, the operator-vector products of the preparation.
-  """
-
-  solve: Callable[[jax.Array], tuple[base.ArrayTree, jax.Array, jax.Array]]
-  products: jax.Array
-
-  def __call__(self, shift: jax.Array) -> tuple[base.ArrayTree, jax.Array]:
-    return self.solve(shift)[:2]
 
 
 def cholesky() -> base.Solver:
@@ -84,7 +67,7 @@ def cholesky() -> base.Solver:
       ok = jnp.all(pivots > floor) & jnp.all(jnp.isfinite(x))
       return unravel(x), ok, jnp.zeros((), jnp.int32)
 
-    return Prepared(solve, products)
+    return base.Prepared(solve, products)
 
   return solver
 
@@ -125,7 +108,7 @@ def eigh() -> base.Solver:
       ok = jnp.all(values + shift > floor) & jnp.all(jnp.isfinite(x))
       return unravel(x), ok, jnp.zeros((), jnp.int32)
 
-    return Prepared(solve, products)
+    return base.Prepared(solve, products)
 
   return solver
 
@@ -157,14 +140,15 @@ def woodbury() -> base.Solver:
 
   def solver(operator, b, shift):
     del shift
-    if not hasattr(operator, 'factor'):
+    factor = _operators.factor_of(operator)
+    if factor is None:
       raise TypeError(
         'woodbury needs an operator with a factor, such as empirical_fisher'
         f' makes, got {operator!r}; use cholesky, cg or lanczos for others.'
       )
     flat, unravel = flatten(b)
     _operators.check_operator('operator', operator, flat.size)
-    factor = operator.factor.astype(flat.dtype)
+    factor = factor.astype(flat.dtype)
     gram = factor @ factor.T
 
     def solve(shift):
@@ -180,7 +164,7 @@ def woodbury() -> base.Solver:
       ok = (shift > 0) & jnp.all(jnp.isfinite(x))
       return unravel(x), ok, jnp.zeros((), jnp.int32)
 
-    return Prepared(solve, jnp.zeros((), jnp.int32))
+    return base.Prepared(solve, jnp.zeros((), jnp.int32))
 
   return solver
 
@@ -188,8 +172,9 @@ def woodbury() -> base.Solver:
 def _matrix(operator, b):
   """The matrix of an operator, and the products that it took."""
   matrix = _operators.as_matrix(operator, b)
-  known = hasattr(operator, 'matrix') or hasattr(operator, 'factor')
-  return matrix, jnp.asarray(0 if known else matrix.shape[0], jnp.int32)
+  shown = (_operators.matrix_of(operator), _operators.factor_of(operator))
+  products = 0 if any(part is not None for part in shown) else matrix.shape[0]
+  return matrix, jnp.asarray(products, jnp.int32)
 
 
 def flatten(tree):

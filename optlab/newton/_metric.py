@@ -23,13 +23,14 @@ class Space(NamedTuple):
   @classmethod
   def make(cls, metric, params, dtype):
     flat, unravel = ravel_pytree(params)
-    is_vector = hasattr(params, 'ndim') and params.ndim == 1
+    is_vector = jax.tree_util.all_leaves([params]) and jnp.ndim(params) == 1
+    matrix = _operators.matrix_of(metric)
     ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
     back = lambda vector: unravel(vector.astype(flat.dtype))
     if metric is None:
       forward = backward = transposed = lambda x: x
-    elif hasattr(metric, 'matrix'):
-      lower = jnp.linalg.cholesky(metric.matrix.astype(dtype))
+    elif matrix is not None:
+      lower = jnp.linalg.cholesky(matrix.astype(dtype))
       triangular = jax.scipy.linalg.solve_triangular
       forward = lambda x: triangular(lower, x, lower=True)
       backward = lambda x: triangular(lower, x, lower=True, trans=1)
@@ -42,11 +43,11 @@ class Space(NamedTuple):
       transposed = lambda x: scale(x, root)
 
     def operator(a):
-      if hasattr(a, 'matrix'):
-        matrix = a.matrix.astype(dtype)
-        return _operators.Dense(forward(forward(matrix).T))
-      if hasattr(a, 'factor'):
-        return _operators.LowRank(forward(a.factor.astype(dtype).T).T)
+      matrix, factor = _operators.matrix_of(a), _operators.factor_of(a)
+      if matrix is not None:
+        return _operators.Dense(forward(forward(matrix.astype(dtype)).T))
+      if factor is not None:
+        return _operators.LowRank(forward(factor.astype(dtype).T).T)
       # A solver of the user's own finds the structure of the user's operator.
       if metric is None and is_vector and flat.dtype == dtype:
         return a

@@ -43,6 +43,17 @@ class LowRank(NamedTuple):
     return unravel(((self.factor @ flat) @ self.factor).astype(flat.dtype))
 
 
+def matrix_of(operator: Any) -> Any:
+  """The matrix that an operator shows, as `Dense` ones do, or ``None``."""
+  return getattr(operator, 'matrix', None)
+
+
+def factor_of(operator: Any) -> Any:
+  """The factor that an operator shows, as `LowRank` ones do, or ``None``."""
+  return getattr(operator, 'factor', None)
+
+
+@checks.domains(factory=checks.Function('(params, *args) -> operator'))
 def dense(factory: OperatorFactory) -> OperatorFactory:
   """Makes the operators of a factory `Dense`.
 
@@ -67,7 +78,7 @@ def dense(factory: OperatorFactory) -> OperatorFactory:
     [[6. 0.]
      [0. 6.]]
   """
-  checks.check_callable('factory', factory, '(params, *args) -> operator')
+  checks.enforce(dense, locals())
   return lambda params, *args: Dense(as_matrix(factory(params, *args), params))
 
 
@@ -84,10 +95,11 @@ def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
   dtype = trees.accumulator_dtype(like)
   flat, unravel = ravel_pytree(like)
   check_operator('operator', operator, flat.size)
-  if hasattr(operator, 'matrix'):
-    return operator.matrix.astype(dtype)
-  if hasattr(operator, 'factor'):
-    factor = operator.factor.astype(dtype)
+  matrix, factor = matrix_of(operator), factor_of(operator)
+  if matrix is not None:
+    return matrix.astype(dtype)
+  if factor is not None:
+    factor = factor.astype(dtype)
     return factor.T @ factor
   columns = jax.vmap(lambda unit: ravel(operator(unravel(unit))))
   return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
@@ -108,13 +120,13 @@ def check_operator(name: str, operator: Any, size: int) -> None:
   checks.check_callable(
     name, operator, 'v -> A v (wrap a matrix in optlab.Dense)'
   )
-  matrix = getattr(operator, 'matrix', None)
+  matrix = matrix_of(operator)
   if matrix is not None and jnp.shape(matrix) != (size, size):
     raise ValueError(
       f'{name} must have a matrix of shape {(size, size)}, got'
       f' {jnp.shape(matrix)}.'
     )
-  factor = getattr(operator, 'factor', None)
+  factor = factor_of(operator)
   if factor is not None and jnp.shape(factor)[1:] != (size,):
     raise ValueError(
       f'{name} must have a factor of shape (r, {size}), got'

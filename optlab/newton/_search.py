@@ -1,7 +1,7 @@
 """Rules that move the smoothness ``gamma`` in the search of `gns_newton`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ class Trial(NamedTuple):
     shift: The regularization tried, ``lambda = |g|_* / gamma``.
     trials: The trials of this step so far, this one included.
     accepted: Whether the trial is accepted.
+    start_norm: Dual norm of the gradient ``g`` at the current point.
     grad_norm: Dual norm of the gradient ``g+`` at the trial point.
     step_norm: Norm of the step ``d``.
     residual_norm: Dual norm of ``g+ + lambda B d``, the error of the quadratic
@@ -29,21 +30,33 @@ class Trial(NamedTuple):
   shift: jax.Array
   trials: jax.Array
   accepted: jax.Array
+  start_norm: jax.Array
   grad_norm: jax.Array
   step_norm: jax.Array
   residual_norm: jax.Array
 
 
 class SearchRule(NamedTuple):
-  """How the smoothness moves.
+  """How the smoothness moves: a pair of pure functions.
 
   Attributes:
-    next_gamma: ``trial -> gamma``. After a rejected trial the result is tried
-      next; after an accepted one the next step starts from it. A result that is
-      not positive and finite leaves ``gamma`` as it is.
+    init: ``gamma -> state``, any pytree of arrays that the rule remembers;
+      ``gamma`` is the first smoothness, or 0 where it is still to be chosen.
+    update: ``(trial, state) -> (gamma, state)``. After a rejected trial the
+      result is tried next; after an accepted one the next step starts from it.
+      A ``gamma`` that is not positive and finite leaves smoothness and state
+      as they are, and a search that stalls undoes what it did to both.
   """
 
-  next_gamma: Callable[[Trial], jax.Array]
+  init: Callable[[jax.Array], Any]
+  update: Callable[[Trial, Any], tuple[jax.Array, Any]]
+
+
+def stateless(next_gamma: Callable[[Trial], jax.Array]) -> SearchRule:
+  """A rule that remembers nothing, from ``trial -> gamma``."""
+  return SearchRule(
+    lambda gamma: (), lambda trial, state: (next_gamma(trial), state)
+  )
 
 
 @checks.domains(factor=FACTOR, gamma_min=checks.NON_NEGATIVE)
@@ -75,7 +88,7 @@ def double(
       trial.gamma / factor,
     )
 
-  return SearchRule(next_gamma)
+  return stateless(next_gamma)
 
 
 @checks.domains(factor=FACTOR)
@@ -110,7 +123,7 @@ def hold(factor: float | jax.Array = 4.0) -> SearchRule:
       trial.gamma / factor,
     )
 
-  return SearchRule(next_gamma)
+  return stateless(next_gamma)
 
 
 @checks.domains(factor=FACTOR)
@@ -141,4 +154,4 @@ def measured(factor: float | jax.Array = 2.0) -> SearchRule:
       trial.gamma / factor,
     )
 
-  return SearchRule(next_gamma)
+  return stateless(next_gamma)

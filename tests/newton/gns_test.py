@@ -38,6 +38,12 @@ def step(tx, state, params, fun, factory=None):
   )
 
 
+def outcome(state):
+  """Trials of the last step, and whether it was accepted or stalled."""
+  info = state.info
+  return int(info.trials), bool(info.accepted), bool(info.stalled)
+
+
 def exact(fun):
   return optlab.dense(optlab.hessian(fun))
 
@@ -135,13 +141,17 @@ def assert_golden(name, problem):
     optlab.newton.gns_newton_paper(metric=metric),
     max_steps=len(golden['trials']),
     curvature=curvature,
-    trace=lambda run: (run.value, run.opt_state.gamma, run.opt_state.trials),
+    trace=lambda run: (
+      run.value,
+      run.opt_state.gamma,
+      run.opt_state.info.trials,
+    ),
   )
   value, gamma, trials = run.trace
   np.testing.assert_array_equal(gamma, golden['gamma'])
   np.testing.assert_array_equal(trials[1:], golden['trials'])
   np.testing.assert_allclose(value, golden['f'], rtol=1e-8)
-  assert run.opt_state.total_trials == sum(golden['trials'])
+  assert run.opt_state.info.total_trials == sum(golden['trials'])
 
 
 @pytest.mark.parametrize('name', PROBLEMS)
@@ -180,7 +190,7 @@ def test_few_trials_on_mushrooms(x64, data_dir, l2, optimum, steps, trials):
   )
   assert run.status == training.TARGET_VALUE
   assert run.steps <= steps
-  assert run.opt_state.total_trials <= trials
+  assert run.opt_state.info.total_trials <= trials
 
 
 @pytest.mark.parametrize('paper', [True, False])
@@ -228,7 +238,7 @@ def test_every_rule_and_solver_reaches_the_optimum(x64, rule, solver, dense):
   )
   assert run.status == training.GRAD_TOL
   np.testing.assert_allclose(run.value, 0.0044375460737241, rtol=1e-10)
-  assert (run.opt_state.total_products > 1) != dense
+  assert (run.opt_state.info.total_products > 1) != dense
 
 
 # What makes the method.
@@ -269,13 +279,17 @@ def test_accepts_exactly_where_the_decrease_test_holds(x64, metric):
     updates, state = step(tx, state, x, rosenbrock, factory)
     x = optax.apply_updates(x, updates)
     np.testing.assert_allclose(x, new, rtol=1e-6)
-    assert state.trials == taken and state.accepted and not state.stalled
+    assert (
+      state.info.trials == taken
+      and state.info.accepted
+      and not state.info.stalled
+    )
     np.testing.assert_allclose(state.gamma, 2 * gamma)
-    np.testing.assert_allclose(state.shift, shift, rtol=1e-6)
+    np.testing.assert_allclose(state.info.shift, shift, rtol=1e-6)
     np.testing.assert_allclose(state.value, new_value, rtol=1e-6)
     np.testing.assert_allclose(state.grad, new_grad, rtol=1e-4, atol=1e-9)
     trials.append(taken)
-  assert max(trials) > 1 and state.total_trials == sum(trials)
+  assert max(trials) > 1 and state.info.total_trials == sum(trials)
 
 
 def test_hold_lowers_lambda_only_after_a_clean_step(x64):
@@ -284,14 +298,16 @@ def test_hold_lowers_lambda_only_after_a_clean_step(x64):
   factory = exact(rosenbrock)
   seen = set()
   for _ in range(12):
-    before = state.shift
-    clean = state.trials == 1
+    before = state.info.shift
+    clean = state.info.trials == 1
     updates, state = step(tx, state, x, rosenbrock, factory)
     x = optax.apply_updates(x, updates)
     if before > 0:
-      expected = before * (0.25 if clean else 1.0) * 4.0 ** (state.trials - 1)
-      np.testing.assert_allclose(state.shift, expected, rtol=1e-9)
-      seen.add((bool(clean), int(state.trials) > 1))
+      expected = (
+        before * (0.25 if clean else 1.0) * 4.0 ** (state.info.trials - 1)
+      )
+      np.testing.assert_allclose(state.info.shift, expected, rtol=1e-9)
+      seen.add((bool(clean), int(state.info.trials) > 1))
   assert len(seen) >= 3
 
 
@@ -304,7 +320,7 @@ def test_measured_takes_lambda_from_the_error_of_the_model(x64):
   model = jax.grad(fun)(x) + jax.hessian(fun)(x) @ updates
   error = jnp.linalg.norm(grad - model) / jnp.linalg.norm(updates)
   shift = jnp.linalg.norm(grad) / state.gamma
-  assert state.accepted
+  assert state.info.accepted
   np.testing.assert_allclose(shift, error, rtol=1e-8)
 
 
@@ -347,7 +363,7 @@ def test_a_metric_is_a_change_of_variables(x64):
       )
 
     plain, run = solve()
-    assert run.opt_state.total_trials == plain.opt_state.total_trials
+    assert run.opt_state.info.total_trials == plain.opt_state.info.total_trials
     np.testing.assert_allclose(
       run.params, plain.params / jnp.sqrt(weights), rtol=1e-5
     )
@@ -369,7 +385,7 @@ def test_float32_converges_without_stalls_before_the_optimum():
     max_steps=40,
     grad_tol=1e-5,
     curvature=curvature,
-    trace=lambda run: run.opt_state.trials,
+    trace=lambda run: run.opt_state.info.trials,
   )
   assert run.value.dtype == jnp.float32
   assert run.status == training.GRAD_TOL
@@ -382,11 +398,13 @@ def test_rounding_accepts_on_the_gradient():
   tx, x = optlab.gns_newton(gamma_init=1.0), jnp.array([2e-4, -1e-4])
   assert fun(x) == fun(jnp.zeros(2))  # No decrease to be seen.
   updates, state = step(tx, tx.init(x), x, fun, exact(fun))
-  assert state.accepted and not state.stalled and state.trials == 1
+  assert (
+    state.info.accepted and not state.info.stalled and state.info.trials == 1
+  )
   assert jnp.linalg.norm(x + updates) < 0.5 * jnp.linalg.norm(x)
   without = optlab.gns_newton(gamma_init=1.0, safeguard=False)
   _, state = step(without, without.init(x), x, fun, exact(fun))
-  assert not state.accepted and state.trials == 40
+  assert not state.info.accepted and state.info.trials == 40
 
 
 def test_a_stall_is_reported_after_few_trials():
@@ -396,12 +414,12 @@ def test_a_stall_is_reported_after_few_trials():
   state, stalls, factory = tx.init(x), 0, optlab.empirical_fisher(fun)
   for _ in range(20):
     updates, state = step(tx, state, x, fun, factory)
-    x, stalls = x + updates, stalls + int(state.stalled)
-    assert not (state.stalled and state.accepted)
-    assert state.accepted or not np.any(updates)
+    x, stalls = x + updates, stalls + int(state.info.stalled)
+    assert not (state.info.stalled and state.info.accepted)
+    assert state.info.accepted or not np.any(updates)
     assert np.isfinite(state.gamma) and state.gamma > 0
   assert stalls >= 1
-  assert state.total_trials <= 60
+  assert state.info.total_trials <= 60
 
 
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
@@ -409,7 +427,7 @@ def test_a_non_finite_trial_is_rejected(bad):
   fun = lambda x: jnp.where(x[0] < 1.4, bad, jnp.sum((x - 0.6) ** 4))
   tx, x = optlab.gns_newton(gamma_init=1e6), jnp.array([1.6, 1.6])
   updates, state = step(tx, tx.init(x), x, fun, exact(fun))
-  assert state.accepted and state.trials > 1
+  assert state.info.accepted and state.info.trials > 1
   assert jnp.any(updates != 0) and jnp.isfinite(state.value)
   assert (x + updates)[0] >= 1.4
 
@@ -418,7 +436,11 @@ def test_zero_gradient_takes_no_trial():
   tx, x = optlab.gns_newton(), jnp.zeros(3)
   updates, state = step(tx, tx.init(x), x, square)
   np.testing.assert_array_equal(updates, 0.0)
-  assert state.trials == 0 and not state.accepted and not state.stalled
+  assert (
+    state.info.trials == 0
+    and not state.info.accepted
+    and not state.info.stalled
+  )
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
@@ -431,7 +453,11 @@ def test_the_search_limit_keeps_the_point_and_the_shrunken_gamma():
     value=-1.0, grad=jax.grad(fun)(x), value_fn=fun,
   )  # fmt: skip
   np.testing.assert_array_equal(updates, 0.0)
-  assert state.trials == 3 and not state.accepted and not state.stalled
+  assert (
+    state.info.trials == 3
+    and not state.info.accepted
+    and not state.info.stalled
+  )
   np.testing.assert_allclose(state.gamma, 4.0**-3)
   np.testing.assert_allclose(state.value, -1.0)
 
@@ -447,14 +473,14 @@ def test_a_non_finite_point_leaves_the_state_sound(where):
     grad, tx.init(x), x, value=value, grad=grad, value_fn=fun
   )
   np.testing.assert_array_equal(updates, 0.0)
-  assert state.trials == 0 and jnp.isinf(state.value)
+  assert state.info.trials == 0 and jnp.isinf(state.value)
   # The next call finds no value to reuse, and goes on.
   value, grad = optax.value_and_grad_from_state(fun)(x, state=state)
   assert value == 2.0
   updates, state = tx.update(
     grad, state, x, value=value, grad=grad, value_fn=fun
   )
-  assert state.accepted and fun(x + updates) < fun(x)
+  assert state.info.accepted and fun(x + updates) < fun(x)
 
 
 def test_a_start_on_the_axis_of_a_saddle_ends_in_the_saddle(x64):
@@ -490,7 +516,7 @@ def test_missing_extras_are_named(missing):
   [
     ({'gamma_init': 0.0}, ValueError, 'gamma_init must be in'),
     ({'gamma_init': 'big'}, TypeError, 'gamma_init must be a real number'),
-    ({'max_trials': 0}, ValueError, 'max_trials must be in'),
+    ({'max_trials': 0}, ValueError, 'max_trials must be at least 1'),
     ({'solver': 'cholesky'}, TypeError, 'solver must be a function'),
     ({'rule': 'hold'}, TypeError, 'rule must be a SearchRule'),
     ({'gamma_offset': -1.0}, ValueError, 'gamma_offset must be in'),
@@ -525,7 +551,7 @@ def test_value_and_grad_from_state_saves_every_second_evaluation(x64):
     for f in (fun, rosenbrock)
   )
   jax.effects_barrier()
-  assert len(calls) == 1 + run.opt_state.total_trials
+  assert len(calls) == 1 + run.opt_state.info.total_trials
   np.testing.assert_array_equal(run.params, plain.params)
 
 
@@ -550,7 +576,7 @@ def test_stochastic_batches_never_see_a_stale_value(x64):
     state, value = take(state, batch)
     np.testing.assert_allclose(value, before, rtol=1e-12)
     after = evaluate(state.params, batch)
-    assert state.opt_state.accepted == (before > 0)
+    assert state.opt_state.info.accepted == (before > 0)
     assert after < before or before == 0
     np.testing.assert_allclose(state.opt_state.value, after, rtol=1e-12)
   np.testing.assert_allclose(state.params, weights, atol=1e-2)
@@ -565,7 +591,9 @@ def test_a_solver_finds_the_structure_of_the_users_operator(x64):
 
   def solver(operator, b, shift):
     del shift
-    return lambda shift: (b / (operator.diagonal + shift), jnp.asarray(True))
+    return optlab.newton.Prepared(
+      lambda shift: (b / (operator.diagonal + shift), jnp.asarray(True), 0)
+    )
 
   fun = lambda x: jnp.sum(jnp.cosh(x))
   run = minimize(
@@ -626,7 +654,7 @@ def test_vmap_over_problems_and_over_gamma(x64):
       max_steps=15,
       curvature=exact(rosenbrock),
     )
-    return run.params, run.opt_state.total_trials
+    return run.params, run.opt_state.info.total_trials
 
   together, trials = jax.jit(jax.vmap(solve))(starts, gammas)
   for i in range(2):

@@ -1,0 +1,195 @@
+"""The search of `gns_newton`: trials from one point, until one is accepted."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import trees
+from optlab.newton import _metric
+from optlab.newton import _search
+
+
+class Start(NamedTuple):
+  """What all trials of a step share: the point, and the solver prepared there.
+
+  Attributes:
+    params: The point.
+    value: The objective there.
+    grad_norm: Dual norm of the gradient there.
+    space: Flat coordinates in which the metric is the identity.
+    prepared: Solves for the step of any shift.
+    value_and_grad: Of the objective.
+    shift_of: ``gamma -> lambda``.
+  """
+
+  params: base.Params
+  value: jax.Array
+  grad_norm: jax.Array
+  space: _metric.Space
+  prepared: base.Prepared
+  value_and_grad: Callable[[base.Params], tuple[jax.Array, base.Updates]]
+  shift_of: Callable[[jax.Array], jax.Array]
+
+
+class Point(NamedTuple):
+  """A trial point.
+
+  Attributes:
+    step: The update that leads to it, like the parameters.
+    value: The objective.
+    grad: The gradient, like the parameters.
+    dual: The gradient in flat coordinates.
+    move: The step that rounding left, which may be none, in flat coordinates.
+    solved: Whether the solver found the system positive definite.
+    ok: Whether it did, and value and gradient are finite.
+    products: int32, operator-vector products.
+  """
+
+  step: base.Updates
+  value: jax.Array
+  grad: base.Updates
+  dual: jax.Array
+  move: jax.Array
+  solved: jax.Array
+  ok: jax.Array
+  products: jax.Array
+
+
+class Search(NamedTuple):
+  """Where a search stands: its best point, its smoothness, its counts."""
+
+  step: base.Updates
+  value: jax.Array
+  grad: base.Updates
+  gamma: jax.Array
+  rule: Any  # the rule's state
+  shift: jax.Array
+  trials: jax.Array
+  accepted: jax.Array
+  flat: jax.Array  # whether rounding hides what the last trial did
+  products: jax.Array
+
+
+def search(
+  start: Start,
+  found: Search,
+  rule: _search.SearchRule,
+  max_trials: Any,
+  safeguard: bool,
+) -> tuple[Search, jax.Array]:
+  """Tries smaller and smaller smoothness until a trial is accepted.
+
+  Args:
+    start: The point.
+    found: The search before its first trial.
+    rule: Moves the smoothness.
+    max_trials: The most trials.
+    safeguard: Whether to accept on the gradient where rounding hides the
+      decrease, and to stall where that fails too.
+
+  Returns:
+    The search after its last trial, and whether it stalled. Where rounding hid
+    the last trial, smoothness and rule are as they were before the first:
+    nothing was learned.
+  """
+  movable = jnp.isfinite(start.grad_norm) & jnp.isfinite(start.value)
+  movable &= start.grad_norm > 0
+
+  def unfinished(now):
+    stalled = safeguard & now.flat
+    return movable & ~(now.accepted | stalled) & (now.trials < max_trials)
+
+  def step(now):
+    shift = start.shift_of(now.gamma)
+    point = _try(start, shift)
+    accepted, flat = _judge(start, point, shift, safeguard)
+    return _learn(start, now, point, shift, accepted, flat, rule)
+
+  last = jax.lax.while_loop(unfinished, step, found)
+  hidden = last.flat & ~last.accepted
+  gamma, state = trees.where(
+    hidden, (found.gamma, found.rule), (last.gamma, last.rule)
+  )
+  return last._replace(gamma=gamma, rule=state), safeguard & hidden
+
+
+def _try(start, shift):
+  """The point that a shift leads to."""
+  dtype = start.value.dtype
+  solution, solved, products = start.prepared.solve(shift)
+  step = jax.tree.map(
+    lambda u, p: (-u).astype(p.dtype),
+    start.space.primal(solution),
+    start.params,
+  )
+  params = optax.apply_updates(start.params, step)
+  value, grad = start.value_and_grad(params)
+  value, dual = value.astype(dtype), start.space.dual(grad)
+  finite = jnp.isfinite(value) & jnp.isfinite(jnp.linalg.norm(dual))
+  return Point(
+    step=step,
+    value=value,
+    grad=grad,
+    dual=dual,
+    move=start.space.lift(params, start.params),
+    solved=solved,
+    ok=solved & finite,
+    products=products,
+  )
+
+
+def _judge(start, point, shift, safeguard):
+  """Whether a trial is accepted, and whether rounding hides its decrease."""
+  decrease = start.value - point.value
+  needed = point.dual @ point.dual / (8.0 * shift)
+  flat = jnp.abs(decrease) <= (
+    10 * jnp.finfo(start.value.dtype).eps * jnp.abs(start.value)
+  )
+  flat &= point.ok
+  accepted = decrease >= needed
+  if safeguard:
+    smaller = jnp.linalg.norm(point.dual) <= 0.9 * start.grad_norm
+    accepted |= flat & ((point.dual @ -point.move >= needed) | smaller)
+  return accepted & point.ok, flat
+
+
+def _learn(start, now, point, shift, accepted, flat, rule):
+  """The search after a trial."""
+  trial = _search.Trial(
+    gamma=now.gamma,
+    shift=shift,
+    trials=now.trials + 1,
+    accepted=accepted,
+    start_norm=start.grad_norm,
+    grad_norm=jnp.linalg.norm(point.dual),
+    step_norm=jnp.linalg.norm(point.move),
+    residual_norm=jnp.linalg.norm(point.dual + shift * point.move),
+  )
+  gamma, state = rule.update(trial, now.rule)
+  gamma = gamma.astype(now.gamma.dtype)
+  # Nothing is learned where the gradient is zero or the point the same, unless
+  # it is the same because the system could not be solved.
+  useful = (gamma > 0) & jnp.isfinite(gamma)
+  useful &= accepted | ~point.solved | jnp.any(point.move != 0)
+  gamma, state = trees.where(useful, (gamma, state), (now.gamma, now.rule))
+  step, value, grad = trees.where(
+    accepted,
+    (point.step, point.value, point.grad),
+    (now.step, now.value, now.grad),
+  )
+  return Search(
+    step=step,
+    value=value,
+    grad=grad,
+    gamma=gamma,
+    rule=state,
+    shift=shift,
+    trials=now.trials + 1,
+    accepted=accepted,
+    flat=flat,
+    products=now.products + point.products,
+  )
