@@ -1,23 +1,26 @@
 """Unnormalized models: MECO and its peers, noise, scores."""
 
+from optlab.unnormalized._contrastive import ContrastiveDivergenceInfo
 from optlab.unnormalized._contrastive import ContrastiveDivergenceState
-from optlab.unnormalized._contrastive import LangevinResult
 from optlab.unnormalized._contrastive import contrastive_divergence
-from optlab.unnormalized._contrastive import langevin
 from optlab.unnormalized._flow import Flow
 from optlab.unnormalized._flow import fit_flow
 from optlab.unnormalized._flow import init_flow
+from optlab.unnormalized._grid import GridLogPartition
+from optlab.unnormalized._grid import grid_log_partition
+from optlab.unnormalized._langevin import LangevinResult
+from optlab.unnormalized._langevin import langevin
 from optlab.unnormalized._likelihood import LogDensity
 from optlab.unnormalized._likelihood import Noise
 from optlab.unnormalized._likelihood import NoiseBatch
 from optlab.unnormalized._likelihood import noise_batch
-from optlab.unnormalized._log_partition import GridLogPartition
 from optlab.unnormalized._log_partition import LogPartition
 from optlab.unnormalized._log_partition import agree
-from optlab.unnormalized._log_partition import grid_log_partition
 from optlab.unnormalized._log_partition import log_partition
+from optlab.unnormalized._meco import MecoInfo
 from optlab.unnormalized._meco import MecoState
 from optlab.unnormalized._meco import meco
+from optlab.unnormalized._nce import NceInfo
 from optlab.unnormalized._nce import NceParams
 from optlab.unnormalized._nce import NceState
 from optlab.unnormalized._nce import ence
@@ -35,6 +38,7 @@ from optlab.unnormalized._noise_mixture import defensive
 from optlab.unnormalized._noise_mixture import mixture
 
 __all__ = [
+  'ContrastiveDivergenceInfo',
   'ContrastiveDivergenceState',
   'Flow',
   'Gaussian',
@@ -43,8 +47,10 @@ __all__ = [
   'LangevinResult',
   'LogDensity',
   'LogPartition',
+  'MecoInfo',
   'MecoState',
   'Mixture',
+  'NceInfo',
   'NceParams',
   'NceState',
   'Noise',

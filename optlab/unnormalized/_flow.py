@@ -67,6 +67,7 @@ def _coupling(rows, mask, inner, inner_bias, outer, outer_bias):
   return 2 * jnp.tanh(log_scale / 2) * (1 - mask), shift * (1 - mask)
 
 
+@checks.domains(num_layers=checks.Integer(), hidden=checks.Integer())
 def init_flow(
   key: jax.Array, rows: jax.Array, num_layers: int = 6, hidden: int = 64
 ) -> Flow:
@@ -85,8 +86,7 @@ def init_flow(
     TypeError: A count is not an integer.
     ValueError: ``rows`` has not two axes or only one column.
   """
-  checks.check_int('num_layers', num_layers, 1)
-  checks.check_int('hidden', hidden, 1)
+  checks.enforce(init_flow, locals())
   shape = jnp.shape(rows)
   if len(shape) != 2 or shape[1] < 2 or shape[0] < 1:
     raise ValueError(
@@ -119,6 +119,12 @@ def init_flow(
   )
 
 
+@checks.domains(
+  num_steps=checks.Integer(),
+  batch_size=checks.Integer(),
+  learning_rate=checks.NON_NEGATIVE,
+  jitter=checks.NON_NEGATIVE,
+)
 def fit_flow(
   flow: Flow,
   key: jax.Array,
@@ -146,7 +152,8 @@ def fit_flow(
 
   Raises:
     TypeError: A count is not an integer, or a rate not a real number.
-    ValueError: ``num_steps`` or ``batch_size`` is below one.
+    ValueError: ``num_steps`` or ``batch_size`` is below one, a rate negative,
+      or ``rows`` have another width than the flow.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -166,8 +173,7 @@ def fit_flow(
     The returned flow has the arrays' shapes of the one given, so a refit
     recompiles nothing. Mix it with a wide component (`defensive`).
   """
-  checks.check_int('num_steps', num_steps, 1)
-  checks.check_int('batch_size', batch_size, 1)
+  checks.enforce(fit_flow, locals())
   checks.check_fields('flow', flow, Flow._fields, 'a Flow that init_flow makes')
   if jnp.shape(rows)[1:] != flow.mean.shape or not jnp.shape(rows)[0]:
     raise ValueError(
@@ -175,8 +181,6 @@ def fit_flow(
       f' as the flow has, got {jnp.shape(rows)}.'
     )
   rows = jnp.asarray(rows)
-  checks.check_non_negative('learning_rate', learning_rate)
-  checks.check_non_negative('jitter', jitter)
   schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
   tx = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
   fixed, weights = flow[:3], flow[3:]

@@ -6,7 +6,7 @@ backward pass over data and noise together, and the second pass that keeps a bad
 row from poisoning the gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,6 +17,12 @@ from optlab import checks
 from optlab import trees
 
 LogDensity = Callable[[Any, Any], jax.Array]
+LOG_DENSITY = checks.Function('(params, rows) -> [rows]')
+LOG_DENSITY_OF_ROWS = checks.Function('rows -> [rows]')
+NOISE = checks.Pair(
+  ('sample', 'log_prob'),
+  'a distribution such as optlab.unnormalized.gaussian makes',
+)
 
 
 class Noise(Protocol):
@@ -48,6 +54,7 @@ class NoiseBatch(NamedTuple):
   data_log_prob: jax.Array | None = None
 
 
+@checks.domains(noise=NOISE, num=checks.Integer())
 def noise_batch(
   noise: Noise,
   key: jax.Array,
@@ -81,24 +88,13 @@ def noise_batch(
     >>> print(batch.noise.shape, batch.noise_log_prob.shape)
     (8, 1) (8,)
   """
-  check_noise('noise', noise)
-  checks.check_int('num', num, 1)
+  checks.enforce(noise_batch, locals())
   rows = noise.sample(key, num)
   return NoiseBatch(
     data=data,
     noise=rows,
     noise_log_prob=noise.log_prob(rows),
     data_log_prob=noise.log_prob(data) if score_data else None,
-  )
-
-
-def check_noise(name: str, noise: Any) -> None:
-  """Raises a ``TypeError`` unless ``noise`` can be drawn from and scored."""
-  checks.check_fields(
-    name,
-    noise,
-    ('sample', 'log_prob'),
-    'a distribution such as optlab.unnormalized.gaussian makes',
   )
 
 
@@ -139,16 +135,9 @@ def check_batch(
       f' {jax.tree.structure(batch.data)} and'
       f' {jax.tree.structure(batch.noise)}.'
     )
-  sizes = []
-  for name in ('data', 'noise'):
-    leaves = jax.tree.leaves(getattr(batch, name))
-    lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
-    if len(lengths) != 1 or 0 in lengths:
-      raise ValueError(
-        f'{method}: {name} must have one leading axis of at least one row, got'
-        f' shapes {[jnp.shape(leaf) for leaf in leaves]}.'
-      )
-    sizes.append(lengths.pop())
+  n, m = (
+    _num_rows(method, name, getattr(batch, name)) for name in ('data', 'noise')
+  )
   for data, noise in zip(
     jax.tree.leaves(batch.data), jax.tree.leaves(batch.noise), strict=True
   ):
@@ -157,33 +146,45 @@ def check_batch(
         f'{method}: rows of data and noise must have one shape, got'
         f' {jnp.shape(data)[1:]} and {jnp.shape(noise)[1:]}.'
       )
-  expected = {'noise_log_prob': sizes[1]}
+  _check_scores(method, 'noise_log_prob', batch.noise_log_prob, m)
   if needs_data_log_prob or batch.data_log_prob is not None:
-    expected['data_log_prob'] = sizes[0]
-  for name, size in expected.items():
-    array = getattr(batch, name)
-    if array is None:
-      raise ValueError(
-        f'{method} needs {name}: build the batch with'
-        ' optlab.noise_batch(..., score_data=True).'
-      )
-    if not hasattr(array, 'dtype'):
-      raise TypeError(
-        f'{method}: {name} must be an array, got {type(array).__name__};'
-        ' convert it with jnp.asarray.'
-      )
-    if jnp.shape(array) != (size,):
-      raise ValueError(
-        f'{method}: {name} must have shape {(size,)}, got {jnp.shape(array)}.'
-      )
-  return sizes[0], sizes[1]
+    _check_scores(method, 'data_log_prob', batch.data_log_prob, n)
+  return n, m
+
+
+def _num_rows(method, name, rows):
+  leaves = jax.tree.leaves(rows)
+  lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
+  if len(lengths) != 1 or 0 in lengths:
+    raise ValueError(
+      f'{method}: {name} must have one leading axis of at least one row, got'
+      f' shapes {[jnp.shape(leaf) for leaf in leaves]}.'
+    )
+  return lengths.pop()
+
+
+def _check_scores(method, name, scores, size):
+  if scores is None:
+    raise ValueError(
+      f'{method} needs {name}: build the batch with'
+      ' optlab.noise_batch(..., score_data=True).'
+    )
+  if not hasattr(scores, 'dtype'):
+    raise TypeError(
+      f'{method}: {name} must be an array, got {type(scores).__name__};'
+      ' convert it with jnp.asarray.'
+    )
+  if jnp.shape(scores) != (size,):
+    raise ValueError(
+      f'{method}: {name} must have shape {(size,)}, got {jnp.shape(scores)}.'
+    )
 
 
 def joint_gradient(
   log_density: LogDensity,
   params: base.Params,
   batch: NoiseBatch,
-  rule: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]],
+  rule: Callable[[jax.Array, jax.Array], tuple[Iterable[jax.Array], Any]],
   dtype: Any,
 ) -> tuple[base.Updates, Any]:
   """One `jax.vjp` over data and noise with the cotangents of ``rule``.
@@ -200,7 +201,7 @@ def joint_gradient(
     params: The parameters.
     batch: Data and noise, checked.
     rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
-      ``dtype``, to their cotangents and anything else; it must give zero to
+      ``dtype``, to their two cotangents and anything else; it must give zero to
       every row whose log density is not finite.
     dtype: In which the rule computes.
 
@@ -215,26 +216,15 @@ def joint_gradient(
   log_p, pullback = jax.vjp(lambda p: log_density(p, rows), params)
   check_rows(log_p, total)
   wide = log_p.astype(dtype)
-  data_cotangent, noise_cotangent, aux = rule(wide[:n], wide[n:])
-  cotangent = jnp.concatenate([data_cotangent, noise_cotangent])
-  cotangent = cotangent.astype(log_p.dtype)
+  cotangents, aux = rule(wide[:n], wide[n:])
+  cotangent = jnp.concatenate(tuple(cotangents)).astype(log_p.dtype)
   (grads,) = pullback(cotangent)
 
   good = jnp.isfinite(wide)
 
-  def replace(leaf):
-    first_good = jnp.arange(total) == jnp.argmax(good)
-    keep, pick = (
-      mask.reshape((total,) + (1,) * (jnp.ndim(leaf) - 1))
-      for mask in (good, first_good)
-    )
-    # A sum, because an index into a sharded axis is not allowed.
-    row = jnp.sum(jnp.where(pick, leaf, 0), 0).astype(leaf.dtype)
-    return jnp.where(keep, leaf, row)
-
   def repeat(unused):
     del unused
-    replaced = jax.tree.map(replace, rows)
+    replaced = _replace_bad(rows, good)
     _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)
     (grads,) = pullback(cotangent)
     # With no good row at all every cotangent is zero, and so is the gradient.
@@ -257,10 +247,58 @@ def joint_gradient(
   return grads, aux
 
 
+def _replace_bad(rows: Any, good: jax.Array) -> Any:
+  """The rows, the first good one in place of every bad one."""
+  first_good = jnp.arange(good.size) == jnp.argmax(good)
+  # A sum, because an index into a sharded axis is not allowed.
+  row = jax.tree.map(
+    lambda leaf: jnp.sum(leaf, 0, leaf.dtype, keepdims=True),
+    trees.where(first_good, rows, jax.tree.map(jnp.zeros_like, rows)),
+  )
+  row = jax.tree.map(
+    lambda leaf, like: jnp.broadcast_to(leaf, like.shape), row, rows
+  )
+  return trees.where(good, rows, row)
+
+
+def mean_cotangent(slopes: jax.Array | float, good: jax.Array) -> jax.Array:
+  """Cotangents of a mean over the good rows; zero where there is none."""
+  return jnp.where(good, slopes, 0) / num_good(good, jnp.result_type(slopes))
+
+
+def num_good(good: jax.Array, dtype: Any) -> jax.Array:
+  """The number of good rows, at least one, to divide by."""
+  return jnp.maximum(jnp.sum(good), 1).astype(dtype)
+
+
+def zero_tally() -> dict[str, jax.Array]:
+  """The fields of an info that `tally` keeps."""
+  # Each has a buffer of its own: a state may be donated.
+  return {
+    'rejected': jnp.zeros((), jnp.int32),
+    'total_rejected': jnp.zeros((), jnp.int32),
+    'held': jnp.zeros((), bool),
+    'total_held': jnp.zeros((), jnp.int32),
+  }
+
+
+def tally(
+  info: Any, goods: tuple[jax.Array, ...], held: jax.Array
+) -> dict[str, jax.Array]:
+  """Counts a step: rows that are not good, and whether it was held."""
+  rejected = jnp.sum(~jnp.concatenate(goods)).astype(jnp.int32)
+  return {
+    'rejected': rejected,
+    'total_rejected': info.total_rejected + rejected,
+    'held': held,
+    'total_held': info.total_held + held.astype(jnp.int32),
+  }
+
+
 def mean_of(values: jax.Array, good: jax.Array) -> jax.Array:
   """Mean over the good rows; zero where there is none."""
   total = jnp.sum(jnp.where(good, values, 0))
-  return total / jnp.maximum(jnp.sum(good), 1).astype(values.dtype)
+  return total / num_good(good, values.dtype)
 
 
 def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

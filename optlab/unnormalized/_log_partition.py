@@ -1,8 +1,8 @@
 """The log-normalizer of a trained model, with an error bar or not at all.
 
 What a training run tracks is no score: it lags, and it cannot see what its
-noise did not cover. These draw anew, or integrate on a grid, and give NaN where
-the figure would not be worth printing.
+noise did not cover. This draws anew, and gives NaN where the figure would not
+be worth printing.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy import special
-import numpy as np
 
 from optlab import base
 from optlab import checks
@@ -40,6 +39,14 @@ class LogPartition(NamedTuple):
   ok: jax.Array
 
 
+@checks.domains(
+  log_density=_likelihood.LOG_DENSITY_OF_ROWS,
+  noise=_likelihood.NOISE,
+  num=checks.Integer(),
+  chunk=checks.Integer(),
+  min_ess=checks.NON_NEGATIVE,
+  max_share=checks.POSITIVE,
+)
 def log_partition(
   log_density: Callable[[base.ArrayTree], jax.Array],
   noise: _likelihood.Noise,
@@ -67,8 +74,10 @@ def log_partition(
     A `LogPartition`.
 
   Raises:
-    TypeError: ``log_density`` is not a function.
-    ValueError: ``num`` is not a positive multiple of ``chunk``.
+    TypeError: ``log_density`` is not a function, ``noise`` no distribution,
+      a count no integer, or a bound not a real number.
+    ValueError: ``num`` is not a positive multiple of ``chunk``, or a bound out
+      of range.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -84,14 +93,10 @@ def log_partition(
     estimate twice, with a second and wider noise, and see that they `agree`.
     Cost: ``num`` evaluations of the model, no gradient.
   """
-  checks.check_callable('log_density', log_density, 'rows -> [rows]')
-  checks.check_int('chunk', chunk, 1)
+  checks.enforce(log_partition, locals())
   checks.check_int('num', num, chunk, 'Lower chunk, or draw more.')
   if num % chunk:
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
-  _likelihood.check_noise('noise', noise)
-  checks.check_non_negative('min_ess', min_ess)
-  checks.check_positive('max_share', max_share)
 
   def add(sums, key):
     rows = noise.sample(key, chunk)
@@ -130,6 +135,10 @@ def log_partition(
   )
 
 
+ESTIMATE = checks.Pair(LogPartition._fields, 'a result of log_partition')
+
+
+@checks.domains(first=ESTIMATE, second=ESTIMATE, sigmas=checks.POSITIVE)
 def agree(
   first: LogPartition, second: LogPartition, sigmas: float | jax.Array = 4.0
 ) -> jax.Array:
@@ -144,115 +153,10 @@ def agree(
     Boolean scalar; false where either is refused.
 
   Raises:
-    TypeError: ``sigmas`` is not a real number.
+    TypeError: An estimate is none, or ``sigmas`` not a real number.
     ValueError: ``sigmas`` is not a finite number above 0.
   """
-  for name, estimate in (('first', first), ('second', second)):
-    checks.check_fields(
-      name, estimate, LogPartition._fields, 'a result of log_partition'
-    )
-  checks.check_positive('sigmas', sigmas)
+  checks.enforce(agree, locals())
   error = jnp.hypot(first.standard_error, second.standard_error)
   close = jnp.abs(first.value - second.value) <= sigmas * error
   return first.ok & second.ok & close
-
-
-class GridLogPartition(NamedTuple):
-  """log Z by quadrature in one or two dimensions.
-
-  Attributes:
-    value: The finest figure; NaN where the checks fail.
-    spacing_error: Its change when the spacing was halved.
-    box_error: Its change when the box grew by half.
-    ok: Whether both are at most ``tolerance``.
-  """
-
-  value: jax.Array
-  spacing_error: jax.Array
-  box_error: jax.Array
-  ok: jax.Array
-
-
-def grid_log_partition(
-  log_density: Callable[[jax.Array], jax.Array],
-  low: jax.typing.ArrayLike,
-  high: jax.typing.ArrayLike,
-  num: int = 256,
-  *,
-  tolerance: float | jax.Array = 1e-4,
-) -> GridLogPartition:
-  """Integrates the density on a grid: exact up to a checked error.
-
-  The midpoint rule, three times: on the box, on the box at half the spacing,
-  and on a box half as wide again at that spacing.
-
-  Args:
-    log_density: The model at its parameters, ``[rows, d] -> [rows]``.
-    low: ``[d]``, d one or two, the lower corner of the box.
-    high: ``[d]``, the upper corner.
-    num: Cells on each side of the first grid.
-    tolerance: The largest change, in nats, that passes.
-
-  Returns:
-    A `GridLogPartition`.
-
-  Raises:
-    TypeError: ``log_density`` is not a function.
-    ValueError: The corners have not one or two entries, or do not bound a box.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> from optlab import unnormalized
-    >>> result = unnormalized.grid_log_partition(
-    ...     lambda x: -jnp.sum(x ** 2, -1) / 2, [-6.0, -6.0], [6.0, 6.0], 64)
-    >>> print(f'{result.value:.3f} {result.ok}')
-    1.838 True
-
-  Notes:
-    Cost: ``(1 + 4 + 9) num^2`` evaluations of the model in two dimensions.
-  """
-  checks.check_callable('log_density', log_density, '[rows, d] -> [rows]')
-  checks.check_int('num', num, 2)
-  checks.check_positive('tolerance', tolerance)
-  for name, end in (('low', low), ('high', high)):
-    if not np.issubdtype(np.asarray(end).dtype, np.number):
-      raise TypeError(f'{name} must be numbers, got {end!r}.')
-  low, high = (np.atleast_1d(np.asarray(end)) for end in (low, high))
-  if low.ndim != 1 or low.shape != high.shape or low.size not in (1, 2):
-    raise ValueError(
-      'low and high must have one or two entries, got shapes'
-      f' {low.shape} and {high.shape}; use log_partition in more dimensions.'
-    )
-  if not np.all(low < high):
-    raise ValueError(f'low must be below high, got {low} and {high}.')
-  if not np.all(np.isfinite(high - low)):
-    raise ValueError(f'low and high must be finite, got {low} and {high}.')
-
-  def integrate(low, high, num):
-    width = (high - low) / num
-    sides = [
-      low[i] + width[i] * (np.arange(num) + 0.5) for i in range(low.size)
-    ]
-    points = np.stack(np.meshgrid(*sides, indexing='ij'), -1)
-    points = jnp.asarray(
-      points.reshape(num, -1, low.size), jnp.result_type(float)
-    )
-
-    def slab(rows):
-      log_p = log_density(rows)
-      _likelihood.check_rows(log_p, rows.shape[0])
-      return special.logsumexp(log_p)
-
-    # One slab of the grid at a time.
-    parts = jax.lax.map(slab, points)
-    return special.logsumexp(parts) + np.sum(np.log(width))
-
-  middle, half = (low + high) / 2, (high - low) / 2
-  coarse = integrate(low, high, num)
-  fine = integrate(low, high, 2 * num)
-  large = integrate(middle - 1.5 * half, middle + 1.5 * half, 3 * num)
-  spacing_error, box_error = jnp.abs(fine - coarse), jnp.abs(large - fine)
-  ok = (spacing_error <= tolerance) & (box_error <= tolerance)
-  return GridLogPartition(
-    jnp.where(ok, large, jnp.nan), spacing_error, box_error, ok
-  )

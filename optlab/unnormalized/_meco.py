@@ -17,18 +17,30 @@ from optlab import trees
 from optlab.unnormalized import _likelihood
 
 
+class MecoInfo(NamedTuple):
+  """Diagnostics of `meco`."""
+
+  ess: jax.Array  # shape (), float32 or wider, effective sample size
+  rejected: jax.Array  # shape (), int32, rows dropped at the last step
+  total_rejected: jax.Array  # shape (), int32
+  held: jax.Array  # shape (), bool, whether the step left the tracker alone
+  total_held: jax.Array  # shape (), int32
+
+
 class MecoState(NamedTuple):
   """State of `meco`; the floats are float32, or wider where params are."""
 
-  count: jax.Array  # shape (), int32, steps so far
+  step: jax.Array  # shape (), int32, steps so far
   log_normalizer: jax.Array  # shape (), log u, the tracked log of E_q[p0 / q]
   weight: jax.Array  # shape (), total weight of the moving average so far
-  ess: jax.Array  # shape (), effective sample size of the last noise batch
-  rejected: jax.Array  # shape (), int32, rows dropped at the last step
-  held: jax.Array  # shape (), int32, steps that left the tracker as it was
   previous: Any  # params of the step before, or None without ratio correction
+  info: MecoInfo
 
 
+@checks.domains(
+  log_density=_likelihood.LOG_DENSITY,
+  gamma=checks.FRACTION._replace(schedule=True),
+)
 def meco(
   log_density: _likelihood.LogDensity,
   gamma: base.ScalarOrSchedule = 0.1,
@@ -70,12 +82,12 @@ def meco(
   Returns:
     A `GradientEstimator` over `NoiseBatch`. Its value is the tracked negative
     log-likelihood, for watching only: score a model with `log_partition`.
-    ``optax.tree.get(state, name)`` reads ``log_normalizer``, ``ess``,
-    ``rejected`` and ``held``.
+    ``optlab.report(state)`` lists ``log_normalizer`` and, under ``info``,
+    ``ess``, ``rejected``, ``held`` and their totals.
 
   Raises:
-    TypeError: ``log_density`` is not a function, or the batch not a
-      `NoiseBatch`.
+    TypeError: ``log_density`` is not a function, ``gamma`` neither a real
+      number nor a schedule, or the batch not a `NoiseBatch`.
     ValueError: ``gamma`` is not in (0, 1]; the batch has no rows, or shapes
       that do not match.
 
@@ -129,85 +141,58 @@ def meco(
     apply. With an effective sample size of half the batch, ``gamma=1`` does as
     well.
   """
-  checks.check_callable('log_density', log_density, '(params, rows) -> [rows]')
-  checks.check_real(
-    'gamma', gamma, low=0.0, high=1.0, low_open=True, schedule=True
-  )
+  checks.enforce(meco, locals())
 
   def init(params):
     dtype = trees.accumulator_dtype(params)
     return MecoState(
-      count=jnp.zeros((), jnp.int32),
+      step=jnp.zeros((), jnp.int32),
       log_normalizer=jnp.zeros((), dtype),
       weight=jnp.zeros((), dtype),
-      ess=jnp.zeros((), dtype),
-      rejected=jnp.zeros((), jnp.int32),
-      held=jnp.zeros((), jnp.int32),
       # A copy: params and state may both be donated.
-      previous=(
-        jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-        if ratio_correction
-        else None
-      ),
+      previous=trees.own(params) if ratio_correction else None,
+      info=MecoInfo(ess=jnp.zeros((), dtype), **_likelihood.zero_tally()),
     )
 
   def estimate(params, state, batch):
     _likelihood.check_batch('meco', batch)
     dtype = state.log_normalizer.dtype
     log_q = batch.noise_log_prob.astype(dtype)
-    gamma_now = gamma(state.count) if callable(gamma) else gamma
+    gamma_now = gamma(state.step) if callable(gamma) else gamma
     gamma_now = jnp.asarray(gamma_now, dtype)
-    log_p_before = log_q  # Without ratio correction nobody looks.
+    log_p_before = None
     if ratio_correction:
       log_p_before = log_density(state.previous, batch.noise).astype(dtype)
 
     def rule(log_p_data, log_p_noise):
       data_good = jnp.isfinite(log_p_data)
       noise_good = _likelihood.good_noise(log_p_noise, log_q)
-      n_good, m_good = jnp.sum(data_good), jnp.sum(noise_good)
-      n, m = (jnp.maximum(num, 1).astype(dtype) for num in (n_good, m_good))
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
       weights = _likelihood.importance_weights(log_w)
+      m = _likelihood.num_good(noise_good, dtype)
       log_g = weights.log_scale + jnp.log(weights.total) - jnp.log(m)
-      has_weight = log_g > -jnp.inf
-
-      # 1 - (1 - gamma)^t, in a form that a schedule may drive.
-      weight = (1 - gamma_now) * state.weight + gamma_now
-      gamma_t = gamma_now / weight
-      if not debias:
-        weight = jnp.ones((), dtype)
       drift = jnp.zeros((), dtype)
       if ratio_correction:
-        both = noise_good & _likelihood.good_noise(log_p_before, log_q)
-        drift = special.logsumexp(
-          jnp.where(both, log_w, -jnp.inf)
-        ) - special.logsumexp(jnp.where(both, log_p_before - log_q, -jnp.inf))
-        drift = jnp.where(jnp.isfinite(drift), drift, 0)
-      log_u = jnp.where(
-        has_weight,
-        jnp.logaddexp(
-          jnp.log1p(-gamma_t) + state.log_normalizer + drift,
-          jnp.log(gamma_t) + log_g,
-        ),
-        state.log_normalizer,
-      )
+        drift = _drift(log_w, log_p_before, log_q, noise_good)
+      log_u, weight, held = _average(state, log_g, gamma_now, drift, debias)
 
-      usable = (n_good > 0) & (m_good > 0)
-      data_cotangent = jnp.where(data_good, jnp.where(usable, -1 / n, 0), 0)
+      usable = jnp.any(data_good) & jnp.any(noise_good)
       share = jnp.where(usable, jnp.exp(weights.log_scale - log_u) / m, 0)
-      noise_cotangent = weights.scaled * share
-      value = log_u - jnp.sum(jnp.where(data_good, log_p_data, 0)) / n
-      rejected = data_good.size + noise_good.size - n_good - m_good
-      new_state = MecoState(
-        count=state.count + 1,
-        log_normalizer=log_u,
-        weight=jnp.where(has_weight, weight, state.weight),
-        ess=weights.ess,
-        rejected=rejected.astype(jnp.int32),
-        held=state.held + (~has_weight).astype(jnp.int32),
-        previous=params if ratio_correction else None,
+      cotangents = (
+        _likelihood.mean_cotangent(jnp.asarray(-1, dtype), data_good & usable),
+        weights.scaled * share,
       )
-      return data_cotangent, noise_cotangent, (value, new_state)
+      value = log_u - _likelihood.mean_of(log_p_data, data_good)
+      goods = (data_good, noise_good)
+      tally = _likelihood.tally(state.info, goods, held)
+      new_state = MecoState(
+        step=state.step + 1,
+        log_normalizer=log_u,
+        weight=weight,
+        previous=params if ratio_correction else None,
+        info=MecoInfo(ess=weights.ess, **tally),
+      )
+      return cotangents, (value, new_state)
 
     grads, (value, state) = _likelihood.joint_gradient(
       log_density, params, batch, rule, dtype
@@ -215,3 +200,31 @@ def meco(
     return base.Estimate(value, grads), state
 
   return base.GradientEstimator(init, estimate)
+
+
+def _drift(log_w, log_p_before, log_q, noise_good):
+  """The change of log g from the previous parameters, on rows good at both."""
+  both = noise_good & _likelihood.good_noise(log_p_before, log_q)
+  drift = special.logsumexp(
+    jnp.where(both, log_w, -jnp.inf)
+  ) - special.logsumexp(jnp.where(both, log_p_before - log_q, -jnp.inf))
+  return jnp.where(jnp.isfinite(drift), drift, 0)
+
+
+def _average(state, log_g, gamma, drift, debias):
+  """The tracker, its weight, and whether a batch without weight held it."""
+  has_weight = log_g > -jnp.inf
+  # 1 - (1 - gamma)^t, in a form that a schedule may drive.
+  weight = (1 - gamma) * state.weight + gamma
+  gamma_t = gamma / weight
+  if not debias:
+    weight = jnp.ones_like(weight)
+  log_u = jnp.where(
+    has_weight,
+    jnp.logaddexp(
+      jnp.log1p(-gamma_t) + state.log_normalizer + drift,
+      jnp.log(gamma_t) + log_g,
+    ),
+    state.log_normalizer,
+  )
+  return log_u, jnp.where(has_weight, weight, state.weight), ~has_weight

@@ -27,6 +27,7 @@ class NceParams(NamedTuple):
   log_normalizer: jax.Array
 
 
+@checks.domains(log_density=_likelihood.LOG_DENSITY)
 def with_log_normalizer(
   log_density: _likelihood.LogDensity,
 ) -> _likelihood.LogDensity:
@@ -49,7 +50,7 @@ def with_log_normalizer(
     >>> print(log_density(params, jnp.ones(1)))
     [1.]
   """
-  checks.check_callable('log_density', log_density, '(params, rows) -> [rows]')
+  checks.enforce(with_log_normalizer, locals())
 
   def normalized(params, rows):
     checks.check_fields(
@@ -60,13 +61,25 @@ def with_log_normalizer(
   return normalized
 
 
-class NceState(NamedTuple):
-  """State of `nce` and `ence`."""
+class NceInfo(NamedTuple):
+  """Diagnostics of `nce` and `ence`."""
 
   rejected: jax.Array  # shape (), int32, rows dropped at the last step
-  held: jax.Array  # shape (), int32, steps that gave no gradient
+  total_rejected: jax.Array  # shape (), int32
+  held: jax.Array  # shape (), bool, whether the step gave no gradient
+  total_held: jax.Array  # shape (), int32
 
 
+class NceState(NamedTuple):
+  """State of `nce` and `ence`, which need none for the next step."""
+
+  info: NceInfo
+
+
+@checks.domains(
+  log_density=_likelihood.LOG_DENSITY,
+  nu=checks.POSITIVE._replace(optional=True),
+)
 def nce(
   log_density: _likelihood.LogDensity,
   nu: float | jax.Array | None = None,
@@ -91,8 +104,8 @@ def nce(
     A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
 
   Raises:
-    TypeError: ``log_density`` is not a function, or the batch not a
-      `NoiseBatch`.
+    TypeError: ``log_density`` is not a function, ``nu`` not a real number, or
+      the batch not a `NoiseBatch`.
     ValueError: ``nu`` is not positive; the batch has no rows, or shapes that do
       not match, or no ``data_log_prob``.
 
@@ -121,12 +134,10 @@ def nce(
 
   Notes:
     Bad rows as in `meco`; a batch without a good row of data or of noise gives
-    a zero gradient and counts in ``held``. Cost per step: one gradient over
-    n + m rows, and the noise's log density on data as well.
+    a zero gradient and counts in ``info.total_held``. Cost per step: one
+    gradient over n + m rows, and the noise's log density on data as well.
   """
-  checks.check_callable('log_density', log_density, '(params, rows) -> [rows]')
-  if nu is not None:
-    checks.check_positive('nu', nu)
+  checks.enforce(nce, locals())
 
   def rule(h_data, h_noise, nu):
     h_data, h_noise = h_data - jnp.log(nu), h_noise - jnp.log(nu)
@@ -138,6 +149,10 @@ def nce(
   return _contrastive('nce', log_density, rule, nu)
 
 
+@checks.domains(
+  log_density=_likelihood.LOG_DENSITY,
+  max_exponent=checks.Real(low=0.0, low_open=True),
+)
 def ence(
   log_density: _likelihood.LogDensity,
   max_exponent: float | jax.Array = 40.0,
@@ -163,8 +178,8 @@ def ence(
     A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
 
   Raises:
-    TypeError: ``log_density`` is not a function, or the batch not a
-      `NoiseBatch`.
+    TypeError: ``log_density`` is not a function, ``max_exponent`` not a real
+      number, or the batch not a `NoiseBatch`.
     ValueError: ``max_exponent`` is not positive; the batch has no rows, or
       shapes that do not match, or no ``data_log_prob``.
 
@@ -191,8 +206,7 @@ def ence(
   Notes:
     Bad rows and cost as in `nce`.
   """
-  checks.check_callable('log_density', log_density, '(params, rows) -> [rows]')
-  checks.check_real('max_exponent', max_exponent, low=0.0, low_open=True)
+  checks.enforce(ence, locals())
 
   def rule(h_data, h_noise, nu):
     del nu
@@ -213,7 +227,7 @@ def _contrastive(
 
   def init(params):
     del params
-    return NceState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return NceState(NceInfo(**_likelihood.zero_tally()))
 
   def estimate(params, state, batch):
     n, m = _likelihood.check_batch(method, batch, needs_data_log_prob=True)
@@ -231,16 +245,9 @@ def _contrastive(
       losses, slopes = rule(h_data, h_noise, ratio)
       goods = (data_good & usable, noise_good & usable)
       value = sum(map(_likelihood.mean_of, losses, goods))
-      data_cotangent, noise_cotangent = (
-        jnp.where(good, slope, 0) / jnp.maximum(jnp.sum(good), 1).astype(dtype)
-        for slope, good in zip(slopes, goods, strict=True)
-      )
-      rejected = jnp.sum(~data_good) + jnp.sum(~noise_good)
-      new_state = NceState(
-        rejected=rejected.astype(jnp.int32),
-        held=state.held + (~usable).astype(jnp.int32),
-      )
-      return data_cotangent, noise_cotangent, (value, new_state)
+      cotangents = map(_likelihood.mean_cotangent, slopes, goods)
+      tally = _likelihood.tally(state.info, (data_good, noise_good), ~usable)
+      return cotangents, (value, NceState(NceInfo(**tally)))
 
     grads, (value, state) = _likelihood.joint_gradient(
       log_density, params, batch, joint_rule, dtype

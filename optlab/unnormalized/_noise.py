@@ -130,6 +130,7 @@ def gaussian(
   return Gaussian(mean.astype(scale.dtype), scale, _inverse(scale))
 
 
+@checks.domains(inflate=checks.POSITIVE)
 def fit_gaussian(
   rows: jax.typing.ArrayLike, inflate: float | jax.Array = 1.0
 ) -> Gaussian:
@@ -154,7 +155,7 @@ def fit_gaussian(
     >>> print(noise.mean, noise.scale)
     [0.] [[2.]]
   """
-  checks.check_positive('inflate', inflate)
+  checks.enforce(fit_gaussian, locals())
   rows = checks.as_array('rows', rows)
   if rows.ndim != 2:
     raise ValueError(f'rows must have shape [num, d], got {rows.shape}.')
@@ -165,6 +166,7 @@ def fit_gaussian(
   return gaussian(mean, inflate * centred.T @ centred / rows.shape[0])
 
 
+@checks.domains(inflate=checks.POSITIVE)
 def gaussian_mixture(
   weights: jax.typing.ArrayLike,
   means: jax.typing.ArrayLike,
@@ -199,12 +201,12 @@ def gaussian_mixture(
     >>> print(np.allclose(scores, fit.score_samples(rows), atol=1e-4))
     True
   """
+  checks.enforce(gaussian_mixture, locals())
   weights = checks.as_array('weights', weights)
   means = checks.as_array('means', means)
   covariances = checks.as_array('covariances', covariances)
   checks.check_positive('weights', weights)
   checks.check_real('means', means, low_open=True, high_open=True)
-  checks.check_positive('inflate', inflate)
   if means.ndim != 2 or (
     weights.shape != means.shape[:1]
     or covariances.shape != means.shape + means.shape[1:]
@@ -223,6 +225,11 @@ def gaussian_mixture(
   )
 
 
+@checks.domains(
+  noise=checks.Pair(Gaussian._fields, 'a Gaussian'),
+  rate=checks.Real(low=0.0, high=1.0),
+  floor=checks.POSITIVE,
+)
 def follow(
   noise: Gaussian,
   rows: jax.Array,
@@ -252,7 +259,8 @@ def follow(
     A `Gaussian`; ``noise`` itself where no weight is finite.
 
   Raises:
-    TypeError: ``rate`` or ``floor`` is not a real number.
+    TypeError: ``rate`` or ``floor`` is not a real number, or ``noise`` not a
+      `Gaussian`.
     ValueError: ``rate`` is not in [0, 1], or ``floor`` not positive.
 
   Examples:
@@ -263,9 +271,7 @@ def follow(
     >>> print(f'{noise.mean[0]:.1f} {noise.scale[0, 0]:.2f}')
     2.0 2.24
   """
-  checks.check_real('rate', rate, low=0.0, high=1.0)
-  checks.check_positive('floor', floor)
-  checks.check_fields('noise', noise, Gaussian._fields, 'a Gaussian')
+  checks.enforce(follow, locals())
   if jnp.shape(rows)[1:] != noise.mean.shape:
     raise ValueError(
       f'rows must have shape [num, {noise.mean.shape[0]}], as the noise has,'

@@ -59,10 +59,13 @@ def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
       f' {weights.shape}.'
     )
   for i, component in enumerate(components):
-    _likelihood.check_noise(f'components[{i}]', component)
+    _likelihood.NOISE.check(f'components[{i}]', component)
   return Mixture(jnp.log(weights / jnp.sum(weights)), tuple(components))
 
 
+@checks.domains(
+  noise=_likelihood.NOISE, wide=_likelihood.NOISE, weight=checks.OPEN_FRACTION
+)
 def defensive(
   noise: Any, wide: Any, weight: float | jax.Array = 0.1
 ) -> Mixture:
@@ -90,8 +93,6 @@ def defensive(
     >>> print(noise.log_prob(jnp.array([[9.0]])) > -6)
     [ True]
   """
-  checks.check_real(
-    'weight', weight, low=0.0, high=1.0, low_open=True, high_open=True
-  )
+  checks.enforce(defensive, locals())
   weight = jnp.asarray(weight, jnp.float32)
   return mixture(jnp.stack([1 - weight, weight]), noise, wide)

@@ -104,7 +104,7 @@ def test_a_bad_data_row_is_left_out():
   want, _ = estimate(theta, state, batch)
   got, after = estimate(theta, state, batch._replace(data=bad))
   np.testing.assert_allclose(got.grads, want.grads, atol=1e-5)
-  assert after.rejected == 1
+  assert after.info.rejected == 1
 
 
 def test_bad_arguments():

@@ -139,7 +139,7 @@ def test_gaussian_in_many_dimensions_has_the_exact_gradient():
     grad_precision, grad_b = estimate.grads
     np.testing.assert_allclose(grad_precision, case['grad_P'], atol=1e-9)
     np.testing.assert_allclose(grad_b, case['grad_b'], atol=1e-9)
-    np.testing.assert_allclose(state.ess, len(noise), rtol=1e-9)
+    np.testing.assert_allclose(state.info.ess, len(noise), rtol=1e-9)
 
 
 def _gamma_case(case):
@@ -305,7 +305,7 @@ def test_tracker_trace():
       np.testing.assert_allclose(state.log_normalizer, want['log_u'], **close)
       np.testing.assert_allclose(result.grads[1:], want['coef'], **close)
       np.testing.assert_allclose(result.grads[0], -1.0)
-      np.testing.assert_allclose(state.ess, want['ess'], **close)
+      np.testing.assert_allclose(state.info.ess, want['ess'], **close)
       assert np.sum(result.grads[1:]) <= (1 + 1e-12) / want['gamma_t']
 
 
@@ -541,12 +541,12 @@ def test_a_bad_row_is_as_if_it_were_not_there(method, dtype):
   expected, expected_state = run(method, params, good, fewer)
   assert_same(estimate.value, expected.value, tolerance)
   assert_same(estimate.grads, expected.grads, tolerance)
-  assert state.rejected == 5
-  assert expected_state.rejected == 0
+  assert state.info.rejected == 5
+  assert expected_state.info.rejected == 0
   if method in TRACKING:
     assert state.log_normalizer.dtype == jnp.float32
     assert_same(state.log_normalizer, expected_state.log_normalizer, tolerance)
-    assert_same(state.ess, expected_state.ess, 10 * tolerance)
+    assert_same(state.info.ess, expected_state.info.ess, 10 * tolerance)
 
 
 @over_methods
@@ -561,7 +561,7 @@ def test_noise_outside_the_support_has_weight_zero(method, dtype):
   log_q[1] = 1e30
   weightless = good._replace(noise_log_prob=log_q)
   expected, _ = run(method, params, good, weightless)
-  assert state.rejected == 0
+  assert state.info.rejected == 0
   assert_same(estimate.value, expected.value, tolerance)
   assert_same(estimate.grads, expected.grads, tolerance)
 
@@ -579,9 +579,9 @@ def test_noise_all_outside_the_support_holds_the_tracker(method, dtype):
     estimate, held = run(method, params, outside, state=state)
     assert held.log_normalizer == state.log_normalizer
     assert held.weight == state.weight
-    assert held.held == state.held + 1
-    assert held.rejected == 0
-    assert held.ess == 0
+    assert held.info.total_held == state.info.total_held + 1
+    assert held.info.rejected == 0
+    assert held.info.ess == 0
     assert np.isfinite(estimate.value)
     tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
     assert_same(estimate.grads, data_term, tolerance)
@@ -605,9 +605,9 @@ def test_without_a_good_row_the_parameters_stay(method, dtype, spoiled):
   assert np.isfinite(estimate.value)
   for leaf in jax.tree.leaves(estimate.grads):
     np.testing.assert_array_equal(np.asarray(leaf, np.float32), 0.0)
-  assert state.rejected == {'noise': 5, 'data': 6, 'both': 11}[spoiled]
+  assert state.info.rejected == {'noise': 5, 'data': 6, 'both': 11}[spoiled]
   if spoiled != 'data' or method not in TRACKING:
-    assert state.held == 1
+    assert state.info.total_held == 1
 
 
 def test_recorded_bad_rows():
@@ -625,18 +625,18 @@ def test_recorded_bad_rows():
     rows = np.zeros((1, 1), np.float32)
     batch = optlab.NoiseBatch(rows, log_p[:, None], log_q)
     estimate, state = update(jnp.zeros(1), state, batch)
-    assert state.rejected == case['n_bad']
+    assert state.info.rejected == case['n_bad']
     if case['log_g'] == '-inf':
-      assert state.held == 1
+      assert state.info.total_held == 1
       assert state.log_normalizer == 0
       # Without a good row nothing moves; without weight the noise does not.
       expected = 0.0 if case['n_bad'] else -1.0
       assert estimate.grads == expected
     else:
       np.testing.assert_allclose(state.log_normalizer, case['log_g'], rtol=1e-6)
-      assert state.held == 0
+      assert state.info.total_held == 0
     if 'ess' in case:
-      np.testing.assert_allclose(state.ess, case['ess'], rtol=1e-6)
+      np.testing.assert_allclose(state.info.ess, case['ess'], rtol=1e-6)
 
 
 def test_a_bad_row_in_one_lane_of_a_vmap_leaves_the_others_alone():
@@ -653,7 +653,7 @@ def test_a_bad_row_in_one_lane_of_a_vmap_leaves_the_others_alone():
     alone, _ = run('meco', params, batch)
     lane = jax.tree.map(lambda leaf, i=i: leaf[i], together.grads)
     assert_same(lane, alone.grads, 1e-6)
-  np.testing.assert_array_equal(states.rejected, [0, 1])
+  np.testing.assert_array_equal(states.info.rejected, [0, 1])
 
 
 def test_bfloat16_model_keeps_a_float32_tracker():

@@ -54,7 +54,7 @@ MAKERS = {
 def test_density_integrates_to_one_and_draws_follow_it(name):
   noise = MAKERS[name]()
   total = optlab.unnormalized.grid_log_partition(
-    noise.log_prob, [-16.0, -16.0], [16.0, 16.0], 384, tolerance=2e-3
+    noise.log_prob, [-16.0, -16.0], [16.0, 16.0], 384, change_tol=2e-3
   )
   np.testing.assert_allclose(total.value, 0.0, atol=2e-3)
   # Draws weighed by any other density over theirs average to one: a test of
