@@ -126,7 +126,9 @@ def find_home(app, env, node, contnode):
   python = env.get_domain('py')
   name = node.get('reftarget', '').rpartition('.')[2]
   homes = [
-    p for p in python.objects if re.fullmatch(rf'optlab\.\w+\.{name}', p)
+    p
+    for p in python.objects
+    if re.fullmatch(rf'optlab\.\w+\.{re.escape(name)}', p)
   ]
   if node.get('refdomain') != 'py' or len(homes) != 1:
     return None
