@@ -1,0 +1,45 @@
+"""Lists the programs and runs them: `optlab`, or `python -m experiments`."""
+
+import ast
+import importlib.util
+import pathlib
+import runpy
+import sys
+
+FOLDER = pathlib.Path(__file__).parent
+NEEDS = ('flax', 'matplotlib', 'orbax', 'rich', 'sklearn')
+
+
+def programs() -> dict[str, str]:
+  """The name of every program, and the first line of its documentation."""
+  found = {}
+  for path in sorted(FOLDER.glob('[!_]*.py')):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+    found[path.stem] = text.partition('\n')[0]
+  return found
+
+
+def main() -> None:
+  """Runs ``optlab [PROGRAM [flags]]``."""
+  known = programs()
+  name = sys.argv[1] if len(sys.argv) > 1 else '--help'
+  if name in ('--help', '-h', 'help'):
+    width = max(map(len, known))
+    print('optlab PROGRAM [flags] runs one; optlab PROGRAM --help its flags.\n')
+    for program, line in known.items():
+      print(f'  {program:{width}}  {line}')
+    return
+  if name not in known:
+    sys.exit(f'optlab: no program {name}; `optlab` lists them')
+  missing = [need for need in NEEDS if importlib.util.find_spec(need) is None]
+  if missing:
+    sys.exit(
+      f'optlab {name} needs {", ".join(missing)}: '
+      "pip install 'optlab-jax[experiments]'"
+    )
+  sys.argv = sys.argv[1:]
+  runpy.run_module(f'{__package__}.{name}', run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,53 @@
+"""What a package index shows, and the command `optlab`."""
+
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from experiments import __main__ as command
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_the_page_of_the_package_refers_to_nothing_that_it_lacks():
+  page = runpy.run_path(str(ROOT / 'setup.py'))['page']
+  text = page((ROOT / 'README.md').read_text())
+  assert '![' not in text
+  targets = re.findall(r'\]\(([^)]*)\)', text)
+  assert targets
+  assert all(target.startswith('https://') for target in targets)
+
+
+def test_the_command_lists_every_program_with_what_it_does():
+  programs = command.programs()
+  assert {'compare', 'logistic_regression', 'plot'} <= set(programs)
+  assert all(line.endswith('.') for line in programs.values())
+  table = (ROOT / 'README.md').read_text().split('## Programs')[1]
+  assert set(re.findall(r'`experiments\.(\w+)`', table)) | {'plot'} == set(
+    programs
+  )
+
+
+def test_the_command_runs_programs(tmp_path):
+  flags = ['--problem=rosenbrock', '--steps=3', f'--output_dir={tmp_path}']
+  done = subprocess.run(
+    [sys.executable, '-m', 'optlab', 'nonlinear_equations', *flags],
+    check=False,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'record.jsonl').exists()
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'), [(['compar'], 'optlab: no program compar')]
+)
+def test_an_unknown_program_is_named(words, message, monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['optlab', *words])
+  with pytest.raises(SystemExit, match=message):
+    command.main()
