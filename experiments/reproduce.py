@@ -489,7 +489,7 @@ def command(run: Run, config: Config, folder: pathlib.Path) -> list[str]:
   flags = run.flags | {'output_dir': str(folder)}
   if run.needs_data:
     flags |= {'data_dir': config.data_dir}
-  line = [sys.executable, '-m', f'experiments.{run.program}']
+  line = [sys.executable, '-m', 'optlab', run.program]
   line += [f'--{name}={value}' for name, value in flags.items()]
   if config.resume and (folder / 'record.jsonl').exists():
     line.append('--resume')
