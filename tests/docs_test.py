@@ -45,15 +45,6 @@ def test_runs(page, monkeypatch):
   plt.close('all')
 
 
-def test_the_block_on_equinox_runs():
-  pytest.importorskip('equinox')
-  text = (DOCS / 'models.md').read_text()
-  block = re.search(r'```python\n(import equinox.*?)```', text, re.DOTALL)
-  names = {'__name__': 'page'}
-  run(PAGES['models.md'][0], 'models.md', names)
-  run(block.group(1), 'models.md', names)
-
-
 def test_reference_names_everything_public():
   """A page a wing is made from its `__all__`; here are all that have one."""
   listed = re.findall(
