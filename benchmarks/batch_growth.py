@@ -256,7 +256,7 @@ def _compilations(params, data):
   sizes = [8]
   while sizes[-1] < N and len(sizes) < 500:
     state, _ = step(state, data)
-    sizes.append(int(optax.tree.get(state, 'batch_size')))
+    sizes.append(int(optlab.batches.next_size(state)))
   print(
     f'batch {sizes[0]} to {sizes[-1]} in {len(sizes) - 1} steps, with'
     f' {len(set(sizes))} sizes; compilations: {len(traces)}'

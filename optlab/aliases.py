@@ -6,8 +6,11 @@ import jax
 import optax
 
 from optlab import base
+from optlab import checks
 from optlab.batches import Test
 from optlab.batches import grow_batch
+from optlab.batches._growth import SIZE
+from optlab.batches._growth import TEST
 from optlab.first_order import adagrad_norm
 
 __all__ = [
@@ -15,6 +18,14 @@ __all__ = [
 ]
 
 
+@checks.domains(
+  learning_rate=checks.LEARNING_RATE,
+  test=TEST,
+  batch_size=SIZE,
+  max_batch_size=SIZE,
+  initial_accumulator_value=checks.NON_NEGATIVE,
+  eps=checks.NON_NEGATIVE,
+)
 def adadagrad_norm(
   learning_rate: base.ScalarOrSchedule,
   test: Test,
@@ -37,8 +48,8 @@ def adadagrad_norm(
     **growth: Further arguments of `grow_batch`.
 
   Returns:
-    An optax transformation; the next size is
-    ``optax.tree.get(state, 'batch_size')``.
+    An optax transformation; `batches.next_size` reads the next size from its
+    state.
 
   Raises:
     TypeError: As `grow_batch`.
@@ -47,6 +58,7 @@ def adadagrad_norm(
   References:
     Lau, Liu, Kolar, *AdAdaGrad*, 2024, https://arxiv.org/abs/2402.11215
   """
+  checks.enforce(adadagrad_norm, locals())
   return optax.chain(
     grow_batch(test, batch_size, max_batch_size, **growth),
     adagrad_norm(learning_rate, initial_accumulator_value, eps),

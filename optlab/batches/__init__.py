@@ -6,9 +6,11 @@ from optlab.batches._growing import GrowingState
 from optlab.batches._growing import growing_init
 from optlab.batches._growing import growing_specs
 from optlab.batches._growing import growing_step
+from optlab.batches._growth import GrowBatchInfo
 from optlab.batches._growth import GrowBatchState
 from optlab.batches._growth import adadagrad
 from optlab.batches._growth import grow_batch
+from optlab.batches._growth import next_size
 from optlab.batches._host_loader import HostLoader
 from optlab.batches._host_loader import LoaderState
 from optlab.batches._host_loader import bucket_sizes
@@ -33,6 +35,7 @@ from optlab.batches._tests import norm_test
 
 __all__ = [
   'EpochState',
+  'GrowBatchInfo',
   'GrowBatchState',
   'GrowingState',
   'HostLoader',
@@ -57,6 +60,7 @@ __all__ = [
   'inner_product_test',
   'jvp_inner_products',
   'microbatch_means',
+  'next_size',
   'norm_test',
   'per_example',
   'plain_grads',

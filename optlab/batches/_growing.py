@@ -41,6 +41,11 @@ def _order(key, epoch, shard, length):
   return jax.random.permutation(key, length).astype(jnp.int32)
 
 
+@checks.domains(
+  estimator=checks.ESTIMATOR,
+  tx=checks.TRANSFORMATION,
+  num_shards=checks.Integer(),
+)
 def growing_init(
   params: base.Params,
   estimator: base.GradientEstimator,
@@ -70,8 +75,8 @@ def growing_init(
       ``max_batch_size`` of `grow_batch`, are not divisible by ``num_shards``,
       or the first batch is too small for the estimator.
   """
+  checks.enforce(growing_init, locals())
   length = batch_length(data)
-  checks.check_int('num_shards', num_shards, 1)
   if length % num_shards:
     raise ValueError(
       f'data must split evenly over num_shards={num_shards}, got {length}'
@@ -111,6 +116,11 @@ def growing_init(
   )
 
 
+@checks.domains(
+  estimator=checks.ESTIMATOR,
+  tx=checks.TRANSFORMATION,
+  batch_size=checks.Integer(traced=True, optional=True),
+)
 def growing_step(
   estimator: base.GradientEstimator,
   tx: optax.GradientTransformation,
@@ -155,7 +165,7 @@ def growing_step(
     ...     jnp.zeros(3), estimator, tx, rows, jax.random.key(1))
     >>> step = jax.jit(optlab.growing_step(estimator, tx), donate_argnums=0)
     >>> for _ in range(3):
-    ...   size = int(optax.tree.get(state, 'batch_size'))
+    ...   size = int(optlab.batches.next_size(state))
     ...   state, value = step(state, rows)
     ...   print(size, f'{value:.2f}')
     8 1.00
@@ -169,9 +179,8 @@ def growing_step(
     The number of samples so far is ``epoch * N + position``, in Python integers
     where it may pass 2^31.
   """
+  checks.enforce(growing_step, locals())
   train_step = training.train_step(estimator, tx)
-  if batch_size is not None:
-    checks.check_int('batch_size', batch_size, 1, traced=True)
 
   def step(state, data):
     train, epochs = state

@@ -35,6 +35,7 @@ class HostLoader(NamedTuple):
   take: Callable[[LoaderState, int], tuple[PaddedBatch, LoaderState]]
 
 
+@checks.domains(batch_size=checks.Integer(), multiple_of=checks.Integer())
 def bucket_sizes(
   batch_size: int, max_batch_size: int, *, multiple_of: int = 1
 ) -> tuple[int, ...]:
@@ -57,8 +58,7 @@ def bucket_sizes(
     >>> optlab.batches.bucket_sizes(8, 100)
     (8, 16, 32, 64, 100)
   """
-  checks.check_int('batch_size', batch_size, 1)
-  checks.check_int('multiple_of', multiple_of, 1)
+  checks.enforce(bucket_sizes, locals())
   checks.check_int(
     'max_batch_size', max_batch_size, batch_size, 'It ends the list.'
   )
@@ -71,6 +71,10 @@ def bucket_sizes(
   return tuple(sorted({size + -size % multiple_of for size in sizes}))
 
 
+@checks.domains(
+  gather=checks.Function('indices -> examples'),
+  num_examples=checks.Integer(),
+)
 def host_loader(
   gather: Callable[[np.ndarray], base.Batch],
   num_examples: int,
@@ -110,8 +114,7 @@ def host_loader(
     The permutation, 8 bytes an example, is drawn again when the epoch changes
     and kept no longer than the loader.
   """
-  checks.check_callable('gather', gather, 'indices -> examples')
-  checks.check_int('num_examples', num_examples, 1)
+  checks.enforce(host_loader, locals())
   if not isinstance(buckets, Sequence):
     raise TypeError(
       f'buckets must be a sequence such as bucket_sizes makes, got {buckets!r}.'

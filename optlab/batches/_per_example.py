@@ -94,6 +94,14 @@ def vary(tree: Any, axis_name: Any) -> Any:
   return jax.tree.map(lambda leaf: jnp.where(here, leaf, leaf), tree)
 
 
+@checks.domains(
+  losses=checks.Function('(params, examples) -> (n,) losses'),
+  moments=checks.Function('such as optlab.ghost_norms'),
+  inner_products=checks.Function(
+    'such as optlab.batches.jvp_inner_products', optional=True
+  ),
+  microbatch_size=checks.Integer(optional=True),
+)
 def per_example(
   losses: _moments.Losses,
   moments: _moments.Route = _moments.vmap_grads,
@@ -170,16 +178,7 @@ def per_example(
     moments by Chan's formula. Cost: see the routes; with ``inner_products`` a
     second pass over the batch.
   """
-  checks.check_callable('losses', losses, '(params, examples) -> (n,) losses')
-  checks.check_callable('moments', moments, 'such as optlab.ghost_norms')
-  if inner_products is not None:
-    checks.check_callable(
-      'inner_products',
-      inner_products,
-      'such as optlab.batches.jvp_inner_products',
-    )
-  if microbatch_size is not None:
-    checks.check_int('microbatch_size', microbatch_size, 1)
+  checks.enforce(per_example, locals())
   is_means = moments is _moments.microbatch_means
   if is_means and microbatch_size is None:
     raise ValueError(

@@ -70,6 +70,7 @@ def _size(extras):
   return jnp.asarray(extras['sample_size'])
 
 
+@checks.domains(eta=checks.POSITIVE)
 def norm_test(eta: float | jax.Array) -> Test:
   r"""The noise of the gradient is at most ``eta`` times its norm.
 
@@ -95,7 +96,7 @@ def norm_test(eta: float | jax.Array) -> Test:
     machine learning*, Math. Program. 2012,
     https://doi.org/10.1007/s10107-012-0572-5
   """
-  checks.check_positive('eta', eta)
+  checks.enforce(norm_test, locals())
 
   def test(grads, **extras):
     grad_sq, trace = _trace(grads, 'norm_test', extras)
@@ -104,6 +105,7 @@ def norm_test(eta: float | jax.Array) -> Test:
   return test
 
 
+@checks.domains(eta=checks.POSITIVE)
 def coordinate_norm_test(eta: float | jax.Array) -> Test:
   r"""The norm test in every coordinate by itself.
 
@@ -123,7 +125,7 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
     TypeError: ``eta`` is not a real number.
     ValueError: ``eta`` is not a finite number above 0.
   """
-  checks.check_positive('eta', eta)
+  checks.enforce(coordinate_norm_test, locals())
 
   def test(grads, **extras):
     squares: Any = extras.get('sum_sq_diff_grads')
@@ -149,6 +151,7 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
   return test
 
 
+@checks.domains(theta=checks.POSITIVE)
 def inner_product_test(theta: float | jax.Array) -> Test:
   r"""Per-example gradients agree with the mean on its own direction.
 
@@ -175,7 +178,7 @@ def inner_product_test(theta: float | jax.Array) -> Test:
     Bollapragada, Byrd, Nocedal, *Adaptive sampling strategies for stochastic
     optimization*, SIAM J. Optim. 2018, https://arxiv.org/abs/1710.11258
   """
-  checks.check_positive('theta', theta)
+  checks.enforce(inner_product_test, locals())
 
   def test(grads, **extras):
     grad_sq, scaled = _inner(grads, 'inner_product_test', extras)
@@ -184,6 +187,7 @@ def inner_product_test(theta: float | jax.Array) -> Test:
   return test
 
 
+@checks.domains(theta=checks.POSITIVE, nu=checks.POSITIVE)
 def augmented_inner_product_test(
   theta: float | jax.Array, nu: float | jax.Array
 ) -> Test:
@@ -213,8 +217,7 @@ def augmented_inner_product_test(
     Bollapragada, Byrd, Nocedal, *Adaptive sampling strategies for stochastic
     optimization*, SIAM J. Optim. 2018, https://arxiv.org/abs/1710.11258
   """
-  checks.check_positive('theta', theta)
-  checks.check_positive('nu', nu)
+  checks.enforce(augmented_inner_product_test, locals())
 
   def test(grads, **extras):
     name = 'augmented_inner_product_test'

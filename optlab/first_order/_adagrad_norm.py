@@ -21,6 +21,9 @@ class ScaleByAdaGradNormState(NamedTuple):
   sum_of_squares: jax.Array  # shape (), the params' dtype, at least float32
 
 
+@checks.domains(
+  initial_accumulator_value=checks.NON_NEGATIVE, eps=checks.NON_NEGATIVE
+)
 def scale_by_adagrad_norm(
   initial_accumulator_value: float | jax.Array = 0.1,
   eps: float | jax.Array = 0.0,
@@ -44,10 +47,7 @@ def scale_by_adagrad_norm(
     TypeError: A hyperparameter is not a number.
     ValueError: A hyperparameter is negative or not finite.
   """
-  checks.check_non_negative(
-    'initial_accumulator_value', initial_accumulator_value
-  )
-  checks.check_non_negative('eps', eps)
+  checks.enforce(scale_by_adagrad_norm, locals())
 
   def init_fn(params):
     real = jnp.finfo(trees.accumulator_dtype(params)).dtype
@@ -67,6 +67,11 @@ def scale_by_adagrad_norm(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@checks.domains(
+  learning_rate=checks.LEARNING_RATE,
+  initial_accumulator_value=checks.NON_NEGATIVE,
+  eps=checks.NON_NEGATIVE,
+)
 def adagrad_norm(
   learning_rate: base.ScalarOrSchedule,
   initial_accumulator_value: float | jax.Array = 0.1,
@@ -124,7 +129,7 @@ def adagrad_norm(
     A gradient that is not finite stays in the accumulator: wrap in
     `optax.apply_if_finite` where that may happen.
   """
-  checks.check_learning_rate(learning_rate)
+  checks.enforce(adagrad_norm, locals())
   return optax.chain(
     scale_by_adagrad_norm(initial_accumulator_value, eps),
     optax.scale_by_learning_rate(learning_rate),

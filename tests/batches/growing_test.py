@@ -38,8 +38,8 @@ def start(tx=GROWING, estimator=ESTIMATOR, seed=0, **kwargs):
   return state, data
 
 
-def read(state, name='batch_size'):
-  return int(optax.tree.get(state, name))
+def read(state):
+  return int(optlab.batches.next_size(state))
 
 
 def equal(a, b):

@@ -6,12 +6,8 @@ import pytest
 
 import optlab
 from tests import inputs
-from tests.inputs import DECAY
 from tests.inputs import INF
 from tests.inputs import NAN
-from tests.inputs import NON_NEGATIVE
-from tests.inputs import NOT_OPTIONAL_REAL
-from tests.inputs import NOT_SCHEDULED
 from tests.inputs import SCHEDULE
 from tests.inputs import X
 from tests.inputs import family
@@ -39,7 +35,6 @@ for tx in (
   adagrad_norm,
   diffgrad,
 ):
-  reals(tx, NOT_SCHEDULED, learning_rate=NON_NEGATIVE)
   row(
     tx.__name__,
     'a negative rate to ascend with',
@@ -47,11 +42,6 @@ for tx in (
     ValueError,
     r'learning_rate .*got -0\.1.*negate the objective',
   )
-for tx in (scale_by_adagrad_norm, adagrad_norm):
-  reals(tx, initial_accumulator_value=NON_NEGATIVE, eps=NON_NEGATIVE)
-for tx in (scale_by_diffgrad, diffgrad):
-  reals(tx, b1=DECAY, b2=DECAY, eps=NON_NEGATIVE, eps_root=NON_NEGATIVE)
-reals(diffgrad, NOT_OPTIONAL_REAL, weight_decay=NON_NEGATIVE)
 row(
   'scale_by_diffgrad',
   'a schedule where a number belongs',
