@@ -71,7 +71,7 @@ def hand_written(upper, lower, x, y):
       lambda x, y, inner: y,
       x,
       y,
-      batch.inner,
+      batch.step_samples,
     )
     value, (f_x, f_y) = jax.value_and_grad(upper, argnums=(0, 1))(
       x, y, batch.upper
@@ -170,9 +170,10 @@ def unrolled_memory() -> None:
   rows = []
   for steps in (1, 4, 16, 64):
     inner = jax.tree.map(
-      lambda leaf, n=steps: jnp.repeat(leaf[:1], n, axis=0), single.inner
+      lambda leaf, n=steps: jnp.repeat(leaf[:1], n, axis=0),
+      single.step_samples,
     )
-    batch = single._replace(inner=inner)
+    batch = single._replace(step_samples=inner)
     sizes = []
     for checkpoint in (False, True):
       estimator = optlab.unrolled(
@@ -313,10 +314,9 @@ def finite_sum_quadratic(
   rows = []
   start = metric(np.full(10, -2.0))
   for name, upper_step, storm in variants:
-    inner, indexed = table[name].inner, table[name].indexed
+    inner, indexed = table[name].step_samples, table[name].indexed
     rounds = 1 / PERIOD if name == 'bo_rep' else 1
-    step_samples = size * (2 + inner * rounds)
-    steps = int(budget / step_samples)
+    steps = int(budget / (size * (2 + inner * rounds)))
 
     def make(rates, name=name, upper_step=upper_step, storm=storm, steps=steps):
       lower_rate, upper_rate, cosine = rates

@@ -181,7 +181,9 @@ def prepare(
     def body(carry, _):
       train, values = carry
       key = jax.random.fold_in(state.key, train.step)
-      train, _ = train_step(train, bilevel.draw(key, sample, method.inner))
+      train, _ = train_step(
+        train, bilevel.draw(key, sample, method.step_samples)
+      )
       value = problem.value(train.params)
       values = values.at[train.step % WINDOW].set(value)
       return (train, values), None
@@ -215,7 +217,9 @@ def run_one(session, config, problem, name, upper_step) -> None:
       'schedule': np.where(lanes.cosine, 'cosine', 'constant'),
       'gradients': step * method.gradients,
       'products': step * method.products,
-      'rejected': optax.tree.get(state.train.estimator_state, 'rejected'),
+      'total_rejected': optax.tree.get(
+        state.train.estimator_state, 'total_rejected'
+      ),
     }
 
   session.run(

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from optlab import base
 
 
+def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
+  """A number, or a schedule's value at a step."""
+  return value(step) if callable(value) else value
+
+
 def cast_like(tree: base.ArrayTree, like: base.ArrayTree) -> base.ArrayTree:
   """Casts each leaf to the dtype of the leaf of ``like``, or that dtype."""
   return jax.tree.map(

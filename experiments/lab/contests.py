@@ -260,7 +260,7 @@ def ridge() -> Problem:
       return method.init(estimator, make(rate), x, y, key)
 
     def step(state, key, rate):
-      batch = bilevel.draw(key, sample, method.inner)
+      batch = bilevel.draw(key, sample, method.step_samples)
       return optlab.train_step(estimator, make(rate))(state, batch)[0]
 
     return Entry(start, step, lambda before, after: method.calls)

@@ -228,7 +228,9 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
 
     def body(train, _):
       key = jax.random.fold_in(state.key, train.step)
-      batch = bilevel.draw(key, lambda key: sample(key, data), method.inner)
+      batch = bilevel.draw(
+        key, lambda key: sample(key, data), method.step_samples
+      )
       return step(train, batch)[0], None
 
     train, _ = jax.lax.scan(body, state.train, length=steps // PIECES)
@@ -302,7 +304,9 @@ def run(
       'rate': rates,
       'gradients': program.refinement + step * method.gradients,
       'products': step * method.products,
-      'rejected': optax.tree.get(state.train.estimator_state, 'rejected'),
+      'total_rejected': optax.tree.get(
+        state.train.estimator_state, 'total_rejected'
+      ),
     }
 
   session.run(

@@ -18,8 +18,8 @@ class Method(NamedTuple):
   """A hypergradient estimator and what it takes.
 
   Attributes:
-    make: ``(upper, lower, lower_optimizer, linear_lr) -> estimator``.
-    inner: Length of ``batch.inner``.
+    make: ``(upper, lower, lower_optimizer, dual_lr) -> estimator``.
+    step_samples: Length of ``batch.step_samples``.
     gradients: Gradients a step, on average.
     products: Hessian-vector and cross products a step, on average.
     keyed: Whether ``init`` takes a key too.
@@ -27,7 +27,7 @@ class Method(NamedTuple):
   """
 
   make: Callable[..., optlab.GradientEstimator]
-  inner: int
+  step_samples: int
   gradients: float
   products: float
   keyed: bool = False
@@ -48,9 +48,9 @@ class Method(NamedTuple):
 
 
 def _bo_rep(period: int, lower_steps: int, average: bool = True) -> Method:
-  def make(upper, lower, lower_optimizer, linear_lr):
+  def make(upper, lower, lower_optimizer, dual_lr):
     return optlab.bo_rep(
-      upper, lower, lower_optimizer, linear_lr, period=period,
+      upper, lower, lower_optimizer, dual_lr, period=period,
       lower_steps=lower_steps, average=average,
     )  # fmt: skip
 
@@ -76,19 +76,19 @@ def methods(
   """
   n, q = lower_steps, terms
 
-  def stocbio(upper, lower, lower_optimizer, linear_lr):
+  def stocbio(upper, lower, lower_optimizer, dual_lr):
     return optlab.stocbio(
-      upper, lower, lower_optimizer, linear_lr, lower_steps=n, neumann_steps=q
+      upper, lower, lower_optimizer, dual_lr, lower_steps=n, neumann_steps=q
     )
 
-  def ttsa(upper, lower, lower_optimizer, linear_lr):
+  def ttsa(upper, lower, lower_optimizer, dual_lr):
     return optlab.bilevel.ttsa(
-      upper, lower, lower_optimizer, linear_lr, neumann_steps=q
+      upper, lower, lower_optimizer, dual_lr, neumann_steps=q
     )
 
   def unrolled(warm):
-    def make(upper, lower, lower_optimizer, linear_lr):
-      del linear_lr
+    def make(upper, lower, lower_optimizer, dual_lr):
+      del dual_lr
       return optlab.unrolled(
         upper, lower, lower_optimizer, lower_steps=n, warm=warm,
         checkpoint=False,
@@ -96,10 +96,10 @@ def methods(
 
     return make
 
-  def implicit(upper, lower, lower_optimizer, linear_lr):
-    del linear_lr
+  def implicit(upper, lower, lower_optimizer, dual_lr):
+    del dual_lr
     return optlab.implicit(
-      upper, lower, lower_optimizer, lower_steps=n, max_iterations=iterations
+      upper, lower, lower_optimizer, lower_steps=n, max_steps=iterations
     )
 
   table = {
@@ -117,9 +117,9 @@ def methods(
   if blocks is not None:
     upper_blocks, lower_blocks = blocks
 
-    def saba(upper, lower, lower_optimizer, linear_lr):
+    def saba(upper, lower, lower_optimizer, dual_lr):
       return optlab.saba(
-        upper, lower, lower_optimizer, linear_lr, upper_blocks=upper_blocks,
+        upper, lower, lower_optimizer, dual_lr, upper_blocks=upper_blocks,
         lower_blocks=lower_blocks,
       )  # fmt: skip
 
@@ -202,19 +202,19 @@ def schedule(rate: Any, cosine: Any, steps: int) -> optax.Schedule:
   return value
 
 
-def draw(key: jax.Array, sample: Callable, inner: int) -> optlab.BilevelBatch:
+def draw(key: jax.Array, sample: Callable, count: int) -> optlab.BilevelBatch:
   """Independent samples for one step.
 
   Args:
     key: A typed key.
     sample: ``key -> (upper, lower)``, the two levels' samples.
-    inner: How many inner samples.
+    count: How many step samples.
 
   Returns:
     A `BilevelBatch`.
   """
-  keys = jax.random.split(key, 2 + inner)
-  inner_samples = jax.vmap(lambda k: sample(k)[1])(keys[2:]) if inner else ()
+  keys = jax.random.split(key, 2 + count)
+  fresh = jax.vmap(lambda k: sample(k)[1])(keys[2:]) if count else ()
   return optlab.BilevelBatch(
-    upper=sample(keys[0])[0], lower=sample(keys[1])[1], inner=inner_samples
+    upper=sample(keys[0])[0], lower=sample(keys[1])[1], step_samples=fresh
   )

@@ -16,6 +16,7 @@ import optax
 
 from optlab import base
 from optlab import checks
+from optlab import estimators
 from optlab import trees
 
 Objective = Callable[[base.Params, base.Params, base.Batch], jax.Array]
@@ -28,13 +29,22 @@ class BilevelBatch(NamedTuple):
     upper: Sample of the upper objective.
     lower: Sample of the lower objective for Hessian-vector and cross products
       (and for the lower step of `soba` and `saba`).
-    inner: Fresh samples for the lower steps, stacked on a leading axis of
-      ``lower_steps``; unused by `soba` and `saba`.
+    step_samples: Fresh samples for the lower steps, stacked on a leading axis
+      of ``lower_steps``; unused by `soba` and `saba`.
   """
 
   upper: base.Batch
   lower: base.Batch
-  inner: base.Batch = ()
+  step_samples: base.Batch = ()
+
+
+class BilevelInfo(NamedTuple):
+  """Diagnostics of a hypergradient estimator; ``()`` is what it has not."""
+
+  lower_grad_norm: Any  # shape (), norm of g_y at the last accepted estimate
+  dual_residual: Any  # shape (), norm of g_yy z - f_y there
+  rejected: jax.Array  # shape (), bool, whether the last was not finite
+  total_rejected: jax.Array  # shape (), int32
 
 
 class BilevelState(NamedTuple):
@@ -44,20 +54,19 @@ class BilevelState(NamedTuple):
   inner: base.Params  # the lower variable y
   dual: base.Params  # the linear-system variable z, float32 or wider
   lower_opt_state: optax.OptState
-  lower_grad_norm: jax.Array  # shape (), norm of g_y at the last estimate
-  linear_residual: jax.Array  # shape (), norm of g_yy z - f_y
-  rejected: jax.Array  # shape (), int32, estimates that were not finite
+  memory: Any  # what the method alone keeps; () for most
+  info: BilevelInfo
 
 
-def check_objectives(upper: Any, lower: Any) -> None:
-  """Raises a ``TypeError`` unless both levels are functions."""
-  checks.check_callable('upper', upper, '(x, y, batch) -> scalar')
-  checks.check_callable('lower', lower, '(x, y, batch) -> scalar')
-
-
-def at(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
-  """A number, or a schedule's value at a step."""
-  return value(step) if callable(value) else value
+LEVELS = {
+  'upper': checks.Function('(x, y, batch) -> scalar'),
+  'lower': checks.Function('(x, y, batch) -> scalar'),
+  'lower_optimizer': checks.TRANSFORMATION,
+}
+RATE = checks.POSITIVE._replace(schedule=True)
+RADIUS = checks.POSITIVE._replace(
+  optional=True, remedy='Pass None for no projection.'
+)
 
 
 def linearize(
@@ -103,7 +112,7 @@ def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
   return trees.combine(jnp.subtract, grad_x, cross)
 
 
-def linear_step(
+def dual_step(
   dual: base.Params,
   hessian_dual: base.Params,
   grad_y: base.Params,
@@ -127,158 +136,79 @@ def check_batch(batch: Any) -> None:
   checks.check_fields('batch', batch, BilevelBatch._fields, 'a BilevelBatch')
 
 
-def check_inner(batches: base.Batch, count: int, name: str) -> None:
-  """Raises unless every leaf has a leading axis of ``count``."""
-  for path, leaf in jax.tree.leaves_with_path(batches):
-    shape = jnp.shape(leaf)
-    if not shape or shape[0] != count:
-      raise ValueError(
-        f'batch.inner{jax.tree_util.keystr(path)} must have a leading axis of'
-        f' {name} = {count}, got shape {shape}: stack one fresh sample for'
-        ' each lower step.'
-      )
-
-
-def descend(
-  lower: Objective,
-  optimizer: optax.GradientTransformationExtraArgs,
-  params: base.Params,
-  inner: base.Params,
-  opt_state: optax.OptState,
-  batches: base.Batch,
-  *,
-  steps: int,
-  radius: Any = None,
-  average: bool = False,
-  checkpoint: bool = False,
-) -> tuple[base.Params, optax.OptState]:
-  """Lower steps at a fixed upper variable, one for each sample.
-
-  Args:
-    lower: The lower objective.
-    optimizer: Of the lower variable; it gets ``value``, ``grad``, ``value_fn``.
-    params: The upper variable x.
-    inner: Where the lower variable y starts.
-    opt_state: The optimizer's state.
-    batches: Samples on a leading axis of ``steps``, or a tree without leaves.
-    steps: How many steps.
-    radius: Keeps each iterate in a ball around the start; ``None`` is none.
-    average: Whether to return the mean of the iterates instead of the last.
-    checkpoint: Whether a backward pass recomputes each step, so that it stores
-      the lower variable and not the activations.
-
-  Returns:
-    The lower variable and the optimizer's state.
-  """
-  check_inner(batches, steps, 'lower_steps')
-
-  def body(carry, batch):
-    y, opt_state, mean, count = carry
-    bound = jax.tree_util.Partial(
-      lambda x, batch, y: lower(x, y, batch), params, batch
-    )
-    value, grad = jax.value_and_grad(bound)(y)
-    updates, opt_state = optimizer.update(
-      grad, opt_state, y, value=value, grad=grad, value_fn=bound
-    )
-    y = optax.apply_updates(y, updates)
-    if radius is not None:
-      y = trees.project(y, inner, radius)
-    if average:
-      mean = jax.tree.map(
-        lambda m, leaf: m + (leaf.astype(m.dtype) - m) / (count + 1),
-        mean,
-        y,
-      )
-    return (y, opt_state, mean, count + 1), None
-
-  mean = trees.zeros_accumulator(inner) if average else ()
-  count = jnp.zeros((), jnp.float32)
-  body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
-  (last, opt_state, mean, _), _ = jax.lax.scan(
-    body, (inner, opt_state, mean, count), batches, length=steps
-  )
-  if average:
-    last = trees.cast_like(mean, trees.dtypes(inner))
-  return last, opt_state
-
-
-def lower_round(
-  lower: Objective,
-  lower_steps: int,
-  optimizer: optax.GradientTransformationExtraArgs,
-  params: base.Params,
-  state: Any,
-  batch: BilevelBatch,
-) -> tuple[base.Params, optax.OptState]:
-  """`descend` from the state's lower variable on the batch's inner samples."""
-  return descend(
-    lower,
-    optimizer,
-    params,
-    state.inner,
-    state.lower_opt_state,
-    batch.inner,
-    steps=lower_steps,
-  )
-
-
 def init_state(
   optimizer: optax.GradientTransformation,
   inner: base.Params,
+  *,
+  dual: bool = True,
+  memory: Any = (),
 ) -> BilevelState:
-  """The state before the first estimate, with ``z = 0``."""
+  """The state before the first estimate, with ``z = 0`` if it has one."""
   inner = trees.own(inner)
-  dtype = trees.accumulator_dtype(inner)
+  # Not one zero twice: a buffer can be donated once.
+  zero = lambda: jnp.zeros((), trees.accumulator_dtype(inner))
   return BilevelState(
     step=jnp.zeros((), jnp.int32),
     inner=inner,
-    dual=trees.zeros_accumulator(inner),
+    dual=trees.zeros_accumulator(inner) if dual else (),
     lower_opt_state=optimizer.init(inner),
-    lower_grad_norm=jnp.zeros((), dtype),
-    linear_residual=jnp.zeros((), dtype),
-    rejected=jnp.zeros((), jnp.int32),
+    memory=memory,
+    info=BilevelInfo(
+      lower_grad_norm=zero(),
+      dual_residual=zero() if dual else (),
+      rejected=jnp.zeros((), bool),
+      total_rejected=jnp.zeros((), jnp.int32),
+    ),
   )
 
 
 def accept(
   value: jax.Array,
   grads: base.Updates,
-  old: Any,
+  old: BilevelState,
   *others: base.Params,
+  lower_grad_norm: Any = (),
+  dual_residual: Any = (),
   **fields: Any,
-) -> tuple[base.Estimate, Any]:
+) -> tuple[base.Estimate, BilevelState]:
   """Commits a step, or holds the state where it is not finite.
 
-  A rejected step keeps the old state but for ``rejected``, which counts it; its
-  gradient is zero and its value is reported as it is.
+  A rejected step keeps the old state but for its count; its gradient is zero
+  and its value is reported as it is.
 
   Args:
     value: The upper objective.
     grads: The hypergradient.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
+    lower_grad_norm: For `BilevelInfo`.
+    dual_residual: For `BilevelInfo`.
     **fields: What the step changes in the state, beside its count.
 
   Returns:
     The estimate and the state.
   """
-  new = old._replace(step=old.step + 1, **fields)
-  ok = trees.is_finite(grads, new.inner, getattr(new, 'dual', ()), others)
-  grads = jax.tree.map(lambda leaf: jnp.where(ok, leaf, 0), grads)
-  state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-  rejected = old.rejected + (~ok).astype(jnp.int32)
-  return base.Estimate(value, grads), state._replace(rejected=rejected)
+  info = old.info._replace(
+    lower_grad_norm=lower_grad_norm, dual_residual=dual_residual
+  )
+  new = old._replace(step=old.step + 1, info=info, **fields)
+  ok = trees.is_finite(grads, new.inner, new.dual, others)
+  estimate, state = estimators.accept(ok, base.Estimate(value, grads), new, old)
+  info = state.info._replace(
+    rejected=~ok,
+    total_rejected=old.info.total_rejected + (~ok).astype(jnp.int32),
+  )
+  return estimate, state._replace(info=info)
 
 
-def linear_system_estimator(
+def estimator(
   upper: Objective,
   lower: Objective,
   lower_optimizer: optax.GradientTransformation,
   solve: Callable[..., tuple[base.Params, base.Params, jax.Array]],
   move: Callable[..., tuple[base.Params, optax.OptState]] | None = None,
 ) -> base.GradientEstimator:
-  """An estimator of ``f_x - g_xy z`` with a `BilevelState`.
+  """An estimator of ``f_x - g_xy z``.
 
   Args:
     upper: The upper objective.
@@ -292,8 +222,6 @@ def linear_system_estimator(
   Returns:
     A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
   """
-  check_objectives(upper, lower)
-  checks.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
@@ -324,7 +252,7 @@ def linear_system_estimator(
       dual=dual,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(grad_lower),
-      linear_residual=residual,
+      dual_residual=residual,
     )
 
   return base.GradientEstimator(init, estimate)

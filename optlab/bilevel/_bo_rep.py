@@ -14,8 +14,16 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _lower
 
 
+@checks.domains(
+  lower=_bilevel.LEVELS['lower'],
+  learning_rate=checks.POSITIVE,
+  first_steps=checks.Integer(),
+  epochs=checks.Integer(),
+  radius=_bilevel.RADIUS,
+)
 def refine(
   lower: _bilevel.Objective,
   params: base.Params,
@@ -73,21 +81,16 @@ def refine(
     Cost: one gradient a sample. Compile it together with the first step, or
     under a ``jit`` of its own; it traces one loop an epoch.
   """
-  checks.check_callable('lower', lower, '(x, y, batch) -> scalar')
-  checks.check_positive('learning_rate', learning_rate)
-  checks.check_int('first_steps', first_steps, 1)
-  checks.check_int('epochs', epochs, 1)
-  if radius is not None:
-    checks.check_positive('radius', radius)
+  checks.enforce(refine, locals())
   total = first_steps * (2**epochs - 1)
-  _bilevel.check_inner(batches, total, 'first_steps * (2**epochs - 1)')
+  _lower.check_step_samples(batches, total, 'first_steps * (2**epochs - 1)')
   start = 0
   for epoch in range(epochs):
     steps = first_steps * 2**epoch
     optimizer = optax.with_extra_args_support(
       optax.sgd(learning_rate / 2**epoch)
     )
-    end, _ = _bilevel.descend(
+    end, _ = _lower.descend(
       lower,
       optimizer,
       params,
@@ -98,27 +101,30 @@ def refine(
       radius=None if radius is None else radius / 2 ** (0.5 * epoch),
       average=True,
     )
-    ok = trees.is_finite(end)
-    inner = jax.tree.map(
-      lambda new, old: jnp.where(ok, new, old),  # noqa: B023
-      end,
-      inner,
-    )
+    inner = trees.where(trees.is_finite(end), end, inner)
     start += steps
   return inner
 
 
+@checks.domains(
+  **_bilevel.LEVELS,
+  dual_lr=_bilevel.RATE,
+  period=checks.Integer(),
+  lower_steps=checks.Integer(),
+  radius=_bilevel.RADIUS,
+  dual_radius=_bilevel.RADIUS,
+)
 def bo_rep(
   upper: _bilevel.Objective,
   lower: _bilevel.Objective,
   lower_optimizer: optax.GradientTransformation,
-  linear_lr: base.ScalarOrSchedule,
+  dual_lr: base.ScalarOrSchedule,
   *,
   period: int = 2,
   lower_steps: int = 5,
   radius: float | jax.Array | None = None,
   average: bool = True,
-  z_radius: float | jax.Array | None = None,
+  dual_radius: float | jax.Array | None = None,
   fresh_dual: bool = False,
 ) -> base.GradientEstimator:
   r"""Hypergradients with periodic lower updates, by Hao, Gong and Liu.
@@ -140,21 +146,20 @@ def bo_rep(
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
     lower: The lower objective g, ``(x, y, batch) -> scalar``.
     lower_optimizer: Any optax optimizer, for ``y``.
-    linear_lr: The rate :math:`\nu`, below two over the largest eigenvalue of
+    dual_lr: The rate :math:`\nu`, below two over the largest eigenvalue of
       ``g_yy``; a number or a schedule of accepted steps.
     period: Steps from one round of lower updates to the next.
     lower_steps: Lower steps N in a round, each with a sample of its own.
     radius: Keeps a round's iterates within this distance of its start, over
       all of ``y``; ``None`` is none.
     average: Whether a round returns the mean of its iterates or the last one.
-    z_radius: Keeps ``z`` in a ball around zero; ``None`` does not.
+    dual_radius: Keeps ``z`` in a ball around zero; ``None`` does not.
     fresh_dual: Whether the estimate uses :math:`z_{t+1}` instead of
       :math:`z_t`, for one cross product more.
 
   Returns:
     A `GradientEstimator`: ``init(x, y)``, and ``estimate`` eats a
-    `BilevelBatch`. Its state is a `BilevelState`; read ``lower_grad_norm``,
-    ``linear_residual``, ``rejected`` and ``inner`` from it.
+    `BilevelBatch`. Its state is a `BilevelState`; `report` lists its ``info``.
 
   Raises:
     TypeError: An objective is not a function, a count not an integer.
@@ -193,46 +198,27 @@ def bo_rep(
     Under ``vmap`` a round is computed at every step, since a batch of
     conditions becomes a select.
 
-    What survives a far start on the cosh problem of
-    ``experiments.unbounded_smoothness`` is the bounded step with a decaying
-    rate, whatever the estimator: `soba` with `normalized_momentum`, or with a
-    clipped average, is as robust there, and `bo_rep` with plain SGD is not.
-    Longer periods save lower gradients at no loss there. The penalty of a ridge
-    regression (``experiments.hyperparameter_optimization``) says the same: all
-    estimators but `saba` find it with decaying normalized steps, `soba`
-    closest, and none with plain ones. Where the path is short and the lower
-    level slow, as in the logistic regression there, plain steps end nearer.
-    In data cleaning (``experiments.hyper_cleaning``, TREC, 40 % flipped) `soba`
-    and `saba` end at a lower test loss for all five seeds, and `stocbio`,
-    `ttsa` and `unrolled` at a higher one. With a recurrent encoder above
-    (``experiments.hyper_representation``) it is level with `soba` on TREC and
-    behind it for all five seeds on SST-2; on TREC, plain
-    steps with normalized ones and period 1 with 2, ahead of 4; normalized
-    `stocbio`, `ttsa` and `unrolled` end higher for all five seeds.
+    What survives a far start is the bounded step with a decaying rate, whatever
+    the estimator; measured results stand in ``docs/reproduced.md``.
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
-    grows linearly: ``z_radius`` bounds it and ``linear_residual`` shows it. A
+    grows linearly: ``dual_radius`` bounds it and ``dual_residual`` shows it. A
     step with numbers that are not finite is rejected: the state is held, the
-    hypergradient is zero, and ``rejected`` counts it.
+    hypergradient is zero, and ``info.total_rejected`` counts it.
   """
-  checks.check_positive('linear_lr', linear_lr, schedule=True)
-  checks.check_int('period', period, 1)
-  checks.check_int('lower_steps', lower_steps, 1)
-  for name, value in (('radius', radius), ('z_radius', z_radius)):
-    if value is not None:
-      checks.check_positive(name, value, 'Pass None for no projection.')
+  checks.enforce(bo_rep, locals())
 
   def move(optimizer, params, state, batch):
-    _bilevel.check_inner(batch.inner, lower_steps, 'lower_steps')
+    _lower.check_step_samples(batch.step_samples, lower_steps, 'lower_steps')
     return jax.lax.cond(
       (state.step > 0) & (state.step % period == 0),
-      lambda: _bilevel.descend(
+      lambda: _lower.descend(
         lower,
         optimizer,
         params,
         state.inner,
         state.lower_opt_state,
-        batch.inner,
+        batch.step_samples,
         steps=lower_steps,
         radius=radius,
         average=average,
@@ -242,16 +228,14 @@ def bo_rep(
 
   def solve(state, products, grad_y):
     cross, hessian_dual = products(state.dual)
-    dual, residual = _bilevel.linear_step(
-      state.dual, hessian_dual, grad_y, _bilevel.at(linear_lr, state.step)
+    dual, residual = _bilevel.dual_step(
+      state.dual, hessian_dual, grad_y, trees.at_step(dual_lr, state.step)
     )
-    if z_radius is not None:
+    if dual_radius is not None:
       origin = jax.tree.map(jnp.zeros_like, dual)
-      dual = trees.project(dual, origin, z_radius)
+      dual = trees.project(dual, origin, dual_radius)
     if fresh_dual:
       cross, _ = products(dual)
     return dual, cross, residual
 
-  return _bilevel.linear_system_estimator(
-    upper, lower, lower_optimizer, solve, move
-  )
+  return _bilevel.estimator(upper, lower, lower_optimizer, solve, move)

@@ -1,28 +1,22 @@
 """Hypergradients by differentiating through the lower steps."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _lower
 
 
-class UnrolledState(NamedTuple):
-  """State of `unrolled`."""
-
-  step: jax.Array  # shape (), int32, accepted estimates
-  inner: base.Params  # the lower variable after the last steps
-  lower_opt_state: optax.OptState
-  start: Any  # where the lower steps start; empty if warm
-  rejected: jax.Array  # shape (), int32, estimates that were not finite
-
-
+@checks.domains(
+  **_bilevel.LEVELS,
+  lower_steps=checks.Integer(),
+  start=checks.Function('(x, y) -> y', optional=True),
+)
 def unrolled(
   upper: _bilevel.Objective,
   lower: _bilevel.Objective,
@@ -54,8 +48,8 @@ def unrolled(
       stores the lower variables and not the activations.
 
   Returns:
-    A `GradientEstimator` with an `UnrolledState`; it uses ``batch.upper`` and
-    ``batch.inner``.
+    A `GradientEstimator` with a `BilevelState`, whose ``memory`` is the first
+    start if not ``warm``; it uses ``batch.upper`` and ``batch.step_samples``.
 
   Raises:
     TypeError: An objective is not a function, a count not an integer.
@@ -86,38 +80,29 @@ def unrolled(
     a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the solution's
     derivative, besides that of the lower variable itself.
   """
-  _bilevel.check_objectives(upper, lower)
-  checks.check_int('lower_steps', lower_steps, 1)
-  if start is not None:
-    checks.check_callable('start', start, '(x, y) -> y')
-  checks.check_transformation('lower_optimizer', lower_optimizer)
+  checks.enforce(unrolled, locals())
   optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
     del params
-    inner = trees.own(inner)
-    return UnrolledState(
-      step=jnp.zeros((), jnp.int32),
-      inner=inner,
-      lower_opt_state=optimizer.init(inner),
-      start=() if warm else trees.own(inner),
-      rejected=jnp.zeros((), jnp.int32),
-    )
+    start = () if warm else trees.own(inner)
+    state = _bilevel.init_state(optimizer, inner, dual=False, memory=start)
+    return state._replace(info=state.info._replace(lower_grad_norm=()))
 
   def estimate(params, state, batch):
     _bilevel.check_batch(batch)
-    first = state.inner if warm else state.start
+    first = state.inner if warm else state.memory
     opt_state = state.lower_opt_state if warm else optimizer.init(first)
 
     def run(params):
       inner = first if start is None else start(params, first)
-      inner, lower_opt_state = _bilevel.descend(
+      inner, lower_opt_state = _lower.descend(
         lower,
         optimizer,
         params,
         inner,
         opt_state,
-        batch.inner,
+        batch.step_samples,
         steps=lower_steps,
         checkpoint=checkpoint,
       )

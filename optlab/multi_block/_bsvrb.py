@@ -198,11 +198,11 @@ def bsvrb(
   def estimate(params, state, batch):
     step = state.iteration
     sampled = sample(params, state, batch)
-    rate = _points.at_step(alpha, step)
+    rate = trees.at_step(alpha, step)
     if gamma is None:
       drift = tracking.msvr_gamma(num_blocks, sampled.count, rate)
     else:
-      drift = _points.at_step(gamma, step)
+      drift = trees.at_step(gamma, step)
     rows = _points.follow(dual, sampled, rate, drift)
 
     accepted = jnp.sum(sampled.ok)
@@ -211,7 +211,7 @@ def bsvrb(
       lambda total: total / jnp.maximum(accepted, 1).astype(total.dtype),
       sampled.hypergrad,
     )
-    storm_rate = _points.at_step(beta, step)
+    storm_rate = trees.at_step(beta, step)
     recursive = tracking.storm(state.hypergrad, now, before, storm_rate)
     hypergrad = _points.select(
       any_accepted,
@@ -219,7 +219,7 @@ def bsvrb(
       state.hypergrad,
     )
     # An empty batch neither moves a block nor ages one.
-    length = _points.at_step(step_size, step) * sampled.count / num_blocks
+    length = trees.at_step(step_size, step) * sampled.count / num_blocks
     clock = jnp.stack(
       [_points.add_to_clock(state.clock[0], length), state.clock[0]]
     )

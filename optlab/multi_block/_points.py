@@ -257,11 +257,6 @@ def elapsed_steps(clock: jax.Array, touched: jax.Array) -> jax.Array:
   return difference[..., 0] + difference[..., 1]
 
 
-def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
-  """A hyperparameter at a step."""
-  return value(step) if callable(value) else value
-
-
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
   """``jnp.where`` on trees, in the dtypes of ``on_true``."""
   return jax.tree.map(

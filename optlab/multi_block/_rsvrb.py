@@ -214,7 +214,7 @@ def rsvrb(
     tracking.check_blocks(batch.outer, num_blocks)
     _points.check_batch(batch, num_blocks)
     step = state.iteration
-    rate = _points.at_step(beta, step)
+    rate = trees.at_step(beta, step)
     use = tracking.distinct_blocks(batch.blocks, num_blocks)
     now, value = sample(
       params, tracking.gather_rows(state.inner, batch.blocks), batch
@@ -253,7 +253,7 @@ def rsvrb(
       any_accepted, _points.select(step == 0, new, follow_z),
       state.hypergrad,
     )  # fmt: skip
-    length = _points.at_step(step_size, step) * count / num_blocks
+    length = trees.at_step(step_size, step) * count / num_blocks
     unravel_inner = flatten_util.ravel_pytree(
       jax.tree.map(lambda leaf: leaf[0], state.inner)
     )[1]

@@ -24,12 +24,12 @@ def bilevel_lower(x, y, batch):
 
 
 def bilevel_batch(steps):
-  """Two lower samples and ``steps`` inner ones, of sixteen rows each."""
+  """Two lower samples and ``steps`` fresh ones, of sixteen rows each."""
 
   def batch(key, dtype=jnp.float32):
     data = rows(key, dtype)
-    inner = jnp.stack([data] * steps)
-    return optlab.BilevelBatch(upper=data, lower=data, inner=inner)
+    fresh = jnp.stack([data] * steps)
+    return optlab.BilevelBatch(upper=data, lower=data, step_samples=fresh)
 
   return batch
 
@@ -40,7 +40,9 @@ def bilevel_shard(batch):
   return optlab.BilevelBatch(
     upper=jax.tree.map(spread, batch.upper),
     lower=jax.tree.map(spread, batch.lower),
-    inner=jax.tree.map(lambda leaf: jax.P(None, 'data'), batch.inner),
+    step_samples=jax.tree.map(
+      lambda leaf: jax.P(None, 'data'), batch.step_samples
+    ),
   )
 
 
@@ -76,7 +78,7 @@ ROWS = [
   bilevel_row(
     'bo_rep',
     lambda rate: optlab.bo_rep(
-      *LEVELS, optax.sgd(rate), rate, lower_steps=2, radius=1.0, z_radius=9.0
+      *LEVELS, optax.sgd(rate), rate, lower_steps=2, radius=1.0, dual_radius=9.0
     ),
   ),
   bilevel_row('soba', lambda rate: optlab.soba(*LEVELS, optax.sgd(rate), rate)),
