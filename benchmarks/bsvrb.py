@@ -116,7 +116,7 @@ def ours(split, scales, dtype, dual=None):
   levels = logistic.Levels(L2)
   estimator = optlab.bsvrb(
     levels.upper, levels.lower, NUM_BLOCKS,
-    step_size=STEP_SIZE, alpha=ALPHA, beta=BETA, dual=dual,
+    inner_lr=STEP_SIZE, alpha=ALPHA, beta=BETA, dual=dual,
   )  # fmt: skip
   tx = optax.sgd(RATE)
   train_step = optlab.train_step(estimator, tx)

@@ -78,7 +78,7 @@ def bsvrb(count):
   upper = lambda x, y, target: 0.5 * jnp.sum((y - target) ** 2)
   lower = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2) + 0.1 * jnp.sum(y**4)
   blocks = BLOCKS * count
-  estimator = optlab.bsvrb(upper, lower, blocks, step_size=0.1)
+  estimator = optlab.bsvrb(upper, lower, blocks, inner_lr=0.1)
   tx = optax.sgd(0.05)
   tables = jnp.zeros((blocks, FEATURES))
   state = optlab.init(jnp.zeros(FEATURES), estimator, tx, tables)

@@ -75,6 +75,7 @@ ALIASES = {
     ('Route', optlab.batches.Route),
     ('Losses', optlab.batches.Losses),
     ('Schedule', optax.Schedule),
+    ('ArrayTree', optax.Params),
   )
 }
 

@@ -125,7 +125,7 @@ def make(config: Config, name: str, upper: Any, lower: Any):
   objectives = levels.upper, levels.lower, config.num_blocks
   if name == 'rsvrb':
     estimator = optlab.multi_block.rsvrb(
-      *objectives, step_size=lower, beta=config.beta,
+      *objectives, inner_lr=lower, beta=config.beta,
       floor=config.floor + config.damping,
     )  # fmt: skip
   else:
@@ -133,7 +133,7 @@ def make(config: Config, name: str, upper: Any, lower: Any):
     if name == 'v1':
       dual = optlab.multi_block.track_hessians(config.floor, config.damping)
     estimator = optlab.bsvrb(
-      *objectives, step_size=lower, alpha=config.alpha, beta=config.beta,
+      *objectives, inner_lr=lower, alpha=config.alpha, beta=config.beta,
       dual=dual,
     )  # fmt: skip
   return estimator, optax.sgd(upper)
@@ -227,7 +227,7 @@ def run_lanes(
       'upper_rate': np.asarray(upper),
       'lower_rate': np.asarray(lower),
       'samples': 2 * step * config.blocks * config.rows,
-      'rejected': state.train.estimator_state.rejected,
+      'rejected': state.train.estimator_state.info.total_rejected,
     }
 
   session.run(

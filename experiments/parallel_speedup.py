@@ -93,7 +93,7 @@ def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
   }
   estimator = optlab.bsvrb(
     quadratic.upper, quadratic.lower, config.num_blocks,
-    step_size=lower, alpha=config.alpha, beta=config.beta,
+    inner_lr=lower, alpha=config.alpha, beta=config.beta,
     dual=duals[config.dual](),
   )  # fmt: skip
   tx = optax.sgd(upper)

@@ -211,7 +211,7 @@ def prepare(config: Config, name: str, steps: int, every: int):
       'bsvrb_v2': optlab.multi_block.track_products(),
     }.get(name)
     estimator = optlab.bsvrb(
-      *levels(config), m, step_size=config.lower_rate, dual=dual
+      *levels(config), m, inner_lr=config.lower_rate, dual=dual
     )
     return plain, estimator, tx
 

@@ -9,6 +9,7 @@ import optax
 
 from optlab import base
 from optlab import checks
+from optlab import tracking
 from optlab import trees
 
 __all__ = [
@@ -435,12 +436,11 @@ def with_storm(
       & (~state.started | (trees.largest(before.grads) > 0))
     )
 
-    def track(d, new, old):
-      moved = new.astype(d.dtype) + (1 - beta) * (d - old.astype(d.dtype))
-      fresh = jnp.where(state.started, moved, new.astype(d.dtype))
-      return jnp.where(informative, fresh.astype(d.dtype), d)
-
-    tracker = jax.tree.map(track, state.tracker, now.grads, before.grads)
+    moved = tracking.storm(state.tracker, now.grads, before.grads, beta)
+    fresh = trees.cast_like(now.grads, moved)
+    tracker = trees.where(
+      informative, trees.where(state.started, moved, fresh), state.tracker
+    )
     grads = jax.tree.map(
       lambda d, new: jnp.where(informative, d, 0).astype(new.dtype),
       tracker,

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab import checks
+from optlab import trees
 
 __all__ = [
   'ema',
@@ -37,8 +38,11 @@ __all__ = [
 ]
 
 Tree = TypeVar('Tree')  # A pytree of arrays.
+UNIT = checks.Real(low=0.0, high=1.0)
+RATE = checks.OPEN_FRACTION._replace(remedy='0.1 is a stable start.')
 
 
+@checks.domains(rate=UNIT)
 def ema(
   tracker: Tree,
   now: Tree,
@@ -66,7 +70,7 @@ def ema(
     The tracker after the update, with its own dtypes.
 
   Raises:
-    TypeError: ``blocks`` are not integers.
+    TypeError: ``blocks`` are not integers, or ``rate`` not a real number.
     ValueError: ``rate`` is outside [0, 1], or a block index is negative.
 
   Examples:
@@ -74,10 +78,11 @@ def ema(
     >>> print(optlab.tracking.ema(jnp.zeros(2), jnp.ones(2), 0.25))
     [0.25 0.25]
   """
-  checks.check_real('rate', rate, low=0.0, high=1.0)
+  checks.enforce(ema, locals())
   return _update(tracker, now, now, rate, 0.0, blocks)
 
 
+@checks.domains(beta=UNIT)
 def storm(
   tracker: Tree,
   now: Tree,
@@ -105,7 +110,7 @@ def storm(
     The tracker after the update, with its own dtypes.
 
   Raises:
-    TypeError: ``blocks`` are not integers.
+    TypeError: ``blocks`` are not integers, or ``beta`` not a real number.
     ValueError: ``beta`` is outside [0, 1], or a block index is negative.
 
   Examples:
@@ -118,10 +123,11 @@ def storm(
     Cutkosky, Orabona, `Momentum-based variance reduction in non-convex SGD
     <https://arxiv.org/abs/1905.10018>`_, NeurIPS 2019.
   """
-  checks.check_real('beta', beta, low=0.0, high=1.0)
+  checks.enforce(storm, locals())
   return _update(tracker, now, before, beta, 1.0 - beta, blocks)
 
 
+@checks.domains(alpha=RATE, gamma=checks.NON_NEGATIVE._replace(optional=True))
 def msvr(
   tracker: Tree,
   now: Tree,
@@ -156,7 +162,7 @@ def msvr(
     The tracker after the update, with its own dtypes.
 
   Raises:
-    TypeError: ``blocks`` are not integers.
+    TypeError: ``blocks`` are not integers, or a rate not a real number.
     ValueError: ``alpha`` is outside (0, 1), a block index is negative, or
       there are more ``blocks`` than rows.
 
@@ -173,7 +179,7 @@ def msvr(
     estimator for coupled compositional optimization
     <https://arxiv.org/abs/2207.08540>`_, NeurIPS 2022.
   """
-  check_rate('alpha', alpha)
+  checks.enforce(msvr, locals())
   if gamma is None:
     if blocks is None:
       gamma = 1.0 - alpha
@@ -181,11 +187,10 @@ def msvr(
       num_blocks = _num_blocks(tracker)
       sampled = jnp.sum(distinct_blocks(blocks, num_blocks))
       gamma = msvr_gamma(num_blocks, sampled, alpha)
-  else:
-    checks.check_non_negative('gamma', gamma)
   return _update(tracker, now, before, alpha, gamma, blocks)
 
 
+@checks.domains(num_blocks=checks.Integer(), alpha=RATE)
 def msvr_gamma(
   num_blocks: int, sampled: int | jax.Array, alpha: float | jax.Array
 ) -> Any:
@@ -206,27 +211,12 @@ def msvr_gamma(
     TypeError: A count is not an integer, or ``alpha`` not a real number.
     ValueError: A count is below one, or ``alpha`` is outside (0, 1).
   """
-  checks.check_int('num_blocks', num_blocks, 1)
+  checks.enforce(msvr_gamma, locals())
   is_array = isinstance(sampled, jax.Array)
   checks.check_int('sampled', sampled, 0 if is_array else 1, traced=True)
-  check_rate('alpha', alpha)
   # An empty batch updates no row; it must only not divide by zero.
   sampled = jnp.maximum(sampled, 1) if is_array else sampled
   return (num_blocks - sampled) / sampled / (1.0 - alpha) + (1.0 - alpha)
-
-
-def check_rate(name: str, value: Any, *, schedule: bool = False) -> None:
-  """Raises a ``ValueError`` unless ``value`` is in (0, 1)."""
-  checks.check_real(
-    name,
-    value,
-    low=0.0,
-    high=1.0,
-    low_open=True,
-    high_open=True,
-    remedy='0.1 is a stable start.',
-    schedule=schedule,
-  )
 
 
 def _update(tracker, now, before, alpha, gamma, blocks):
@@ -300,6 +290,26 @@ def check_blocks(blocks: Any, num_blocks: int) -> None:
     )
 
 
+def check_rows(
+  name: str, tree: Any, size: int, like: str = 'num_blocks'
+) -> None:
+  """Raises a ``ValueError`` unless all leaves have a leading axis ``size``.
+
+  Args:
+    name: Name of ``tree``, for the message.
+    tree: A table, or rows of one.
+    size: How many rows it must have.
+    like: What there is a row for, for the message.
+  """
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    shape = jnp.shape(leaf)
+    if not shape or shape[0] != size:
+      raise ValueError(
+        f'{name}{jax.tree_util.keystr(path)} must have a leading axis of'
+        f' {size}, one row for each of {like}; got shape {shape}.'
+      )
+
+
 def distinct_blocks(blocks: jax.Array, num_blocks: int) -> jax.Array:
   """Which rows of a batch count: in range, and the first with their index.
 
@@ -343,6 +353,19 @@ def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
     lambda leaf: leaf.at[blocks].get(mode='clip', wrap_negative_indices=False),
     table,
   )
+
+
+def finite_rows(rows: Any, axis: int = 0) -> jax.Array:
+  """Which rows have nothing but finite numbers.
+
+  Args:
+    rows: Pytree whose leaves have the rows on one axis.
+    axis: Which.
+
+  Returns:
+    bool array of shape ``(sampled,)``.
+  """
+  return jax.vmap(trees.all_finite, axis)(rows)
 
 
 def scatter_rows(

@@ -14,7 +14,7 @@ def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
   return value(step) if callable(value) else value
 
 
-def cast_like(tree: base.ArrayTree, like: base.ArrayTree) -> base.ArrayTree:
+def cast_like(tree: Any, like: Any) -> Any:
   """Casts each leaf to the dtype of the leaf of ``like``, or that dtype."""
   return jax.tree.map(
     lambda leaf, to: cast(leaf, getattr(to, 'dtype', to)), tree, like
@@ -27,7 +27,7 @@ def cast(leaf: Any, dtype: Any) -> jax.Array:
   return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def zeros_accumulator(tree: base.Params) -> base.Params:
+def zeros_accumulator(tree: Any) -> Any:
   """Zeros laid out like ``tree`` over devices, in float32 or wider.
 
   Args:
@@ -54,13 +54,13 @@ def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
 
 def norm(tree: base.Params) -> jax.Array:
   """Euclidean norm in float32 or wider; of an empty tree, zero."""
-  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
+  dtype = accumulator_dtype(tree)
   return jnp.sqrt(sq_norm(jax.tree.leaves(tree), dtype))
 
 
 def largest(tree: base.Params) -> jax.Array:
-  """The largest magnitude in a tree, a real number; of an empty tree, zero."""
-  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
+  """The largest magnitude in a tree; of an empty tree, zero."""
+  dtype = accumulator_dtype(tree)
   tops = [
     jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     for leaf in jax.tree.leaves(tree)
@@ -79,31 +79,6 @@ def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
     ),
     tree,
     centre,
-  )
-
-
-def map_updates(
-  function: Callable[..., Any], updates: base.Updates, *rest: Any
-) -> Any:
-  """Maps over the leaves of ``updates``; where it is None, so is the result."""
-  return jax.tree.map(
-    lambda leaf, *others: None if leaf is None else function(leaf, *others),
-    updates,
-    *rest,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
-def cast_updates(
-  updates: base.Updates, grads: base.Updates, params: base.Params | None
-) -> base.Updates:
-  """Casts updates by optax's rule: to the wider of gradient and parameter."""
-  like = grads if params is None else params
-  return map_updates(
-    lambda leaf, g, p: leaf.astype(jnp.promote_types(g.dtype, p.dtype)),
-    updates,
-    grads,
-    like,
   )
 
 
@@ -126,24 +101,26 @@ def where(condition: Any, on_true: Any, on_false: Any) -> Any:
   Returns:
     A tree.
   """
-  condition = jnp.asarray(condition)
 
   def leaf(new, old):
     new, old = jnp.asarray(new), jnp.asarray(old)
-    mask = condition.reshape(
-      condition.shape + (1,) * (old.ndim - condition.ndim)
-    )
-    return jnp.where(mask, cast(new, old.dtype), old)
+    return jnp.where(align(condition, old), cast(new, old.dtype), old)
 
   return jax.tree.map(leaf, on_true, on_false)
 
 
-def dtypes(tree: base.Params) -> base.Params:
+def align(array: Any, like: jax.Array) -> jax.Array:
+  """Gives ``array`` trailing axes, so that it broadcasts against ``like``."""
+  array = jnp.asarray(array)
+  return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
+
+
+def dtypes(tree: Any) -> Any:
   """The dtypes of a tree's leaves."""
   return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
-def own(tree: base.Params) -> base.Params:
+def own(tree: Any) -> Any:
   """A copy without weak types, so that state in equals state out.
 
   A `jax.ShapeDtypeStruct`, whose numbers nobody knows, stays one.

@@ -305,7 +305,7 @@ def blocks() -> Problem:
   def entry(name):
     if name not in table:
       raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
-    estimator = table[name](*levels, step_size=0.5, beta=0.1)
+    estimator = table[name](*levels, inner_lr=0.5, beta=0.1)
 
     def start(key, rate):
       x = jnp.full(data.b.shape[-1], 3.0)

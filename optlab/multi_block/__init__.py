@@ -1,6 +1,9 @@
 """Bilevel optimization with many lower problems: BSVRB and its peers."""
 
-from optlab.multi_block._bsvrb import BlockBatch
+from optlab.multi_block._blocks import BlockBatch
+from optlab.multi_block._blocks import BlockObjective
+from optlab.multi_block._blocks import PairedBlockBatch
+from optlab.multi_block._bsvrb import BSVRBInfo
 from optlab.multi_block._bsvrb import BSVRBState
 from optlab.multi_block._bsvrb import bsvrb
 from optlab.multi_block._bsvrb import dual_variables
@@ -10,8 +13,6 @@ from optlab.multi_block._dual import HessianState
 from optlab.multi_block._dual import ProductState
 from optlab.multi_block._dual import track_hessians
 from optlab.multi_block._dual import track_products
-from optlab.multi_block._points import BlockObjective
-from optlab.multi_block._rsvrb import PairedBlockBatch
 from optlab.multi_block._rsvrb import RSVRBState
 from optlab.multi_block._rsvrb import Tracked
 from optlab.multi_block._rsvrb import rsvrb
@@ -19,6 +20,7 @@ from optlab.multi_block._sampling import epoch_of_blocks
 from optlab.multi_block._sampling import sample_blocks
 
 __all__ = [
+  'BSVRBInfo',
   'BSVRBState',
   'BlockBatch',
   'BlockObjective',

@@ -13,48 +13,55 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab import estimators
 from optlab import tracking
 from optlab import trees
+from optlab.multi_block import _blocks
+from optlab.multi_block import _clock
 from optlab.multi_block import _dual
 from optlab.multi_block import _points
 
 
-class BlockBatch(NamedTuple):
-  """The sampled blocks of one step, and data for each of them.
+class BSVRBInfo(NamedTuple):
+  """Diagnostics of `bsvrb` and `rsvrb`."""
 
-  Attributes:
-    blocks: int array of shape ``(sampled,)``. ``num_blocks`` and beyond is
-      padding, and a block named again is ignored.
-    upper: Pytree of data for the upper objectives, leading axis ``sampled``.
-    lower: Pytree of data for the lower objectives, leading axis ``sampled``.
-  """
-
-  blocks: jax.Array
-  upper: Any = None
-  lower: Any = None
+  rejected: jax.Array  # shape (), int32, blocks left out of the last step
+  total_rejected: jax.Array  # shape (), int32
 
 
 class BSVRBState(NamedTuple):
   """State of `bsvrb`. Tables have a leading axis ``num_blocks``."""
 
-  iteration: jax.Array  # shape (), int32, steps that were not rejected
-  rejected: jax.Array  # shape (), int32, sampled blocks left out so far
+  step: jax.Array  # shape (), int32, steps that were not rejected
   hypergrad: base.Updates  # like params: z
-  previous: base.Params  # x one step ago
+  previous_params: base.Params  # x one step ago
   clock: jax.Array  # shape (2, 2), sum of step sizes now and one step ago
   touched: jax.Array  # shape (num_blocks, 2), the clock at the last visit
   visited: jax.Array  # shape (num_blocks,), int32, 1 + last visit; -1: never
   inner: base.ArrayTree  # y at the block's last visit, see inner_variables
   inner_grad: base.ArrayTree  # like inner: s
   dual: Any  # ProductState or HessianState
+  info: BSVRBInfo
 
 
+@checks.domains(
+  upper=_blocks.OBJECTIVE,
+  lower=_blocks.OBJECTIVE,
+  num_blocks=checks.Integer(),
+  inner_lr=checks.NON_NEGATIVE._replace(schedule=True),
+  alpha=tracking.RATE._replace(schedule=True),
+  beta=checks.FRACTION._replace(schedule=True),
+  gamma=checks.NON_NEGATIVE._replace(schedule=True, optional=True),
+  dual=checks.Pair(
+    _dual.Dual._fields, 'a Dual such as track_products()', optional=True
+  ),
+)
 def bsvrb(
-  upper: _points.BlockObjective,
-  lower: _points.BlockObjective,
+  upper: _blocks.BlockObjective,
+  lower: _blocks.BlockObjective,
   num_blocks: int,
   *,
-  step_size: base.ScalarOrSchedule = 0.1,
+  inner_lr: base.ScalarOrSchedule = 0.1,
   alpha: base.ScalarOrSchedule = 0.1,
   beta: base.ScalarOrSchedule = 0.1,
   gamma: base.ScalarOrSchedule | None = None,
@@ -83,7 +90,7 @@ def bsvrb(
     lower: ``(params, inner_i, batch_i) -> scalar``, :math:`g_i`, strongly
       convex in ``inner_i``.
     num_blocks: The number of blocks :math:`m`.
-    step_size: How far a block moves between two visits, on average:
+    inner_lr: How far a block moves between two visits, on average:
       :math:`\tau = \text{step\_size} \cdot I / m` in each step. A scalar, or a
       schedule over steps.
     alpha: Rate of the trackers of the lower problems, in (0, 1).
@@ -103,7 +110,7 @@ def bsvrb(
     TypeError: ``upper`` or ``lower`` is not a function, or ``num_blocks`` or
       ``blocks`` are not integers.
     ValueError: ``num_blocks`` is below 1, ``alpha`` outside (0, 1), ``beta``
-      outside (0, 1], ``step_size`` negative, ``inner`` or the batch lacks its
+      outside (0, 1], ``inner_lr`` negative, ``inner`` or the batch lacks its
       leading axis, or ``blocks`` has a negative entry or more than
       ``num_blocks`` of them.
 
@@ -111,7 +118,7 @@ def bsvrb(
     >>> import jax, jax.numpy as jnp, optax, optlab
     >>> upper = lambda x, y, target: 0.5 * (y - target) ** 2
     >>> lower = lambda x, y, batch: 0.5 * (y - x) ** 2
-    >>> estimator = optlab.bsvrb(upper, lower, 100, step_size=1.0)
+    >>> estimator = optlab.bsvrb(upper, lower, 100, inner_lr=1.0)
     >>> tx = optax.sgd(0.05)
     >>> state = optlab.init(jnp.zeros(()), estimator, tx, jnp.zeros(100))
     >>> step = jax.jit(optlab.train_step(estimator, tx))
@@ -134,19 +141,19 @@ def bsvrb(
     `inner_variables` gives all blocks as of now.
 
     *Stability.* With :math:`L` the largest curvature of the lower problems,
-    the mean square error of a fixed quadratic contracts iff ``step_size * L``
+    the mean square error of a fixed quadratic contracts iff ``inner_lr * L``
     is below a bound between :math:`2 (1 - \alpha) / (1 + \alpha)`, at
     :math:`I \ll m`, and 2, at :math:`I = m`: 1.64 for ``alpha=0.1``, but 0.11
     for ``alpha=0.9``. The same holds for the dual variables. The paper's
-    :math:`\tau` is ``step_size * I / m``.
+    :math:`\tau` is ``inner_lr * I / m``.
 
     *Departures.* The first hypergradient is :math:`G(x_0)` and a block's first
     trackers are its first samples. A block that is sampled twice counts once,
     padding does not count, and :math:`I` in :math:`\tau` and :math:`\gamma` is
     the number of blocks that count. A block whose samples are not finite keeps
-    its trackers, is left out of :math:`G`, and adds one to ``rejected``; where
-    no block is left the whole step is rejected, and the value is NaN. With
-    ``beta`` constant and :math:`I < m` the estimate keeps an error of
+    its trackers, is left out of :math:`G`, and counts as rejected; where no
+    block is left the whole step is: the gradient is zero, and the value NaN.
+    With ``beta`` constant and :math:`I < m` the estimate keeps an error of
     :math:`\sqrt{\beta / (2 - \beta)}` times the standard deviation of
     :math:`G` over the choice of blocks.
 
@@ -155,48 +162,36 @@ def bsvrb(
     Memory: for each block its lower variable and tracker, and those of the
     dual; twice the params.
   """
-  checks.check_callable('upper', upper, '(params, inner, batch) -> scalar')
-  checks.check_callable('lower', lower, '(params, inner, batch) -> scalar')
-  checks.check_int('num_blocks', num_blocks, 1)
-  checks.check_non_negative('step_size', step_size, schedule=True)
-  tracking.check_rate('alpha', alpha, schedule=True)
-  checks.check_real(
-    'beta', beta, low=0.0, high=1.0, low_open=True, schedule=True
-  )
-  if gamma is not None:
-    checks.check_non_negative('gamma', gamma, schedule=True)
+  checks.enforce(bsvrb, locals())
   dual = _dual.track_products() if dual is None else dual
-  checks.check_fields(
-    'dual', dual, _dual.Dual._fields, 'a Dual such as track_products()'
-  )
   sample = functools.partial(_points.sample, upper, lower, dual, num_blocks)
 
   def init(params, inner, first=None):
     # Copies, so that a donated state takes nothing of the caller's with it.
-    params, inner = jax.tree.map(jnp.array, (params, inner))
-    _points.check_leading('inner', inner, num_blocks, 'num_blocks')
+    params, inner = trees.own(params), trees.own(inner)
+    tracking.check_rows('inner', inner, num_blocks)
     dtype = trees.accumulator_dtype(inner)
     state = BSVRBState(
-      iteration=jnp.zeros((), jnp.int32),
-      rejected=jnp.zeros((), jnp.int32),
-      hypergrad=jax.tree.map(_dual.zeros_like_accumulator, params),
-      previous=params,
+      step=jnp.zeros((), jnp.int32),
+      hypergrad=trees.zeros_accumulator(params),
+      previous_params=params,
       clock=jnp.zeros((2, 2), dtype),
       touched=jnp.zeros((num_blocks, 2), dtype),
       visited=jnp.full((num_blocks,), -1, jnp.int32),
       inner=inner,
-      inner_grad=jax.tree.map(_dual.zeros_like_accumulator, inner),
+      inner_grad=trees.zeros_accumulator(inner),
       dual=dual.init(inner),
+      info=BSVRBInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )
     if first is None:
       return state
-    _points.check_first(first, num_blocks)
+    _blocks.check_first(first, num_blocks)
     sampled = sample(params, state, first)
     rows = _points.follow(dual, sampled, 0.5, 0.5, first_visit=True)
     return _points.write(state, rows, first.blocks, sampled.ok, 0)
 
   def estimate(params, state, batch):
-    step = state.iteration
+    step = state.step
     sampled = sample(params, state, batch)
     rate = trees.at_step(alpha, step)
     if gamma is None:
@@ -204,40 +199,44 @@ def bsvrb(
     else:
       drift = trees.at_step(gamma, step)
     rows = _points.follow(dual, sampled, rate, drift)
-
     accepted = jnp.sum(sampled.ok)
-    any_accepted = accepted > 0
-    now, before = jax.tree.map(
-      lambda total: total / jnp.maximum(accepted, 1).astype(total.dtype),
-      sampled.hypergrad,
-    )
-    storm_rate = trees.at_step(beta, step)
-    recursive = tracking.storm(state.hypergrad, now, before, storm_rate)
-    hypergrad = _points.select(
-      any_accepted,
-      _points.select(step == 0, now, recursive),
-      state.hypergrad,
+    value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
+    hypergrad = _follow_hypergrad(
+      state, sampled, accepted, trees.at_step(beta, step)
     )
     # An empty batch neither moves a block nor ages one.
-    length = trees.at_step(step_size, step) * sampled.count / num_blocks
-    clock = jnp.stack(
-      [_points.add_to_clock(state.clock[0], length), state.clock[0]]
+    length = trees.at_step(inner_lr, step) * sampled.count / num_blocks
+    clock = jnp.stack([_clock.add(state.clock[0], length), state.clock[0]])
+    estimate, new = estimators.accept(
+      accepted > 0,
+      base.Estimate(
+        value.astype(sampled.value.dtype), trees.cast_like(hypergrad, params)
+      ),
+      (step + 1, hypergrad, params, clock),
+      (step, state.hypergrad, state.previous_params, state.clock),
     )
-    value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
+    # Rows that are not to be written are dropped, where they are written.
     state = _points.write(state, rows, batch.blocks, sampled.ok, step + 1)
-    state = state._replace(
-      iteration=step + any_accepted.astype(jnp.int32),
-      rejected=state.rejected + (sampled.count - accepted).astype(jnp.int32),
-      hypergrad=hypergrad,
-      previous=_points.select(any_accepted, params, state.previous),
-      clock=_points.select(any_accepted, clock, state.clock),
+    rejected = (sampled.count - accepted).astype(jnp.int32)
+    return estimate, state._replace(
+      **dict(zip(HELD, new, strict=True)),
+      info=BSVRBInfo(rejected, state.info.total_rejected + rejected),
     )
-    grads = jax.tree.map(
-      lambda grad, param: grad.astype(param.dtype), hypergrad, params
-    )
-    return base.Estimate(value.astype(sampled.value.dtype), grads), state
 
   return base.GradientEstimator(init, estimate)
+
+
+HELD = 'step', 'hypergrad', 'previous_params', 'clock'
+
+
+def _follow_hypergrad(state, sampled, accepted, beta):
+  """The estimate after its step; at the first, the hypergradient itself."""
+  now, before = jax.tree.map(
+    lambda total: total / jnp.maximum(accepted, 1).astype(total.dtype),
+    sampled.hypergrad,
+  )
+  recursive = tracking.storm(state.hypergrad, now, before, beta)
+  return trees.where(state.step == 0, now, recursive)
 
 
 def inner_variables(state: BSVRBState) -> base.ArrayTree:
@@ -253,8 +252,8 @@ def inner_variables(state: BSVRBState) -> base.ArrayTree:
     TypeError: ``state`` is not the state of `bsvrb`.
   """
   _check_state(state)
-  elapsed = _points.elapsed_steps(state.clock, state.touched)[0]
-  return _dual.advance(state.inner, state.inner_grad, elapsed)
+  elapsed = _clock.elapsed(state.clock, state.touched)[0]
+  return _clock.advance(state.inner, state.inner_grad, elapsed)
 
 
 def dual_variables(state: BSVRBState) -> base.ArrayTree:
@@ -276,8 +275,8 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
     _dual.ProductState._fields,
     'the state of track_products()',
   )
-  elapsed = _points.elapsed_steps(state.clock, state.touched)[0]
-  return _dual.advance(state.dual.dual, state.dual.residual, elapsed)
+  elapsed = _clock.elapsed(state.clock, state.touched)[0]
+  return _clock.advance(state.dual.dual, state.dual.residual, elapsed)
 
 
 def _check_state(state):

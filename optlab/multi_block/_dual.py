@@ -7,6 +7,7 @@ Hessian and solves with it.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.multi_block import _clock
 
 
 class Dual(NamedTuple):
@@ -49,11 +51,15 @@ class ProductState(NamedTuple):
   """State of `track_products`."""
 
   dual: base.ArrayTree  # like inner: v at the block's last visit
-  residual: base.ArrayTree  # like inner: u, times step_ratio
+  residual: base.ArrayTree  # like inner: u, times dual_lr_ratio
 
 
+@checks.domains(
+  dual_lr_ratio=checks.POSITIVE,
+  radius=checks.POSITIVE._replace(optional=True),
+)
 def track_products(
-  step_ratio: float | jax.Array = 1.0,
+  dual_lr_ratio: float | jax.Array = 1.0,
   radius: float | jax.Array | None = None,
 ) -> Dual:
   r"""Tracks Hessian-vector products: BSVRB v2.
@@ -67,7 +73,7 @@ def track_products(
       \quad \text{for all } i
 
   Args:
-    step_ratio: Scalar :math:`\tau_v / \tau`, the step of the dual variables
+    dual_lr_ratio: Scalar :math:`\tau_v / \tau`, the step of the dual variables
       over that of the lower ones.
     radius: Scalar :math:`V`, or ``None`` for no projection. Where it is active
       it biases the hypergradient.
@@ -77,11 +83,11 @@ def track_products(
 
   Raises:
     TypeError: One of them is not a real number.
-    ValueError: ``step_ratio`` or ``radius`` is not positive.
+    ValueError: ``dual_lr_ratio`` or ``radius`` is not positive.
 
   Examples:
     >>> import optlab
-    >>> dual = optlab.multi_block.track_products(step_ratio=0.5)
+    >>> dual = optlab.multi_block.track_products(dual_lr_ratio=0.5)
     >>> estimator = optlab.bsvrb(
     ...     lambda x, y, batch: y, lambda x, y, batch: y**2, 10, dual=dual)
 
@@ -89,30 +95,28 @@ def track_products(
     The projection takes place when a block is visited, after all the stale
     steps since its last visit; the paper projects in between, too.
   """
-  checks.check_positive('step_ratio', step_ratio)
-  if radius is not None:
-    checks.check_positive('radius', radius)
+  checks.enforce(track_products, locals())
 
   def init(inner):
     return ProductState(
-      dual=jax.tree.map(zeros_like_accumulator, inner),
-      residual=jax.tree.map(zeros_like_accumulator, inner),
+      dual=trees.zeros_accumulator(inner),
+      residual=trees.zeros_accumulator(inner),
     )
 
   def held(rows, elapsed, just_visited):
     del just_visited
-    dual = advance(rows.dual, rows.residual, elapsed)
+    dual = _clock.advance(rows.dual, rows.residual, elapsed)
     if radius is None:
       return dual
     norm = jax.vmap(jax.vmap(optax.tree.norm))(dual)
     factor = jnp.minimum(1.0, radius / jnp.maximum(norm, radius))
-    return jax.tree.map(lambda leaf: leaf * align(factor, leaf), dual)
+    return jax.tree.map(lambda leaf: leaf * trees.align(factor, leaf), dual)
 
   def sample(product, upper_grad, hessian):
     del hessian
     return jax.tree.map(
       lambda product, grad: (
-        jnp.asarray(step_ratio, grad.dtype) * (product - grad)
+        jnp.asarray(dual_lr_ratio, grad.dtype) * (product - grad)
       ),
       product,
       upper_grad,
@@ -139,6 +143,12 @@ class HessianState(NamedTuple):
   hessian_before: jax.Array  # shape (num_blocks, dim, dim), one visit ago
 
 
+@checks.domains(
+  floor=checks.POSITIVE._replace(
+    remedy='It bounds the eigenvalues of every Hessian from below.'
+  ),
+  damping=checks.NON_NEGATIVE,
+)
 def track_hessians(
   floor: float | jax.Array = 1e-2, damping: float | jax.Array = 0.0
 ) -> Dual:
@@ -178,25 +188,19 @@ def track_hessians(
     Memory: two matrices of the size of a block's Hessian for each block.
     Before a block's first visit its dual variable counts as zero.
   """
-  checks.check_positive(
-    'floor', floor, 'It bounds the eigenvalues of every Hessian from below.'
-  )
-  checks.check_non_negative('damping', damping)
+  checks.enforce(track_hessians, locals())
 
   def init(inner):
-    row = jax.tree.map(lambda leaf: zeros_like_accumulator(leaf[0]), inner)
-    flat = flatten_util.ravel_pytree(row)[0]
-    num_blocks = jax.tree.leaves(inner)[0].shape[0]
-    shape = num_blocks, flat.size, flat.size
-    return HessianState(
-      hessian=jnp.zeros(shape, flat.dtype),
-      hessian_before=jnp.zeros(shape, flat.dtype),
-    )
+    leaves = jax.tree.leaves(inner)
+    num_blocks = leaves[0].shape[0]
+    dim = sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+    shape, dtype = (num_blocks, dim, dim), trees.accumulator_dtype(inner)
+    return HessianState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def held(rows, elapsed, just_visited):
     del elapsed
     before = jnp.where(
-      align(just_visited, rows.hessian), rows.hessian_before, rows.hessian
+      trees.align(just_visited, rows.hessian), rows.hessian_before, rows.hessian
     )
     return jnp.stack([rows.hessian, before])
 
@@ -205,7 +209,7 @@ def track_hessians(
     known = hessian[:, 0, 0] > 0
     identity = jnp.eye(hessian.shape[-1], dtype=hessian.dtype)
     factor = jnp.linalg.cholesky(
-      jnp.where(align(known, hessian), hessian, identity)
+      jnp.where(trees.align(known, hessian), hessian, identity)
     )
 
     def solve(factor, known, grad):
@@ -239,7 +243,9 @@ def project_floor(matrices, floor, use):
   # Besides keeping NaN from LAPACK, this orders the factorizations: `use` is
   # known after the solves of this step. On XLA's CPU backend a Cholesky and a
   # triangular solve that run at once may wait for each other for ever.
-  matrices = jnp.where(align(use, matrices), matrices, (1 + floor) * identity)
+  matrices = jnp.where(
+    trees.align(use, matrices), matrices, (1 + floor) * identity
+  )
   factors = jnp.linalg.cholesky(matrices - floor * identity)
   above = jnp.all(jnp.isfinite(factors), axis=(-2, -1))
 
@@ -254,38 +260,3 @@ def project_floor(matrices, floor, use):
 
   carry = matrices, use & ~above
   return jax.lax.while_loop(lambda c: jnp.any(c[1]), lift, carry)[0]
-
-
-# Rows of block tables.
-
-
-def zeros_like_accumulator(leaf: jax.Array) -> jax.Array:
-  """Zeros like ``leaf``, in its dtype or float32, whichever is wider."""
-  return jnp.zeros(leaf.shape, trees.accumulator_dtype(leaf))
-
-
-def align(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """Gives ``vector`` trailing axes, so that it broadcasts against ``like``."""
-  return vector.reshape(vector.shape + (1,) * (like.ndim - vector.ndim))
-
-
-def advance(
-  table: base.ArrayTree, slope: base.ArrayTree, elapsed: jax.Array
-) -> base.ArrayTree:
-  """Takes the steps that rows have not taken since they were written.
-
-  Args:
-    table: Rows with leading axis ``sampled``.
-    slope: Their descent directions, like ``table``.
-    elapsed: The sum of the step sizes gone by, shape ``(..., sampled)``.
-
-  Returns:
-    ``table - elapsed * slope`` with the leading axes of ``elapsed``, in the
-    dtypes of ``table``.
-  """
-
-  def leaf(row, slope):
-    step = elapsed.reshape(elapsed.shape + (1,) * (row.ndim - 1))
-    return (row - step.astype(slope.dtype) * slope).astype(row.dtype)
-
-  return jax.tree.map(leaf, table, slope)

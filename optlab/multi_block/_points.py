@@ -5,7 +5,6 @@ current and to the previous point, take the samples there, leave out what is not
 finite, and let the trackers follow.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +12,11 @@ from jax import flatten_util
 import jax.numpy as jnp
 
 from optlab import base
-from optlab import checks
 from optlab import tracking
 from optlab import trees
+from optlab.multi_block import _blocks
+from optlab.multi_block import _clock
 from optlab.multi_block import _dual
-
-BlockObjective = Callable[[Any, Any, Any], jax.Array]
 
 
 class Rows(NamedTuple):
@@ -47,8 +45,8 @@ class Sampled(NamedTuple):
 
 
 def sample(
-  upper: BlockObjective,
-  lower: BlockObjective,
+  upper: _blocks.BlockObjective,
+  lower: _blocks.BlockObjective,
   dual: _dual.Dual,
   num_blocks: int,
   params: base.Params,
@@ -56,23 +54,23 @@ def sample(
   batch: Any,
 ) -> Sampled:
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
-  check_batch(batch, num_blocks)
+  _blocks.check_batch(batch, num_blocks)
   sampled = batch.blocks.shape[0]
   use = tracking.distinct_blocks(batch.blocks, num_blocks)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   rows = tracking.gather_rows(table, batch.blocks)
-  elapsed = elapsed_steps(state.clock, rows.touched)
-  inner = _dual.advance(rows.inner, rows.inner_grad, elapsed)
-  just_visited = (rows.visited == state.iteration) & (rows.visited > 0)
+  elapsed = _clock.elapsed(state.clock, rows.touched)
+  inner = _clock.advance(rows.inner, rows.inner_grad, elapsed)
+  just_visited = (rows.visited == state.step) & (rows.visited > 0)
   held = dual.held(rows.dual, elapsed, just_visited)
-  points = params, state.previous
+  points = params, state.previous_params
 
   def evaluate(inner, held, batch, use):
     return _points(upper, lower, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
   blockwise, total = evaluate(inner, held, data, use)
-  finite = finite_rows(blockwise)
+  finite = tracking.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
   apart = jax.tree.map(jnp.subtract, *total)
@@ -90,13 +88,13 @@ def sample(
 
     mask = one(use)
     alone, part = evaluate(one(inner, 1), one(held, 1), one(data), mask)
-    fine = mask[0] & finite_rows(alone)[0] & trees.all_finite(part)
-    total = select(fine, jax.tree.map(jnp.add, total, part), total)
+    fine = mask[0] & tracking.finite_rows(alone, 1)[0] & trees.all_finite(part)
+    total = trees.where(fine, jax.tree.map(jnp.add, total, part), total)
     return index + 1, ok.at[index].set(fine), total
 
   start = jnp.where(bad, 0, sampled).astype(jnp.int32)
   empty = jax.tree.map(jnp.zeros_like, total)
-  carry = start, use & ~bad, select(bad, empty, total)
+  carry = start, use & ~bad, trees.where(bad, empty, total)
   _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
   value, inner_grad, dual_sample = blockwise
   return Sampled(
@@ -143,9 +141,7 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
     upper_y.append(grads[1])
   # At once, so that the factorizations of `track_hessians` are one batch.
   directions = jax.tree.map(
-    lambda v, y: jnp.where(
-      use.reshape((1, -1) + (1,) * (v.ndim - 2)), v, 0
-    ).astype(y.dtype),
+    lambda v, y: jnp.where(trees.align(use[None], v), v, 0).astype(y.dtype),
     jax.vmap(dual.direction)(held, _stack(*upper_y)),
     inner,
   )
@@ -202,7 +198,7 @@ def follow(
     def leaf(old, sample):
       sample = sample.astype(old.dtype)
       new = tracking.msvr(old, sample[0], sample[1], alpha, gamma)
-      return jnp.where(_dual.align(first, new), sample[0], new)
+      return jnp.where(trees.align(first, new), sample[0], new)
 
     return jax.tree.map(leaf, tracker, samples)
 
@@ -236,72 +232,3 @@ def write(
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tracking.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())
-
-
-# The clock is the sum of all step sizes, in two floats: late in a run the time
-# since a block's last visit is a small difference of large sums.
-
-
-def add_to_clock(clock: jax.Array, length: jax.Array) -> jax.Array:
-  """The clock, of shape ``(2,)``, after a step of ``length``."""
-  high, low = clock
-  part = low + length.astype(clock.dtype)
-  total = high + part
-  added = total - high
-  return jnp.stack([total, (high - (total - added)) + (part - added)])
-
-
-def elapsed_steps(clock: jax.Array, touched: jax.Array) -> jax.Array:
-  """Sum of the step sizes since each row, now and one step ago."""
-  difference = clock[:, None, :] - touched[None, :, :]
-  return difference[..., 0] + difference[..., 1]
-
-
-def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
-  """``jnp.where`` on trees, in the dtypes of ``on_true``."""
-  return jax.tree.map(
-    lambda a, b: jnp.where(condition, a, b.astype(a.dtype)), on_true, on_false
-  )
-
-
-def finite_rows(tree: base.ArrayTree) -> jax.Array:
-  """Which rows of leaves of shape ``(2, sampled, ...)`` are all finite."""
-  finite = [
-    jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim)))
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return jnp.all(jnp.stack(finite), axis=0)
-
-
-def check_batch(batch: Any, num_blocks: int) -> None:
-  """Raises unless ``batch`` has blocks, and data for each of them."""
-  checks.check_fields(
-    'batch', batch, ('blocks', 'upper', 'lower'), 'a BlockBatch'
-  )
-  tracking.check_blocks(batch.blocks, num_blocks)
-  sampled = batch.blocks.shape[0]
-  check_leading('batch.upper', batch.upper, sampled, 'blocks')
-  check_leading('batch.lower', batch.lower, sampled, 'blocks')
-
-
-def check_first(batch: Any, num_blocks: int) -> None:
-  """Raises unless ``batch`` is one pass over all blocks."""
-  check_batch(batch, num_blocks)
-  if batch.blocks.shape[0] != num_blocks:
-    raise ValueError(
-      f'first must have each of the num_blocks={num_blocks} blocks once, got'
-      f' {batch.blocks.shape[0]} blocks.'
-    )
-
-
-def check_leading(
-  name: str, tree: base.ArrayTree, size: int, like: str
-) -> None:
-  """Raises a ``ValueError`` unless all leaves have a leading axis ``size``."""
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    shape = jnp.shape(leaf)
-    if not shape or shape[0] != size:
-      raise ValueError(
-        f'{name}{jax.tree_util.keystr(path)} must have a leading axis of'
-        f' {size}, one row for each of {like}; got shape {shape}.'
-      )

@@ -5,7 +5,9 @@ for multi-task stochastic bilevel optimization
 <https://arxiv.org/abs/2105.02266>`_, 2021. A baseline of `bsvrb`.
 """
 
-from typing import Any, NamedTuple
+import functools
+import math
+from typing import NamedTuple
 
 import jax
 from jax import flatten_util
@@ -13,28 +15,12 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab import estimators
 from optlab import tracking
 from optlab import trees
+from optlab.multi_block import _blocks
+from optlab.multi_block import _bsvrb
 from optlab.multi_block import _dual
-from optlab.multi_block import _points
-
-
-class PairedBlockBatch(NamedTuple):
-  """The sampled blocks of one step, and a second, independent set of blocks.
-
-  Attributes:
-    blocks: int array of shape ``(sampled,)``, whose trackers are updated;
-      padding and repeats as in `BlockBatch`.
-    upper: Pytree of data for the upper objectives, leading axis ``sampled``.
-    lower: Pytree of data for the lower objectives, leading axis ``sampled``.
-    outer: int array of shape ``(outer_sampled,)``, the blocks over which the
-      hypergradient is averaged. It needs no data.
-  """
-
-  blocks: jax.Array
-  upper: Any
-  lower: Any
-  outer: jax.Array
 
 
 class Tracked(NamedTuple):
@@ -50,21 +36,29 @@ class Tracked(NamedTuple):
 class RSVRBState(NamedTuple):
   """State of `rsvrb`."""
 
-  iteration: jax.Array  # shape (), int32
-  rejected: jax.Array  # shape (), int32, sampled blocks left out so far
+  step: jax.Array  # shape (), int32, steps that were not rejected
   hypergrad: base.Updates  # like params
-  previous: base.Params  # x one step ago
+  previous_params: base.Params  # x one step ago
   inner: base.ArrayTree  # y, leading axis num_blocks
   inner_before: base.ArrayTree  # y one step ago
   tracked: Tracked
+  info: _bsvrb.BSVRBInfo
 
 
+@checks.domains(
+  upper=_blocks.OBJECTIVE,
+  lower=_blocks.OBJECTIVE,
+  num_blocks=checks.Integer(),
+  inner_lr=checks.NON_NEGATIVE._replace(schedule=True),
+  beta=tracking.RATE._replace(schedule=True),
+  floor=checks.POSITIVE,
+)
 def rsvrb(
-  upper: _points.BlockObjective,
-  lower: _points.BlockObjective,
+  upper: _blocks.BlockObjective,
+  lower: _blocks.BlockObjective,
   num_blocks: int,
   *,
-  step_size: base.ScalarOrSchedule = 0.1,
+  inner_lr: base.ScalarOrSchedule = 0.1,
   beta: base.ScalarOrSchedule = 0.1,
   floor: float | jax.Array = 1e-2,
 ) -> base.GradientEstimator:
@@ -91,7 +85,7 @@ def rsvrb(
     lower: ``(params, inner_i, batch_i) -> scalar``, :math:`g_i`, strongly
       convex in ``inner_i``.
     num_blocks: The number of blocks :math:`m`.
-    step_size: As in `bsvrb`: :math:`\tau = \text{step\_size} \cdot I / m`.
+    inner_lr: As in `bsvrb`: :math:`\tau = \text{step\_size} \cdot I / m`.
     beta: Rate of all trackers, in (0, 1).
     floor: The smallest eigenvalue that a tracked Hessian is given.
 
@@ -105,14 +99,14 @@ def rsvrb(
     TypeError: ``upper`` or ``lower`` is not a function, or ``num_blocks`` or
       ``blocks`` are not integers.
     ValueError: ``num_blocks`` is below 1, ``beta`` outside (0, 1), ``floor``
-      not positive, ``step_size`` negative, ``inner`` or the batch lacks its
+      not positive, ``inner_lr`` negative, ``inner`` or the batch lacks its
       leading axis, or the blocks are negative or more than ``num_blocks``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
     >>> upper = lambda x, y, target: 0.5 * (y - target) ** 2
     >>> lower = lambda x, y, batch: 0.5 * (y - x) ** 2
-    >>> estimator = optlab.multi_block.rsvrb(upper, lower, 4, step_size=0.5)
+    >>> estimator = optlab.multi_block.rsvrb(upper, lower, 4, inner_lr=0.5)
     >>> blocks = jnp.arange(4)
     >>> batch = optlab.multi_block.PairedBlockBatch(
     ...     blocks, jnp.ones(4), None, blocks)
@@ -137,152 +131,149 @@ def rsvrb(
     treated as in `bsvrb`. Cost for each sampled block, at two points: the
     gradients, the Hessian and the cross Jacobian; all tables are rewritten.
   """
-  checks.check_callable('upper', upper, '(params, inner, batch) -> scalar')
-  checks.check_callable('lower', lower, '(params, inner, batch) -> scalar')
-  checks.check_int('num_blocks', num_blocks, 1)
-  checks.check_non_negative('step_size', step_size, schedule=True)
-  tracking.check_rate('beta', beta, schedule=True)
-  checks.check_positive('floor', floor)
-
-  def sample(params, inner, batch):
-    """Fresh samples of all tracked quantities for each block, and values."""
-    flat_params, unravel_params = flatten_util.ravel_pytree(params)
-
-    def block(inner, upper_batch, lower_batch):
-      flat, unravel = flatten_util.ravel_pytree(inner)
-
-      def upper_flat(x, y):
-        return upper(unravel_params(x), unravel(y), upper_batch)
-
-      def lower_grad(x, y):
-        def value(y):
-          return lower(unravel_params(x), unravel(y), lower_batch)
-
-        return jax.grad(value)(y)
-
-      value, (upper_x, upper_y) = jax.value_and_grad(upper_flat, (0, 1))(
-        flat_params, flat
-      )
-      # The lower variables are few and the parameters many: reverse mode.
-      cross = jax.jacrev(lower_grad, 0)(flat_params, flat)
-      hessian = jax.jacfwd(lower_grad, 1)(flat_params, flat)
-      grad = lower_grad(flat_params, flat)
-      return Tracked(grad, upper_x, upper_y, cross, hessian), value
-
-    return jax.vmap(block)(inner, batch.upper, batch.lower)
-
-  def hypergradient(rows, use):
-    hessian = _dual.project_floor(rows.hessian, floor, use)
-    factor = jnp.linalg.cholesky(hessian)
-    dual = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(
-      factor, rows.upper_y
-    )
-    parts = rows.upper_x - jnp.einsum('idx,id->ix', rows.cross, dual)
-    parts = jnp.where(use[:, None], parts, 0)
-    return jnp.sum(parts, 0) / jnp.maximum(jnp.sum(use), 1)
+  checks.enforce(rsvrb, locals())
+  levels = upper, lower
 
   def init(params, inner, first=None):
-    params, inner = jax.tree.map(jnp.array, (params, inner))
-    _points.check_leading('inner', inner, num_blocks, 'num_blocks')
-    dtype = trees.accumulator_dtype(params, inner)
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    dim = sum(leaf[0].size for leaf in jax.tree.leaves(inner))
-    shapes = (dim,), (size,), (dim,), (dim, size), (dim, dim)
-    tracked = Tracked(*(jnp.zeros((num_blocks, *s), dtype) for s in shapes))
+    params, inner = trees.own(params), trees.own(inner)
+    tracking.check_rows('inner', inner, num_blocks)
+    tracked = _start_tracked(params, inner, num_blocks)
     if first is not None:
-      _points.check_first(first, num_blocks)
-      samples, _ = sample(
-        params, tracking.gather_rows(inner, first.blocks), first
-      )
+      _blocks.check_first(first, num_blocks)
+      rows = tracking.gather_rows(inner, first.blocks)
+      samples, _ = _sample(levels, params, rows, first)
       use = tracking.distinct_blocks(first.blocks, num_blocks)
-      use &= _finite(samples)
+      use &= tracking.finite_rows(samples)
       tracked = tracking.scatter_rows(tracked, samples, first.blocks, use)
     return RSVRBState(
-      iteration=jnp.zeros((), jnp.int32),
-      rejected=jnp.zeros((), jnp.int32),
-      hypergrad=jax.tree.map(_dual.zeros_like_accumulator, params),
-      previous=params,
+      step=jnp.zeros((), jnp.int32),
+      hypergrad=trees.zeros_accumulator(params),
+      previous_params=params,
       inner=inner,
-      inner_before=jax.tree.map(jnp.array, inner),
+      inner_before=trees.own(inner),
       tracked=tracked,
+      info=_bsvrb.BSVRBInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )
 
   def estimate(params, state, batch):
-    checks.check_fields(
-      'batch', batch, PairedBlockBatch._fields, 'a PairedBlockBatch'
-    )
-    tracking.check_blocks(batch.outer, num_blocks)
-    _points.check_batch(batch, num_blocks)
-    step = state.iteration
-    rate = trees.at_step(beta, step)
+    _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
+    rate = trees.at_step(beta, state.step)
     use = tracking.distinct_blocks(batch.blocks, num_blocks)
-    now, value = sample(
-      params, tracking.gather_rows(state.inner, batch.blocks), batch
-    )
-    before, _ = sample(
-      state.previous,
-      tracking.gather_rows(state.inner_before, batch.blocks),
-      batch,
-    )
-    ok = use & _finite((now, before, value))
+    (now, value), (before, _) = (
+      _sample(levels, x, tracking.gather_rows(y, batch.blocks), batch)
+      for x, y in (
+        (params, state.inner), (state.previous_params, state.inner_before),
+      )
+    )  # fmt: skip
+    ok = use & tracking.finite_rows((now, before, value))
     count, accepted = jnp.sum(use), jnp.sum(ok)
     scale = num_blocks / jnp.maximum(count, 1)
-
-    def follow(table, now, before):
-      # Rows that were not sampled forget, so this is all of the table.
-      fresh = scale * (now - (1 - rate) * before)
-      fresh = jnp.where(_dual.align(ok, fresh), fresh, 0)
-      index = jnp.where(ok, batch.blocks, num_blocks)
-      decayed = ((1 - rate) * table).astype(table.dtype)
-      return decayed.at[index].add(fresh.astype(table.dtype), mode='drop')
-
+    index = jnp.where(ok, batch.blocks, num_blocks)
+    follow = functools.partial(
+      _follow, ok=ok, index=index, rate=rate, scale=scale
+    )
     tracked = jax.tree.map(follow, state.tracked, now, before)
-    outer_use = tracking.distinct_blocks(batch.outer, num_blocks)
-    unravel = flatten_util.ravel_pytree(state.hypergrad)[1]
-    # Both points in one batch: see project_floor on solves that run at once.
-    rows = [
-      tracking.gather_rows(t, batch.outer) for t in (tracked, state.tracked)
-    ]
-    both = jax.vmap(hypergradient, (0, None))(
-      jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), outer_use
-    )
-    new, old = unravel(both[0]), unravel(both[1])
-    follow_z = tracking.storm(state.hypergrad, new, old, rate)
-    any_accepted = accepted > 0
-    hypergrad = _points.select(
-      any_accepted, _points.select(step == 0, new, follow_z),
-      state.hypergrad,
+    hypergrad = _follow_hypergrad(state, tracked, batch.outer, rate, floor)
+    length = trees.at_step(inner_lr, state.step) * count / num_blocks
+    moved = _move(state.inner, tracked.inner_grad, length)
+    mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
+    rejected = (count - accepted).astype(jnp.int32)
+    result, new = estimators.accept(
+      accepted > 0,
+      base.Estimate(
+        mean.astype(value.dtype), trees.cast_like(hypergrad, params)
+      ),
+      RSVRBState(
+        state.step + 1, hypergrad, params, moved, state.inner, tracked,
+        state.info,
+      ),
+      state,
     )  # fmt: skip
-    length = trees.at_step(step_size, step) * count / num_blocks
-    unravel_inner = flatten_util.ravel_pytree(
-      jax.tree.map(lambda leaf: leaf[0], state.inner)
-    )[1]
-    slope = jax.vmap(unravel_inner)(tracked.inner_grad)
-    moved = jax.tree.map(
-      lambda y, s: (y - length.astype(s.dtype) * s).astype(y.dtype),
-      state.inner,
-      slope,
-    )
-    total = jnp.sum(jnp.where(ok, value, 0))
-    kept = _points.select(
-      any_accepted,
-      (params, moved, state.inner, tracked),
-      (state.previous, state.inner, state.inner_before, state.tracked),
-    )
-    new_state = RSVRBState(
-      step + any_accepted.astype(jnp.int32),
-      state.rejected + (count - accepted).astype(jnp.int32),
-      hypergrad,
-      *kept,
-    )
-    grads = jax.tree.map(
-      lambda grad, param: grad.astype(param.dtype), hypergrad, params
-    )
-    mean = (total / accepted.astype(total.dtype)).astype(value.dtype)
-    return base.Estimate(mean, grads), new_state
+    total = state.info.total_rejected + rejected
+    return result, new._replace(info=_bsvrb.BSVRBInfo(rejected, total))
 
   return base.GradientEstimator(init, estimate)
 
 
-def _finite(rows):
-  return jax.vmap(trees.all_finite)(rows)
+def _start_tracked(params, inner, num_blocks):
+  """Trackers of zeros."""
+  dtype = trees.accumulator_dtype(params, inner)
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  dim = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(inner))
+  shapes = (dim,), (size,), (dim,), (dim, size), (dim, dim)
+  return Tracked(*(jnp.zeros((num_blocks, *s), dtype) for s in shapes))
+
+
+def _sample(levels, params, inner, batch):
+  """Fresh samples of all tracked quantities for each block, and values."""
+  upper, lower = levels
+  flat_params, unravel_params = flatten_util.ravel_pytree(params)
+
+  def block(inner, upper_batch, lower_batch):
+    flat, unravel = flatten_util.ravel_pytree(inner)
+
+    def upper_flat(x, y):
+      return upper(unravel_params(x), unravel(y), upper_batch)
+
+    def lower_grad(x, y):
+      def value(y):
+        return lower(unravel_params(x), unravel(y), lower_batch)
+
+      return jax.grad(value)(y)
+
+    value, (upper_x, upper_y) = jax.value_and_grad(upper_flat, (0, 1))(
+      flat_params, flat
+    )
+    # The lower variables are few and the parameters many: reverse mode.
+    cross = jax.jacrev(lower_grad, 0)(flat_params, flat)
+    hessian = jax.jacfwd(lower_grad, 1)(flat_params, flat)
+    grad = lower_grad(flat_params, flat)
+    return Tracked(grad, upper_x, upper_y, cross, hessian), value
+
+  return jax.vmap(block)(inner, batch.upper, batch.lower)
+
+
+def _follow(table, now, before, *, ok, index, rate, scale):
+  """A tracker after its step; rows that were not sampled forget, too."""
+  fresh = scale * (now - (1 - rate) * before)
+  fresh = jnp.where(trees.align(ok, fresh), fresh, 0)
+  decayed = ((1 - rate) * table).astype(table.dtype)
+  return decayed.at[index].add(fresh.astype(table.dtype), mode='drop')
+
+
+def _follow_hypergrad(state, tracked, outer, rate, floor):
+  """The estimate after its step; at the first, the hypergradient itself."""
+  num_blocks = tracked.hessian.shape[0]
+  use = tracking.distinct_blocks(outer, num_blocks)
+  rows = [tracking.gather_rows(t, outer) for t in (tracked, state.tracked)]
+  # Both points in one batch: see project_floor on solves that run at once.
+  both = jax.vmap(_hypergradient, (0, None, None))(
+    jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), use, floor
+  )
+  unravel = flatten_util.ravel_pytree(state.hypergrad)[1]
+  new, old = unravel(both[0]), unravel(both[1])
+  recursive = tracking.storm(state.hypergrad, new, old, rate)
+  return trees.where(state.step == 0, new, recursive)
+
+
+def _hypergradient(rows, use, floor):
+  hessian = _dual.project_floor(rows.hessian, floor, use)
+  factor = jnp.linalg.cholesky(hessian)
+  dual = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(
+    factor, rows.upper_y
+  )
+  parts = rows.upper_x - jnp.einsum('idx,id->ix', rows.cross, dual)
+  parts = jnp.where(use[:, None], parts, 0)
+  return jnp.sum(parts, 0) / jnp.maximum(jnp.sum(use), 1)
+
+
+def _move(inner, inner_grad, length):
+  """The lower variables after a step along their trackers, which are flat."""
+  unravel = flatten_util.ravel_pytree(
+    jax.tree.map(lambda leaf: leaf[0], inner)
+  )[1]
+  return jax.tree.map(
+    lambda y, s: (y - length.astype(s.dtype) * s).astype(y.dtype),
+    inner,
+    jax.vmap(unravel)(inner_grad),
+  )

@@ -10,15 +10,12 @@ import pytest
 import optlab
 from tests import inputs
 from tests.inputs import BLOCKS
-from tests.inputs import CLOSED_RATE
 from tests.inputs import DATA
 from tests.inputs import INF
 from tests.inputs import NAN
 from tests.inputs import NON_NEGATIVE
 from tests.inputs import NOT_ESTIMATOR
-from tests.inputs import NOT_OPTIONAL_REAL
 from tests.inputs import NOT_TX
-from tests.inputs import OPEN_RATE
 from tests.inputs import ROWS
 from tests.inputs import TABLE_OF_4
 from tests.inputs import X
@@ -145,12 +142,6 @@ ema = family('ema', tracker=X, now=X, rate=0.1)
 storm = family('storm', tracker=X, now=X, before=X, beta=0.1)
 msvr = family('msvr', tracker=X, now=X, before=X, alpha=0.1)
 msvr_gamma = family('msvr_gamma', num_blocks=4, sampled=2, alpha=0.1)
-reals(ema, rate=CLOSED_RATE)
-reals(storm, beta=CLOSED_RATE)
-reals(msvr, alpha=OPEN_RATE)
-reals(msvr, NOT_OPTIONAL_REAL, gamma=NON_NEGATIVE)
-reals(msvr_gamma, alpha=OPEN_RATE)
-counts(msvr_gamma, num_blocks=())
 for bad, error in ((0, ValueError), (2.0, TypeError), (None, TypeError)):
   row(
     'msvr_gamma',

@@ -74,7 +74,7 @@ def test_all_blocks_give_the_recorded_hypergradient(x64, dual):
   np.testing.assert_allclose(
     jax.grad(quadratic.objective)(x, data), recorded['hypergrad'], atol=1e-14
   )
-  estimator = estimator_of(m, step_size=0.3, dual=DUALS[dual]())
+  estimator = estimator_of(m, inner_lr=0.3, dual=DUALS[dual]())
   state = estimator.init(x, jnp.zeros_like(data.c))
   state, (grads, values, _) = run_fixed_point(estimator, state, x, data, m, 300)
   assert np.abs(grads[-1] - np.asarray(recorded['hypergrad'])).max() < 1e-12
@@ -89,7 +89,7 @@ def test_single_blocks_give_the_recorded_parts(x64):
   x = jnp.asarray(recorded['x'])
   for i, expected in enumerate(recorded['hypergrad_first4_blocks']):
     block = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], data)
-    estimator = estimator_of(1, step_size=0.3)
+    estimator = estimator_of(1, inner_lr=0.3)
     state = estimator.init(x, jnp.zeros_like(block.c))
     grads = run_fixed_point(estimator, state, x, block, 1, 300)[1][0]
     np.testing.assert_allclose(grads[-1], expected, atol=1e-12)
@@ -101,7 +101,7 @@ def test_sampled_blocks_converge_at_a_fixed_point(x64, dual):
   recorded, data = golden_problem()
   m, x = recorded['m'], jnp.asarray(recorded['x'])
   sampled, beta = 4, 0.1
-  estimator = estimator_of(m, step_size=0.25, beta=beta, dual=DUALS[dual]())
+  estimator = estimator_of(m, inner_lr=0.25, beta=beta, dual=DUALS[dual]())
   state = estimator.init(x, jnp.zeros_like(data.c))
   state, (grads, _, _) = run_fixed_point(
     estimator, state, x, data, sampled, 6000
@@ -133,7 +133,7 @@ def test_sampled_blocks_converge_at_a_fixed_point(x64, dual):
 def test_minimizes_to_a_gradient_norm_of_1e_12(x64, dual):
   recorded, data = golden_problem()
   m = recorded['m']
-  estimator = estimator_of(m, step_size=0.3, dual=DUALS[dual]())
+  estimator = estimator_of(m, inner_lr=0.3, dual=DUALS[dual]())
   tx = optax.sgd(0.3)
   step = optlab.train_step(estimator, tx)
   batch = batch_of(data, jnp.arange(m))
@@ -228,7 +228,7 @@ def test_lazy_steps_are_those_of_the_paper(x64, dual):
   floor = 1.8 if dual == 'v1' else None
   plain = Plain(data, x, 0.2, 0.3, 0.2, floor)
   chosen = optlab.multi_block.track_hessians(floor) if dual == 'v1' else None
-  estimator = estimator_of(m, step_size=0.2, alpha=0.3, beta=0.2, dual=chosen)
+  estimator = estimator_of(m, inner_lr=0.2, alpha=0.3, beta=0.2, dual=chosen)
   tx = optax.sgd(lr)
   state = optlab.init(x, estimator, tx, jnp.zeros((m, 6)))
   step = jax.jit(optlab.train_step(estimator, tx))
@@ -254,7 +254,7 @@ def errors_on_a_path(path, sampled, *, alpha=0.1, gamma=None, beta=0.1):
   m, steps = 20, 800
   data = quadratic.make(m)
   estimator = estimator_of(
-    m, step_size=0.25, alpha=alpha, gamma=gamma, beta=beta
+    m, inner_lr=0.25, alpha=alpha, gamma=gamma, beta=beta
   )
   state = estimator.init(path(0), jnp.zeros((m, 6)))
 
@@ -318,7 +318,7 @@ def test_stability_boundary_is_that_of_the_second_moment(x64, alpha, fraction):
   while high / low > 1 + 1e-6:
     middle = np.sqrt(low * high)
     low, high = (middle, high) if radius(middle) < 1 else (low, middle)
-  bound = low / fraction  # As step_size.
+  bound = low / fraction  # As inner_lr.
   few, all_blocks = 2 * (1 - alpha) / (1 + alpha), 2.0
   assert few < bound < all_blocks
 
@@ -330,7 +330,7 @@ def test_stability_boundary_is_that_of_the_second_moment(x64, alpha, fraction):
       lambda x, y, batch: 0.0 * x * y,
       lambda x, y, batch: 0.5 * y**2,
       m,
-      step_size=step_size,
+      inner_lr=step_size,
       alpha=alpha,
     )
     state = estimator.init(jnp.zeros(()), jnp.ones(m))
@@ -355,7 +355,7 @@ def test_stability_boundary_is_that_of_the_second_moment(x64, alpha, fraction):
 
 def small(**kwargs):
   data = quadratic.make(8)
-  estimator = estimator_of(8, step_size=0.3, **kwargs)
+  estimator = estimator_of(8, inner_lr=0.3, **kwargs)
   state = estimator.init(jnp.ones(5), jnp.zeros((8, 6)))
   return data, jax.jit(estimator.estimate), state
 
@@ -379,7 +379,7 @@ def test_padding_and_repeats_are_as_if_absent(x64, dual):
       strict=True,
     ):
       np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-15)
-  assert state.rejected == 0
+  assert state.info.total_rejected == 0
 
 
 @over_duals
@@ -395,7 +395,9 @@ def test_a_block_with_nan_is_rejected_and_the_others_go_on(x64, dual):
       without = batch_of(data, jnp.array([step, 6]))
       actual, after = estimate(x, state, bad)
       expected, _ = estimate(x, state, without)
-      assert after.rejected == state.rejected + 1
+      assert after.info.rejected == 1
+      total = state.info.total_rejected + 1
+      assert after.info.total_rejected == total
       np.testing.assert_allclose(actual.value, expected.value, rtol=1e-14)
       np.testing.assert_allclose(actual.grads, expected.grads, rtol=1e-12)
       assert after.visited[5] == state.visited[5]
@@ -415,11 +417,12 @@ def test_a_step_without_a_good_block_changes_nothing(x64):
   ):
     estimate_, after = estimate(2.0 * x, state, batch)
     assert np.isnan(estimate_.value)
-    np.testing.assert_array_equal(estimate_.grads, state.hypergrad)
-    assert after.rejected == state.rejected + rejected
+    np.testing.assert_array_equal(estimate_.grads, 0.0)
+    assert after.info.rejected == rejected
+    assert after.info.total_rejected == state.info.total_rejected + rejected
     for a, b in zip(
-      jax.tree.leaves(after._replace(rejected=0)),
-      jax.tree.leaves(state._replace(rejected=0)),
+      jax.tree.leaves(after._replace(info=())),
+      jax.tree.leaves(state._replace(info=())),
       strict=True,
     ):
       np.testing.assert_array_equal(a, b)
@@ -433,7 +436,7 @@ def test_indefinite_hessians_are_projected_and_the_others_kept(x64):
     lambda x, y, batch: jnp.sum(y),
     lambda x, y, a: 0.5 * jnp.sum(a * y**2) - x * jnp.sum(y),
     2,
-    step_size=0.0,
+    inner_lr=0.0,
     dual=optlab.multi_block.track_hessians(floor),
   )
   x = jnp.ones(())
@@ -460,7 +463,7 @@ def test_projection_of_the_dual_biases_only_where_it_is_active(x64):
       lambda x, y, batch: y,
       lambda x, y, batch: 0.5 * y**2 - x * y,
       1,
-      step_size=0.5,
+      inner_lr=0.5,
       dual=optlab.multi_block.track_products(radius=radius),
     )
     x = jnp.ones(())
@@ -483,7 +486,7 @@ def test_projection_of_the_dual_biases_only_where_it_is_active(x64):
     ({'alpha': 0.0}, ValueError, r'alpha must be in \(0'),
     ({'alpha': 1.0}, ValueError, r'alpha must be in \(0'),
     ({'beta': 0.0}, ValueError, r'beta must be in \(0'),
-    ({'step_size': -0.1}, ValueError, 'step_size'),
+    ({'inner_lr': -0.1}, ValueError, 'inner_lr'),
     ({'gamma': float('nan')}, ValueError, 'gamma'),
     ({'upper': 1.0}, TypeError, 'upper must be a function'),
     ({'lower': None}, TypeError, 'lower must be a function'),
@@ -505,8 +508,8 @@ def test_bad_duals_and_batches_are_refused():
     optlab.multi_block.track_hessians(damping=-1.0)
   with pytest.raises(ValueError, match='radius'):
     optlab.multi_block.track_products(radius=0.0)
-  with pytest.raises(ValueError, match='step_ratio'):
-    optlab.multi_block.track_products(step_ratio=0.0)
+  with pytest.raises(ValueError, match='dual_lr_ratio'):
+    optlab.multi_block.track_products(dual_lr_ratio=0.0)
   data = quadratic.make(4)
   estimator = estimator_of(4)
   x = jnp.ones(5, data.c.dtype)
@@ -551,20 +554,20 @@ def test_first_pass_sets_every_tracker(x64):
 
 def test_clock_keeps_small_steps_late_in_a_run():
   """After 2^17 units of 1e-4 a float32 sum alone would be off by percents."""
-  from optlab.multi_block import _points as block_points
+  from optlab.multi_block import _clock
 
   length = jnp.float32(1e-4)
 
   @jax.jit
   def run(clock):
     def step(clock, _):
-      return block_points.add_to_clock(clock, length), clock
+      return _clock.add(clock, length), clock
 
     return jax.lax.scan(step, clock, length=20_000)
 
   start = jnp.array([2.0**17, 0.0], jnp.float32)
   clock, past = run(start)
-  elapsed = block_points.elapsed_steps(clock[None], past[-100:-99])
+  elapsed = _clock.elapsed(clock[None], past[-100:-99])
   np.testing.assert_allclose(elapsed[0, 0], 100e-4, rtol=1e-4)
   assert start[0] + length == start[0]  # What it would be alone.
 
@@ -583,7 +586,7 @@ def test_pytree_variables_and_schedules():
       upper,
       lower,
       6,
-      step_size=optax.constant_schedule(0.8),
+      inner_lr=optax.constant_schedule(0.8),
       beta=optax.linear_schedule(0.5, 0.1, 50),
       alpha=lambda step: 0.2,
       dual=dual(),
@@ -646,7 +649,7 @@ mean_upper = lambda x, y, batch: jnp.mean(
 duals = {'v1': optlab.multi_block.track_hessians(0.1),
          'v2': optlab.multi_block.track_products()}
 for name, dual in duals.items():
-  estimator = optlab.bsvrb(mean_upper, mean_lower, m, step_size=0.2, dual=dual)
+  estimator = optlab.bsvrb(mean_upper, mean_lower, m, inner_lr=0.2, dual=dual)
   tx = optax.sgd(0.02)
   step = optlab.train_step(estimator, tx)
   state = optlab.init(jnp.ones(5), estimator, tx, jnp.zeros((m, 6)))

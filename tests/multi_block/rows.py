@@ -46,17 +46,17 @@ BLOCK_LEVELS = block_upper, block_lower, 4
 
 
 ROWS = [
-  block_row('bsvrb', lambda rate: optlab.bsvrb(*BLOCK_LEVELS, step_size=rate)),
+  block_row('bsvrb', lambda rate: optlab.bsvrb(*BLOCK_LEVELS, inner_lr=rate)),
   block_row(
     'bsvrb_v1',
     lambda rate: optlab.bsvrb(
-      *BLOCK_LEVELS, step_size=rate, dual=optlab.multi_block.track_hessians()
+      *BLOCK_LEVELS, inner_lr=rate, dual=optlab.multi_block.track_hessians()
     ),
   ),
   block_row(
     'rsvrb',
     lambda rate: optlab.multi_block.rsvrb(
-      *BLOCK_LEVELS, step_size=rate, beta=0.5, floor=0.5
+      *BLOCK_LEVELS, inner_lr=rate, beta=0.5, floor=0.5
     ),
     paired=True,
   ),

@@ -23,7 +23,7 @@ def test_all_blocks_give_the_exact_hypergradient(x64):
   m = 6
   data, x = quadratic.make(m), jnp.linspace(0.0, 1.0, 5)
   estimator = optlab.multi_block.rsvrb(
-    quadratic.upper, quadratic.lower, m, step_size=0.3, floor=0.5
+    quadratic.upper, quadratic.lower, m, inner_lr=0.3, floor=0.5
   )
   state = estimator.init(x, jnp.zeros((m, 6)))
   batch = batch_of(data, jnp.arange(m), jnp.arange(m))
@@ -47,7 +47,7 @@ def test_trackers_follow_their_recursion(x64):
   m, beta, x = 5, 0.3, jnp.ones(5)
   data = quadratic.make(m)
   estimator = optlab.multi_block.rsvrb(
-    quadratic.upper, quadratic.lower, m, beta=beta, step_size=0.2, floor=0.5
+    quadratic.upper, quadratic.lower, m, beta=beta, inner_lr=0.2, floor=0.5
   )
   first = batch_of(data, jnp.arange(m), jnp.arange(m))
   state = jax.jit(estimator.init)(x, jnp.zeros((m, 6)), first)
@@ -95,17 +95,17 @@ def test_padding_repeats_and_nan(x64):
   estimate, after = step(
     x, state, batch_of(data, jnp.array([1, 3]), outer, noise)
   )
-  assert after.rejected == 1
+  assert after.info.rejected == 1
   assert np.all(np.isfinite(estimate.grads))
   for leaf in jax.tree.leaves(after):
     assert np.all(np.isfinite(leaf))
   _, unchanged = step(
     2.0 * x, after, batch_of(data, jnp.array([1, 3]), outer, jnp.nan)
   )
-  assert unchanged.rejected == 3
+  assert unchanged.info.total_rejected == 3
   for a, b in zip(
-    jax.tree.leaves(unchanged._replace(rejected=0)),
-    jax.tree.leaves(after._replace(rejected=0)),
+    jax.tree.leaves(unchanged._replace(info=())),
+    jax.tree.leaves(after._replace(info=())),
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
@@ -116,7 +116,7 @@ def test_bad_input_is_refused():
     ({'num_blocks': 0}, 'num_blocks'),
     ({'num_blocks': 3, 'beta': 1.0}, 'beta'),
     ({'num_blocks': 3, 'floor': 0.0}, 'floor'),
-    ({'num_blocks': 3, 'step_size': -1.0}, 'step_size'),
+    ({'num_blocks': 3, 'inner_lr': -1.0}, 'inner_lr'),
   ]:
     with pytest.raises(ValueError, match=message):
       optlab.multi_block.rsvrb(quadratic.upper, quadratic.lower, **kwargs)
