@@ -75,7 +75,6 @@ ALIASES = {
     ('Route', optlab.batches.Route),
     ('Losses', optlab.batches.Losses),
     ('Schedule', optax.Schedule),
-    ('ArrayTree', optax.Params),
   )
 }
 

@@ -8,16 +8,10 @@ shifts.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
-
-if TYPE_CHECKING:
-  from chex import ArrayTree
-else:
-  # Importing chex takes as long as a tenth of optax.
-  ArrayTree = Any
 
 __all__ = [
   'ArrayTree',
@@ -25,6 +19,7 @@ __all__ = [
   'Estimate',
   'GradientEstimator',
   'Operator',
+  'OptState',
   'Params',
   'Prepared',
   'ScalarOrSchedule',
@@ -32,8 +27,12 @@ __all__ = [
   'Updates',
 ]
 
-Params = optax.Params
-Updates = optax.Updates
+# What a tree of arrays is, a user says: a loss may take an array, a dict, a
+# dataclass. optax's union fits none of these to a type checker.
+ArrayTree = Any
+Params = Any
+Updates = Any
+OptState = Any
 Batch = Any
 Operator = Callable[[ArrayTree], ArrayTree]
 ScalarOrSchedule = float | jax.Array | optax.Schedule

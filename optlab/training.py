@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
   step: jax.Array  # shape (), int32
   params: base.Params
-  opt_state: optax.OptState
+  opt_state: base.OptState
   estimator_state: Any
 
 
@@ -178,7 +178,7 @@ class MinimizeResult(NamedTuple):
   """
 
   params: base.Params
-  opt_state: optax.OptState
+  opt_state: base.OptState
   value: jax.Array
   grad_norm: jax.Array
   steps: jax.Array
@@ -208,7 +208,7 @@ def minimize(
   stall_steps: int | None = None,
   stall_tol: float | jax.Array = 0.0,
   curvature: Callable[[base.Params], base.Operator] | None = None,
-  opt_state: optax.OptState | None = None,
+  opt_state: base.OptState | None = None,
   trace: Callable[[MinimizeResult], Any] | None = None,
 ) -> MinimizeResult:
   """Runs an optimizer on the device until a stopping test holds.

@@ -54,13 +54,13 @@ def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
 
 def norm(tree: base.Params) -> jax.Array:
   """Euclidean norm in float32 or wider; of an empty tree, zero."""
-  dtype = accumulator_dtype(tree)
+  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
   return jnp.sqrt(sq_norm(jax.tree.leaves(tree), dtype))
 
 
 def largest(tree: base.Params) -> jax.Array:
-  """The largest magnitude in a tree; of an empty tree, zero."""
-  dtype = accumulator_dtype(tree)
+  """The largest magnitude in a tree, a real number; of an empty tree, zero."""
+  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
   tops = [
     jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     for leaf in jax.tree.leaves(tree)
@@ -79,6 +79,31 @@ def project(tree: base.Params, centre: base.Params, radius: Any) -> base.Params:
     ),
     tree,
     centre,
+  )
+
+
+def map_updates(
+  function: Callable[..., Any], updates: base.Updates, *rest: Any
+) -> Any:
+  """Maps over the leaves of ``updates``; where it is None, so is the result."""
+  return jax.tree.map(
+    lambda leaf, *others: None if leaf is None else function(leaf, *others),
+    updates,
+    *rest,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
+def cast_updates(
+  updates: base.Updates, grads: base.Updates, params: base.Params | None
+) -> base.Updates:
+  """Casts updates by optax's rule: to the wider of gradient and parameter."""
+  like = grads if params is None else params
+  return map_updates(
+    lambda leaf, g, p: leaf.astype(jnp.promote_types(g.dtype, p.dtype)),
+    updates,
+    grads,
+    like,
   )
 
 

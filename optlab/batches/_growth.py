@@ -131,6 +131,7 @@ def grow_batch(
   _check_sizes(batch_size, max_batch_size, multiple_of)
 
   def init_fn(params):
+    checks.check_params('params', params)
     real = jnp.finfo(trees.accumulator_dtype(params)).dtype
     return GrowBatchState(
       step=jnp.zeros((), jnp.int32),

@@ -53,7 +53,7 @@ class BilevelState(NamedTuple):
   step: jax.Array  # shape (), int32, accepted estimates
   inner: base.Params  # the lower variable y
   dual: base.Params  # the linear-system variable z, float32 or wider
-  lower_opt_state: optax.OptState
+  lower_opt_state: base.OptState
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
 
@@ -206,7 +206,7 @@ def estimator(
   lower: Objective,
   lower_optimizer: optax.GradientTransformation,
   solve: Callable[..., tuple[base.Params, base.Params, jax.Array]],
-  move: Callable[..., tuple[base.Params, optax.OptState]] | None = None,
+  move: Callable[..., tuple[base.Params, base.OptState]] | None = None,
 ) -> base.GradientEstimator:
   """An estimator of ``f_x - g_xy z``.
 

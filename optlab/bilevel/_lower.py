@@ -28,14 +28,14 @@ def descend(
   optimizer: optax.GradientTransformationExtraArgs,
   params: base.Params,
   inner: base.Params,
-  opt_state: optax.OptState,
+  opt_state: base.OptState,
   batches: base.Batch,
   *,
   steps: int,
   radius: Any = None,
   average: bool = False,
   checkpoint: bool = False,
-) -> tuple[base.Params, optax.OptState]:
+) -> tuple[base.Params, base.OptState]:
   """Lower steps at a fixed upper variable, one for each sample.
 
   Args:
@@ -94,7 +94,7 @@ def lower_round(
   params: base.Params,
   state: Any,
   batch: _bilevel.BilevelBatch,
-) -> tuple[base.Params, optax.OptState]:
+) -> tuple[base.Params, base.OptState]:
   """`descend` from the state's lower variable on the batch's step samples."""
   return descend(
     lower,

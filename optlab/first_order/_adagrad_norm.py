@@ -19,6 +19,9 @@ class ScaleByAdaGradNormState(NamedTuple):
   """State of `scale_by_adagrad_norm`."""
 
   sum_of_squares: jax.Array  # shape (), the params' dtype, at least float32
+  # Shape (), the same; the sum is in units of its square. It is 1 where the
+  # squares of gradients neither over- nor underflow, else a power of 2.
+  unit: jax.Array
 
 
 @checks.domains(
@@ -50,21 +53,40 @@ def scale_by_adagrad_norm(
   checks.enforce(scale_by_adagrad_norm, locals())
 
   def init_fn(params):
+    checks.check_params('params', params)
     real = jnp.finfo(trees.accumulator_dtype(params)).dtype
     start = jnp.asarray(initial_accumulator_value, real)
-    return ScaleByAdaGradNormState(sum_of_squares=start)
+    return ScaleByAdaGradNormState(start, jnp.ones((), real))
 
   def update_fn(updates, state, params=None, **extra_args):
-    del params, extra_args
-    wide = state.sum_of_squares.dtype
-    total = state.sum_of_squares + trees.sq_norm(updates, wide)
-    denominator = jnp.sqrt(total) + jnp.asarray(eps, wide)
+    del extra_args
+    before, wide = state.sum_of_squares, state.sum_of_squares.dtype
+    unit = _unit(trees.largest(updates).astype(wide), state)
+    shrunk = trees.map_updates(
+      lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / unit, updates
+    )
+    # The unit only shrinks where the sum is 0.
+    kept = jnp.where(before == 0, 0, jnp.square(state.unit / unit))
+    total = before * kept + trees.sq_norm(shrunk, wide)
+    denominator = jnp.sqrt(total) + jnp.asarray(eps, wide) / unit
     # total = 0 where every gradient was 0; NaN must pass.
     scale = jnp.where(denominator == 0.0, 0.0, 1.0 / denominator)
-    updates = jax.tree.map(lambda g: (scale * g).astype(g.dtype), updates)
-    return updates, ScaleByAdaGradNormState(sum_of_squares=total)
+    direction = trees.map_updates(lambda g: scale * g, shrunk)
+    return trees.cast_updates(
+      direction, updates, params
+    ), ScaleByAdaGradNormState(total, unit)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _unit(top, state):
+  """The unit of the sum after a gradient with ``top`` as its largest entry."""
+  info = jnp.finfo(top.dtype)
+  over = top > state.unit * (info.max**0.5 * 2.0**-20)
+  under = (state.sum_of_squares == 0) & (top < state.unit * info.tiny**0.25)
+  move = jnp.isfinite(top) & (top > 0) & (over | under)
+  _, exponent = jnp.frexp(jnp.where(move, top, 1))
+  return jnp.where(move, jnp.ldexp(jnp.ones_like(top), exponent), state.unit)
 
 
 @checks.domains(

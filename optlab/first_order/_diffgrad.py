@@ -56,7 +56,6 @@ def _diffgrad_leaf(grad, mu, nu, prev_grad, step, b1, b2, eps, eps_root, late):
   # Zero only where eps is zero and every gradient was: then mu is zero too.
   denominator = jnp.where(denominator == 0.0, 1.0, denominator)
   update = friction * (new_mu / correction1) / denominator
-  update = update.astype(grad.dtype)
   # The gradient itself, but made to wait for the update: XLA then overwrites
   # the buffer of prev_grad after its last read, instead of copying it first
   # (1.6 times Adam's time in place of 2.3).
@@ -114,23 +113,22 @@ def scale_by_diffgrad(
   checks.enforce(scale_by_diffgrad, locals())
 
   def init_fn(params):
-    def zeros(dtype, real=False):
-      def leaf_zeros(leaf):
-        wide = trees.accumulator_dtype(leaf)
-        kept = {'wide': wide, 'own': leaf.dtype}.get(dtype, dtype)
-        return jnp.zeros(leaf.shape, jnp.finfo(kept).dtype if real else kept)
-
-      return jax.tree.map(leaf_zeros, jax.tree.map(jnp.asarray, params))
-
+    checks.check_params('params', params)
+    zeros = lambda dtype: jax.tree.map(
+      lambda leaf: jnp.zeros_like(leaf, dtype=dtype(leaf)), params
+    )
+    wide = trees.accumulator_dtype
     return ScaleByDiffGradState(
       step=jnp.zeros((), jnp.int32),
-      mu=zeros(mu_dtype or 'wide'),
-      nu=zeros('wide', real=True),
-      prev_grad=zeros(prev_grad_dtype or 'own'),
+      mu=zeros(lambda leaf: mu_dtype or wide(leaf)),
+      nu=zeros(lambda leaf: jnp.finfo(wide(leaf)).dtype),
+      prev_grad=zeros(lambda leaf: prev_grad_dtype or jnp.result_type(leaf)),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
-    del params, extra_args
+    del extra_args
+    if params is None and prev_grad_dtype is None:
+      params = state.prev_grad  # It has their dtypes.
     step = jnp.asarray(optax.safe_increment(state.step))
 
     def leaf(grad, mu, nu, prev_grad):
@@ -148,7 +146,8 @@ def scale_by_diffgrad(
     treedef = jax.tree.structure(updates, is_leaf=is_none)
     rows = treedef.flatten_up_to(rows)
     columns = [treedef.unflatten([row[i] for row in rows]) for i in range(4)]
-    return columns[0], ScaleByDiffGradState(step, *columns[1:])
+    updates = trees.cast_updates(columns[0], updates, params)
+    return updates, ScaleByDiffGradState(step, *columns[1:])
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -68,27 +68,29 @@ def scale_by_normalized_momentum(
   checks.enforce(scale_by_normalized_momentum, locals())
 
   def init(params):
+    checks.check_params('params', params)
     return ScaleByNormalizedMomentumState(trees.zeros_accumulator(params))
 
   def update(updates, state, params=None, **extra_args):
-    del params, extra_args
+    del extra_args
     top = trees.largest(updates)  # NaN where a number is NaN.
     informative = jnp.isfinite(top) & (top > 0)
+
+    def average(g, m):
+      if g is None:
+        return m
+      fresh = (beta * m + (1 - beta) * g).astype(m.dtype)
+      return jnp.where(informative, fresh, m)
+
     mu = jax.tree.map(
-      lambda m, g: jnp.where(
-        informative, (beta * m + (1 - beta) * g).astype(m.dtype), m
-      ),
-      state.mu,
-      updates,
+      average, updates, state.mu, is_leaf=lambda leaf: leaf is None
     )
     length = _safe_norm(mu)
-    updates = jax.tree.map(
-      lambda m, g: jnp.where(
-        informative & (length > 0), m / length.astype(m.dtype), 0
-      ).astype(g.dtype),
-      mu,
-      updates,
+    moves = informative & (length > 0)
+    direction = trees.map_updates(
+      lambda g, m: jnp.where(moves, m / length.astype(m.dtype), 0), updates, mu
     )
+    updates = trees.cast_updates(direction, updates, params)
     return updates, ScaleByNormalizedMomentumState(mu)
 
   return optax.GradientTransformationExtraArgs(init, update)
