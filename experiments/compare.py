@@ -43,7 +43,7 @@ class Config(flags.Config):
   budget: float = flags.flag(
     0.0, "Oracle calls of a run; 0 is the problem's default.", low=0.0
   )
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.0,), "Grid of rates; 0 is the problem's default.", low=0.0
   )
   seeds: int = flags.flag(5, 'Number of seeds.', low=1)
@@ -112,7 +112,11 @@ def run(
   def evaluate(carry):
     lanes = carry[1]
     values = jax.device_get(measure(lanes.state))
-    counts = {'updates': lanes.steps, 'calls': lanes.calls, 'rate': rates}
+    counts = {
+      'updates': lanes.steps,
+      'calls': lanes.calls,
+      'learning_rate': rates,
+    }
     return {**values, **jax.device_get(counts)}
 
   begin = jax.jit(jax.vmap(start))(
@@ -141,7 +145,7 @@ def tune(session, config, problem, method, budget, rates) -> float:
     label = f'{method}: tuning {seed}'
     for row in run(session, problem, method, label, budget, lanes):
       value = row['tuning']
-      values.setdefault(row['rate'], []).append(
+      values.setdefault(row['learning_rate'], []).append(
         np.inf if np.isnan(value) else value
       )
   return min(values, key=lambda rate: np.median(values[rate]))
@@ -156,7 +160,11 @@ def main(config: Config) -> None:
   for method in methods:
     problem.entry(method)  # An unknown name is an error before work begins.
   budget = config.budget or problem.budget
-  rates = problem.rates if config.rates == (0.0,) else config.rates
+  rates = (
+    problem.learning_rates
+    if config.learning_rates == (0.0,)
+    else config.learning_rates
+  )
   with Session('compare', config) as session:
     for method in methods:
       best = tune(session, config, problem, method, budget, rates)
@@ -192,12 +200,12 @@ def summarize(session, methods, rates) -> list[dict]:
     reference = reference or values
     better = sum(a < b for a, b in zip(reference, values, strict=True))
     wins = '-' if method == methods[0] else f'{better} of {len(values)}'
-    rate = ends[0]['rate']
+    rate = ends[0]['learning_rate']
     if len(rates) > 1 and rate in (min(rates), max(rates)):
       rate = f'{rate:g} *'
     row = {
       'method': method,
-      'rate': rate,
+      'learning_rate': rate,
       'median': float(np.median(values)),
       'low': min(values),
       'high': max(values),

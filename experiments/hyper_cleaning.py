@@ -46,11 +46,11 @@ class Config(tuning.Config):
   )
   l2: float = flags.flag(3e-4, 'Weight of |y|^2 / 2.', low=1e-12)
   batch: int = flags.flag(128, 'Sentences of a sample.', low=1)
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.1, 1.0, 10.0, 1e3, 1e5), 'Grid of upper rates.', low=0.0
   )
-  lower_rate: float = flags.flag(2.0, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = flags.flag(
+  inner_lr: float = flags.flag(2.0, 'Rate of the lower variable.', low=0.0)
+  dual_lr: float = flags.flag(
     2.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   steps: int = flags.flag(

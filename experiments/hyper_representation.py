@@ -44,11 +44,11 @@ class Config(tuning.Config):
   steps: int = flags.flag(
     500, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  lower_rate: float = flags.flag(0.5, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = flags.flag(
+  inner_lr: float = flags.flag(0.5, 'Rate of the lower variable.', low=0.0)
+  dual_lr: float = flags.flag(
     0.5, 'Rate of the linear system and the Neumann series.', low=0.0
   )
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.1, 0.3, 1.0, 3.0, 10.0), 'Grid of upper rates.', low=0.0
   )
 

@@ -64,7 +64,7 @@ class Config(devices.Config):
   first_size: int = flags.flag(8, 'First size of a growing batch.', low=2)
   microbatch: int = flags.flag(64, 'Images in a round of the loop.', low=1)
   epochs: int = flags.flag(10, 'Passes over the training images.', low=1)
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.003, 0.01, 0.03, 0.1, 0.3), 'Grid of learning rates.', low=0.0
   )
   test_size: int = flags.flag(360, 'Images held out for the report.', low=1)
@@ -281,11 +281,11 @@ def tune(
   """
   label = f'{choice.label}: tuning'
   seeds = range(TUNING_SEED, TUNING_SEED + config.tuning_seeds)
-  lanes = list(itertools.product(seeds, config.rates))
+  lanes = list(itertools.product(seeds, config.learning_rates))
   run(session, config, task, choice, label, lanes)
   rows = last(session.rows, label)
   losses = {}
-  for rate in config.rates:
+  for rate in config.learning_rates:
     values = [row['valid_loss'] for row in rows if row['learning_rate'] == rate]
     losses[rate] = float(np.nan_to_num(np.mean(values), nan=np.inf))
   best = min(losses, key=lambda rate: losses[rate])
@@ -388,13 +388,14 @@ def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
   def rate(row):
     """With a mark where the grid may have ended too early."""
     value = row['learning_rate']
-    edges = (min(config.rates), max(config.rates))
+    edges = (min(config.learning_rates), max(config.learning_rates))
     return f'{value:g}{"*" if value in edges else ""}'
 
   tables.show(
     f'{config.dataset}, {config.model}: {config.epochs} epochs, mean ±'
     f' deviation over {config.seeds} seeds; rates of the lowest validation loss'
-    f' out of {", ".join(f"{rate:g}" for rate in config.rates)} (* at an end)',
+    f' out of {", ".join(f"{rate:g}" for rate in config.learning_rates)} (* at'
+    ' an end)',
     (
       'optimizer', 'batch', 'rate', 'valid loss', 'test accuracy %',
       'test loss', 'train loss', 'steps', 'average batch', 'final batch',

@@ -59,10 +59,10 @@ class Config(devices.Config):
   steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
   tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
-  upper_rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
   )
-  lower_rates: tuple[float, ...] = flags.flag(
+  inner_lrs: tuple[float, ...] = flags.flag(
     (0.3, 1.0, 3.0),
     'Grid of steps of a block between two visits.',
     low=0.0,
@@ -224,8 +224,8 @@ def run_lanes(
   def evaluate(state):
     step = int(state.train.step[0])
     return measure(state.train, problem) | {
-      'upper_rate': np.asarray(upper),
-      'lower_rate': np.asarray(lower),
+      'learning_rate': np.asarray(upper),
+      'inner_lr': np.asarray(lower),
       'samples': 2 * step * config.blocks * config.rows,
       'rejected': state.train.estimator_state.info.total_rejected,
     }
@@ -246,8 +246,8 @@ def run_lanes(
 def tune(session, config: Config, problem: Problem, name: str) -> tuple:
   """The rates with the least validation loss on the tuning seed."""
   label = f'tuning {name}'
-  uppers = (0.0,) if name == 'frozen' else config.upper_rates
-  grid = np.meshgrid(uppers, config.lower_rates, indexing='ij')
+  uppers = (0.0,) if name == 'frozen' else config.learning_rates
+  grid = np.meshgrid(uppers, config.inner_lrs, indexing='ij')
   upper, lower = (axis.ravel() for axis in grid)
   seeds = [TUNING_SEED] * len(upper)
   run_lanes(
@@ -262,7 +262,7 @@ def tune(session, config: Config, problem: Problem, name: str) -> tuple:
       row['validation'] if np.isfinite(row['validation']) else np.inf
     ),
   )
-  return best['upper_rate'], best['lower_rate']
+  return best['learning_rate'], best['inner_lr']
 
 
 def compare(session, config: Config, problem: Problem) -> None:
@@ -319,7 +319,7 @@ def main(config: Config) -> None:
       }
       spread = np.ptp([row['test'] for row in last])
       table.append((
-        name, last[0]['upper_rate'], last[0]['lower_rate'],
+        name, last[0]['learning_rate'], last[0]['inner_lr'],
         f'{middle["validation"]:.4f}', f'{middle["test"]:.4f}',
         f'{spread:.4f}', f'{middle["accuracy"]:.4f}', middle['moved'],
         middle['seconds'],

@@ -1,4 +1,4 @@
-"""Iterations to a target against sampled blocks and data: a parallel speedup.
+"""Steps to a target against sampled blocks and data: a parallel speedup.
 
 python -m experiments.parallel_speedup [--blocks=10,100] [--rows=1,8] ...
 
@@ -6,7 +6,7 @@ BSVRB on a multi-block quadratic with gradient noise. Every cell of sampled
 blocks (I) and rows per block (B) has its own rates, the best of one grid for
 all. A cell has reached the target where the median over seeds of F - F*, and
 the median of that and the next nine looks, are no more than it. The picture
-shows iterations and seconds against I, with the slopes of the theory.
+shows steps and seconds against I, with the slopes of the theory.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ class Config(devices.Config):
   rows: tuple[int, ...] = flags.flag(
     (1, 8), 'Rows per sampled block, B.', low=1
   )
-  upper_rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64), 'Rates of x.', low=0.0
   )
-  lower_rates: tuple[float, ...] = flags.flag(
+  inner_lrs: tuple[float, ...] = flags.flag(
     (0.01, 0.03, 0.1, 0.3), 'Steps of a block between two visits.', low=0.0
   )
   noise: float = flags.flag(3.0, 'Standard deviation of a row.', low=0.0)
@@ -140,16 +140,16 @@ def reached(rows: list[dict], config: Config) -> dict[str, Any] | None:
   final = np.where(below[look], smooth(middle)[look], np.inf)
   upper, lower = np.unravel_index(np.argmin(final), final.shape)
   return {
-    'iterations': int(rows[look]['step']),
-    'upper_rate': config.upper_rates[upper],
-    'lower_rate': config.lower_rates[lower],
+    'steps': int(rows[look]['step']),
+    'learning_rate': config.learning_rates[upper],
+    'inner_lr': config.inner_lrs[lower],
   }
 
 
 def run_cell(session, config: Config, data, best, cell: Cell) -> None:
   """All rates and seeds of a cell at once, until the best are at the target."""
   grid = np.meshgrid(
-    np.asarray(config.upper_rates), np.asarray(config.lower_rates),
+    np.asarray(config.learning_rates), np.asarray(config.inner_lrs),
     np.arange(config.seeds), indexing='ij',
   )  # fmt: skip
   upper, lower, seeds = (jnp.asarray(axis.ravel()) for axis in grid)
@@ -213,11 +213,11 @@ def summarize(session, config: Config, data, cell: Cell) -> None:
   if session.select('summary', method=cell.name):
     return
   found = reached(session.select('eval', method=cell.name), config)
-  fields = {'iterations': None, 'seconds': None}
+  fields = {'steps': None, 'seconds': None}
   if found:
-    rates = found['upper_rate'], found['lower_rate']
+    rates = found['learning_rate'], found['inner_lr']
     each = seconds_per_step(config, data, cell, rates)
-    fields = found | {'seconds': each * found['iterations']}
+    fields = found | {'seconds': each * found['steps']}
   session.write(
     'summary',
     method=cell.name,
@@ -228,10 +228,10 @@ def summarize(session, config: Config, data, cell: Cell) -> None:
 
 
 def draw(rows: list[dict], path) -> None:
-  """Iterations and seconds to the target against I, a line for each B."""
+  """Steps and seconds to the target against I, a line for each B."""
   summaries = record.select(rows, 'summary')
   figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.0), layout='constrained')
-  for axes, field in zip(panels, ('iterations', 'seconds'), strict=True):
+  for axes, field in zip(panels, ('steps', 'seconds'), strict=True):
     for i, b in enumerate(sorted({row['batch_rows'] for row in summaries})):
       points = sorted(
         (row['blocks'], row[field])
@@ -242,7 +242,7 @@ def draw(rows: list[dict], path) -> None:
         continue
       x, y = np.array(points).T
       axes.plot(x, y, 'o-', color=f'C{i}', label=f'B = {b}')
-      if field == 'iterations' and i == 0:
+      if field == 'steps' and i == 0:
         # The bound is a sum of both: I^-3/2 from the choice of blocks, I^-1
         # from the noise of the rows.
         for power, style in ((1.0, ':'), (1.5, '--')):
@@ -280,11 +280,11 @@ def main(config: Config) -> None:
     tables.show(
       f'steps to F - F* <= {config.target:g}, best rates of the grid,'
       f' median of {config.seeds} seeds',
-      ('step', 'iterations', 'seconds', 'rate of x', 'rate of y', 'speedup'),
+      ('cell', 'steps', 'seconds', 'rate of x', 'rate of y', 'speedup'),
       [
         (
-          row['method'], row['iterations'], row['seconds'],
-          row.get('upper_rate'), row.get('lower_rate'),
+          row['method'], row['steps'], row['seconds'],
+          row.get('learning_rate'), row.get('inner_lr'),
           speedup(summaries, row),
         )
         for row in summaries
@@ -296,11 +296,11 @@ def main(config: Config) -> None:
 
 
 def speedup(summaries: list[dict], row: dict) -> float | None:
-  """Iterations of the fewest blocks with as many rows, over those of a row."""
+  """Steps of the fewest blocks with as many rows, over those of a row."""
   base = record.select(summaries, 'summary', batch_rows=row['batch_rows'])[0]
-  if base['iterations'] is None or row['iterations'] is None:
+  if base['steps'] is None or row['steps'] is None:
     return None
-  return base['iterations'] / row['iterations']
+  return base['steps'] / row['steps']
 
 
 if __name__ == '__main__':

@@ -57,10 +57,10 @@ class Config(devices.Config):
   )
   tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     (0.001, 0.003, 0.01, 0.03), 'Grid of rates of Adam.', low=0.0
   )
-  lower_rate: float = flags.flag(
+  inner_lr: float = flags.flag(
     0.3, 'Step of a threshold between two visits.', low=0.0
   )
   smoothness: float = flags.flag(0.1, 'Smoothness of a threshold.', low=1e-6)
@@ -211,7 +211,7 @@ def prepare(config: Config, name: str, steps: int, every: int):
       'bsvrb_v2': optlab.multi_block.track_products(),
     }.get(name)
     estimator = optlab.bsvrb(
-      *levels(config), m, inner_lr=config.lower_rate, dual=dual
+      *levels(config), m, inner_lr=config.inner_lr, dual=dual
     )
     return plain, estimator, tx
 
@@ -293,7 +293,7 @@ def run_lanes(
 
   def evaluate(state):
     return measure(state.train.params, data) | {
-      'rate': np.asarray(rates),
+      'learning_rate': np.asarray(rates),
       'samples': int(state.step[0]) * config.blocks,
     }
 
@@ -309,16 +309,16 @@ def run_lanes(
 def compare(session, config: Config, data: Data, name: str) -> None:
   """Tunes a method on its own seed, and runs it on the others."""
   label = f'tuning {name}'
-  seeds = [TUNING_SEED] * len(config.rates)
+  seeds = [TUNING_SEED] * len(config.learning_rates)
   run_lanes(
-    session, config, data, label, name, config.rates, seeds,
+    session, config, data, label, name, config.learning_rates, seeds,
     config.tuning_steps,
   )  # fmt: skip
   rows = session.select('eval', method=label)
   last = [row for row in rows if row['step'] == rows[-1]['step']]
   best = max(last, key=lambda row: np.nan_to_num(row[f'validation{CUTS[-1]}']))
   run_lanes(
-    session, config, data, name, name, [best['rate']] * config.seeds,
+    session, config, data, name, name, [best['learning_rate']] * config.seeds,
     list(range(config.seeds)), config.steps,
   )  # fmt: skip
 
@@ -358,7 +358,7 @@ def main(config: Config) -> None:
     for name in config.methods:
       evals = record.select(rows, 'eval', method=name)
       last = [row for row in evals if row['step'] == evals[-1]['step']]
-      line = [name, last[0]['rate']]
+      line = [name, last[0]['learning_rate']]
       for cut in CUTS:
         values = [row[f'ndcg{cut}'] for row in last]
         line += [f'{np.median(values):.4f}', f'{np.ptp(values):.4f}']

@@ -65,21 +65,21 @@ RUNS = {
     'image_classification',
     {
       'optimizers': 'diffgrad,adam,sgd', 'batches': '32',
-      'rates': '0.0003,0.001,0.003,0.01,0.03,0.1', 'epochs': '10',
+      'learning_rates': '0.0003,0.001,0.003,0.01,0.03,0.1', 'epochs': '10',
     },
   ),
   'batches': Run(
     'image_classification',
     {
       'batches': '8,32,128,norm:1,inner:0.5,augmented:1',
-      'rates': '0.03,0.1,0.3',
+      'learning_rates': '0.03,0.1,0.3',
     },
   ),
   'cosh': Run(
     'unbounded_smoothness',
     {
-      'methods': 'bo_rep,soba',
-      'upper_steps': 'plain,normalized', 'rates': '0.01,0.03,0.1,0.3,1',
+      'methods': 'bo_rep,soba', 'upper_steps': 'plain,normalized',
+      'learning_rates': '0.01,0.03,0.1,0.3,1',
     },
   ),
   'ridge': Run(
@@ -342,8 +342,7 @@ def _cleaning(rows: Rows) -> tuple[str, str]:
 
 def _speedup_blocks(rows: Rows) -> tuple[str, str]:
   few, many = (
-    summary(rows, method=f'I={blocks} B=1')['iterations']
-    for blocks in (10, 100)
+    summary(rows, method=f'I={blocks} B=1')['steps'] for blocks in (10, 100)
   )
   ratio = few / many if few and many else 0.0
   return f'{ratio:.1f} times fewer for I = 100 than 10', grade(
@@ -353,7 +352,7 @@ def _speedup_blocks(rows: Rows) -> tuple[str, str]:
 
 def _speedup_rows(rows: Rows) -> tuple[str, str]:
   few, many = (
-    summary(rows, method=f'I=10 B={count}')['iterations'] for count in (1, 8)
+    summary(rows, method=f'I=10 B={count}')['steps'] for count in (1, 8)
   )
   ratio = few / many if few and many else 0.0
   return f'{ratio:.1f} times fewer for B = 8 than 1', grade(

@@ -62,7 +62,7 @@ OPTIMIZERS = ('diffgrad', 'adam', 'adam_half', 'amsgrad', 'adabelief', 'sgd')
 
 def optimizer(name: str, config: Any) -> optax.GradientTransformation:
   """An optimizer with the paper's constants."""
-  rate, b1, b2 = config.rate, config.b1, config.b2
+  rate, b1, b2 = config.learning_rate, config.b1, config.b2
   return {
     'diffgrad': lambda: optlab.diffgrad(rate, b1, b2),
     'adam': lambda: optax.adam(rate, b1, b2),
@@ -91,7 +91,7 @@ class Config(flags.Config):
   )
   start: float = flags.flag(-1.0, 'Start of seed 0.')
   spread: float = flags.flag(0.05, 'Starts are up to so far away.', low=0.0)
-  rate: float = flags.flag(0.1, 'Learning rate.', low=0.0)
+  learning_rate: float = flags.flag(0.1, 'Learning rate.', low=0.0)
   b1: float = flags.flag(0.95, 'Decay of the first moment.', low=0.0)
   b2: float = flags.flag(0.999, 'Decay of the second moment.', low=0.0)
   steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=1)
@@ -201,8 +201,8 @@ def main(config: Config) -> None:
     summary = summarize(session, config)
     tables.show(
       f'From x = {config.start:g}, {config.steps} steps, rate'
-      f' {config.rate:g}, b1 {config.b1:g}; and {config.seeds} starts within'
-      f' {config.spread:g}',
+      f' {config.learning_rate:g}, b1 {config.b1:g}; and {config.seeds} starts'
+      f' within {config.spread:g}',
       (
         'function, minimum', 'optimizer', 'x', 'value', 'above minimum',
         'median over starts', 'starts at the minimum %',

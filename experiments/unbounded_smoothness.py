@@ -43,7 +43,7 @@ class Config(flags.Config):
   start: float = flags.flag(
     12.0, 'Distance of y - t in each coordinate.', low=0.0
   )
-  rates: tuple[float, ...] = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
     tuple(float(f'{m}e{e}') for e in range(-7, 0) for m in (1, 3)) + (1.0,),
     'Upper rates.',
     low=0.0,
@@ -56,9 +56,9 @@ class Config(flags.Config):
     'What the methods have equally much of.',
     choices=('calls', 'steps'),
   )
-  lower_rate: float = flags.flag(0.05, 'Rate of y and of the linear system.')
+  inner_lr: float = flags.flag(0.05, 'Rate of y and of the linear system.')
   lower_steps: int = flags.flag(5, 'Lower steps of a round.', low=1)
-  terms: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
+  neumann_steps: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
   beta: float = flags.flag(0.9, 'Momentum of the upper step.', low=0.0)
   noise: float = flags.flag(
     0.5, 'Standard deviation of the gradients.', low=0.0
@@ -139,7 +139,7 @@ class Lanes(NamedTuple):
 def make_lanes(config: Config) -> Lanes:
   """Every rate, schedule and seed."""
   grid = np.meshgrid(
-    np.arange(config.seeds), np.asarray(config.rates), [False, True],
+    np.arange(config.seeds), np.asarray(config.learning_rates), [False, True],
     indexing='ij',
   )  # fmt: skip
   return Lanes(*(axis.ravel() for axis in grid))
@@ -155,8 +155,8 @@ def prepare(
 
   def parts(rate, cosine):
     estimator = method.make(
-      problem.upper, problem.lower, optax.sgd(config.lower_rate),
-      config.lower_rate,
+      problem.upper, problem.lower, optax.sgd(config.inner_lr),
+      config.inner_lr,
     )  # fmt: skip
     rates = bilevel.schedule(rate, cosine, steps)
     tx = bilevel.upper_step(upper_step, rates, config.beta)
@@ -200,7 +200,7 @@ def prepare(
 
 def run_one(session, config, problem, name, upper_step) -> None:
   """One method and upper step over all rates, schedules and seeds."""
-  table = bilevel.methods(config.lower_steps, config.terms)
+  table = bilevel.methods(config.lower_steps, config.neumann_steps)
   method, pieces = table[name], 3
   steps = config.steps // pieces * pieces
   if config.equal == 'calls':
@@ -213,7 +213,7 @@ def run_one(session, config, problem, name, upper_step) -> None:
     step = np.asarray(state.train.step[0])
     return {
       'value': np.median(state.values, axis=1),
-      'rate': lanes.rate,
+      'learning_rate': lanes.rate,
       'schedule': np.where(lanes.cosine, 'cosine', 'constant'),
       'gradients': step * method.gradients,
       'products': step * method.products,
@@ -235,7 +235,7 @@ def finals(rows: list[dict], **fields: Any) -> dict[float, list[float]]:
   found: dict[tuple[float, int], tuple[int, float]] = {}
   for row in record.select(rows, 'eval', **fields):
     value = np.inf if np.isnan(row['value']) else row['value']
-    place = (row['rate'], row['seed'])
+    place = (row['learning_rate'], row['seed'])
     if place not in found or row['step'] >= found[place][0]:
       found[place] = (row['step'], value)
   by_rate: dict[float, list[float]] = {}
@@ -280,9 +280,9 @@ def summarize(session: Session, config: Config) -> None:
     label = f'{name}, {upper_step}, {schedule}'
     shown.append((label, *row.values()))
   tables.show(
-    f'{config.problem}: of {len(config.rates)} rates, those that end below'
-    f' {NEAR} in the median of {config.seeds} seeds; highest value over the'
-    ' rates from 0.03 to 1',
+    f'{config.problem}: of {len(config.learning_rates)} rates, those that end'
+    f' below {NEAR} in the median of {config.seeds} seeds; highest value over'
+    ' the rates from 0.03 to 1',
     (
       'method, upper step, schedule',
       'rates',

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
   Attributes:
     entry: ``method -> Entry``; raises `app.UserError` for a name it lacks.
     methods: The default methods.
-    rates: The default grid of rates.
+    learning_rates: The default grid of rates.
     budget: The default budget of calls.
     unit: What a call is.
     measure: ``state -> dict`` of scalars: ``tuning``, which rates are picked
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
   entry: Callable[[str], Entry]
   methods: tuple[str, ...]
-  rates: tuple[float, ...]
+  learning_rates: tuple[float, ...]
   budget: float
   unit: str
   measure: Callable[[Any], dict[str, jax.Array]]

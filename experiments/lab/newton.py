@@ -54,7 +54,7 @@ class Config(devices.Config):
   curvature: tuple[str, ...] = flags.flag(
     CURVATURES, 'Curvatures of gns and gns_paper.', choices=CURVATURES
   )
-  tolerance: float = flags.flag(1e-8, 'Stop at f - f* <= tolerance.', low=0.0)
+  f_tol: float = flags.flag(1e-8, 'Stop at f - f* <= f_tol.', low=0.0)
   max_steps: int = flags.flag(1000, 'The most steps of a solver.', low=1)
 
 
@@ -281,7 +281,7 @@ def _run_optax(session, problem, method, seed, config, least, evaluate):
     return evaluate(state.params) | counts
 
   def stop(rows):
-    ended = rows[0]['suboptimality'] <= config.tolerance
+    ended = rows[0]['suboptimality'] <= config.f_tol
     return ended or not np.isfinite(rows[0]['value'])
 
   session.run(
@@ -298,14 +298,14 @@ def _run_optax(session, problem, method, seed, config, least, evaluate):
   last = session.select('eval', method=method.name, seed=seed)[-1]
   if session.select('summary', method=method.name, seed=seed):
     return
-  target = jnp.asarray(least + config.tolerance, params.dtype)
+  target = jnp.asarray(least + config.f_tol, params.dtype)
   seconds, compile_seconds = _time_loop(
     problem, method, params, target, max(last['step'], 1)
   )
   session.write(
     'summary',
     **{k: v for k, v in last.items() if k not in ('kind', 'seconds')},
-    reached=last['suboptimality'] <= config.tolerance,
+    reached=last['suboptimality'] <= config.f_tol,
     seconds=seconds,
     seconds_with_compilation=seconds + compile_seconds,
   )
@@ -413,17 +413,17 @@ def _run_sklearn(session, problem, solver, seed, config, evaluate):
 
   low, high, row = 0, 1, measure(1)
   previous = np.inf
-  while row['suboptimality'] > config.tolerance and high < config.max_steps:
+  while row['suboptimality'] > config.f_tol and high < config.max_steps:
     if row['suboptimality'] >= previous and high - low > 8:
       break  # More iterations no longer help.
     previous = row['suboptimality']
     low, high = high, min(high + max(1, high // 3), config.max_steps)
     row = measure(high)
-  reached = row['suboptimality'] <= config.tolerance
+  reached = row['suboptimality'] <= config.f_tol
   while reached and high - low > 1:  # The fewest iterations that do.
     middle = (low + high) // 2
     candidate = measure(middle)
-    if candidate['suboptimality'] <= config.tolerance:
+    if candidate['suboptimality'] <= config.f_tol:
       high, row = middle, candidate
     else:
       low = middle
@@ -493,7 +493,7 @@ def _report(problem, config, session, least) -> None:
   seeds = f', median of {config.seeds} starts' if config.seeds > 1 else ''
   tables.show(
     f'{problem.name}, {config.precision}{seeds}:\nuntil f - f* <='
-    f' {config.tolerance:g}, where f* = {least:.10g}',
+    f' {config.f_tol:g}, where f* = {least:.10g}',
     columns, rows,
   )  # fmt: skip
 

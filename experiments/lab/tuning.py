@@ -50,16 +50,18 @@ class Config(devices.Config):
   steps: int = flags.flag(
     1000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
-  rates: tuple[float, ...] = flags.flag((), 'Grid of upper rates.', low=0.0)
-  lower_rate: float = flags.flag(1.0, 'Rate of the lower variable.', low=0.0)
-  linear_rate: float = flags.flag(
+  learning_rates: tuple[float, ...] = flags.flag(
+    (), 'Grid of upper rates.', low=0.0
+  )
+  inner_lr: float = flags.flag(1.0, 'Rate of the lower variable.', low=0.0)
+  dual_lr: float = flags.flag(
     1.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   lower_steps: int = flags.flag(5, 'Lower steps of a round.', low=1)
   refine_epochs: int = flags.flag(
     3, 'Epochs of initialization refinement of bo_rep; 0 is none.', low=0
   )
-  terms: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
+  neumann_steps: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
   beta: float = flags.flag(0.9, 'Momentum of the upper step.', low=0.0)
   methods: tuple[str, ...] = flags.flag(
     METHODS, 'Estimators.', choices=('saba', *bilevel.METHODS)
@@ -174,7 +176,7 @@ class Program(NamedTuple):
 def make_program(config: Config, problem: Problem, estimator: str) -> Program:
   """The functions that train and measure lanes of an estimator."""
   table = bilevel.methods(
-    config.lower_steps, config.terms, blocks=problem.blocks
+    config.lower_steps, config.neumann_steps, blocks=problem.blocks
   )
   method = table[estimator]
   refinement = config.lower_steps * (2**config.refine_epochs - 1)
@@ -187,8 +189,8 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
     estimator = method.make(
       problem.upper,
       problem.lower,
-      problem.lower_optimizer(config.lower_rate),
-      config.linear_rate,
+      problem.lower_optimizer(config.inner_lr),
+      config.dual_lr,
     )
     schedule = bilevel.schedule(upper.rate, upper.cosine, steps)
     tx = bilevel.one_of(
@@ -216,7 +218,7 @@ def make_program(config: Config, problem: Problem, estimator: str) -> Program:
         x,
         y,
         jax.vmap(lambda key: sample(key, data)[1])(keys),
-        learning_rate=config.lower_rate,
+        learning_rate=config.inner_lr,
         first_steps=config.lower_steps,
         epochs=config.refine_epochs,
       )
@@ -301,7 +303,7 @@ def run(
       }
     return {
       **values,
-      'rate': rates,
+      'learning_rate': rates,
       'gradients': program.refinement + step * method.gradients,
       'products': step * method.products,
       'total_rejected': optax.tree.get(
@@ -349,7 +351,7 @@ def tune(
   choice: Choice,
 ) -> float:
   """The upper rate of the least validation loss, a median over tuning seeds."""
-  new, best = sorted(config.rates), config.rates[0]
+  new, best = sorted(config.learning_rates), config.learning_rates[0]
   for grid in range(1 + EXTENSIONS):
     label = f'{choice.label}: tuning, grid {grid}'
     # A run for each seed: with as many rates as seeds in the runs that are
@@ -359,7 +361,7 @@ def tune(
       run(session, config, problem, program, choice, label, lanes, finish=False)
     losses = tuning_losses(session.rows, choice, grid + 1)
     best = min(losses, key=lambda rate: losses[rate])
-    new = continued(sorted(losses), best, len(config.rates))
+    new = continued(sorted(losses), best, len(config.learning_rates))
     if not new:
       break
   return best
@@ -377,7 +379,7 @@ def tuning_losses(
   for grid in range(grids):
     for row in last(rows, f'{choice.label}: tuning, grid {grid}'):
       loss = row['valid_loss']
-      losses.setdefault(row['rate'], []).append(
+      losses.setdefault(row['learning_rate'], []).append(
         np.inf if np.isnan(loss) else loss
       )
   return {rate: float(np.median(values)) for rate, values in losses.items()}
@@ -422,7 +424,7 @@ def summarize(
   reference = None
   for choice in choices(config, group):
     ends = last(session.rows, choice.label)
-    rate, tried = ends[0]['rate'], tuning_losses(session.rows, choice)
+    rate, tried = ends[0]['learning_rate'], tuning_losses(session.rows, choice)
     worse = np.array([sign * row[first] for row in ends])
     worse[np.isnan(worse)] = np.inf
     reference = worse if reference is None else reference
@@ -431,7 +433,7 @@ def summarize(
       gaps = worse - reference
     row: dict[str, Any] = {
       **choice._asdict(),
-      'rate': rate,
+      'learning_rate': rate,
       'edge': rate in (min(tried), max(tried)),
       'steps': ends[0]['step'],
       'calls': ends[0]['gradients'] + ends[0]['products'],
@@ -478,7 +480,7 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     [
       (
         ', '.join(row[name] for name in Choice._fields[1:]),
-        f'{row["rate"]:g}' + (' (edge)' if row['edge'] else ''),
+        f'{row["learning_rate"]:g}' + (' (edge)' if row['edge'] else ''),
         row['steps'],
         *(spread(row, name) for name in problem.reported),
         gap(row),

@@ -59,22 +59,22 @@ def _bo_rep(period: int, lower_steps: int, average: bool = True) -> Method:
 
 def methods(
   lower_steps: int,
-  terms: int,
-  iterations: int = 10,
+  neumann_steps: int,
+  max_steps: int = 10,
   blocks: tuple[int, int] | None = None,
 ) -> dict:
   """The methods by name.
 
   Args:
     lower_steps: Lower steps of a round, of every method that has rounds.
-    terms: Terms of the Neumann series.
-    iterations: The most iterations of conjugate gradients.
+    neumann_steps: Terms of the Neumann series.
+    max_steps: The most steps of conjugate gradients.
     blocks: Upper and lower blocks of a finite sum; without them, no saba.
 
   Returns:
     `Method` by name.
   """
-  n, q = lower_steps, terms
+  n, q = lower_steps, neumann_steps
 
   def stocbio(upper, lower, lower_optimizer, dual_lr):
     return optlab.stocbio(
@@ -99,7 +99,7 @@ def methods(
   def implicit(upper, lower, lower_optimizer, dual_lr):
     del dual_lr
     return optlab.implicit(
-      upper, lower, lower_optimizer, lower_steps=n, max_steps=iterations
+      upper, lower, lower_optimizer, lower_steps=n, max_steps=max_steps
     )
 
   table = {
@@ -112,7 +112,7 @@ def methods(
     'ttsa': Method(ttsa, 1, 3, (q - 1) / 2 + 1, keyed=True),
     'unrolled': Method(unrolled(True), n, 1 + n, 2 * n),
     'unrolled_cold': Method(unrolled(False), n, 1 + n, 2 * n),
-    'implicit': Method(implicit, n, 2 + n, iterations + 3),
+    'implicit': Method(implicit, n, 2 + n, max_steps + 3),
   }
   if blocks is not None:
     upper_blocks, lower_blocks = blocks

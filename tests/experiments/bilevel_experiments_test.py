@@ -99,7 +99,7 @@ def test_the_encoder_ignores_padding(cell):
 
 
 def test_budgets_are_equal_calls():
-  table = bilevel.methods(lower_steps=4, terms=3)
+  table = bilevel.methods(lower_steps=4, neumann_steps=3)
   budget = 1000 * table['bo_rep'].calls
   for name, method in table.items():
     steps = method.steps(budget, 5)
@@ -125,7 +125,7 @@ def test_a_run_that_diverged_is_never_picked():
   losses = [(0.1, 2.0), (0.1, 3.0), (1.0, 1.0), (1.0, np.inf), (3.0, np.nan)]
   rows = [
     {'kind': 'eval', 'method': f'{choice.label}: tuning, grid 0', 'step': 5,
-     'rate': rate, 'valid_loss': loss}
+     'learning_rate': rate, 'valid_loss': loss}
     for rate, loss in losses
   ]  # fmt: skip
   assert tuning.tuning_losses(rows, choice) == {
@@ -136,7 +136,7 @@ def test_a_run_that_diverged_is_never_picked():
 
 
 @pytest.mark.parametrize(
-  ('program', 'flags', 'message'),
+  ('program', 'options', 'message'),
   [
     (hyper_cleaning, {'clean': 500}, '--clean=500: more than half'),
     (
@@ -145,7 +145,7 @@ def test_a_run_that_diverged_is_never_picked():
       '--clean=100: must be a mult',
     ),
     (hyper_cleaning, {'flipped': (0.1, 1.0)}, '--flipped=1.0: must be below 1'),
-    (hyper_cleaning, {'rates': ()}, '--rates is empty'),
+    (hyper_cleaning, {'learning_rates': ()}, '--learning_rates is empty'),
     (hyper_cleaning, {'dataset': 'imdb'}, '--dataset=imdb: not one of'),
     (hyper_representation, {'methods': ('saba',)}, '--methods=saba: this'),
     (hyper_representation, {'vectors': 'no.txt'}, '--vectors=no.txt: No such'),
@@ -159,11 +159,11 @@ def test_a_run_that_diverged_is_never_picked():
   ],
 )
 def test_flags_that_make_no_sense_are_said_in_a_line(
-  trec, tmp_path, program, flags, message
+  trec, tmp_path, program, options, message
 ):
   common = {'data_dir': str(trec), 'output_dir': str(tmp_path / 'bad')}
   with pytest.raises(flags.UserError, match=f'^{message}'):
-    program.main(program.Config(**common | flags))
+    program.main(program.Config(**common | options))
 
 
 def ends(folder):
@@ -173,7 +173,7 @@ def ends(folder):
 
 def test_the_cosh_study_runs_and_draws(tmp_path):
   config = unbounded_smoothness.Config(
-    output_dir=str(tmp_path / 'cosh'), rates=(0.03, 0.3), steps=600,
+    output_dir=str(tmp_path / 'cosh'), learning_rates=(0.03, 0.3), steps=600,
     methods=('bo_rep',), upper_steps=('plain', 'normalized'), seeds=2,
     start=3.0,
   )  # fmt: skip
@@ -192,7 +192,7 @@ def test_cleaning_finds_the_flipped_labels(trec, tmp_path):
   config = hyper_cleaning.Config(
     output_dir=str(tmp_path / 'clean'), data_dir=str(trec), flipped=(0.3,),
     methods=('bo_rep',), upper_steps=('normalized',), steps=150, seeds=2,
-    rates=(1.0, 3.0), batch=64, clean=200,
+    learning_rates=(1.0, 3.0), batch=64, clean=192,
   )  # fmt: skip
   hyper_cleaning.main(config)
   (row,) = ends(tmp_path / 'clean')
@@ -207,14 +207,14 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   }  # fmt: skip
   config = hyper_representation.Config(
     output_dir=str(tmp_path / 'rep'), data_dir=str(trec), width=8,
-    max_length=6, steps=60, rates=(0.3, 1.0), **common,
+    max_length=6, steps=60, learning_rates=(0.3, 1.0), **common,
   )  # fmt: skip
   hyper_representation.main(config)
   (row,) = ends(tmp_path / 'rep')
   assert row['test_accuracy'] > 0.9
   config = hyperparameter_optimization.Config(
-    output_dir=str(tmp_path / 'ridge'), steps=400, rates=(0.03, 0.1),
-    lower_rate=0.2, linear_rate=0.2, **common,
+    output_dir=str(tmp_path / 'ridge'), steps=400, learning_rates=(0.03, 0.1),
+    inner_lr=0.2, dual_lr=0.2, **common,
   )  # fmt: skip
   with jax.enable_x64(True):
     hyperparameter_optimization.main(config)
@@ -229,7 +229,7 @@ def test_a_study_cut_short_goes_on_where_it_was(tmp_path, where):
   """In the middle of a grid that was continued, or of the last runs."""
   config = hyperparameter_optimization.Config(
     output_dir=str(tmp_path), methods=('saba',), upper_steps=('plain',),
-    steps=10, seeds=2, rates=(0.1, 1.0), tuning_seeds=1,
+    steps=10, seeds=2, learning_rates=(0.1, 1.0), tuning_seeds=1,
   )  # fmt: skip
 
   def study(config, problem):

@@ -42,20 +42,20 @@ def test_quadratic_starts_where_it_was_recorded(x64):
 def test_parallel_speedup_end_to_end(x64, tmp_path):
   config = parallel_speedup.Config(
     output_dir=str(tmp_path), num_blocks=20, blocks=(10, 20), rows=(8,),
-    upper_rates=(0.3,), lower_rates=(0.3,), steps=200, seeds=2, target=0.1,
+    learning_rates=(0.3,), inner_lrs=(0.3,), steps=200, seeds=2, target=0.1,
   )  # fmt: skip
   parallel_speedup.main(config)
   rows = record.read(tmp_path)[1]
   summaries = record.select(rows, 'summary')
   assert len(summaries) == 2
-  assert all(row['iterations'] > 0 for row in summaries)
+  assert all(row['steps'] > 0 for row in summaries)
   assert (tmp_path / 'parallel_speedup.png').stat().st_size > 1000
 
 
 def test_ranking_end_to_end(tmp_path):
   config = ranking.Config(
     output_dir=str(tmp_path), queries=20, documents=15, features=4, hidden=3,
-    blocks=5, top=5, steps=40, tuning_steps=20, looks=2, rates=(0.01,),
+    blocks=5, top=5, steps=40, tuning_steps=20, looks=2, learning_rates=(0.01,),
     seeds=2, methods=('bsvrb_v2', 'pointwise'),
   )  # fmt: skip
   ranking.main(config)
@@ -88,7 +88,7 @@ def test_multi_block_hyperparameters_end_to_end(tmp_path):
   config = multi_block_hyperparameters.Config(
     output_dir=str(tmp_path), dataset='breast_cancer', train_rows=30,
     num_blocks=6, blocks=2, rows=4, steps=40, tuning_steps=20, looks=2,
-    upper_rates=(1.0,), lower_rates=(0.1, 1e6), seeds=2,
+    learning_rates=(1.0,), inner_lrs=(0.1, 1e6), seeds=2,
     methods=('frozen', 'rsvrb'),
   )  # fmt: skip
   multi_block_hyperparameters.main(config)
@@ -98,7 +98,7 @@ def test_multi_block_hyperparameters_end_to_end(tmp_path):
     start = record.select(rows, 'eval', method=name, step=0)
     last = record.select(rows, 'eval', method=name, step=40)
     assert [row['seed'] for row in last] == [0, 1]
-    assert all(row['lower_rate'] == 0.1 for row in last)
+    assert all(row['inner_lr'] == 0.1 for row in last)
     for before, after in zip(start, last, strict=True):
       assert after['validation'] < before['validation']
       assert (after['moved'] == 0.0) == (name == 'frozen')

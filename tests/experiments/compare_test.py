@@ -17,8 +17,8 @@ from experiments.lab import record
 def config(tmp_path):
   return compare.Config(
     output_dir=str(tmp_path / 'run'), problem='blocks',
-    methods=('bsvrb_v2', 'rsvrb'), budget=400.0, rates=(1e-3, 0.1), seeds=3,
-    tuning_seeds=1, precision='float32',
+    methods=('bsvrb_v2', 'rsvrb'), budget=400.0,
+    learning_rates=(1e-3, 0.1), seeds=3, tuning_seeds=1, precision='float32',
   )  # fmt: skip
 
 
@@ -40,8 +40,10 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
       rows, 'eval', method=f'{method}: tuning 10000', step=compare.PIECES
     )
     best = min(tuned, key=lambda row: row['tuning'])
-    assert ends[0]['rate'] == pytest.approx(best['rate'])
-    assert summary['rate'].endswith('*')  # Both rates are edges of the grid.
+    assert ends[0]['learning_rate'] == pytest.approx(best['learning_rate'])
+    assert summary['learning_rate'].endswith(
+      '*'
+    )  # Both rates are edges of the grid.
   values = [
     [row['value'] for row in record.select(
       rows, 'eval', method=method, step=compare.PIECES

@@ -38,28 +38,30 @@ PROGRAMS = {
   ),
   'image_classification': (
     '--model=logistic', '--epochs=4', '--batches=16,norm:1',
-    '--rates=0.01,0.1', '--microbatch=16', '--tuning_seeds=1', '--seeds=2',
+    '--learning_rates=0.01,0.1', '--microbatch=16', '--tuning_seeds=1',
+    '--seeds=2',
   ),
   'unbounded_smoothness': (
-    '--steps=400', '--rates=0.01,0.1', '--seeds=2', '--methods=bo_rep,soba',
+    '--steps=400', '--learning_rates=0.01,0.1', '--seeds=2',
+    '--methods=bo_rep,soba',
   ),
   'hyperparameter_optimization': (
-    '--steps=200', '--rates=0.03,0.1,0.3', '--seeds=2', '--tuning_seeds=1',
-    '--methods=bo_rep,soba',
+    '--steps=200', '--learning_rates=0.03,0.1,0.3', '--seeds=2',
+    '--tuning_seeds=1', '--methods=bo_rep,soba',
   ),
   'multi_block_hyperparameters': (
     '--dataset=breast_cancer', '--num_blocks=10', '--blocks=3', '--rows=8',
     '--steps=200', '--tuning_steps=100', '--looks=10', '--seeds=2',
-    '--upper_rates=1,10', '--lower_rates=0.1,0.3', '--methods=v2,frozen',
+    '--learning_rates=1,10', '--inner_lrs=0.1,0.3', '--methods=v2,frozen',
   ),
   'parallel_speedup': (
-    '--num_blocks=10', '--blocks=2,5', '--rows=1', '--upper_rates=0.1,0.2',
-    '--lower_rates=0.1', '--steps=200', '--seeds=2', '--target=1e-6',
+    '--num_blocks=10', '--blocks=2,5', '--rows=1', '--learning_rates=0.1,0.2',
+    '--inner_lrs=0.1', '--steps=200', '--seeds=2', '--target=1e-6',
   ),
   'ranking': (
     '--queries=20', '--documents=15', '--features=4', '--hidden=3',
     '--blocks=5', '--top=5', '--steps=100', '--tuning_steps=20', '--looks=5',
-    '--rates=0.01', '--seeds=2', '--methods=bsvrb_v2,pointwise',
+    '--learning_rates=0.01', '--seeds=2', '--methods=bsvrb_v2,pointwise',
   ),
   'density_estimation': (
     '--sets=8gaussians', '--methods=meco,nce', '--steps=300', '--seeds=2',
@@ -73,7 +75,7 @@ PROGRAMS = {
   ),
   'compare': (
     '--problem=blocks', '--methods=bsvrb_v2', '--budget=2000', '--seeds=2',
-    '--rates=0.01,0.1', '--tuning_seeds=1',
+    '--learning_rates=0.01,0.1', '--tuning_seeds=1',
   ),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import density_estimation
+from experiments.lab import flags
 from experiments.methods import unnormalized
 from experiments.problems import plane_noise
 
@@ -24,7 +25,7 @@ def test_verdict_is_a_paired_t_test():
 
 
 @pytest.mark.parametrize(
-  'flags, match',
+  'options, match',
   [
     ({'methods': ('meco:2',)}, 'must be in'),
     ({'methods': ('meco:x',)}, 'could not convert'),
@@ -35,9 +36,9 @@ def test_verdict_is_a_paired_t_test():
     ({'noises': ('flow',)}, 'has no lattice'),
   ],
 )
-def test_flags_that_are_refused(flags, match):
+def test_flags_that_are_refused(options, match):
   with pytest.raises(flags.UserError, match=match):
-    density_estimation.Config(**flags)
+    density_estimation.Config(**options)
 
 
 @pytest.mark.parametrize('problem', ['plane', 'mean'])

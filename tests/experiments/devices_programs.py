@@ -31,24 +31,24 @@ PROGRAMS = {
     image_classification,
     TUNED
     | {
-      'optimizers': ('diffgrad',), 'batches': ('32',), 'rates': (0.01,),
-      'epochs': 1,
+      'optimizers': ('diffgrad',), 'batches': ('32',),
+      'learning_rates': (0.01,), 'epochs': 1,
     },
   ),
   'adadagrad': (
     image_classification,
     TUNED
     | {
-      'optimizers': ('adagrad',), 'batches': ('norm:1',), 'rates': (0.01,),
-      'epochs': 1,
+      'optimizers': ('adagrad',), 'batches': ('norm:1',),
+      'learning_rates': (0.01,), 'epochs': 1,
     },
   ),
   'bo_rep': (
     hyperparameter_optimization,
     TUNED
     | {
-      'methods': ('bo_rep',), 'upper_steps': ('momentum',), 'rates': (0.1,),
-      'steps': 50,
+      'methods': ('bo_rep',), 'upper_steps': ('momentum',),
+      'learning_rates': (0.1,), 'steps': 50,
     },
   ),
   'bsvrb': (
@@ -57,7 +57,7 @@ PROGRAMS = {
     | {
       'dataset': 'breast_cancer', 'methods': ('v2',), 'num_blocks': 16,
       'blocks': 8, 'rows': 8, 'seeds': 2, 'steps': 40, 'tuning_steps': 20,
-      'looks': 2, 'upper_rates': (100.0,), 'lower_rates': (1.0,),
+      'looks': 2, 'learning_rates': (100.0,), 'inner_lrs': (1.0,),
     },
   ),
   'meco': (

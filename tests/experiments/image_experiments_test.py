@@ -23,7 +23,7 @@ def config(tmp_path):
   """197 digits to train on, 137 of them while rates are tuned."""
   return image_classification.Config(
     output_dir=str(tmp_path / 'run'), model='logistic', epochs=2,
-    batches=('16', 'norm:1'), rates=(1e-4, 0.1), microbatch=16,
+    batches=('16', 'norm:1'), learning_rates=(1e-4, 0.1), microbatch=16,
     test_size=1600, valid_size=60, tuning_seeds=1, seeds=2,
     checkpoint_every=0.0,
   )  # fmt: skip

@@ -85,7 +85,7 @@ def test_softmax_regression(tmp_path, x64):
 def solve_equations(folder, problem):
   config = nonlinear_equations.Config(
     output_dir=str(folder), problem=problem, dimension=10, power=3,
-    curvature=('gauss_newton',), optimizers=('gns',), tolerance=1e-6,
+    curvature=('gauss_newton',), optimizers=('gns',), f_tol=1e-6,
   )  # fmt: skip
   nonlinear_equations.main(config)
   return record.read(folder)[1]
@@ -123,7 +123,7 @@ def test_float32_reaches_what_float32_can(small):
   config = dataclasses.replace(
     small,
     precision='float32',
-    tolerance=1e-6,
+    f_tol=1e-6,
     optimizers=('gns',),
     curvature=('exact',),
   )

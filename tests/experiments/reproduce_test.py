@@ -44,7 +44,7 @@ def test_a_claim_is_run_and_judged(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-  broken = reproduce.Run('synthetic_functions', {'rate': '-1'})
+  broken = reproduce.Run('synthetic_functions', {'learning_rate': '-1'})
   monkeypatch.setitem(reproduce.RUNS, 'landscapes', broken)
   config = reproduce.Config(output_dir=str(tmp_path), only=('landscapes',))
   with pytest.raises(flags.UserError, match='the run landscapes failed'):
@@ -57,7 +57,7 @@ def _judge(name):
 
 def _speedup(few, many):
   return [
-    {'kind': 'summary', 'method': f'I={blocks} B=1', 'iterations': iterations}
+    {'kind': 'summary', 'method': f'I={blocks} B=1', 'steps': iterations}
     for blocks, iterations in ((10, few), (100, many))
   ]
 
