@@ -2,7 +2,7 @@
 
 python -m experiments.compare --problem=logistic
 python -m experiments.compare --problem=images --methods=diffgrad,adam,lion
-python -m experiments.compare --problem=ridge --methods=bo_rep:normalized,soba
+python -m experiments.compare --problem=ridge --methods=bo_rep:normalized,saba
 
 Every method gets the same grid of rates on seeds that are used for nothing
 else, and then runs on the reported seeds until it has used up the same budget

@@ -36,6 +36,7 @@ from .lab import plots
 from .lab import record
 from .lab import tables
 from .lab.session import Session
+from .methods import images
 from .problems import image_classifiers
 
 TUNING_SEED = 10_000  # And those that follow it.
@@ -54,7 +55,7 @@ class Config(devices.Config):
     'mlp', 'Model.', choices=tuple(image_classifiers.MODELS)
   )
   optimizers: tuple[str, ...] = flags.flag(
-    ('adagrad',), 'Optimizers.', choices=tuple(image_classifiers.OPTIMIZERS)
+    ('adagrad',), 'Optimizers.', choices=tuple(images.OPTIMIZERS)
   )
   batches: tuple[str, ...] = flags.flag(
     ('8', '32', '128', '512', 'full')
@@ -153,7 +154,7 @@ def run(
   name = choice.batches
   if name.isdigit():  # The average of a growing batch, while rates are tuned.
     name = str(min(int(name), length))
-  rule = image_classifiers.batches(name, config.first_size, length)
+  rule = images.batches(name, config.first_size, length)
   microbatch = config.microbatch
   if rule.moments is optlab.batches.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
@@ -175,9 +176,7 @@ def run(
     grow = lambda: optlab.grow_batch(rule.test, rule.size, rule.limit)
 
   def make(rate):
-    return optax.chain(
-      grow(), image_classifiers.OPTIMIZERS[choice.optimizer](rate)
-    )
+    return optax.chain(grow(), images.OPTIMIZERS[choice.optimizer](rate))
 
   resident = jax.tree.map(jnp.asarray, (data.train, data.held))
   seeds = tuple(seed for seed, _ in lanes)
@@ -497,7 +496,7 @@ def main(config: Config) -> None:
     *data.train, config.valid_size, 'valid', data.classes
   )
   for name in config.batches:  # Errors before hours of work.
-    image_classifiers.batches(name, config.first_size, len(fit.train[1]))
+    images.batches(name, config.first_size, len(fit.train[1]))
   tuning, final = task(config, fit), task(config, data)
   summary: list[dict] = []
   choices: list[Choice] = []

@@ -8,13 +8,6 @@ that is used for nothing else, and is then run on the other seeds. `frozen` is
 the control: the weights stay as they are and only the lower problems are
 solved. RSVRB keeps a cross Jacobian for each block and is left out, with a
 word, where that does not fit --max_numbers.
-
-What it shows (4,000 steps, medians of 5 seeds, test loss): with a fifth of the
-labels flipped and three in ten positive rows kept, tuned weights win, on a8a
-0.378 with v2 and 0.383 with v1 against 0.477 with frozen weights, on w8a 0.118
-with v2 against 0.290. On clean data they bring little: a8a 0.341 with v1, 0.345
-with v2, 0.346 frozen; w8a 0.138 with v2, 0.110 frozen. Lower problems diverge
-at a step of 3 on a8a.
 """
 
 import dataclasses
@@ -35,9 +28,10 @@ from .lab import plots
 from .lab import record
 from .lab import tables
 from .lab.session import Session
+from .methods import multi_block
 from .problems import scaled_logistic as logistic
 
-METHODS = ('v1', 'v2', 'rsvrb', 'frozen')
+METHODS = (*multi_block.METHODS, 'frozen')
 TUNING_SEED = 10_000
 
 
@@ -120,30 +114,23 @@ def load(config: Config) -> Problem:
 
 
 def make(config: Config, name: str, upper: Any, lower: Any):
-  """The estimator and the optimizer of a method with its rates."""
+  """The method, its estimator and its optimizer with their rates."""
   levels = logistic.Levels(config.l2)
-  objectives = levels.upper, levels.lower, config.num_blocks
-  if name == 'rsvrb':
-    estimator = optlab.multi_block.rsvrb(
-      *objectives, inner_lr=lower, beta=config.beta,
-      floor=config.floor + config.damping,
-    )  # fmt: skip
-  else:
-    dual = optlab.multi_block.track_products()
-    if name == 'v1':
-      dual = optlab.multi_block.track_hessians(config.floor, config.damping)
-    estimator = optlab.bsvrb(
-      *objectives, inner_lr=lower, alpha=config.alpha, beta=config.beta,
-      dual=dual,
-    )  # fmt: skip
-  return estimator, optax.sgd(upper)
+  table = multi_block.methods(
+    alpha=config.alpha, beta=config.beta, floor=config.floor,
+    damping=config.damping,
+  )  # fmt: skip
+  # The control solves the lower problems as v2 does.
+  method = table['bsvrb_v2' if name == 'frozen' else name]
+  estimator = method.make(levels.upper, levels.lower, config.num_blocks, lower)
+  return method, estimator, optax.sgd(upper)
 
 
 def prepare(config: Config, name: str, problem: Problem, every: int):
   """Functions that start and advance a lane: rates, seed."""
 
   def start(upper, lower, seed):
-    estimator, tx = make(config, name, upper, lower)
+    _, estimator, tx = make(config, name, upper, lower)
     p = jnp.zeros(len(problem.train), problem.train.dtype)
     w = jnp.zeros(
       (config.num_blocks, problem.train.shape[1]), problem.train.dtype
@@ -151,7 +138,7 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
     return Run(optlab.init(p, estimator, tx, w), jax.random.key(seed))
 
   def advance(upper, lower, run, problem):
-    estimator, tx = make(config, name, upper, lower)
+    method, estimator, tx = make(config, name, upper, lower)
     train_step = optlab.train_step(estimator, tx)
     shape = config.blocks, config.rows
 
@@ -166,9 +153,7 @@ def prepare(config: Config, name: str, problem: Problem, every: int):
       scale = problem.scale[blocks]
       upper_batch = logistic.pick(problem.validation, held), scale
       lower_batch = logistic.pick(problem.train, rows), rows, scale
-      batch = optlab.BlockBatch(blocks, upper_batch, lower_batch)
-      if name == 'rsvrb':
-        batch = optlab.multi_block.PairedBlockBatch(*batch, outer)
+      batch = method.batch(blocks, upper_batch, lower_batch, outer)
       return train_step(train, devices.split(batch, 1))[0]
 
     return run._replace(train=jax.lax.fori_loop(0, every, step, run.train))

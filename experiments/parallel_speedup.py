@@ -28,6 +28,7 @@ from .lab import plots
 from .lab import record
 from .lab import tables
 from .lab.session import Session
+from .methods import multi_block
 from .problems import quadratic
 
 LOOK = 10  # Steps from one look to the next.
@@ -56,7 +57,9 @@ class Config(devices.Config):
   steps: int = flags.flag(4000, 'The most steps of a cell.', low=LOOK)
   alpha: float = flags.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
   beta: float = flags.flag(0.1, 'Rate of the hypergradient.', low=0.0)
-  dual: str = flags.flag('v2', 'Variant of BSVRB.', choices=('v1', 'v2'))
+  method: str = flags.flag(
+    'bsvrb_v2', 'The method.', choices=('bsvrb_v1', 'bsvrb_v2')
+  )
   seeds: int = flags.flag(5, 'Number of seeds.', low=1)
 
 
@@ -87,15 +90,12 @@ def problem(config: Config):
 
 def lane(config: Config, data: quadratic.Block, cell: Cell, upper, lower):
   """The first state and the step of one lane, with its rates."""
-  duals = {
-    'v1': optlab.multi_block.track_hessians,
-    'v2': optlab.multi_block.track_products,
-  }
-  estimator = optlab.bsvrb(
-    quadratic.upper, quadratic.lower, config.num_blocks,
-    inner_lr=lower, alpha=config.alpha, beta=config.beta,
-    dual=duals[config.dual](),
-  )  # fmt: skip
+  method = multi_block.methods(alpha=config.alpha, beta=config.beta)[
+    config.method
+  ]
+  estimator = method.make(
+    quadratic.upper, quadratic.lower, config.num_blocks, lower
+  )
   tx = optax.sgd(upper)
   train_step = optlab.train_step(estimator, tx)
   shape = cell.blocks, data.c.shape[-1]

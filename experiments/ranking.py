@@ -34,6 +34,7 @@ from .lab import plots
 from .lab import record
 from .lab import tables
 from .lab.session import Session
+from .methods import multi_block
 
 METHODS = ('bsvrb_v1', 'bsvrb_v2', 'pointwise', 'listwise')
 TUNING_SEED = 10_000
@@ -206,13 +207,9 @@ def prepare(config: Config, name: str, steps: int, every: int):
         jax.vmap(loss, (None, 0))(params, batch.upper)
       )
     )
-    dual = {
-      'bsvrb_v1': optlab.multi_block.track_hessians(config.convexity),
-      'bsvrb_v2': optlab.multi_block.track_products(),
-    }.get(name)
-    estimator = optlab.bsvrb(
-      *levels(config), m, inner_lr=config.inner_lr, dual=dual
-    )
+    table = multi_block.methods(floor=config.convexity)
+    method = table[name if bilevel else 'bsvrb_v2']
+    estimator = method.make(*levels(config), m, config.inner_lr)
     return plain, estimator, tx
 
   def start(rate, seed):

@@ -108,7 +108,7 @@ RUNS = {
   'spoiled': Run(
     'multi_block_hyperparameters',
     {
-      'dataset': 'a8a', 'methods': 'v2,frozen', 'keep_positive': '0.3',
+      'dataset': 'a8a', 'methods': 'bsvrb_v2,frozen', 'keep_positive': '0.3',
       'flip': '0.2', 'seeds': '3',
     },
     needs_data=True,
@@ -361,7 +361,7 @@ def _speedup_rows(rows: Rows) -> tuple[str, str]:
 
 
 def _spoiled(rows: Rows) -> tuple[str, str]:
-  ours, frozen = (median(rows, name, 'test') for name in ('v2', 'frozen'))
+  ours, frozen = (median(rows, name, 'test') for name in ('bsvrb_v2', 'frozen'))
   return f'test loss {ours:.3f}, equal weights {frozen:.3f}', grade(
     ours < frozen
   )

@@ -8,6 +8,7 @@ of parameters, every optimizer of optlab and optax is a method, by its name.
 from collections.abc import Callable
 import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ import optax
 import optlab
 
 from ..methods import bilevel
+from ..methods import multi_block
+from ..methods import unnormalized
 from ..problems import data as data_lib
 from ..problems import densities
 from ..problems import image_classifiers
@@ -273,7 +276,7 @@ def ridge() -> Problem:
 
   return Problem(
     entry,
-    ('bo_rep:normalized', 'bo_rep', 'soba', 'saba', 'stocbio', 'unrolled'),
+    ('bo_rep:normalized', *bilevel.ONE_OF_EACH),
     (0.01, 0.03, 0.1, 0.3, 1.0),
     5000,
     'gradients and products of a sample',
@@ -292,20 +295,13 @@ def blocks() -> Problem:
   count, dim = data.c.shape
   least = jax.jit(quadratic.objective)(jax.jit(quadratic.minimizer)(data), data)
   levels = quadratic.upper, quadratic.lower, count
-  table = {
-    'bsvrb_v1': functools.partial(
-      optlab.bsvrb, dual=optlab.multi_block.track_hessians()
-    ),
-    'bsvrb_v2': functools.partial(
-      optlab.bsvrb, dual=optlab.multi_block.track_products()
-    ),
-    'rsvrb': optlab.multi_block.rsvrb,
-  }
+  table = multi_block.methods()
 
   def entry(name):
     if name not in table:
       raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
-    estimator = table[name](*levels, inner_lr=0.5, beta=0.1)
+    method = table[name]
+    estimator = method.make(*levels, 0.5)
 
     def start(key, rate):
       x = jnp.full(data.b.shape[-1], 3.0)
@@ -317,11 +313,9 @@ def blocks() -> Problem:
       chosen = optlab.sample_blocks(keys[0], count, sampled)
       drawn = noise * jax.random.normal(keys[1], (2, sampled, dim))
       rows = jax.tree.map(lambda leaf: leaf[chosen], data)
-      parts = chosen, (rows, drawn[0]), (rows, drawn[1])
-      batch: Any = optlab.BlockBatch(*parts)
-      if name == 'rsvrb':  # It samples blocks for the upper level apart.
-        outer = optlab.sample_blocks(keys[2], count, sampled)
-        batch = optlab.multi_block.PairedBlockBatch(*parts, outer)
+      outer = optlab.sample_blocks(keys[2], count, sampled)
+      parts = chosen, (rows, drawn[0]), (rows, drawn[1]), outer
+      batch = method.batch(*parts)
       return optlab.train_step(estimator, optax.sgd(rate))(state, batch)[0]
 
     return Entry(start, step, lambda before, after: sampled)
@@ -344,34 +338,33 @@ def blocks() -> Problem:
 # A density without its normalizer.
 
 
+# Contrastive divergence needs chains beside the batch.
+NOISE_METHODS = tuple(name for name in unnormalized.METHODS if name != 'cd')
+
+
 def density() -> Problem:
   """MECO and its peers on eight Gaussians; the same noise for all seeds."""
   rows = 256
   plane = jax.tree.map(
     lambda leaf: leaf[0], plane_noise.plane('8gaussians', 'mixture', 1)
   )
-  log_density = densities.log_density
-  with_normalizer = optlab.unnormalized.with_log_normalizer(log_density)
-  table = {
-    'meco': optlab.meco(log_density, 0.1),
-    'meco_ratio': optlab.meco(log_density, 0.1, ratio_correction=True),
-    'snis': optlab.meco(log_density, 1.0),
-    'nce': optlab.nce(with_normalizer),
-    'ence': optlab.unnormalized.ence(with_normalizer),
-  }
+  make = functools.partial(
+    unnormalized.estimator_and_start, log_density=densities.log_density,
+    log_z=math.log(8 * math.pi), gamma=0.1,
+  )  # fmt: skip
 
   def entry(name):
-    if name not in table:
-      raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
-    estimator = table[name]
+    if name not in NOISE_METHODS:
+      raise flags.UserError(
+        f'--methods={name}: not one of {", ".join(NOISE_METHODS)}'
+      )
 
     def start(key, rate):
-      params = densities.init_mlp(key)
-      if name in ('nce', 'ence'):
-        params = optlab.unnormalized.NceParams(params, jnp.log(8 * jnp.pi))
+      estimator, params, _ = make(name, params=densities.init_mlp(key))
       return optlab.init(params, estimator, optax.adam(rate))
 
     def step(state, key, rate):
+      estimator, _, _ = make(name, params=None)
       keys = jax.random.split(key)
       index = jax.random.randint(keys[0], (rows,), 0, len(plane.train))
       drawn = plane.noise.sample_lattice(keys[1], rows)
@@ -389,7 +382,7 @@ def density() -> Problem:
     params = state.params
     if isinstance(params, optlab.unnormalized.NceParams):
       params = params.model
-    model = functools.partial(log_density, params)
+    model = functools.partial(densities.log_density, params)
     corner = np.full(2, 7.0)
     log_z = optlab.unnormalized.grid_log_partition(model, -corner, corner, 200)
     gap = plane.negative_entropy + log_z.value - jnp.mean(model(plane.test))

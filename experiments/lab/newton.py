@@ -26,6 +26,7 @@ from sklearn.linear_model import _linear_loss
 
 import optlab
 
+from ..methods import newton as methods
 from ..problems import data as data_lib
 from ..problems import smooth
 from . import devices
@@ -34,15 +35,6 @@ from . import plots
 from . import tables
 from .session import Session
 
-SKLEARN = ('lbfgs', 'newton-cg', 'newton-cholesky')
-OPTIMIZERS = (
-  'gns',
-  'gns_paper',
-  'lbfgs',
-  'gradient_descent',
-  *(f'sklearn_{solver.replace("-", "_")}' for solver in SKLEARN),
-)
-CURVATURES = ('exact', 'gauss_newton', 'fisher')
 _TIMED_RUNS = 3
 _LONG = 1.0  # Seconds of a run that is not repeated.
 
@@ -52,7 +44,9 @@ class Config(devices.Config):
   """Flags of the three programs."""
 
   curvature: tuple[str, ...] = flags.flag(
-    CURVATURES, 'Curvatures of gns and gns_paper.', choices=CURVATURES
+    methods.CURVATURES,
+    'Curvatures of gns and gns_paper.',
+    choices=methods.CURVATURES,
   )
   f_tol: float = flags.flag(1e-8, 'Stop at f - f* <= f_tol.', low=0.0)
   max_steps: int = flags.flag(1000, 'The most steps of a solver.', low=1)
@@ -72,27 +66,10 @@ class RegressionConfig(Config):
     None, 'Weight of |x|^2 / 2; 1 / rows if not given.', low=1e-12
   )
   optimizers: tuple[str, ...] = flags.flag(
-    tuple(name for name in OPTIMIZERS if name != 'gns_paper'),
+    tuple(name for name in methods.OPTIMIZERS if name != 'gns_paper'),
     'Solvers.',
-    choices=OPTIMIZERS,
+    choices=methods.OPTIMIZERS,
   )
-
-
-class Method(NamedTuple):
-  """An optax transformation with what it is given and what it costs.
-
-  Attributes:
-    name: Shown in tables.
-    tx: The transformation.
-    curvature: Its curvature, or ``None``.
-    evaluations: ``opt_state -> (trials, gradients)`` of the last step: how
-      often it evaluated the objective, and how often the gradient.
-  """
-
-  name: str
-  tx: optax.GradientTransformation
-  curvature: smooth.Curvature | None
-  evaluations: Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
 class Progress(NamedTuple):
@@ -106,63 +83,8 @@ class Progress(NamedTuple):
   solves: jax.Array
 
 
-def _gns_evaluations(state):
-  return state.info.trials, state.info.trials
-
-
-def _line_search_evaluations(state):
-  count = optax.tree.get(state, 'num_linesearch_steps').astype(jnp.int32)
-  return count, count
-
-
-def _backtracking_evaluations(state):
-  count = optax.tree.get(state, 'num_linesearch_steps').astype(jnp.int32)
-  return count, jnp.int32(1)
-
-
-def methods(
-  names: Sequence[str], curvatures: Sequence[str], problem: smooth.Problem
-) -> list[Method]:
-  """The optax transformations among the optimizers.
-
-  Args:
-    names: Names from `OPTIMIZERS`.
-    curvatures: Names from `CURVATURES`; those that the problem lacks are left
-      out.
-    problem: The problem.
-
-  Returns:
-    One entry for each optimizer and curvature.
-  """
-  found = []
-  for name in names:
-    if name in ('gns', 'gns_paper'):
-      make = (
-        optlab.gns_newton if name == 'gns' else optlab.newton.gns_newton_paper
-      )
-      for key in curvatures:
-        if key in problem.curvatures:
-          curvature = problem.curvatures[key]
-          tx = make(solver=curvature.solver, metric=problem.metric)
-          found.append(
-            Method(f'{name}, {key}', tx, curvature, _gns_evaluations)
-          )
-    elif name == 'lbfgs':
-      tx = optax.lbfgs()
-      found.append(Method('optax.lbfgs', tx, None, _line_search_evaluations))
-    elif name == 'gradient_descent':
-      search = optax.scale_by_backtracking_linesearch(
-        max_backtracking_steps=30, increase_factor=2.0, store_grad=True
-      )
-      tx = optax.chain(optax.sgd(1.0), search)
-      found.append(
-        Method('gradient descent', tx, None, _backtracking_evaluations)
-      )
-  return found
-
-
 def _minimize(
-  problem: smooth.Problem, method: Method, params, data, **kwargs
+  problem: smooth.Problem, method: methods.Method, params, data, **kwargs
 ) -> optlab.MinimizeResult:
   curvature = None
   if method.curvature is not None:
@@ -174,7 +96,7 @@ def _minimize(
   )  # fmt: skip
 
 
-def _begin(method: Method, params) -> Progress:
+def _begin(method: methods.Method, params) -> Progress:
   zero = jnp.zeros((), jnp.int32)
   return Progress(params, method.tx.init(params), zero, zero + 1, zero, zero)
 
@@ -216,7 +138,7 @@ def least_value(problem: smooth.Problem) -> float:
     return problem.least
   with jax.enable_x64(True):
     wide = _cast(problem, jnp.float64)
-    method = methods(['gns'], ['exact'], wide)[0]
+    method = methods.methods(['gns'], ['exact'], wide)[0]
     run = jax.jit(
       lambda params, data: (
         _minimize(
@@ -444,7 +366,7 @@ def compare(
     program: The program's name.
     problem: The problem, in float64.
     config: The program's configuration.
-    optimizers: Names from `OPTIMIZERS`.
+    optimizers: Names from `methods.OPTIMIZERS`.
 
   Returns:
     The session, for its rows.
@@ -455,9 +377,9 @@ def compare(
   header = {'problem': problem.name, 'least': least, 'show': 'suboptimality'}
   with Session(program, config, **header) as session:
     for seed in range(config.seeds):
-      for method in methods(optimizers, config.curvature, cast):
+      for method in methods.methods(optimizers, config.curvature, cast):
         _run_optax(session, cast, method, seed, config, least, evaluate)
-      for solver in SKLEARN:
+      for solver in methods.SKLEARN:
         named = f'sklearn_{solver.replace("-", "_")}' in optimizers
         if named and problem.regression is not None:
           _run_sklearn(session, problem, solver, seed, config, evaluate)

@@ -31,15 +31,6 @@ from .session import Session
 TUNING_SEED = 10_000
 EXTENSIONS = 2  # How often a grid is continued, by its own length.
 PIECES = 5
-METHODS = (
-  'bo_rep',
-  'bo_rep_period1',
-  'bo_rep_period4',
-  'soba',
-  'stocbio',
-  'ttsa',
-  'unrolled',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Config(devices.Config):
   neumann_steps: int = flags.flag(5, 'Terms of the Neumann series.', low=1)
   beta: float = flags.flag(0.9, 'Momentum of the upper step.', low=0.0)
   methods: tuple[str, ...] = flags.flag(
-    METHODS, 'Estimators.', choices=('saba', *bilevel.METHODS)
+    bilevel.COMPARED, 'Estimators.', choices=('saba', *bilevel.METHODS)
   )
   upper_steps: tuple[str, ...] = flags.flag(
     ('normalized', 'plain'), 'Upper steps.', choices=bilevel.UPPER_STEPS

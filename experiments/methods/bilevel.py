@@ -128,6 +128,17 @@ def methods(
 
 
 METHODS = tuple(methods(1, 1))
+# What is compared by default: bo_rep with its periods, and its peers.
+COMPARED = (
+  'bo_rep',
+  'bo_rep_period1',
+  'bo_rep_period4',
+  'soba',
+  'stocbio',
+  'ttsa',
+  'unrolled',
+)
+ONE_OF_EACH = ('bo_rep', 'soba', 'saba', 'stocbio', 'unrolled')
 UPPER_STEPS = ('plain', 'momentum', 'clipped', 'normalized', 'adam')
 SCHEDULES = ('constant', 'cosine')
 

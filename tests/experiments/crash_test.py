@@ -52,7 +52,7 @@ PROGRAMS = {
   'multi_block_hyperparameters': (
     '--dataset=breast_cancer', '--num_blocks=10', '--blocks=3', '--rows=8',
     '--steps=200', '--tuning_steps=100', '--looks=10', '--seeds=2',
-    '--learning_rates=1,10', '--inner_lrs=0.1,0.3', '--methods=v2,frozen',
+    '--learning_rates=1,10', '--inner_lrs=0.1,0.3', '--methods=bsvrb_v2,frozen',
   ),
   'parallel_speedup': (
     '--num_blocks=10', '--blocks=2,5', '--rows=1', '--learning_rates=0.1,0.2',

@@ -55,7 +55,7 @@ PROGRAMS = {
     multi_block_hyperparameters,
     F64
     | {
-      'dataset': 'breast_cancer', 'methods': ('v2',), 'num_blocks': 16,
+      'dataset': 'breast_cancer', 'methods': ('bsvrb_v2',), 'num_blocks': 16,
       'blocks': 8, 'rows': 8, 'seeds': 2, 'steps': 40, 'tuning_steps': 20,
       'looks': 2, 'learning_rates': (100.0,), 'inner_lrs': (1.0,),
     },

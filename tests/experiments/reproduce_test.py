@@ -81,6 +81,6 @@ def test_the_rule_of_the_speedup(few, many, verdict):
 def test_the_rule_of_the_spoiled_labels(ours, verdict):
   rows = [
     {'kind': 'eval', 'method': method, 'seed': 0, 'step': 1, 'test': value}
-    for method, value in (('v2', ours), ('frozen', 0.2))
+    for method, value in (('bsvrb_v2', ours), ('frozen', 0.2))
   ]
   assert _judge('spoiled')(rows)[1] == verdict
