@@ -294,6 +294,12 @@ def fit_sklearn(
   """
   features, labels, l2 = regression
   features = features.astype(dtype)
+  shape = start.shape
+  # Of two classes it fits the difference of their columns, whose penalty is
+  # half that of both.
+  two = start.ndim == 2 and shape[1] == 2
+  if two:
+    start, l2 = start[:, 1] - start[:, 0], l2 / 2
   model = linear_model.LogisticRegression(
     C=1.0 / (l2 * len(labels)), fit_intercept=False, solver=solver,
     tol=1e-300, max_iter=max_iter, warm_start=True,
@@ -309,7 +315,10 @@ def fit_sklearn(
     began = time.perf_counter()
     model.fit(features, labels)
     seconds = time.perf_counter() - began
-  return model.coef_.T.reshape(start.shape).astype(np.float64), seconds
+  params = model.coef_.T.astype(np.float64)
+  if two:
+    params = np.hstack([-params / 2, params / 2])
+  return params.reshape(shape), seconds
 
 
 def _run_sklearn(session, problem, solver, seed, config, evaluate):

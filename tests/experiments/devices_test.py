@@ -28,7 +28,7 @@ TOLERANCE = 1e-9
 def start(*arguments, host_devices=1):
   flags = f'--xla_force_host_platform_device_count={host_devices}'
   return subprocess.Popen(
-    [sys.executable, '-m', 'tests.devices_programs', *arguments],
+    [sys.executable, '-m', 'tests.experiments.devices_programs', *arguments],
     cwd=ROOT,
     env=os.environ | {'XLA_FLAGS': flags},
     stdout=subprocess.PIPE,
@@ -228,7 +228,7 @@ def test_more_devices_than_there_are():
 
 
 @pytest.mark.parametrize(
-  ('flags', 'message'),
+  ('options', 'message'),
   [
     ({'processes': 2}, '--processes=2 needs --coordinator'),
     ({'coordinator': 'localhost:1'}, '--coordinator needs --mesh'),
@@ -238,9 +238,9 @@ def test_more_devices_than_there_are():
     ),
   ],
 )
-def test_flags_that_do_not_fit(flags, message):
+def test_flags_that_do_not_fit(options, message):
   with pytest.raises(flags.UserError, match=message):
-    devices.connect(devices.Config(**flags))
+    devices.connect(devices.Config(**options))
 
 
 def test_a_batch_that_does_not_divide_stays_whole():

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from sklearn import datasets
 
 from experiments import logistic_regression
 from experiments import nonlinear_equations
@@ -73,13 +74,23 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
   assert (folder / 'record.jsonl').read_bytes() == before
 
 
-def test_softmax_regression(tmp_path, x64):
+@pytest.mark.parametrize('load', [datasets.load_iris, datasets.load_wine])
+def test_softmax_regression(tmp_path, x64, load):
+  """Of three classes, and of two, which scikit-learn takes in another form."""
+  rows = load()
+  kept = rows.target < (3 if load is datasets.load_iris else 2)
+  scaled = rows.data[kept] / rows.data.max(0)
+  path = tmp_path / 'rows.libsvm'
+  datasets.dump_svmlight_file(
+    scaled, rows.target[kept], str(path), zero_based=False
+  )
   config = softmax_regression.Config(
-    output_dir=str(tmp_path), l2=1e-2, optimizers=('sklearn_newton_cg',),
+    output_dir=str(tmp_path / 'run'), l2=1e-2, dataset=str(path),
+    optimizers=('gns', 'sklearn_newton_cg'), curvature=('exact',),
   )  # fmt: skip
   softmax_regression.main(config)
-  summaries = record.select(record.read(tmp_path)[1], 'summary')
-  assert [row['reached'] for row in summaries] == [True]
+  summaries = record.select(record.read(config.output_dir)[1], 'summary')
+  assert [row['reached'] for row in summaries] == [True, True]
 
 
 def solve_equations(folder, problem):
