@@ -92,9 +92,10 @@ def search(
       decrease, and to stall where that fails too.
 
   Returns:
-    The search after its last trial, and whether it stalled. Where rounding hid
-    the last trial, smoothness and rule are as they were before the first:
-    nothing was learned.
+    The search after its last trial, and whether it stalled. A trial whose
+    decrease rounding hides teaches nothing: accepted on its gradient, it leaves
+    smoothness and rule as they were tried; as the last of a search that failed,
+    as they were before it.
   """
   movable = jnp.isfinite(start.grad_norm) & jnp.isfinite(start.value)
   movable &= start.grad_norm > 0
@@ -107,7 +108,10 @@ def search(
     shift = start.shift_of(now.gamma)
     point = _try(start, shift)
     accepted, flat = _judge(start, point, shift, safeguard)
-    return _learn(start, now, point, shift, accepted, flat, rule)
+    taught = ~flat if safeguard else True
+    return _learn(start, now, point, shift, accepted, taught, rule)._replace(
+      flat=flat
+    )
 
   last = jax.lax.while_loop(unfinished, step, found)
   hidden = last.flat & ~last.accepted
@@ -153,12 +157,26 @@ def _judge(start, point, shift, safeguard):
   accepted = decrease >= needed
   if safeguard:
     smaller = jnp.linalg.norm(point.dual) <= 0.9 * start.grad_norm
-    accepted |= flat & ((point.dual @ -point.move >= needed) | smaller)
+    smaller |= point.dual @ -point.move >= needed
+    accepted = jnp.where(flat, smaller & ~_is_rounding(point, start), accepted)
   return accepted & point.ok, flat
 
 
-def _learn(start, now, point, shift, accepted, flat, rule):
-  """The search after a trial."""
+def _is_rounding(point, start):
+  """Whether a step changes no parameter by more than a few units of rounding.
+
+  Where the value stands still too, gradients of such points are noise.
+  """
+  small = jax.tree.map(
+    lambda d, x: jnp.all(jnp.abs(d) <= 4 * jnp.finfo(x.dtype).eps * jnp.abs(x)),
+    point.step,
+    start.params,
+  )
+  return jnp.all(jnp.asarray(jax.tree.leaves(small)))
+
+
+def _learn(start, now, point, shift, accepted, taught, rule):
+  """The search after a trial; the smoothness moves where it ``taught``."""
   trial = _search.Trial(
     gamma=now.gamma,
     shift=shift,
@@ -173,7 +191,7 @@ def _learn(start, now, point, shift, accepted, flat, rule):
   gamma = gamma.astype(now.gamma.dtype)
   # Nothing is learned where the gradient is zero or the point the same, unless
   # it is the same because the system could not be solved.
-  useful = (gamma > 0) & jnp.isfinite(gamma)
+  useful = taught & (gamma > 0) & jnp.isfinite(gamma)
   useful &= accepted | ~point.solved | jnp.any(point.move != 0)
   gamma, state = trees.where(useful, (gamma, state), (now.gamma, now.rule))
   step, value, grad = trees.where(
@@ -190,6 +208,6 @@ def _learn(start, now, point, shift, accepted, flat, rule):
     shift=shift,
     trials=now.trials + 1,
     accepted=accepted,
-    flat=flat,
+    flat=now.flat,
     products=now.products + point.products,
   )
