@@ -53,14 +53,32 @@ def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
 
 
 def norm(tree: base.Params) -> jax.Array:
-  """Euclidean norm in float32 or wider; of an empty tree, zero."""
-  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
-  return jnp.sqrt(sq_norm(jax.tree.leaves(tree), dtype))
+  """Euclidean norm in float32 or wider; of an empty tree, zero.
+
+  Where the squares would over- or underflow, they are of numbers scaled by the
+  largest magnitude.
+  """
+  dtype = real_dtype(tree)
+  info = jnp.finfo(dtype)
+  plain = jnp.sqrt(sq_norm(tree, dtype))
+
+  def scaled():
+    top = largest(tree)
+    usual = (top > 0) & jnp.isfinite(top)
+    divisor = jnp.where(usual, top, 1)
+    small = jax.tree.map(
+      lambda leaf: leaf.astype(accumulator_dtype(leaf)) / divisor, tree
+    )
+    # The largest is NaN where a number is NaN, infinite where one is infinite.
+    return jnp.where(usual, top * jnp.sqrt(sq_norm(small, dtype)), top)
+
+  safe = (plain > info.tiny**0.25) & (plain < info.max)
+  return jax.lax.cond(safe, lambda: plain, scaled)
 
 
 def largest(tree: base.Params) -> jax.Array:
   """The largest magnitude in a tree, a real number; of an empty tree, zero."""
-  dtype = jnp.finfo(accumulator_dtype(tree)).dtype
+  dtype = real_dtype(tree)
   tops = [
     jnp.max(jnp.abs(leaf), initial=0).astype(dtype)
     for leaf in jax.tree.leaves(tree)
@@ -188,6 +206,11 @@ def sq_norm(tree: base.ArrayTree, dtype: Any) -> jax.Array:
     ),
     start=jnp.zeros((), dtype),
   )
+
+
+def real_dtype(tree: base.ArrayTree) -> Any:
+  """The dtype of magnitudes of a tree's leaves, at least float32."""
+  return jnp.finfo(accumulator_dtype(tree)).dtype
 
 
 def accumulator_dtype(*trees: base.Params) -> Any:

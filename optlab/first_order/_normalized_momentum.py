@@ -11,21 +11,6 @@ from optlab import checks
 from optlab import trees
 
 
-def _safe_norm(tree: base.Params) -> jax.Array:
-  """The norm, without overflow or underflow of the squares."""
-  plain = trees.norm(tree)
-  info = jnp.finfo(plain.dtype)
-  safe = (plain > info.tiny**0.25) & (plain < info.max**0.5)
-
-  def scaled():
-    top = trees.largest(tree)
-    divisor = jnp.where(top > 0, top, 1)
-    small = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), tree)
-    return top * trees.norm(small)
-
-  return jax.lax.cond(safe, lambda: plain, scaled)
-
-
 class ScaleByNormalizedMomentumState(NamedTuple):
   """State of `scale_by_normalized_momentum`."""
 
@@ -85,7 +70,7 @@ def scale_by_normalized_momentum(
     mu = jax.tree.map(
       average, updates, state.mu, is_leaf=lambda leaf: leaf is None
     )
-    length = _safe_norm(mu)
+    length = trees.norm(mu)
     moves = informative & (length > 0)
     direction = trees.map_updates(
       lambda g, m: jnp.where(moves, m / length.astype(m.dtype), 0), updates, mu

@@ -24,6 +24,9 @@ from optlab.newton import _trials
 SOLVER = checks.Function('(operator, b, shift) -> Prepared', optional=True)
 
 
+GIVE_UP = 40  # rejected trials in a row
+
+
 class GNSNewtonInfo(NamedTuple):
   """What `gns_newton` reports of its last step and, in totals, of the run.
 
@@ -32,6 +35,8 @@ class GNSNewtonInfo(NamedTuple):
     trials: Trials of the last step.
     accepted: Whether the last step was accepted; a rejected step is zero.
     stalled: Whether the last search ended because rounding hides any decrease.
+    failed: Whether 40 trials in a row, of one step or of several, were
+      rejected.
     total_trials: Trials of all steps.
     total_products: Operator-vector products of all steps.
   """
@@ -40,6 +45,7 @@ class GNSNewtonInfo(NamedTuple):
   trials: jax.Array  # shape (), int32
   accepted: jax.Array  # shape (), bool
   stalled: jax.Array  # shape (), bool
+  failed: jax.Array  # shape (), bool
   total_trials: jax.Array  # shape (), int32
   total_products: jax.Array  # shape (), int32
 
@@ -52,6 +58,7 @@ class GNSNewtonState(NamedTuple):
       0 before the first step where the method chooses the first one itself.
     value: The objective at the current point, infinite if it is not known.
     grad: The gradient at the current point, for `value_and_grad_from_state`.
+    rejections: Trials rejected since the last accepted one.
     rule: The state of the search rule, empty for those of optlab.
     info: Diagnostics.
   """
@@ -59,6 +66,7 @@ class GNSNewtonState(NamedTuple):
   gamma: jax.Array  # shape ()
   value: jax.Array  # shape ()
   grad: base.Updates
+  rejections: jax.Array  # shape (), int32
   rule: Any
   info: GNSNewtonInfo
 
@@ -141,8 +149,11 @@ def gns_newton(
     the failing trial). A start on the axis of a saddle converges to the saddle.
     With stochastic batches ``value_fn`` must be bound to the batch of ``grad``;
     the value and gradient in the state belong to that batch too.
-    It must be the last link of a chain, and cannot be masked or partitioned, as
-    `optax.lbfgs` cannot: ``value_fn`` takes all parameters.
+    It cannot be masked or partitioned, as `optax.lbfgs` cannot: ``value_fn``
+    takes all parameters; close over what is frozen. Behind it in a chain, a
+    link that changes its updates makes the value and gradient in its state
+    those of a point where nobody is: `minimize` and `train_step` then evaluate
+    anew, `optax.value_and_grad_from_state` cannot know.
   """
   checks.enforce(gns_newton, locals())
   _check_metric(metric)
@@ -150,6 +161,7 @@ def gns_newton(
   _check_rule(rule)
 
   def init(params):
+    _check_whole_and_real(params)
     dtype = trees.accumulator_dtype(params)
     gamma = 0.0 if gamma_init is None else gamma_init
     # No two fields share a buffer, so that the state can be donated.
@@ -157,12 +169,14 @@ def gns_newton(
       gamma=jnp.array(gamma, dtype),
       value=jnp.full((), jnp.inf, dtype),
       grad=optax.tree.zeros_like(params),
+      rejections=jnp.zeros((), jnp.int32),
       rule=rule.init(jnp.array(gamma, dtype)),
       info=GNSNewtonInfo(
         shift=jnp.zeros((), dtype),
         trials=jnp.zeros((), jnp.int32),
         accepted=jnp.zeros((), bool),
         stalled=jnp.zeros((), bool),
+        failed=jnp.zeros((), bool),
         total_trials=jnp.zeros((), jnp.int32),
         total_products=jnp.zeros((), jnp.int32),
       ),
@@ -189,6 +203,7 @@ def gns_newton(
       value_fn=value_fn,
     )
     checks.check_callable('value_fn', value_fn, 'params -> scalar')
+    _check_whole_and_real(params)
     checks.check_same_tree('grad', grad, 'params', params)
     dtype = state.gamma.dtype
     if curvature is None:
@@ -199,7 +214,7 @@ def gns_newton(
     space: Any = _metric.Space.make(metric, params, dtype)
     operator = space.operator(curvature)
     g = space.dual(updates)
-    g_norm = jnp.linalg.norm(g)
+    g_norm = trees.norm(g)
     value = jnp.asarray(value).astype(dtype)
     gamma, products = state.gamma, jnp.zeros((), jnp.int32)
     if gamma_init is None:
@@ -211,6 +226,7 @@ def gns_newton(
     start = _trials.Start(
       params=params,
       value=value,
+      dual=g,
       grad_norm=g_norm,
       space=space,
       prepared=prepared,
@@ -218,7 +234,7 @@ def gns_newton(
       shift_of=shift_of,
     )
     finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
-    found, stalled = _trials.search(
+    found = _trials.search(
       start,
       _trials.Search(
         step=optax.tree.zeros_like(params),
@@ -230,22 +246,27 @@ def gns_newton(
         trials=jnp.zeros((), jnp.int32),
         accepted=jnp.zeros((), bool),
         flat=jnp.zeros((), bool),
+        stalled=jnp.zeros((), bool),
         products=products + prepared.products,
       ),
       rule,
       max_trials,
       safeguard,
     )
+    rejections = state.rejections + jnp.where(found.stalled, 0, found.trials)
+    rejections = jnp.where(found.accepted, 0, rejections)
     return found.step, GNSNewtonState(
       gamma=found.gamma,
       value=found.value,
       grad=found.grad,
+      rejections=rejections,
       rule=found.rule,
       info=GNSNewtonInfo(
         shift=found.shift,
         trials=found.trials,
         accepted=found.accepted,
-        stalled=stalled,
+        stalled=found.stalled,
+        failed=rejections >= GIVE_UP,
         total_trials=state.info.total_trials + found.trials,
         total_products=state.info.total_products + found.products,
       ),
@@ -293,13 +314,33 @@ def _first_gamma(operator, g, g_norm, value, gamma):
   """The smoothness, chosen where it is still 0, and the products it took."""
   finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
   first = finite & (g_norm > 0) & (gamma == 0)
+  unit = g / jnp.where(first, g_norm, 1)
   shift = jax.lax.cond(
     first,
-    lambda: 0.01 * jnp.abs(g @ operator(g)) / (g @ g),
+    lambda: 0.01 * jnp.abs(unit @ operator(unit)),
     lambda: jnp.ones((), gamma.dtype),
   ).astype(gamma.dtype)
   shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
   return jnp.where(first, g_norm / shift, gamma), first.astype(jnp.int32)
+
+
+def _check_whole_and_real(params):
+  """Raises for a part of the parameters, which ``value_fn`` would not take."""
+  is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+  for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+    where = f'params{jax.tree_util.keystr(path)}'
+    if is_masked(leaf):
+      raise ValueError(
+        f'gns_newton cannot be masked or partitioned ({where} is left out):'
+        ' value_fn takes all parameters. Give it those that are trained alone,'
+        ' and close over the others: value_fn = lambda trained: fun(trained,'
+        ' frozen).'
+      )
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+      raise TypeError(
+        f'gns_newton takes real parameters, got {where} of dtype'
+        f' {jnp.result_type(leaf)}; give real and imaginary part as two leaves.'
+      )
 
 
 def _check_rule(rule):

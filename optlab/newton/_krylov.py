@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab import trees
 from optlab.newton import _linear
 from optlab.newton import _operators
 
@@ -53,8 +54,9 @@ def cg(
     del shift
     flat, unravel = _linear.flatten(b)
     product = _flat_product(operator, b)
-    norm = jnp.linalg.norm(flat)
-    tolerance = _forcing(norm, rtol, power) * norm
+    norm = trees.norm(flat)
+    unit = flat / jnp.where(norm > 0, norm, 1.0)
+    tolerance = _forcing(norm, rtol, power)
 
     def solve(shift):
       def step(carry):
@@ -73,11 +75,11 @@ def cg(
         *_, square, ok, k = carry
         return ok & (jnp.sqrt(square) > tolerance) & (k < max_steps)
 
-      square = flat @ flat
-      start = (jnp.zeros_like(flat), flat, flat, square, jnp.asarray(True))
+      square = unit @ unit
+      start = (jnp.zeros_like(flat), unit, unit, square, jnp.asarray(True))
       start += (jnp.zeros((), jnp.int32),)
       x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
-      return unravel(x), ok & jnp.all(jnp.isfinite(x)), k
+      return unravel(norm * x), ok & jnp.all(jnp.isfinite(x)), k
 
     return base.Prepared(solve, jnp.zeros((), jnp.int32))
 
@@ -134,7 +136,7 @@ def lanczos(
     product = _flat_product(operator, b)
     n, dtype = flat.shape[0], flat.dtype
     size = max(1, min(max_steps, n))
-    norm = jnp.linalg.norm(flat)
+    norm = trees.norm(flat)
     tolerance = _forcing(norm, rtol, power)
     # Pivots and residuals of the recurrence, at several shifts at once.
     shifts = shift * 4.0 ** jnp.arange(16, dtype=dtype)

@@ -19,7 +19,8 @@ class Start(NamedTuple):
   Attributes:
     params: The point.
     value: The objective there.
-    grad_norm: Dual norm of the gradient there.
+    dual: The gradient there, in flat coordinates.
+    grad_norm: Its norm.
     space: Flat coordinates in which the metric is the identity.
     prepared: Solves for the step of any shift.
     value_and_grad: Of the objective.
@@ -28,6 +29,7 @@ class Start(NamedTuple):
 
   params: base.Params
   value: jax.Array
+  dual: jax.Array
   grad_norm: jax.Array
   space: _metric.Space
   prepared: base.Prepared
@@ -43,6 +45,7 @@ class Point(NamedTuple):
     value: The objective.
     grad: The gradient, like the parameters.
     dual: The gradient in flat coordinates.
+    grad_norm: Its norm.
     move: The step that rounding left, which may be none, in flat coordinates.
     solved: Whether the solver found the system positive definite.
     ok: Whether it did, and value and gradient are finite.
@@ -53,6 +56,7 @@ class Point(NamedTuple):
   value: jax.Array
   grad: base.Updates
   dual: jax.Array
+  grad_norm: jax.Array
   move: jax.Array
   solved: jax.Array
   ok: jax.Array
@@ -71,6 +75,7 @@ class Search(NamedTuple):
   trials: jax.Array
   accepted: jax.Array
   flat: jax.Array  # whether rounding hides what the last trial did
+  stalled: jax.Array
   products: jax.Array
 
 
@@ -80,7 +85,7 @@ def search(
   rule: _search.SearchRule,
   max_trials: Any,
   safeguard: bool,
-) -> tuple[Search, jax.Array]:
+) -> Search:
   """Tries smaller and smaller smoothness until a trial is accepted.
 
   Args:
@@ -92,33 +97,40 @@ def search(
       decrease, and to stall where that fails too.
 
   Returns:
-    The search after its last trial, and whether it stalled. A trial whose
-    decrease rounding hides teaches nothing: accepted on its gradient, it leaves
-    smoothness and rule as they were tried; as the last of a search that failed,
-    as they were before it.
+    The search after its last trial. A trial whose decrease rounding hides
+    teaches nothing: accepted on its gradient, it leaves smoothness and rule as
+    they were tried; as the last of a search that failed, as they were before.
   """
   movable = jnp.isfinite(start.grad_norm) & jnp.isfinite(start.value)
   movable &= start.grad_norm > 0
 
   def unfinished(now):
-    stalled = safeguard & now.flat
-    return movable & ~(now.accepted | stalled) & (now.trials < max_trials)
+    ended = now.accepted | now.stalled
+    return movable & ~ended & (now.trials < max_trials)
 
   def step(now):
     shift = start.shift_of(now.gamma)
     point = _try(start, shift)
     accepted, flat = _judge(start, point, shift, safeguard)
-    taught = ~flat if safeguard else True
-    return _learn(start, now, point, shift, accepted, taught, rule)._replace(
-      flat=flat
+    stalled = jnp.asarray(False)
+    if safeguard:
+      # A step across a symmetric valley is flat too, once.
+      hidden = now.flat | _is_hidden(start, point, shift)
+      stalled = flat & ~accepted & hidden
+    after = _learn(start, now, point, shift, accepted, rule)
+    taught = ~(flat & accepted) if safeguard else True
+    gamma, state = trees.where(
+      taught, (after.gamma, after.rule), (now.gamma, now.rule)
     )
+    return after._replace(gamma=gamma, rule=state, flat=flat, stalled=stalled)
 
   last = jax.lax.while_loop(unfinished, step, found)
-  hidden = last.flat & ~last.accepted
   gamma, state = trees.where(
-    hidden, (found.gamma, found.rule), (last.gamma, last.rule)
+    last.flat & ~last.accepted,
+    (found.gamma, found.rule),
+    (last.gamma, last.rule),
   )
-  return last._replace(gamma=gamma, rule=state), safeguard & hidden
+  return last._replace(gamma=gamma, rule=state)
 
 
 def _try(start, shift):
@@ -133,12 +145,14 @@ def _try(start, shift):
   params = optax.apply_updates(start.params, step)
   value, grad = start.value_and_grad(params)
   value, dual = value.astype(dtype), start.space.dual(grad)
-  finite = jnp.isfinite(value) & jnp.isfinite(jnp.linalg.norm(dual))
+  grad_norm = trees.norm(dual)
+  finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
   return Point(
     step=step,
     value=value,
     grad=grad,
     dual=dual,
+    grad_norm=grad_norm,
     move=start.space.lift(params, start.params),
     solved=solved,
     ok=solved & finite,
@@ -149,17 +163,32 @@ def _try(start, shift):
 def _judge(start, point, shift, safeguard):
   """Whether a trial is accepted, and whether rounding hides its decrease."""
   decrease = start.value - point.value
-  needed = point.dual @ point.dual / (8.0 * shift)
-  flat = jnp.abs(decrease) <= (
-    10 * jnp.finfo(start.value.dtype).eps * jnp.abs(start.value)
-  )
-  flat &= point.ok
+  needed = _per_shift(point.dual @ point.dual, point.grad_norm, 8.0 * shift)
+  flat = (jnp.abs(decrease) <= _rounding(start)) & point.ok
   accepted = decrease >= needed
   if safeguard:
-    smaller = jnp.linalg.norm(point.dual) <= 0.9 * start.grad_norm
+    smaller = point.grad_norm <= 0.9 * start.grad_norm
     smaller |= point.dual @ -point.move >= needed
     accepted = jnp.where(flat, smaller & ~_is_rounding(point, start), accepted)
   return accepted & point.ok, flat
+
+
+def _per_shift(square, norm, shift):
+  """``norm ** 2 / shift``, also where the square under- or overflows."""
+  info = jnp.finfo(norm.dtype)
+  usual = (square > info.tiny**0.5) & (square < info.max)
+  return jnp.where(usual, square / shift, norm * (norm / shift))
+
+
+def _rounding(start):
+  return 10 * jnp.finfo(start.value.dtype).eps * jnp.abs(start.value)
+
+
+def _is_hidden(start, point, shift):
+  """Whether rounding would hide even the decrease of the quadratic model."""
+  length = trees.norm(point.move)
+  predicted = (shift * length * length - start.dual @ point.move) / 2
+  return predicted <= 10 * _rounding(start)
 
 
 def _is_rounding(point, start):
@@ -175,23 +204,23 @@ def _is_rounding(point, start):
   return jnp.all(jnp.asarray(jax.tree.leaves(small)))
 
 
-def _learn(start, now, point, shift, accepted, taught, rule):
-  """The search after a trial; the smoothness moves where it ``taught``."""
+def _learn(start, now, point, shift, accepted, rule):
+  """The search after a trial."""
   trial = _search.Trial(
     gamma=now.gamma,
     shift=shift,
     trials=now.trials + 1,
     accepted=accepted,
     start_norm=start.grad_norm,
-    grad_norm=jnp.linalg.norm(point.dual),
-    step_norm=jnp.linalg.norm(point.move),
-    residual_norm=jnp.linalg.norm(point.dual + shift * point.move),
+    grad_norm=point.grad_norm,
+    step_norm=trees.norm(point.move),
+    residual_norm=trees.norm(point.dual + shift * point.move),
   )
   gamma, state = rule.update(trial, now.rule)
   gamma = gamma.astype(now.gamma.dtype)
   # Nothing is learned where the gradient is zero or the point the same, unless
   # it is the same because the system could not be solved.
-  useful = taught & (gamma > 0) & jnp.isfinite(gamma)
+  useful = (gamma > 0) & jnp.isfinite(gamma)
   useful &= accepted | ~point.solved | jnp.any(point.move != 0)
   gamma, state = trees.where(useful, (gamma, state), (now.gamma, now.rule))
   step, value, grad = trees.where(
@@ -199,7 +228,7 @@ def _learn(start, now, point, shift, accepted, taught, rule):
     (point.step, point.value, point.grad),
     (now.step, now.value, now.grad),
   )
-  return Search(
+  return now._replace(
     step=step,
     value=value,
     grad=grad,
@@ -208,6 +237,5 @@ def _learn(start, now, point, shift, accepted, taught, rule):
     shift=shift,
     trials=now.trials + 1,
     accepted=accepted,
-    flat=now.flat,
     products=now.products + point.products,
   )

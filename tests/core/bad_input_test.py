@@ -11,7 +11,6 @@ import optlab
 from tests import inputs
 from tests.inputs import BLOCKS
 from tests.inputs import DATA
-from tests.inputs import INF
 from tests.inputs import NAN
 from tests.inputs import NON_NEGATIVE
 from tests.inputs import NOT_ESTIMATOR
@@ -85,21 +84,21 @@ for make in (init, train_step, minimize):
       TypeError,
       f'tx {NOT_TX} {type(bad).__name__}',
     )
-functions(
-  minimize,
-  ('curvature', 'trace'),
-  fun='params -> scalar',
-  curvature='params -> operator',
-  trace='MinimizeResult -> row',
-)
-counts(minimize, 0, max_steps=(-1,))
-counts(minimize, not_integer=(2.0, '2', INF), stall_steps=(0, -1))
-reals(minimize, grad_tol=NON_NEGATIVE, stall_tol=NON_NEGATIVE)
-reals(minimize, target_value=(NAN,))
 for wrong, params, error, match in (
-  ('integer params', np.ones(2, int), TypeError, 'real- or complex-valued'),
+  (
+    'integer params',
+    {'n': np.ones(2, int)},
+    TypeError,
+    r"params\['n'\] must be floating, got dtype int",
+  ),
+  (
+    'a function among params',
+    {'f': jnp.sin},
+    TypeError,
+    r"params\['f'\] must be an array",
+  ),
   ('params=None', None, Exception, ''),
-  ('params are words', 'abc', Exception, ''),
+  ('params are words', 'abc', TypeError, "params must be an array, got 'abc'"),
 ):
   row(
     'minimize',

@@ -1,0 +1,309 @@
+"""A compiled loop of an optimizer, to a tolerance."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import checks
+from optlab import trees
+
+
+class MinimizeResult(NamedTuple):
+  """Where `minimize` stopped, and why.
+
+  Attributes:
+    params: The last iterate.
+    opt_state: The transformation's state.
+    value: Scalar, the objective at ``params``.
+    grad_norm: Scalar, the Euclidean norm of the gradient at ``params``.
+    steps: int32 scalar, the steps taken.
+    status: int32 scalar, one of the constants below.
+    trace: What ``trace`` returned before each step and at the end, stacked on a
+      leading axis of ``max_steps + 1``; rows beyond ``steps`` are zero.
+  """
+
+  params: base.Params
+  opt_state: base.OptState
+  value: jax.Array
+  grad_norm: jax.Array
+  steps: jax.Array
+  status: jax.Array
+  trace: Any
+
+
+MAX_STEPS, GRAD_TOL, TARGET_VALUE, STALLED, NON_FINITE, REJECTED = range(6)
+
+
+class _Run(NamedTuple):
+  """What stays the same in a run."""
+
+  tx: optax.GradientTransformationExtraArgs
+  fun: Callable[..., jax.Array]
+  max_steps: int
+  grad_tol: Any
+  target_value: Any
+  stall_steps: int | None
+  stall_tol: Any
+  curvature: Callable[..., base.Operator] | None
+  trace: Callable[[MinimizeResult], Any] | None
+
+
+class _Loop(NamedTuple):
+  result: MinimizeResult
+  grad: base.Updates  # as jax.grad makes it
+  best: jax.Array  # shape (), the lowest value seen
+  since_best: jax.Array  # shape (), int32, steps without progress
+  running: jax.Array  # shape (), bool
+
+
+@checks.domains(
+  fun=checks.Function('params -> scalar'),
+  tx=checks.TRANSFORMATION,
+  max_steps=checks.Integer(0),
+  grad_tol=checks.NON_NEGATIVE,
+  target_value=checks.Real(),
+  stall_steps=checks.Integer(1, optional=True),
+  stall_tol=checks.NON_NEGATIVE,
+  curvature=checks.Function('params -> operator', optional=True),
+  trace=checks.Function('MinimizeResult -> row', optional=True),
+)
+def minimize(
+  fun: Callable[..., jax.Array],
+  params: base.Params,
+  tx: optax.GradientTransformation,
+  *,
+  max_steps: int,
+  grad_tol: float | jax.Array = 0.0,
+  target_value: float | jax.Array = -jnp.inf,
+  stall_steps: int | None = None,
+  stall_tol: float | jax.Array = 0.0,
+  curvature: Callable[..., base.Operator] | None = None,
+  opt_state: base.OptState | None = None,
+  trace: Callable[[MinimizeResult], Any] | None = None,
+) -> MinimizeResult:
+  """Runs an optimizer on the device until a stopping test holds.
+
+  One ``lax.while_loop``: no host round trip. Transformations that keep the
+  accepted ``value`` and ``grad`` in their state (`gns_newton`, `optax.lbfgs`)
+  are not made to evaluate them again, where their update is the last word: in
+  ``chain(gns_newton(), scale(0.5))`` it is not, and the point is evaluated.
+  Pure; jit it, or vmap it over starting points, where each stops on its own.
+
+  Args:
+    fun: The objective, ``params -> scalar``.
+    params: The start; complex leaves descend along the conjugate of `jax.grad`.
+    tx: Any optax transformation; it gets ``value``, ``grad`` and ``value_fn``.
+    max_steps: The most steps, a Python integer.
+    grad_tol: Stop where the Euclidean norm of the gradient is at most this.
+    target_value: Stop where the value is at most this.
+    stall_steps: Stop after so many steps in a row that do not lower the best
+      value by more than ``stall_tol * |value|``; ``None`` never does.
+    stall_tol: Relative decrease that counts as progress.
+    curvature: ``params -> operator``, called once a step and handed to the
+      transformation as ``curvature``, for example ``hessian(fun)``.
+    opt_state: State of ``tx`` at ``params``, to go on where an earlier result
+      stopped; ``None`` starts afresh.
+    trace: Called on the `MinimizeResult` so far (with ``trace=None``) before
+      each step and at the end; its results are stacked.
+
+  Returns:
+    A `MinimizeResult`; ``status`` is `MAX_STEPS`, `GRAD_TOL`, `TARGET_VALUE`,
+    `STALLED` (by ``stall_steps``, or the transformation says ``stalled`` in its
+    state), `NON_FINITE` (the value or the gradient at ``params`` is not finite,
+    where no method could go on) or `REJECTED` (the transformation says
+    ``failed`` in its state: all that it tried was rejected).
+
+  Raises:
+    TypeError: ``max_steps`` is not an integer, ``fun`` not a function, or a
+      leaf of ``params`` no array of floats.
+    ValueError: A tolerance is negative or NaN.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optlab
+    >>> fun = lambda x: jnp.sum((x - 1.0) ** 2)
+    >>> result = optlab.minimize(
+    ...     fun, jnp.zeros(3), optax.lbfgs(), max_steps=100, grad_tol=1e-6)
+    >>> print(result.params, int(result.status) == optlab.training.GRAD_TOL)
+    [1. 1. 1.] True
+  """
+  checks.enforce(minimize, locals())
+  checks.check_params('params', params)
+  run = _Run(
+    takes_extras(tx), fun, max_steps, grad_tol, target_value, stall_steps,
+    stall_tol, curvature, trace,
+  )  # fmt: skip
+  params = trees.own(params)
+  loop = _start(
+    run, params, tx.init(params) if opt_state is None else opt_state
+  )
+  return jax.lax.while_loop(
+    lambda loop: loop.running, lambda loop: _step(run, loop), loop
+  ).result
+
+
+def _start(run, params, opt_state):
+  """The loop before its first step."""
+  value, grad = _evaluate(run, params, opt_state)
+  result = MinimizeResult(
+    params=params,
+    opt_state=opt_state,
+    value=value,
+    grad_norm=trees.norm(grad),
+    steps=jnp.zeros((), jnp.int32),
+    status=jnp.zeros((), jnp.int32),
+    trace=None,
+  )
+  loop = _Loop(
+    result=_record(run, result),
+    grad=grad,
+    best=value,
+    since_best=jnp.zeros((), jnp.int32),
+    running=jnp.asarray(True),
+  )
+  # What an earlier run said of its last step says nothing of this one.
+  return _stop(run, loop, stalled=jnp.asarray(False), failed=jnp.asarray(False))
+
+
+def _step(run, loop):
+  """One update of the transformation."""
+  result = loop.result
+  extras = {}
+  if run.curvature is not None:
+    extras['curvature'] = run.curvature(result.params)
+  updates, opt_state = run.tx.update(
+    trees.conjugate(loop.grad),
+    result.opt_state,
+    result.params,
+    value=result.value,
+    grad=loop.grad,  # optax's line searches take it as jax.grad makes it.
+    value_fn=run.fun,
+    **extras,
+  )
+  params = optax.apply_updates(result.params, updates)
+  value, grad = _evaluate(run, params, opt_state)
+  result = result._replace(
+    params=params,
+    opt_state=opt_state,
+    value=value,
+    grad_norm=trees.norm(grad),
+    steps=result.steps + 1,
+  )
+  progress = value < loop.best - run.stall_tol * jnp.abs(loop.best)
+  since_best = jnp.where(progress, 0, loop.since_best + 1)
+  stalled = _says(opt_state, 'stalled')
+  if run.stall_steps is not None:
+    stalled |= since_best >= run.stall_steps
+  return _stop(
+    run,
+    _Loop(
+      result=_record(run, result),
+      grad=grad,
+      best=jnp.minimum(loop.best, value),
+      since_best=since_best,
+      running=loop.running,
+    ),
+    stalled,
+    failed=_says(opt_state, 'failed'),
+  )
+
+
+def _stop(run, loop, stalled, failed):
+  """Whether the loop goes on; the first test that holds names the status."""
+  result = loop.result
+  finite = jnp.isfinite(result.value) & jnp.isfinite(result.grad_norm)
+  tests = [
+    (~finite, NON_FINITE),
+    (result.grad_norm <= run.grad_tol, GRAD_TOL),
+    (result.value <= run.target_value, TARGET_VALUE),
+    (stalled, STALLED),
+    (failed, REJECTED),
+    (result.steps >= run.max_steps, MAX_STEPS),
+  ]
+  stop, status = zip(*tests, strict=True)
+  status = jnp.select(stop, [jnp.int32(code) for code in status], MAX_STEPS)
+  return loop._replace(
+    result=result._replace(status=status.astype(jnp.int32)),
+    running=~jnp.any(jnp.stack(stop)),
+  )
+
+
+def _record(run, result):
+  """Adds a row to the trace."""
+  if run.trace is None:
+    return result
+  row = run.trace(result._replace(trace=None))
+  rows = result.trace
+  if rows is None:
+    rows = jax.tree.map(
+      lambda leaf: jnp.zeros(
+        (run.max_steps + 1,) + jnp.shape(leaf), jnp.asarray(leaf).dtype
+      ),
+      row,
+    )
+  return result._replace(
+    trace=jax.tree.map(
+      lambda all_rows, leaf: all_rows.at[result.steps].set(leaf), rows, row
+    )
+  )
+
+
+def _evaluate(run, params, opt_state):
+  """Value and gradient, from the state where they are those of ``params``."""
+  kept = _kept(opt_state)
+  again = lambda: trees.own(jax.value_and_grad(run.fun)(params))
+  if kept is None:
+    return again()
+  like = jax.eval_shape(again)
+  return jax.lax.cond(
+    jnp.isfinite(kept.value),
+    lambda: trees.cast_like((kept.value, kept.grad), like),
+    again,
+  )
+
+
+# Wrappers that hand on the update of what they wrap, or none at all.
+_HAND_ON = {
+  'InjectHyperparamsState': 'inner_state',
+  'InjectStatefulHyperparamsState': 'inner_state',
+  'MultiStepsState': 'inner_opt_state',
+}
+
+
+def _kept(opt_state):
+  """The part of a state that keeps ``value`` and ``grad`` of the next point.
+
+  Only if the update that belongs to it is the one that is applied: that of the
+  last link of a chain, handed on by every wrapper around it.
+  """
+  kind = type(opt_state).__name__
+  if kind in _HAND_ON:
+    return _kept(getattr(opt_state, _HAND_ON[kind]))
+  if type(opt_state) is tuple and opt_state:
+    return _kept(opt_state[-1])
+  grad = getattr(opt_state, 'grad', None)
+  known = grad is not None and getattr(opt_state, 'value', None) is not None
+  return opt_state if known else None
+
+
+def _says(opt_state, name):
+  """Whether any transformation says so in its state."""
+  found = [
+    jnp.any(leaf)
+    for path, leaf in jax.tree.leaves_with_path(opt_state)
+    if leaf.dtype == bool and path[-1:] == (jax.tree_util.GetAttrKey(name),)
+  ]
+  return jnp.any(jnp.asarray(found)) if found else jnp.asarray(False)
+
+
+def takes_extras(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Like `optax.with_extra_args_support`; `optax.MultiSteps` gets them too."""
+  steps = getattr(tx.update, '__self__', None)
+  if isinstance(steps, optax.MultiSteps):
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+  return optax.with_extra_args_support(tx)
