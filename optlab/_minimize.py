@@ -305,5 +305,6 @@ def takes_extras(
   """Like `optax.with_extra_args_support`; `optax.MultiSteps` gets them too."""
   steps = getattr(tx.update, '__self__', None)
   if isinstance(steps, optax.MultiSteps):
-    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    update: Any = steps.update
+    return optax.GradientTransformationExtraArgs(steps.init, update)
   return optax.with_extra_args_support(tx)
