@@ -12,7 +12,6 @@ from tests import inputs
 from tests.inputs import BLOCKS
 from tests.inputs import DATA
 from tests.inputs import NAN
-from tests.inputs import NON_NEGATIVE
 from tests.inputs import NOT_ESTIMATOR
 from tests.inputs import NOT_TX
 from tests.inputs import ROWS
