@@ -187,8 +187,9 @@ class Loss(NamedTuple):
       return '(value, (model_state, aux))'
     return '(value, model_state)' if self.has_state else '(value, aux)'
 
-  def value(self, model_state, batch, key, params):
-    """The loss alone."""
+  def value(self, model_state, batch, key, params, *, curvature=None):
+    """The loss alone; optax's line searches pass ``curvature`` on to it."""
+    del curvature
     return self(params, model_state, batch, key)[0]
 
   def init(self, params, *given):

@@ -52,7 +52,7 @@ def growing_init(
   tx: optax.GradientTransformation,
   data: base.Batch,
   key: jax.Array,
-  *,
+  *inner: base.ArrayTree,
   num_shards: int = 1,
 ) -> GrowingState:
   """The state before the first `growing_step`.
@@ -63,6 +63,8 @@ def growing_init(
     tx: Any optax transformation, with or without a `grow_batch`.
     data: The data set, a pytree of arrays with N examples on the leading axes.
     key: Typed PRNG key of the permutations.
+    *inner: What ``estimator.init`` takes after the parameters: model state, the
+      key of the run.
     num_shards: Devices over which `data` is split by `jax.shard_map`.
 
   Returns:
@@ -82,7 +84,7 @@ def growing_init(
       f'data must split evenly over num_shards={num_shards}, got {length}'
       f' examples: leave out {length % num_shards}.'
     )
-  state = training.init(params, estimator, tx)
+  state = training.init(params, estimator, tx, *inner)
   start = jnp.zeros((), jnp.int32)
   largest = optax.tree.get(state.opt_state, 'max_batch_size', 0)
   if not isinstance(largest, jax.core.Tracer) and np.max(largest) > length:

@@ -9,9 +9,9 @@ import numpy as np
 
 from optlab import base
 from optlab import checks
+from optlab import estimators
 from optlab import trees
 from optlab.batches import _moments
-from optlab.estimators import stateless
 
 
 class PaddedBatch(NamedTuple):
@@ -45,8 +45,12 @@ class ResidentBatch(NamedTuple):
   size: jax.Array | int
 
 
-def _groups(batch, microbatch_size, wide):
-  """``(number of groups, size, k -> (examples, mask) of group k)``."""
+def _groups(batch, microbatch_size, wide, axis_name):
+  """Number of groups, size, and ``k -> (examples, mask, index)``.
+
+  The index of an example is its place in the data set, or in the batch where
+  that is all there is: it does not depend on the groups.
+  """
   if isinstance(batch, ResidentBatch):
     length, start, size = len(batch.order), batch.start, batch.size
     if microbatch_size is None:
@@ -61,6 +65,7 @@ def _groups(batch, microbatch_size, wide):
     length, start = _moments.batch_length(batch), 0
     size = length
   width = min(microbatch_size or length, length)
+  shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
   def get(k):
     # The last window slides back over examples that its mask leaves out.
@@ -69,16 +74,17 @@ def _groups(batch, microbatch_size, wide):
     position = begin + jnp.arange(width)
     mask = (position >= first) & (position < start + size)
     if isinstance(batch, ResidentBatch):
-      chosen = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
-      examples = jax.tree.map(lambda leaf: leaf[chosen], batch.data)
+      index = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
+      examples = jax.tree.map(lambda leaf: leaf[index], batch.data)
     else:
+      index = position
       examples = batch.examples if isinstance(batch, PaddedBatch) else batch
       if width < length:
         examples = jax.tree.map(
           lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
           examples,
         )
-    return examples, mask.astype(wide)
+    return examples, mask.astype(wide), index + shard * length
 
   count = 1 if width == length else -(-size // width)
   return count, size, get
@@ -109,6 +115,9 @@ def per_example(
   inner_products: _moments.InnerProducts | None = None,
   microbatch_size: int | None = None,
   axis_name: Any = None,
+  has_aux: bool = False,
+  has_state: bool = False,
+  has_key: bool = False,
 ) -> base.GradientEstimator:
   r"""The mean gradient of a batch, with moments of its per-example gradients.
 
@@ -148,10 +157,19 @@ def per_example(
     axis_name: Axis of `jax.shard_map` or `jax.vmap` over which every device
       holds its part of the batch; moments are merged over it. Not needed where
       `jax.jit` shards the batch.
+    has_aux: Whether ``losses`` returns auxiliary output too, see
+      `value_and_grad`; with one row an example. `Estimate.aux` is its mean.
+    has_state: Whether the model has state, see `value_and_grad`. It goes
+      through the microbatches one after the other. Losses that see it change
+      within a batch (batch normalization that trains) are those of
+      microbatches, which `microbatch_means` and `plain_grads` take.
+    has_key: Whether the losses are random. ``losses`` gets an array of n keys
+      last, folded with the step and with each example's index in the data, so
+      that neither the microbatches nor the devices change the numbers.
 
   Returns:
-    A `GradientEstimator` without memory. Its batch is a pytree of arrays,
-    `PaddedBatch`, or `ResidentBatch`.
+    A `GradientEstimator`, with the state of `value_and_grad`. Its batch is a
+    pytree of arrays, `PaddedBatch`, or `ResidentBatch`.
 
   Raises:
     TypeError: ``losses`` or a route is not a function, or ``microbatch_size``
@@ -186,42 +204,36 @@ def per_example(
       ' size.'
     )
 
-  def add_up(function: Callable[[int | jax.Array], Any], count, merge):
-    if isinstance(count, int) and count == 1:
-      return function(0)
-    shapes = jax.eval_shape(function, 0)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    if axis_name is not None:
-      start = vary(start, axis_name)
-    return jax.lax.fori_loop(
-      0, count, lambda k, total: merge(total, function(k)), start
-    )
+  loss = estimators.Loss(losses, has_aux, has_state, has_key)
 
-  def estimate(params, batch):
+  def estimate(params, state, batch):
     wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, size, get = _groups(batch, microbatch_size, wide)
-    if (
-      microbatch_size is not None
-      and is_means
-      and isinstance(size, (int, np.integer))
-      and size < 2 * microbatch_size
-    ):
-      raise ValueError(
-        'microbatch_means needs at least two microbatches: a batch of at least'
-        f' {2 * microbatch_size} examples for microbatch_size='
-        f'{microbatch_size}, got {size}. Lower microbatch_size, or start with a'
-        ' larger batch_size.'
-      )
-    local = params if axis_name is None else vary(params, axis_name)
+    count, size, get = _groups(batch, microbatch_size, wide, axis_name)
+    if is_means:
+      _check_means(size, microbatch_size)
+    model_state, key, state = loss.begin(state)
+    over = _Over(loss, count, get, key, axis_name)
+    local = over.vary(params)
 
-    def group(k):
-      result = moments(losses, local, *get(k))
+    def group(k, model_state):
+      examples, mask = over.group(k)
+      result = moments(over.bind(model_state), local, examples, mask)
+      aux, model_state = over.rest(local, model_state, examples, mask)
       # Sizes alone don't vary over devices; the merged groups do.
-      return result if axis_name is None else vary(result, axis_name)
+      return over.vary((result, aux)), over.vary(model_state)
 
-    result = add_up(group, count, _moments.merge)
+    (result, aux), new_state = over.add_up(
+      group,
+      lambda a, b: (
+        _moments.merge(a[0], b[0]),
+        jax.tree.map(jnp.add, a[1], b[1]),
+      ),
+      over.vary(model_state),
+    )
     if axis_name is not None:
       result = _moments.merge_over(result, axis_name)
+      aux = jax.lax.psum(aux, axis_name)
+      new_state = _average(new_state, axis_name)
     result = _moments.centred(result)
     # What K units say about the sum over n examples.
     spread = (result.count - 1.0) / (result.units - 1.0)
@@ -232,15 +244,17 @@ def per_example(
     extras = jax.tree.map(lambda leaf: spread * leaf, extras)
 
     if inner_products is not None:
-      direction = result.grads
-      if axis_name is not None:
-        direction = vary(direction, axis_name)
+      direction = over.vary(result.grads)
 
-      def sums(k):
-        rest = inner_products(losses, local, direction, *get(k))
-        return jnp.sum(rest), jnp.sum(jnp.square(rest))
+      def sums(k, model_state):
+        rest = inner_products(
+          over.bind(model_state), local, direction, *over.group(k)
+        )
+        return (jnp.sum(rest), jnp.sum(jnp.square(rest))), model_state
 
-      total = add_up(sums, count, lambda a, b: jax.tree.map(jnp.add, a, b))
+      total, _ = over.add_up(
+        sums, lambda a, b: jax.tree.map(jnp.add, a, b), over.vary(model_state)
+      )
       if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
       # The first is 0 but for the rounding of the mean gradient.
@@ -249,7 +263,137 @@ def per_example(
 
     extras = {name: leaf for name, leaf in extras.items() if leaf is not None}
     extras['sample_size'] = result.count.astype(jnp.int32)
+    extras['value_fn'] = jax.tree_util.Partial(
+      value_fn, (batch, model_state, key)
+    )
+    aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(result.count, 1), aux)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), result.grads, params)
-    return base.Estimate(result.value, grads, extras)
+    return base.Estimate(
+      result.value, trees.conjugate(grads), extras, aux
+    ), loss.end(state, new_state)
 
-  return stateless(estimate)
+  @jax.custom_vjp
+  def mean(bound, params):
+    return mean_and_grads(bound, params)[0]
+
+  # The names let optax's line searches pass them on, which refuse others.
+  def value_fn(
+    bound, params, *, sample_size=None, sum_sq_diff_grads=None,
+    sum_sq_diff_norm=None, sum_sq_diff_inner=None, curvature=None,
+  ):  # fmt: skip
+    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_inner
+    del curvature
+    return mean(bound, params)
+
+  def mean_and_grads(bound, params):
+    """The mean loss by a loop that reverse mode would not pass."""
+    batch, model_state, key = bound
+    wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
+    count, _, get = _groups(batch, microbatch_size, wide, axis_name)
+    over = _Over(loss, count, get, key, axis_name)
+    local = over.vary(params)
+
+    def group(k, model_state):
+      examples, mask = over.group(k)
+      result = _moments.plain_grads(
+        over.bind(model_state), local, examples, mask
+      )
+      _, model_state = over.rest(local, model_state, examples, mask)
+      return over.vary(result), over.vary(model_state)
+
+    result, _ = over.add_up(group, _moments.merge, over.vary(model_state))
+    if axis_name is not None:
+      result = _moments.merge_over(result, axis_name)
+    return result.value, trees.cast_like(result.grads, params)
+
+  mean.defvjp(
+    mean_and_grads,
+    lambda grads, tangent: (
+      None, jax.tree.map(lambda g: (tangent * g).astype(g.dtype), grads)
+    ),
+  )  # fmt: skip
+
+  return base.GradientEstimator(loss.init, estimate)
+
+
+class _Over(NamedTuple):
+  """A loss over the groups of a batch."""
+
+  loss: estimators.Loss
+  count: Any
+  get: Callable[..., Any]
+  key: Any
+  axis_name: Any
+
+  def vary(self, tree):
+    return tree if self.axis_name is None else vary(tree, self.axis_name)
+
+  def group(self, k):
+    """The examples of a group, with their keys, and the mask."""
+    examples, mask, index = self.get(k)
+    if not self.loss.has_key:
+      return (examples, ()), mask
+    return (
+      examples,
+      jax.vmap(jax.random.fold_in, (None, 0))(self.key, index),
+    ), mask
+
+  def bind(self, model_state):
+    """One loss an example, of parameters and of examples with their keys."""
+    return lambda params, pair: self.loss(params, model_state, *pair)[0]
+
+  def rest(self, params, model_state, examples, mask):
+    """The sums of the auxiliary output, and the model state after the group."""
+    if not (self.loss.has_aux or self.loss.has_state):
+      return (), model_state
+    _, (model_state, aux) = self.loss(params, model_state, *examples)
+
+    def total(leaf):
+      if jnp.shape(leaf)[:1] != mask.shape:
+        raise ValueError(
+          'aux must have one row an example, a leading axis of'
+          f' {mask.shape[0]}, got shape {jnp.shape(leaf)}: per_example takes'
+          ' its mean over the examples.'
+        )
+      wide = leaf.astype(jnp.promote_types(leaf.dtype, mask.dtype))
+      return jnp.tensordot(mask.astype(wide.dtype), wide, 1)
+
+    return jax.tree.map(total, aux), model_state
+
+  def add_up(self, function, merge, model_state):
+    """Merges ``function`` over the groups; the model state goes through."""
+    if isinstance(self.count, int) and self.count == 1:
+      return function(0, model_state)
+    shapes, _ = jax.eval_shape(function, 0, model_state)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(k, carry):
+      total, model_state = carry
+      new, model_state = function(k, model_state)
+      return merge(total, new), model_state
+
+    return jax.lax.fori_loop(
+      0, self.count, body, (self.vary(start), model_state)
+    )
+
+
+def _check_means(size, microbatch_size):
+  if isinstance(size, (int, np.integer)) and size < 2 * microbatch_size:
+    raise ValueError(
+      'microbatch_means needs at least two microbatches: a batch of at least'
+      f' {2 * microbatch_size} examples for microbatch_size='
+      f'{microbatch_size}, got {size}. Lower microbatch_size, or start with a'
+      ' larger batch_size.'
+    )
+
+
+def _average(model_state, axis_name):
+  """The model state of all devices: means, and the largest of integers."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.lax.pmean(leaf, axis_name)
+      if jnp.issubdtype(leaf.dtype, jnp.inexact)
+      else jax.lax.pmax(leaf, axis_name)
+    ),
+    model_state,
+  )

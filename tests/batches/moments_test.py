@@ -164,7 +164,7 @@ def test_routes_are_exact(x64, name, route, microbatch_size):
   )
   estimate, _ = jax.jit(estimator.estimate)(params, (), batch)
   compare(estimate, explicit(losses, params, batch), names, 1e-12)
-  assert set(estimate.extras) == {*names, 'sample_size'}
+  assert set(estimate.extras) == {*names, 'sample_size', 'value_fn'}
 
 
 @pytest.mark.parametrize('route', ['vmap', 'ghost'])
