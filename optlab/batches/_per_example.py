@@ -195,6 +195,10 @@ def per_example(
     Microbatches and devices are merged exactly: squared norms as sums, central
     moments by Chan's formula. Cost: see the routes; with ``inner_products`` a
     second pass over the batch.
+
+    ``value_fn``, the mean loss as a function of the parameters, comes with the
+    extra arguments unless there is an ``axis_name``: its gradient is a loop
+    over the microbatches as well.
   """
   checks.enforce(per_example, locals())
   is_means = moments is _moments.microbatch_means
@@ -263,9 +267,10 @@ def per_example(
 
     extras = {name: leaf for name, leaf in extras.items() if leaf is not None}
     extras['sample_size'] = result.count.astype(jnp.int32)
-    extras['value_fn'] = jax.tree_util.Partial(
-      value_fn, (batch, model_state, key)
-    )
+    if axis_name is None:  # Else it holds one device's part of the batch.
+      extras['value_fn'] = jax.tree_util.Partial(
+        value_fn, (batch, model_state, key)
+      )
     aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(result.count, 1), aux)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), result.grads, params)
     return base.Estimate(
@@ -289,21 +294,17 @@ def per_example(
     """The mean loss by a loop that reverse mode would not pass."""
     batch, model_state, key = bound
     wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, _, get = _groups(batch, microbatch_size, wide, axis_name)
-    over = _Over(loss, count, get, key, axis_name)
-    local = over.vary(params)
+    count, _, get = _groups(batch, microbatch_size, wide, None)
+    over = _Over(loss, count, get, key, None)
 
     def group(k, model_state):
       examples, mask = over.group(k)
       result = _moments.plain_grads(
-        over.bind(model_state), local, examples, mask
+        over.bind(model_state), params, examples, mask
       )
-      _, model_state = over.rest(local, model_state, examples, mask)
-      return over.vary(result), over.vary(model_state)
+      return result, over.rest(params, model_state, examples, mask)[1]
 
-    result, _ = over.add_up(group, _moments.merge, over.vary(model_state))
-    if axis_name is not None:
-      result = _moments.merge_over(result, axis_name)
+    result, _ = over.add_up(group, _moments.merge, model_state)
     return result.value, trees.cast_like(result.grads, params)
 
   mean.defvjp(
