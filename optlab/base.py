@@ -8,6 +8,7 @@ shifts.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -86,6 +87,25 @@ class Prepared(NamedTuple):
 
   def __call__(self, shift: Any) -> tuple[ArrayTree, jax.Array]:
     return self.solve(shift)[:2]
+
+
+@functools.singledispatch
+def rows_of(batch: Batch) -> Batch:
+  """The examples of a batch; kinds of batches that only name theirs register.
+
+  Estimators whose loss sees a whole batch call it, so that the loss of the user
+  gets examples and never a window on a data set.
+
+  Args:
+    batch: Any batch.
+
+  Returns:
+    The batch itself, or the examples that it names.
+
+  Raises:
+    ValueError: Their number is not known when the step is compiled.
+  """
+  return batch
 
 
 class Solver(Protocol):

@@ -120,6 +120,7 @@ def value_and_grad(
   def estimate(params, state, batch):
     checks.check_params('params', params)
     model_state, key, state = loss.begin(state)
+    batch = base.rows_of(batch)
     (value, (new, aux)), grads = jax.value_and_grad(loss, has_aux=True)(
       params, model_state, batch, key
     )
@@ -265,7 +266,8 @@ def with_curvature(
 
   def estimate(params, state, batch):
     result, state = estimator.estimate(params, state, batch)
-    extras = result.extras | {'curvature': curvature(params, batch)}
+    operator = curvature(params, base.rows_of(batch))
+    extras = result.extras | {'curvature': operator}
     return result._replace(extras=extras), state
 
   return base.GradientEstimator(estimator.init, estimate)

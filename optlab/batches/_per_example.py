@@ -45,6 +45,32 @@ class ResidentBatch(NamedTuple):
   size: jax.Array | int
 
 
+@base.rows_of.register
+def _(batch: PaddedBatch):
+  size = _static(batch.size)
+  return jax.tree.map(lambda leaf: leaf[:size], batch.examples)
+
+
+@base.rows_of.register
+def _(batch: ResidentBatch):
+  index = jax.lax.dynamic_slice_in_dim(
+    batch.order, batch.start, _static(batch.size)
+  )
+  return jax.tree.map(lambda leaf: leaf[index], batch.data)
+
+
+def _static(size):
+  if isinstance(size, jax.core.Tracer):
+    raise ValueError(
+      'the size of the batch must be known when the step is compiled where a'
+      ' loss or a curvature sees all its rows at once, got a traced size. In'
+      ' growing_step take the estimator per_example, which reads them in'
+      ' microbatches; without with_curvature, gns_newton takes the exact'
+      ' Hessian of its value_fn.'
+    )
+  return int(size)
+
+
 def _groups(batch, microbatch_size, wide, axis_name):
   """Number of groups, size, and ``k -> (examples, mask, index)``.
 

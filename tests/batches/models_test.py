@@ -231,3 +231,32 @@ def test_auxiliary_output_without_rows_is_refused():
   )
   with pytest.raises(ValueError, match='aux must have one row an example'):
     estimator.estimate(jnp.ones(6), estimator.init(jnp.ones(6)), ROWS)
+
+
+def test_a_loss_of_a_whole_batch_gets_rows_or_a_word():
+  """Never a window on the data set, of which it would see all."""
+  loss = lambda w, rows: jnp.mean((rows @ w - 1.0) ** 2)
+  plain = optlab.value_and_grad(loss)
+  order = jnp.arange(20)[::-1]
+  window = optlab.batches.ResidentBatch(ROWS, order, jnp.int32(3), 5)
+  padded = optlab.batches.PaddedBatch(ROWS, 5)
+  w = jnp.ones(6)
+  for batch, rows in ((window, ROWS[order[3:8]]), (padded, ROWS[:5])):
+    estimate, _ = plain.estimate(w, (), batch)
+    close(estimate.value, loss(w, rows))
+    newton = optlab.with_curvature(plain, optlab.hessian(loss))
+    estimate, _ = newton.estimate(w, (), batch)
+    close(
+      estimate.extras['curvature'](w), jax.jvp(
+        jax.grad(lambda w, rows=rows: loss(w, rows)), (w,), (w,))[1]
+    )  # fmt: skip
+  tx = optax.sgd(0.1)
+  losses = lambda w, rows: (rows @ w - 1.0) ** 2
+  growing = optlab.per_example(losses, microbatch_size=4)
+  for estimator in (
+    plain, optlab.with_curvature(growing, optlab.hessian(loss))
+  ):  # fmt: skip
+    state = optlab.growing_init(w, estimator, tx, ROWS, jax.random.key(0))
+    step = optlab.growing_step(estimator, tx, batch_size=5)
+    with pytest.raises(ValueError, match='size of the batch must be known'):
+      jax.eval_shape(step, state, ROWS)
