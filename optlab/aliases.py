@@ -1,6 +1,6 @@
 """Ready optimizers that join two wings, which never import each other."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
@@ -28,13 +28,15 @@ __all__ = [
 )
 def adadagrad_norm(
   learning_rate: base.ScalarOrSchedule,
-  test: Test,
+  test: Test | Callable[..., jax.Array],
   batch_size: int | jax.Array,
   max_batch_size: int | jax.Array,
   *,
   initial_accumulator_value: float | jax.Array = 0.1,
   eps: float | jax.Array = 0.0,
-  **growth: Any,
+  test_interval: int | jax.Array = 1,
+  growth_cap: float | jax.Array | None = None,
+  multiple_of: int | jax.Array = 1,
 ) -> optax.GradientTransformationExtraArgs:
   """AdaGrad-Norm with a batch that grows.
 
@@ -45,7 +47,9 @@ def adadagrad_norm(
     max_batch_size: The largest size.
     initial_accumulator_value: See `adagrad_norm`.
     eps: See `adagrad_norm`.
-    **growth: Further arguments of `grow_batch`.
+    test_interval: See `grow_batch`.
+    growth_cap: See `grow_batch`.
+    multiple_of: See `grow_batch`.
 
   Returns:
     An optax transformation; `batches.next_size` reads the next size from its
@@ -60,6 +64,13 @@ def adadagrad_norm(
   """
   checks.enforce(adadagrad_norm, locals())
   return optax.chain(
-    grow_batch(test, batch_size, max_batch_size, **growth),
+    grow_batch(
+      test,
+      batch_size,
+      max_batch_size,
+      test_interval=test_interval,
+      growth_cap=growth_cap,
+      multiple_of=multiple_of,
+    ),
     adagrad_norm(learning_rate, initial_accumulator_value, eps),
   )

@@ -27,13 +27,15 @@ from optlab.batches._moments import vmap_inner_products
 from optlab.batches._per_example import PaddedBatch
 from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import per_example
-from optlab.batches._tests import Test
+from optlab.batches._statistics import AveragesState
+from optlab.batches._statistics import Test
 from optlab.batches._tests import augmented_inner_product_test
 from optlab.batches._tests import coordinate_norm_test
 from optlab.batches._tests import inner_product_test
 from optlab.batches._tests import norm_test
 
 __all__ = [
+  'AveragesState',
   'EpochState',
   'GrowBatchInfo',
   'GrowBatchState',

@@ -15,6 +15,9 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import training
+from optlab.batches._growth import is_static
+from optlab.batches._growth import next_size
+from optlab.batches._growth import rules_of
 from optlab.batches._moments import batch_length
 from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import vary
@@ -86,14 +89,16 @@ def growing_init(
     )
   state = training.init(params, estimator, tx, *inner)
   start = jnp.zeros((), jnp.int32)
-  largest = optax.tree.get(state.opt_state, 'max_batch_size', 0)
-  if not isinstance(largest, jax.core.Tracer) and np.max(largest) > length:
-    raise ValueError(
-      f'max_batch_size must be at most the {length} examples of data, got'
-      f' {np.max(largest)}.'
-    )
-  size = optax.tree.get(state.opt_state, 'batch_size', None)
-  if size is not None and not isinstance(size, jax.core.Tracer):
+  rules = rules_of(state.opt_state)
+  for rule in rules:
+    largest = rule.max_batch_size
+    if is_static(largest) and np.max(largest) > length:
+      raise ValueError(
+        f'max_batch_size must be at most the {length} examples of data, got'
+        f' {np.max(largest)}.'
+      )
+  size = next_size(state.opt_state) if rules else None
+  if size is not None and is_static(size):
     first = int(np.min(size)) // num_shards
     local = length // num_shards
     if num_shards == 1:
@@ -154,7 +159,8 @@ def growing_step(
   Raises:
     TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
       transformation, or ``batch_size`` not an integer.
-    ValueError: Neither ``tx`` nor the argument gives a batch size.
+    ValueError: Neither ``tx`` nor the argument gives a batch size; in the step,
+      ``data`` of another length than `growing_init` saw.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -187,9 +193,14 @@ def growing_step(
   def step(state, data):
     train, epochs = state
     length = len(epochs.order)
+    if batch_length(data) != length:
+      raise ValueError(
+        f'data must have the {length} examples that growing_init saw, got'
+        f' {batch_length(data)}: start again by growing_init.'
+      )
     size = batch_size
-    if size is None:
-      size = optax.tree.get(train.opt_state, 'batch_size', None)
+    if size is None and rules_of(train.opt_state):
+      size = next_size(train.opt_state)
     if size is None:
       raise ValueError(
         'growing_step needs a batch size: put grow_batch into tx, or pass'

@@ -7,6 +7,7 @@ Methods*, 2024, https://arxiv.org/abs/2402.11215.
 requests, never lets the batch shrink, and keeps the next size in its state.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.batches._tests import Test
+from optlab.batches import _group
+from optlab.batches import _statistics
+from optlab.batches._statistics import Test
 
 
 class GrowBatchInfo(NamedTuple):
@@ -31,12 +34,30 @@ class GrowBatchState(NamedTuple):
   """State of `grow_batch`."""
 
   step: jax.Array  # shape (), int32, steps seen
+  # Shape (2,), int32: examples seen, in units of 2^30, and the rest of them.
+  samples: jax.Array
   batch_size: jax.Array  # shape (), int32, the size of the next batch
   max_batch_size: jax.Array  # shape (), int32, which `growing_init` checks
+  test: Any  # what the test remembers
   info: GrowBatchInfo
 
 
-TEST = checks.Function('such as optlab.norm_test(0.5)')
+class _TestDomain(NamedTuple):
+  """A `Test`, or a function without memory."""
+
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if not isinstance(value, Test):
+      checks.check_callable(
+        name,
+        value,
+        '(grads, **extras) -> size, or a test such as optlab.norm_test(0.5)',
+      )
+
+
+TEST = _TestDomain()
 SIZE = checks.Integer(2, 'The variance of one example is undefined.', True)
 
 
@@ -51,16 +72,16 @@ SIZE = checks.Integer(2, 'The variance of one example is undefined.', True)
     remedy='It is the factor by which a batch may grow; None for no cap.',
     optional=True,
   ),
-  multiple_of=checks.Integer(),
+  multiple_of=checks.Integer(traced=True),
 )
 def grow_batch(
-  test: Test,
+  test: Test | Callable[..., jax.Array],
   batch_size: int | jax.Array,
   max_batch_size: int | jax.Array,
   *,
   test_interval: int | jax.Array = 1,
   growth_cap: float | jax.Array | None = None,
-  multiple_of: int = 1,
+  multiple_of: int | jax.Array = 1,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the size of the next batch; lets updates pass as they are.
 
@@ -71,7 +92,9 @@ def grow_batch(
   asks `next_size`, as `growing_step` does.
 
   Args:
-    test: What requests a size, for example ``norm_test(0.5)``.
+    test: What requests a size, for example ``norm_test(0.5)``, a `Test`; or a
+      function ``(grads, **extras) -> size`` of the gradient and the step's
+      extra arguments.
     batch_size: The first size, at least 2: one example has no variance.
     max_batch_size: The largest size, for example the number of examples.
     test_interval: Tests on every so many steps only.
@@ -113,6 +136,14 @@ def grow_batch(
     always gives it), so that the rule may stand behind a clipping, and else
     the updates.
 
+    Where `optax.masked` or `optax.partition` hides some parameters and there is
+    no ``grad``, it tests those it sees, with their own moments: they need
+    `vmap_grads`, or ``layers=True`` in `per_example`.
+
+    Under `optax.MultiSteps` every k-th batch is tested, by the moments of that
+    batch alone; the size is that of one batch, not of the k together. There is
+    no need for it in `growing_step`, which accumulates microbatches itself.
+
     A request that is not a number (a NaN in the gradients, one example only)
     and moments that overflow keep the size. A mean gradient of exactly 0 with
     variance requests the maximum.
@@ -129,24 +160,41 @@ def grow_batch(
   """
   checks.enforce(grow_batch, locals())
   _check_sizes(batch_size, max_batch_size, multiple_of)
+  if not isinstance(test, Test):
+    test = _statistics.from_function(test)
+    told = lambda state: {}
+  else:
+    told = lambda state: {
+      'step': state.step,
+      'samples': samples_seen(state.samples, state.info.requested_size.dtype),
+      'batch_size': state.batch_size,
+    }
 
   def init_fn(params):
     checks.check_params('params', params)
     real = jnp.finfo(trees.accumulator_dtype(params)).dtype
     return GrowBatchState(
       step=jnp.zeros((), jnp.int32),
+      samples=jnp.zeros(2, jnp.int32),
       # Copies: the state may be donated.
       batch_size=jnp.array(batch_size, jnp.int32),
       max_batch_size=jnp.array(max_batch_size, jnp.int32),
+      test=test.init(params),
       info=GrowBatchInfo(requested_size=jnp.zeros((), real)),
     )
 
   def update_fn(updates, state, params=None, *, grad=None, **extra_args):
     del params
     wide = state.info.requested_size.dtype
+    if grad is None and _group.is_part(updates):
+      extra_args = _group.own_moments(updates, extra_args)
     grads = updates if grad is None else grad
-    requested = jnp.asarray(test(grads, **extra_args), wide)
-    requested = jnp.where(_is_finite(grads, extra_args), requested, jnp.nan)
+    requested, memory = test.update(
+      grads, state.test, **(extra_args | told(state))
+    )
+    finite = _is_finite(grads, extra_args)
+    requested = jnp.where(finite, jnp.asarray(requested, wide), jnp.nan)
+    seen = extra_args.get('sample_size', state.batch_size)
     limit = jnp.asarray(max_batch_size, jnp.int32)
     size = _next_size(
       requested, state.batch_size, limit, growth_cap, multiple_of
@@ -155,8 +203,10 @@ def grow_batch(
     last = state.info.requested_size
     return updates, GrowBatchState(
       step=jnp.asarray(optax.safe_increment(state.step)),
+      samples=_add_samples(state.samples, seen),
       batch_size=jnp.where(tested, size, state.batch_size).astype(jnp.int32),
       max_batch_size=limit,
+      test=trees.where(finite, memory, state.test),
       info=GrowBatchInfo(jnp.where(tested, requested, last)),
     )
 
@@ -183,9 +233,7 @@ def next_size(state: Any) -> jax.Array:
     >>> print(optlab.batches.next_size(state))
     8
   """
-  rules = [
-    leaf for leaf in jax.tree.leaves(state, is_leaf=_is_rule) if _is_rule(leaf)
-  ]
+  rules = rules_of(state)
   if not rules:
     raise ValueError(
       f'state must hold a GrowBatchState, got {type(state).__name__} without'
@@ -194,8 +242,23 @@ def next_size(state: Any) -> jax.Array:
   return functools.reduce(jnp.maximum, [rule.batch_size for rule in rules])
 
 
-def _is_rule(node):
-  return isinstance(node, GrowBatchState)
+def rules_of(state: Any) -> list[GrowBatchState]:
+  """The states of all rules in a state."""
+  is_rule = lambda node: isinstance(node, GrowBatchState)
+  return list(filter(is_rule, jax.tree.leaves(state, is_leaf=is_rule)))
+
+
+def samples_seen(samples: jax.Array, dtype: Any) -> jax.Array:
+  """The number of examples, as a real number."""
+  units, rest = samples.astype(dtype)
+  return units * 2.0**30 + rest
+
+
+def _add_samples(samples, more):
+  # The rest is below 2^30 and a batch below 2^31: as unsigned no overflow.
+  rest = samples[1].astype(jnp.uint32) + jnp.asarray(more, jnp.uint32)
+  units = samples[0] + (rest >> 30).astype(jnp.int32)
+  return jnp.stack([units, (rest & (2**30 - 1)).astype(jnp.int32)])
 
 
 def _check_sizes(batch_size, max_batch_size, multiple_of):
@@ -204,20 +267,23 @@ def _check_sizes(batch_size, max_batch_size, multiple_of):
     ('batch_size', batch_size),
     ('max_batch_size', max_batch_size),
   ):
-    if not isinstance(size, jax.core.Tracer) and size % multiple_of:
+    if is_static(size, multiple_of) and size % multiple_of:
       raise ValueError(
         f'{name} must be a multiple of multiple_of={multiple_of}, got {size}:'
         f' take {size + -size % multiple_of} or {size - size % multiple_of}.'
       )
-  static = not isinstance(batch_size, jax.core.Tracer)
-  static &= not isinstance(max_batch_size, jax.core.Tracer)
-  if static and batch_size > max_batch_size:
+  if is_static(batch_size, max_batch_size) and batch_size > max_batch_size:
     raise ValueError(
       f'batch_size must be at most max_batch_size={max_batch_size}, got'
       f' {batch_size}.'
     )
-  if static and max_batch_size > np.iinfo(np.int32).max:
+  if is_static(max_batch_size) and max_batch_size > np.iinfo(np.int32).max:
     raise ValueError(f'max_batch_size must be an int32, got {max_batch_size}.')
+
+
+def is_static(*values: Any) -> bool:
+  """Whether all are known when the program is made."""
+  return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def _is_finite(grads, extras):
@@ -257,13 +323,15 @@ def _next_size(requested, now, limit, growth_cap, multiple_of):
 )
 def adadagrad(
   learning_rate: base.ScalarOrSchedule,
-  test: Test,
+  test: Test | Callable[..., jax.Array],
   batch_size: int | jax.Array,
   max_batch_size: int | jax.Array,
   *,
-  initial_accumulator_value: float = 0.1,
-  eps: float = 1e-7,
-  **growth: Any,
+  initial_accumulator_value: float | jax.Array = 0.1,
+  eps: float | jax.Array = 1e-7,
+  test_interval: int | jax.Array = 1,
+  growth_cap: float | jax.Array | None = None,
+  multiple_of: int | jax.Array = 1,
 ) -> optax.GradientTransformationExtraArgs:
   """AdaGrad with a batch that grows: ``chain(grow_batch, optax.adagrad)``.
 
@@ -274,7 +342,9 @@ def adadagrad(
     max_batch_size: The largest size.
     initial_accumulator_value: See `optax.adagrad`.
     eps: See `optax.adagrad`.
-    **growth: Further arguments of `grow_batch`.
+    test_interval: See `grow_batch`.
+    growth_cap: See `grow_batch`.
+    multiple_of: See `grow_batch`.
 
   Returns:
     An optax transformation; `next_size` reads the next size from its state.
@@ -288,6 +358,13 @@ def adadagrad(
   """
   checks.enforce(adadagrad, locals())
   return optax.chain(
-    grow_batch(test, batch_size, max_batch_size, **growth),
+    grow_batch(
+      test,
+      batch_size,
+      max_batch_size,
+      test_interval=test_interval,
+      growth_cap=growth_cap,
+      multiple_of=multiple_of,
+    ),
     optax.adagrad(learning_rate, initial_accumulator_value, eps),
   )

@@ -1,77 +1,31 @@
 r"""Tests that request a batch size from the noise in a gradient.
 
-A *test* is a function ``(grads, **extras) -> requested size``, a real number
-from the moments that `per_example` makes; `grow_batch` acts on it. With b
-examples and gradients :math:`g_i` of mean g, all variances have the divisor
+A *test* is a pair of functions: what it remembers, and a requested size, a real
+number, from the moments that `per_example` makes; `grow_batch` acts on it. With
+b examples and gradients :math:`g_i` of mean g, all variances have the divisor
 ``b - 1`` and are over the whole model.
+
+On one batch :math:`\|g\|^2` contains the noise of that batch, V / b, so that no
+test can ask for much more than :math:`b / \eta^2`. With a ``decay`` the tests
+average their moments over steps, and take the noise off.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optlab import checks
-from optlab import trees
+from optlab.batches import _statistics
+from optlab.batches._statistics import Test
 
-Test = Callable[..., jax.Array]
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-  """``a / b``, where 0 / 0 is 0 and a / 0 infinite."""
-  safe = jnp.where(b == 0.0, 1.0, b)
-  return jnp.where(b == 0.0, jnp.where(a == 0.0, 0.0, a * jnp.inf), a / safe)
+DECAY = checks.OPEN_FRACTION._replace(optional=True)
 
 
-def _real(tree):
-  return jnp.finfo(trees.accumulator_dtype(tree)).dtype
-
-
-def _variance(total, sample_size):
-  return _ratio(total, (sample_size - 1).astype(total.dtype))
-
-
-def _trace(grads, name, extras):
-  """``(||g||^2, V)``, from the norm or summed from the coordinates."""
-  wide = _real(grads)
-  total = extras.get('sum_sq_diff_norm')
-  if total is None and extras.get('sum_sq_diff_grads') is not None:
-    leaves = jax.tree.leaves(extras['sum_sq_diff_grads'])
-    total = sum((jnp.sum(leaf.astype(wide)) for leaf in leaves), 0.0)
-  checks.require_extra(
-    name,
-    'per_example(losses, ghost_norms), or vmap_grads or microbatch_means in'
-    ' place of ghost_norms',
-    sum_sq_diff_norm=total,
-    sample_size=extras.get('sample_size'),
-  )
-  trace = _variance(jnp.asarray(total, wide), _size(extras))
-  return trees.sq_norm(grads, wide), trace
-
-
-def _inner(grads, name, extras):
-  """``(||g||^2, Var(<g_i, g>) / ||g||^2)``."""
-  wide = _real(grads)
-  total = extras.get('sum_sq_diff_inner')
-  checks.require_extra(
-    name,
-    'per_example(losses, ..., inner_products=jvp_inner_products)',
-    sum_sq_diff_inner=total,
-    sample_size=extras.get('sample_size'),
-  )
-  grad_sq = trees.sq_norm(grads, wide)
-  # Divided once here and once by the caller: ||g||^4 would underflow.
-  scaled = _ratio(jnp.asarray(total, wide), grad_sq)
-  return grad_sq, _variance(scaled, _size(extras))
-
-
-def _size(extras):
-  return jnp.asarray(extras['sample_size'])
-
-
-@checks.domains(eta=checks.POSITIVE)
-def norm_test(eta: float | jax.Array) -> Test:
+@checks.domains(eta=checks.POSITIVE, decay=DECAY)
+def norm_test(
+  eta: float | jax.Array, *, decay: float | jax.Array | None = None
+) -> Test:
   r"""The noise of the gradient is at most ``eta`` times its norm.
 
   .. math:: r = \frac{V}{\eta^2 \|g\|^2}
@@ -82,14 +36,16 @@ def norm_test(eta: float | jax.Array) -> Test:
 
   Args:
     eta: Positive; the smaller, the faster the batch grows.
+    decay: Of averages over steps, in (0, 1); ``None`` for this step alone.
 
   Returns:
     A test that takes ``sum_sq_diff_norm`` (or ``sum_sq_diff_grads``, optax's)
     and ``sample_size``.
 
   Raises:
-    TypeError: ``eta`` is not a real number.
-    ValueError: ``eta`` is not a finite number above 0.
+    TypeError: An argument is not a real number.
+    ValueError: ``eta`` is not a finite number above 0, or ``decay`` outside
+      (0, 1).
 
   References:
     Byrd, Chin, Nocedal, Wu, *Sample size selection in optimization methods for
@@ -98,15 +54,28 @@ def norm_test(eta: float | jax.Array) -> Test:
   """
   checks.enforce(norm_test, locals())
 
-  def test(grads, **extras):
-    grad_sq, trace = _trace(grads, 'norm_test', extras)
-    return _ratio(trace, jnp.asarray(eta, trace.dtype) ** 2 * grad_sq)
+  def moments(grads, extras, averaged):
+    grad_sq, trace = _statistics.trace_of(grads, 'norm_test', extras)
+    if averaged:
+      grad_sq = _statistics.unbiased(grad_sq, trace, extras)
+    return {'grad_sq': grad_sq, 'trace': trace}
 
-  return test
+  def request(found):
+    grad_sq, trace = found['grad_sq'], found['trace']
+    grad_sq = grad_sq if decay is None else _statistics.above_zero(grad_sq)
+    return _statistics.ratio(
+      trace, jnp.asarray(eta, trace.dtype) ** 2 * grad_sq
+    )
+
+  return _statistics.from_moments(
+    moments, request, _statistics.scalars('grad_sq', 'trace'), decay
+  )
 
 
-@checks.domains(eta=checks.POSITIVE)
-def coordinate_norm_test(eta: float | jax.Array) -> Test:
+@checks.domains(eta=checks.POSITIVE, decay=DECAY)
+def coordinate_norm_test(
+  eta: float | jax.Array, *, decay: float | jax.Array | None = None
+) -> Test:
   r"""The norm test in every coordinate by itself.
 
   .. math:: r = \max_j \frac{\mathrm{var}_j}{\eta^2 g_j^2}
@@ -117,17 +86,19 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
 
   Args:
     eta: Positive; the smaller, the faster the batch grows.
+    decay: Of averages over steps, in (0, 1); ``None`` for this step alone.
 
   Returns:
     A test that takes ``sum_sq_diff_grads`` and ``sample_size``.
 
   Raises:
-    TypeError: ``eta`` is not a real number.
-    ValueError: ``eta`` is not a finite number above 0.
+    TypeError: An argument is not a real number.
+    ValueError: ``eta`` is not a finite number above 0, or ``decay`` outside
+      (0, 1).
   """
   checks.enforce(coordinate_norm_test, locals())
 
-  def test(grads, **extras):
+  def moments(grads, extras, averaged):
     squares: Any = extras.get('sum_sq_diff_grads')
     checks.require_extra(
       'coordinate_norm_test',
@@ -136,23 +107,50 @@ def coordinate_norm_test(eta: float | jax.Array) -> Test:
       sample_size=extras.get('sample_size'),
     )
     checks.check_same_tree('sum_sq_diff_grads', squares, 'grads', grads)
-    wide = _real(grads)
-    scale = jnp.asarray(eta, wide) ** 2
+    wide = _statistics.real(grads)
+    variance = jax.tree.map(
+      lambda total: _statistics.variance(
+        total.astype(wide), _statistics.size_of(extras)
+      ),
+      squares,
+    )
 
-    def request(g, total):
-      g_sq = jnp.square(jnp.abs(g).astype(wide))
-      variance = _variance(total.astype(wide), _size(extras))
-      return jnp.max(_ratio(variance, scale * g_sq), initial=0.0)
+    def square(g, total):
+      size = jnp.abs(g).astype(wide)
+      return _statistics.known(jnp.square(size), total, size)
+
+    grad_sq = jax.tree.map(square, grads, squares)
+    if averaged:
+      grad_sq = jax.tree.map(
+        lambda g, v: _statistics.unbiased(g, v, extras), grad_sq, variance
+      )
+    return {'grad_sq': grad_sq, 'variance': variance}
+
+  def request(found):
+    def leaf(g_sq, variance):
+      scale = jnp.asarray(eta, variance.dtype) ** 2
+      ratio = _statistics.ratio(variance, scale * g_sq)
+      if decay is not None:  # Where noise is all that is known.
+        ratio = jnp.where(g_sq > 0, ratio, 0.0)
+      return jnp.max(ratio, initial=0.0)
 
     # Not Python's max: a NaN must reach the rule.
-    requests = jax.tree.leaves(jax.tree.map(request, grads, squares))
-    return jnp.max(jnp.stack(requests + [jnp.zeros((), wide)]))
+    requests = jax.tree.map(leaf, found['grad_sq'], found['variance'])
+    requests = jax.tree.leaves(requests)
+    return jnp.max(jnp.stack(requests)) if requests else jnp.zeros(())
 
-  return test
+  def like(params):
+    zeros = lambda leaf: jnp.zeros_like(leaf, dtype=_statistics.real(params))
+    tree = jax.tree.map(zeros, params)
+    return {'grad_sq': tree, 'variance': jax.tree.map(jnp.copy, tree)}
+
+  return _statistics.from_moments(moments, request, like, decay)
 
 
-@checks.domains(theta=checks.POSITIVE)
-def inner_product_test(theta: float | jax.Array) -> Test:
+@checks.domains(theta=checks.POSITIVE, decay=DECAY)
+def inner_product_test(
+  theta: float | jax.Array, *, decay: float | jax.Array | None = None
+) -> Test:
   r"""Per-example gradients agree with the mean on its own direction.
 
   .. math::
@@ -166,13 +164,15 @@ def inner_product_test(theta: float | jax.Array) -> Test:
 
   Args:
     theta: Positive; the smaller, the faster the batch grows.
+    decay: Of averages over steps, in (0, 1); ``None`` for this step alone.
 
   Returns:
     A test that takes ``sum_sq_diff_inner`` and ``sample_size``.
 
   Raises:
-    TypeError: ``theta`` is not a real number.
-    ValueError: ``theta`` is not a finite number above 0.
+    TypeError: An argument is not a real number.
+    ValueError: ``theta`` is not a finite number above 0, or ``decay`` outside
+      (0, 1).
 
   References:
     Bollapragada, Byrd, Nocedal, *Adaptive sampling strategies for stochastic
@@ -180,16 +180,37 @@ def inner_product_test(theta: float | jax.Array) -> Test:
   """
   checks.enforce(inner_product_test, locals())
 
-  def test(grads, **extras):
-    grad_sq, scaled = _inner(grads, 'inner_product_test', extras)
-    return _ratio(scaled, jnp.asarray(theta, scaled.dtype) ** 2 * grad_sq)
+  def moments(grads, extras, averaged):
+    name = 'inner_product_test'
+    grad_sq, along = _statistics.inner_of(grads, name, extras)
+    if averaged:
+      # Var(p_i): its division by ||g||^2 comes after the averages.
+      along *= grad_sq
+      grad_sq = _statistics.unbiased(
+        *_statistics.trace_of(grads, name, extras), extras
+      )
+    return {'grad_sq': grad_sq, 'along': along}
 
-  return test
+  def request(found):
+    grad_sq, along = found['grad_sq'], found['along']
+    if decay is not None:
+      grad_sq = _statistics.above_zero(grad_sq)
+      along = along / grad_sq
+    return _statistics.ratio(
+      along, jnp.asarray(theta, along.dtype) ** 2 * grad_sq
+    )
+
+  return _statistics.from_moments(
+    moments, request, _statistics.scalars('grad_sq', 'along'), decay
+  )
 
 
-@checks.domains(theta=checks.POSITIVE, nu=checks.POSITIVE)
+@checks.domains(theta=checks.POSITIVE, nu=checks.POSITIVE, decay=DECAY)
 def augmented_inner_product_test(
-  theta: float | jax.Array, nu: float | jax.Array
+  theta: float | jax.Array,
+  nu: float | jax.Array,
+  *,
+  decay: float | jax.Array | None = None,
 ) -> Test:
   r"""The inner product test, and a bound on the noise orthogonal to g.
 
@@ -204,14 +225,16 @@ def augmented_inner_product_test(
   Args:
     theta: Positive; for the noise along the gradient.
     nu: Positive; for the noise orthogonal to it.
+    decay: Of averages over steps, in (0, 1); ``None`` for this step alone.
 
   Returns:
     A test that takes ``sum_sq_diff_norm`` (or ``sum_sq_diff_grads``),
     ``sum_sq_diff_inner`` and ``sample_size``.
 
   Raises:
-    TypeError: ``theta`` or ``nu`` is not a real number.
-    ValueError: ``theta`` or ``nu`` is not a finite number above 0.
+    TypeError: An argument is not a real number.
+    ValueError: ``theta`` or ``nu`` is not a finite number above 0, or ``decay``
+      outside (0, 1).
 
   References:
     Bollapragada, Byrd, Nocedal, *Adaptive sampling strategies for stochastic
@@ -219,13 +242,30 @@ def augmented_inner_product_test(
   """
   checks.enforce(augmented_inner_product_test, locals())
 
-  def test(grads, **extras):
+  def moments(grads, extras, averaged):
     name = 'augmented_inner_product_test'
-    grad_sq, trace = _trace(grads, name, extras)
-    _, along = _inner(grads, name, extras)
+    grad_sq, trace = _statistics.trace_of(grads, name, extras)
+    grad_sq_here, along = _statistics.inner_of(grads, name, extras)
+    if averaged:
+      along *= grad_sq_here
+      grad_sq = _statistics.unbiased(grad_sq, trace, extras)
+    return {'grad_sq': grad_sq, 'trace': trace, 'along': along}
+
+  def request(found):
+    grad_sq, trace, along = (
+      found[name] for name in ('grad_sq', 'trace', 'along')
+    )
+    if decay is not None:
+      grad_sq = _statistics.above_zero(grad_sq)
+      along = along / grad_sq
     across = trace - along
     across = jnp.where(across < 0.0, 0.0, across)  # Rounding; NaN stays.
     bound = lambda scale: jnp.asarray(scale, trace.dtype) ** 2 * grad_sq
-    return jnp.maximum(_ratio(along, bound(theta)), _ratio(across, bound(nu)))
+    return jnp.maximum(
+      _statistics.ratio(along, bound(theta)),
+      _statistics.ratio(across, bound(nu)),
+    )
 
-  return test
+  return _statistics.from_moments(
+    moments, request, _statistics.scalars('grad_sq', 'trace', 'along'), decay
+  )

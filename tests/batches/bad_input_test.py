@@ -98,7 +98,7 @@ for name, arguments, needs in (
     row(
       name,
       f'no {missing}',
-      lambda make=make, extras=extras: make()(X, **extras),
+      lambda make=make, extras=extras: make().update(X, (), **extras),
       ValueError,
       rf'{name} needs the extra argument {missing}: pass {missing}=\.\.\. to'
       r' update, or take them from per_example\(',
@@ -106,8 +106,8 @@ for name, arguments, needs in (
 row(
   'coordinate_norm_test',
   'sum_sq_diff_grads of another tree',
-  lambda: optlab.batches.coordinate_norm_test(0.5)(
-    {'a': X}, sum_sq_diff_grads={'b': X}, sample_size=4
+  lambda: optlab.batches.coordinate_norm_test(0.5).update(
+    {'a': X}, (), sum_sq_diff_grads={'b': X}, sample_size=4
   ),
   ValueError,
   'sum_sq_diff_grads must have the tree structure of grads',

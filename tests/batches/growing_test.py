@@ -198,6 +198,19 @@ def test_over_two_devices_the_union_of_their_windows():
   assert len(traces) == 1
 
 
+@pytest.mark.parametrize('length', [N - 8, 2 * N])
+def test_data_of_another_length_are_an_error(length):
+  state, data = start()
+  other = jax.tree.map(
+    lambda leaf: jnp.resize(leaf, (length, *leaf.shape[1:])), data
+  )
+  step = optlab.growing_step(ESTIMATOR, GROWING)
+  with pytest.raises(
+    ValueError, match=f'the {N} examples.*got {length}: start'
+  ):
+    jax.eval_shape(step, state, other)
+
+
 def test_bad_input_of_the_loop():
   big = optlab.adadagrad(0.1, optlab.norm_test(0.5), 8, N + 1)
   with pytest.raises(

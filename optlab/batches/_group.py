@@ -1,0 +1,64 @@
+"""The moments of a part of the parameters, for rules that see no more."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+
+# Extras that are one number for all parameters, and where a part of it is.
+_PARTS = {
+  'sum_sq_diff_norm': ('sum_sq_diff_norms', 'sum_sq_diff_grads'),
+  'sum_sq_diff_inner': (),
+}
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def is_part(updates: base.Updates) -> bool:
+  """Whether `optax.masked` or `optax.partition` has hidden some leaves."""
+  return any(map(_is_masked, jax.tree.leaves(updates, is_leaf=_is_masked)))
+
+
+def own_moments(
+  updates: base.Updates, extras: dict[str, Any]
+) -> dict[str, Any]:
+  """The moments of the leaves that are not hidden.
+
+  Args:
+    updates: The gradient with `optax.MaskedNode` in place of some leaves.
+    extras: The moments of all parameters.
+
+  Returns:
+    The extras, with moments of the part.
+
+  Raises:
+    ValueError: Some of them are known of all parameters only.
+  """
+  own = dict(extras)
+  for name in ('sum_sq_diff_norms', 'sum_sq_diff_grads'):
+    if extras.get(name) is not None:
+      own[name] = jax.tree.map(
+        lambda update, rest: update if _is_masked(update) else rest,
+        updates,
+        extras[name],
+        is_leaf=_is_masked,
+      )
+  for name, parts in _PARTS.items():
+    if extras.get(name) is None:
+      continue
+    found = [own[part] for part in parts if own.get(part) is not None]
+    if found:
+      own[name] = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found[0]))
+    else:
+      raise ValueError(
+        f'grow_batch sees a part of the parameters, but {name} is of all of'
+        ' them. Pass grad=..., the gradient of all, to update, as train_step'
+        ' does; or, for the size that this part alone asks for, the moments of'
+        ' per_example(losses, vmap_grads) or per_example(..., layers=True).'
+      )
+  return own

@@ -1,0 +1,191 @@
+"""The growth rule inside optax's wrappers, and what its tests remember."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from tests.public import PUBLIC
+
+ROWS = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+PARAMS = {'a': jnp.zeros(3), 'b': jnp.zeros(2)}
+
+
+def losses(params, rows):
+  return (rows @ jnp.concatenate([params['a'], params['b']]) - 1.0) ** 2
+
+
+def estimate_of(route=optlab.batches.vmap_grads, rows=ROWS):
+  return optlab.per_example(losses, route).estimate(PARAMS, (), rows)[0]
+
+
+def request(state):
+  (rule,) = [
+    leaf
+    for leaf in jax.tree.leaves(
+      state, is_leaf=lambda s: isinstance(s, optlab.batches.GrowBatchState)
+    )
+    if isinstance(leaf, optlab.batches.GrowBatchState)
+  ]
+  return rule.info.requested_size
+
+
+SIZES = {'batch_size': 8, 'max_batch_size': 4096}
+ALIASES = {
+  name: make
+  for name, make in PUBLIC.items()
+  if inspect.isfunction(make)
+  and inspect.signature(make).return_annotation
+  is optax.GradientTransformationExtraArgs
+}
+
+
+@pytest.mark.parametrize('name', ALIASES)
+def test_every_transformation_can_be_injected(name):
+  """With its defaults, and with its numbers as hyperparameters of a state."""
+  given = {'learning_rate': 0.1, 'test': optlab.norm_test(0.5), **SIZES}
+  wanted = inspect.signature(ALIASES[name]).parameters
+  arguments = {k: v for k, v in given.items() if k in wanted}
+  static = {
+    k for k, v in wanted.items()
+    if callable(v.default) and v.default is not v.empty
+  }  # fmt: skip
+  make = optax.inject_hyperparams(ALIASES[name], static_args=static)
+  injected, plain = make(**arguments), ALIASES[name](**arguments)
+  estimate = estimate_of()
+  value_fn = jax.tree_util.Partial(lambda p: jnp.mean(losses(p, ROWS)))
+  extras = dict(estimate.extras)
+  extras |= {'value': estimate.value, 'grad': estimate.grads}
+  extras |= {'value_fn': value_fn}
+  extras['curvature'] = optlab.hessian(value_fn)(PARAMS)
+  updates = []
+  for tx in (injected, plain):
+    state = tx.init(PARAMS)
+    for _ in range(2):
+      found, after = tx.update(estimate.grads, state, PARAMS, **extras)
+      assert jax.tree.structure(after) == jax.tree.structure(state)
+      state = after
+    updates.append(found)
+  for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+    np.testing.assert_allclose(a, b, 1e-5, 1e-7)
+
+
+def test_an_injected_rule_is_read_by_the_growing_step():
+  make = optax.inject_hyperparams(optlab.adadagrad)
+  tx = make(0.1, optlab.norm_test(0.5), 8, 64)
+  estimator = optlab.per_example(losses, microbatch_size=8)
+  state = optlab.growing_init(PARAMS, estimator, tx, ROWS, jax.random.key(0))
+  assert optlab.batches.next_size(state) == 8
+  step = jax.jit(optlab.growing_step(estimator, tx))
+  for _ in range(4):
+    state, _ = step(state, ROWS)
+  assert optlab.batches.next_size(state) > 8
+
+
+@pytest.mark.parametrize('wrap', ['object', 'transformation'])
+def test_multi_steps_test_the_last_batch(wrap):
+  estimator = optlab.per_example(losses)
+  rule = optlab.adadagrad(0.1, optlab.norm_test(0.5), **SIZES)
+  multi = optax.MultiSteps(rule, 2)
+  tx = multi if wrap == 'object' else multi.gradient_transformation()
+  state = optlab.init(PARAMS, estimator, tx)
+  step = jax.jit(optlab.train_step(estimator, tx))
+  state, _ = step(state, ROWS[:32])
+  assert optlab.batches.next_size(state) == 8
+  state, _ = step(state, ROWS[32:])
+  expected, _ = estimator.estimate(PARAMS, (), ROWS[32:])
+  alone = optlab.grow_batch(optlab.norm_test(0.5), **SIZES)
+  _, alone = alone.update(expected.grads, alone.init(PARAMS), **expected.extras)
+  assert optlab.batches.next_size(state) == alone.batch_size > 8
+
+
+def group_request(test, estimate):
+  """The request of the part 'b' alone, from its own losses."""
+  only = lambda b, rows: losses({'a': PARAMS['a'], 'b': b}, rows)
+  own, _ = optlab.per_example(only).estimate(PARAMS['b'], (), ROWS)
+  rule = optlab.grow_batch(test, **SIZES)
+  _, state = rule.update(own.grads, rule.init(PARAMS['b']), **own.extras)
+  return state.info.requested_size
+
+
+@pytest.mark.parametrize('wrap', ['masked', 'partition'])
+@pytest.mark.parametrize(
+  'test', [optlab.norm_test(0.5), optlab.batches.coordinate_norm_test(0.5)]
+)
+def test_a_rule_that_sees_a_part_takes_the_moments_of_it(wrap, test):
+  rule = optlab.grow_batch(test, **SIZES)
+  if wrap == 'masked':
+    tx = optax.masked(rule, {'a': False, 'b': True})
+  else:
+    tx = optax.partition(
+      {'ours': rule, 'other': optax.sgd(0.1)}, {'a': 'other', 'b': 'ours'}
+    )
+  estimate = estimate_of()
+  state = tx.init(PARAMS)
+  _, own = tx.update(estimate.grads, state, PARAMS, **estimate.extras)
+  np.testing.assert_allclose(
+    request(own), group_request(test, estimate), rtol=1e-5
+  )
+  # With the gradient of all, the request is that of all.
+  _, whole = tx.update(
+    estimate.grads, state, PARAMS, grad=estimate.grads, **estimate.extras
+  )
+  _, expected = rule.update(
+    estimate.grads, rule.init(PARAMS), **estimate.extras
+  )
+  np.testing.assert_allclose(
+    request(whole), expected.info.requested_size, rtol=1e-5
+  )
+
+
+def test_a_part_without_moments_of_its_own_is_an_error():
+  tx = optax.masked(
+    optlab.grow_batch(optlab.norm_test(0.5), **SIZES), {'a': False, 'b': True}
+  )
+  estimate = estimate_of(optlab.ghost_norms)
+  with pytest.raises(
+    ValueError, match='sees a part of the parameters, but sum'
+  ):
+    tx.update(estimate.grads, tx.init(PARAMS), **estimate.extras)
+
+
+@pytest.mark.parametrize('scale', [1e-25, 1e-15, 1e15, 1e25])
+def test_moments_without_digits_keep_the_size(scale):
+  """Right, or kept: never a size from squares that over- or underflowed."""
+  estimator = optlab.per_example(
+    lambda p, rows: scale * losses(p, rows),
+    inner_products=optlab.batches.jvp_inner_products,
+  )
+  estimate, _ = estimator.estimate(PARAMS, (), ROWS)
+  plain = optlab.per_example(
+    losses, inner_products=optlab.batches.jvp_inner_products
+  )
+  expected, _ = plain.estimate(PARAMS, (), ROWS)
+  for test in (
+    optlab.norm_test(0.2),
+    optlab.batches.coordinate_norm_test(0.2),
+    optlab.inner_product_test(0.1),
+    optlab.augmented_inner_product_test(0.1, 0.1),
+  ):
+    rule = optlab.grow_batch(test, **SIZES)
+    after = lambda e, rule=rule: rule.update(
+      e.grads, rule.init(PARAMS), **e.extras
+    )[1]
+    found, right = after(estimate), after(expected)
+    told = np.isnan(found.info.requested_size) and found.batch_size == 8
+    assert told or abs(int(found.batch_size) - int(right.batch_size)) <= 1
+    assert right.batch_size > 8
+
+
+def test_samples_are_counted_beyond_int32():
+  rule = optlab.grow_batch(lambda grads, **extras: 2.0, 2, 8)
+  state = rule.init(PARAMS)
+  seen = 0
+  for more in (2**31 - 1, 2**31 - 1, 5, 2**30):
+    _, state = rule.update(PARAMS, state, sample_size=jnp.int32(more))
+    seen += more
+  assert int(state.samples[0]) * 2**30 + int(state.samples[1]) == seen
