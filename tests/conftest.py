@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -22,6 +23,27 @@ flags = '--xla_cpu_parallel_codegen_split_count=1'
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
+
+# And what was compiled is kept: for the other workers, for the programs that
+# tests start, for the next run. Its name holds all that it was made from.
+CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE)),
+)
+for name, value in (
+  ('jax_persistent_cache_min_compile_time_secs', 0),
+  ('jax_persistent_cache_min_entry_size_bytes', -1),
+):
+  os.environ[name.upper()] = str(value)
+  jax.config.update(name, value)
+
+
+def pytest_configure(config):
+  """Empties the store when it is large; what is old in it has no reader."""
+  size = sum(entry.stat().st_size for entry in CACHE.glob('*'))
+  if size > 2**30 and not hasattr(config, 'workerinput'):
+    shutil.rmtree(CACHE)
 
 
 @pytest.fixture
