@@ -123,10 +123,11 @@ def log_partition(
     The standard error is the delta method's, times ``1 + 5 h + 20 h^2`` where
     k-hat is above 0.3 by h: the sample variance of heavy weights is too small
     just where the estimate is. The factor is fitted to the coverage in
-    ``tests/unnormalized/log_partition_test.py``, no theory. A second mode that no draw met, behind a valley
-    that no walk crosses, is seen by neither: draw from a wider noise as well,
-    and see that both `agree`. Cost: ``num`` evaluations of the model and of the
-    noise's density, and ``walk_steps`` times the walking rows; no gradient.
+    ``tests/unnormalized/log_partition_test.py``, no theory. A second mode that
+    no draw met, behind a valley that no walk crosses, is seen by neither: draw
+    from a wider noise as well, and see that both `agree`. Cost: ``num``
+    evaluations of the model and of the noise's density, and ``walk_steps``
+    times the walking rows; no gradient.
   """
   checks.enforce(log_partition, locals())
   checks.check_int('num', num, chunk, 'Lower chunk, or draw more.')
