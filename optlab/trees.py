@@ -41,6 +41,23 @@ def zeros_accumulator(tree: Any) -> Any:
   )
 
 
+def zeros_rows(table: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """Zeros of a shape for each row of a block table, split over devices as it.
+
+  Args:
+    table: Pytree of arrays with one leading axis of blocks.
+    shape: The shape of a row.
+    dtype: The dtype of the zeros.
+
+  Returns:
+    Shape ``(blocks, *shape)``.
+  """
+  zeros = jnp.zeros_like(jax.tree.leaves(table)[0], dtype=dtype)
+  column = zeros[(slice(None),) + (0,) * (zeros.ndim - 1)]
+  column = column.reshape(column.shape + (1,) * len(shape))
+  return jnp.broadcast_to(column, (len(column), *shape))
+
+
 def combine(function: Callable[..., Any], *trees: base.Params) -> Any:
   """Maps ``function`` in float32 or wider, back to the first tree's dtypes."""
 

@@ -38,7 +38,6 @@ class Row(NamedTuple):
     inner: ``dtype -> tuple`` of inner variables for ``estimator.init``.
     shard: Whether each leaf of the batch may be sharded on its first axis, or
       ``batch -> tree of partition specs``.
-    collectives: How many an update may have where parameters are split.
     whole: Whether it evaluates ``value_fn``, which takes all parameters, so
       that a mask or partition must leave it all of them.
   """
@@ -51,7 +50,6 @@ class Row(NamedTuple):
   inner: Callable[[Any], tuple[Any, ...]] = lambda dtype: ()
   shard: bool | Callable[[Any], Any] = True
   whole: bool = False
-  collectives: int = 0
 
 
 def plain(tx_factory):

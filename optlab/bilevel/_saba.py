@@ -53,7 +53,7 @@ def _check_indexed(level: str, batch: Any, blocks: int) -> None:
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
   zeros = trees.zeros_accumulator(like)
   table = jax.tree.map(
-    lambda leaf: jnp.zeros((blocks, *leaf.shape), leaf.dtype), zeros
+    lambda leaf: jnp.broadcast_to(leaf, (blocks, *leaf.shape)), zeros
   )
   return SagaMemory(table, zeros)
 

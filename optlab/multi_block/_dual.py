@@ -192,10 +192,11 @@ def track_hessians(
 
   def init(inner):
     leaves = jax.tree.leaves(inner)
-    num_blocks = leaves[0].shape[0]
     dim = sum(math.prod(leaf.shape[1:]) for leaf in leaves)
-    shape, dtype = (num_blocks, dim, dim), trees.accumulator_dtype(inner)
-    return HessianState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    zeros = lambda: trees.zeros_rows(
+      inner, (dim, dim), trees.accumulator_dtype(inner)
+    )
+    return HessianState(zeros(), zeros())
 
   def held(rows, elapsed, just_visited):
     del elapsed

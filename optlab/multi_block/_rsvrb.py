@@ -137,7 +137,7 @@ def rsvrb(
   def init(params, inner, first=None):
     params, inner = trees.own(params), trees.own(inner)
     tracking.check_rows('inner', inner, num_blocks)
-    tracked = _start_tracked(params, inner, num_blocks)
+    tracked = _start_tracked(params, inner)
     if first is not None:
       _blocks.check_first(first, num_blocks)
       rows = tracking.gather_rows(inner, first.blocks)
@@ -195,13 +195,13 @@ def rsvrb(
   return base.GradientEstimator(init, estimate)
 
 
-def _start_tracked(params, inner, num_blocks):
+def _start_tracked(params, inner):
   """Trackers of zeros."""
   dtype = trees.accumulator_dtype(params, inner)
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   dim = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(inner))
   shapes = (dim,), (size,), (dim,), (dim, size), (dim, dim)
-  return Tracked(*(jnp.zeros((num_blocks, *s), dtype) for s in shapes))
+  return Tracked(*(trees.zeros_rows(inner, s, dtype) for s in shapes))
 
 
 def _sample(levels, params, inner, batch):

@@ -1,0 +1,220 @@
+"""The contracts on many devices: layout, abstract shapes, meshes, platforms."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optlab
+from tests import contract_test as contract
+from tests.contract_test import over_rows
+from tests.contract_test import over_transformations
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+SPECS = {'w': jax.P(None, 'data'), 'b': jax.P('data'), 'empty': {}}
+COLLECTIVES = re.compile(
+  r'\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
+  r'(?:-start)?\('
+)
+
+# Norms over all parameters: the squares, and in a branch that is seldom taken
+# the largest number, where the squares would over- or underflow.
+REDUCTIONS = {
+  'adagrad_norm': 2,
+  'normalized_momentum': 4,
+  'normalized_descent': 4,
+  'adadagrad': 2,
+  'adadagrad_norm': 2,
+  'grow_batch_coordinate': 3,
+  'grow_batch_means': 2,
+}
+# Their curvature sees all parameters as one vector.
+FLATTENING = ('gns_newton', 'with_curvature')
+
+
+def mesh_of(kind):
+  return jax.make_mesh((2,), ('data',), axis_types=(kind,))
+
+
+def laid_out(mesh):
+  """The toy's parameters, split over two devices."""
+  return jax.tree.map(
+    lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)),
+    contract.tree_params(),
+    SPECS,
+  )
+
+
+def spread(leaf):
+  """Inner variables are split on their first axis, where it can be."""
+  if jnp.ndim(leaf) and leaf.shape[0] % 2 == 0:
+    return jax.device_put(leaf, jax.NamedSharding(mesh_of(AUTO), jax.P('data')))
+  return leaf
+
+
+def abstract(tree):
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+  )
+
+
+def bytes_a_device(tree):
+  """Bytes on the fullest device."""
+  held = {}
+  for leaf in jax.tree.leaves(tree):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    for shard in leaf.addressable_shards:
+      held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+  return max(held.values())
+
+
+@over_rows
+def test_the_state_can_be_made_of_shapes_alone(row):
+  estimator, tx = row.make(row.hyper)
+  params, inner = contract.tree_params(), row.inner(jnp.float32)
+  real = optlab.init(params, estimator, tx, *inner)
+  shapes = jax.eval_shape(
+    lambda params, *inner: optlab.init(params, estimator, tx, *inner),
+    params,
+    *inner,
+  )
+  assert contract.types(shapes) == contract.types(real)
+  direct = optlab.init(abstract(params), estimator, tx, *inner)
+  assert contract.types(direct) == contract.types(real)
+
+
+@over_rows
+def test_the_step_exports_for_cpu_cuda_and_tpu(row):
+  step, state, batch = contract.setup(row, contract.tree_params())
+  exported = jax.export.export(jax.jit(step), platforms=('cpu', 'cuda', 'tpu'))(
+    state, batch
+  )
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+
+
+@over_rows
+def test_the_state_lies_where_the_parameters_lie(row):
+  if row.name in FLATTENING:
+    return
+  estimator, tx = row.make(row.hyper)
+  params = laid_out(mesh_of(AUTO))
+  inner = jax.tree.map(spread, row.inner(jnp.float32))
+  state = optlab.init(params, estimator, tx, *inner)
+  where = {
+    leaf.shape: leaf.sharding
+    for leaf in jax.tree.leaves((params, inner))
+    if leaf.ndim
+  }
+  step = jax.jit(optlab.train_step(estimator, tx))
+  after, _ = step(state, row.batch(jax.random.key(0), jnp.float32))
+  for stage in (state, after):
+    for path, leaf in jax.tree.leaves_with_path(stage):
+      if leaf.shape in where and jnp.issubdtype(leaf.dtype, jnp.inexact):
+        assert leaf.sharding.is_equivalent_to(where[leaf.shape], leaf.ndim), (
+          jax.tree_util.keystr(path)
+        )
+  plain, _ = contract.compiled(row.name)(
+    optlab.init(contract.tree_params(), estimator, tx, *row.inner(jnp.float32)),
+    row.batch(jax.random.key(0), jnp.float32),
+  )
+  contract.assert_close(after, plain, 1e-4, 1e-5)
+
+
+@over_transformations
+def test_collectives_of_an_update(row):
+  """As `optax.adam` none, but for the norms that a method is made of."""
+  if row.whole:  # It evaluates the objective, whose collectives it has.
+    return
+  estimator, tx = row.make(row.hyper)
+  params = laid_out(mesh_of(AUTO))
+  estimate, _ = estimator.estimate(
+    params, estimator.init(params), row.batch(jax.random.key(0), jnp.float32)
+  )
+  grads = jax.tree.map(
+    lambda grad, leaf: jax.device_put(grad, leaf.sharding),
+    estimate.grads,
+    params,
+  )
+  update = jax.jit(optax.with_extra_args_support(tx).update)
+  text = (
+    update.lower(
+      grads,
+      tx.init(params),
+      params,
+      value=estimate.value,
+      grad=grads,
+      **estimate.extras,
+    )
+    .compile()
+    .as_text()
+  )
+  assert len(COLLECTIVES.findall(text)) <= REDUCTIONS.get(row.name, 0)
+
+
+@over_rows
+def test_an_explicit_mesh_gives_the_same_numbers(row):
+  if not row.shard:
+    return
+  mesh = mesh_of(EXPLICIT)
+  _, alone, _ = contract.setup(row, contract.tree_params())
+  data = contract.batches(row, 2)
+  for batch in data:
+    alone, _ = contract.compiled(row.name)(alone, batch)
+  with jax.set_mesh(mesh):
+    step, state, _ = contract.setup(
+      row, jax.device_put(contract.tree_params(), jax.P())
+    )
+    step = jax.jit(step)
+    for batch in data:
+      specs = (
+        row.shard(batch)
+        if callable(row.shard)
+        else jax.tree.map(lambda leaf: jax.P('data'), batch)
+      )
+      state, _ = step(state, jax.tree.map(jax.device_put, batch, specs))
+  contract.assert_close(state, alone, 1e-4, 1e-5)
+
+
+@over_transformations
+def test_an_explicit_layout_is_kept(row):
+  """As optax asks of its own: init, jitted init, update, jitted update."""
+  if row.name in FLATTENING:
+    return
+  _, tx = row.make(row.hyper)
+  tx = optax.with_extra_args_support(tx)
+  if 'grow' in row.name or 'adadagrad' in row.name:
+    moments = {
+      'sample_size': jnp.int32(8),
+      'sum_sq_diff_norm': jnp.float32(1.0),
+      'sum_sq_diff_inner': jnp.float32(1.0),
+    }
+  else:
+    moments = {}
+  with jax.set_mesh(mesh_of(EXPLICIT)):
+    params = jax.device_put(
+      jnp.ones((2, 8, 4), jnp.float16), jax.P(None, 'data')
+    )
+    value_fn = lambda p: jnp.sum(jnp.square(p.astype(jnp.float32)))
+    extras = moments | {
+      'value': value_fn(params),
+      'grad': params,
+      'value_fn': value_fn,
+    }
+    if 'coordinate' in row.name:
+      extras['sum_sq_diff_grads'] = params
+
+    def update(params, state):
+      return tx.update(params, state, params, **extras)
+
+    state = tx.init(params)
+    _, after = update(params, state)
+    _, jitted = jax.jit(update)(params, state)
+    kinds = [
+      jax.tree.map(jax.typeof, tree)
+      for tree in (state, jax.jit(tx.init)(params), after, jitted)
+    ]
+  assert kinds[0] == kinds[1]
+  assert kinds[0] == kinds[2]
+  assert kinds[2] == kinds[3]
