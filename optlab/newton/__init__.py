@@ -6,8 +6,6 @@ from optlab.newton._curvature import fisher
 from optlab.newton._curvature import gauss_newton
 from optlab.newton._curvature import hessian
 from optlab.newton._curvature import linear_gauss_newton
-from optlab.newton._gns import GNSNewtonInfo
-from optlab.newton._gns import GNSNewtonState
 from optlab.newton._gns import gns_newton
 from optlab.newton._gns import gns_newton_paper
 from optlab.newton._krylov import cg
@@ -26,6 +24,8 @@ from optlab.newton._search import hold
 from optlab.newton._search import measured
 from optlab.newton._sparse import SparseMatrix
 from optlab.newton._sparse import sparse_matrix
+from optlab.newton._step import GNSNewtonInfo
+from optlab.newton._step import GNSNewtonState
 
 __all__ = [
   'Dense',

@@ -134,53 +134,17 @@ def lanczos(
   def solver(operator, b, shift):
     flat, unravel = _linear.flatten(b)
     product = _flat_product(operator, b)
-    n, dtype = flat.shape[0], flat.dtype
-    size = max(1, min(max_steps, n))
+    size = max(1, min(max_steps, flat.shape[0]))
     norm = trees.norm(flat)
-    tolerance = _forcing(norm, rtol, power)
-    # Pivots and residuals of the recurrence, at several shifts at once.
-    shifts = shift * 4.0 ** jnp.arange(16, dtype=dtype)
-
-    def step(carry):
-      basis, diagonal, off, vector, pivots, residuals, good, _, k = carry
-      basis = basis.at[k].set(vector)
-      image = product(vector)
-      alpha = vector @ image
-      for _ in range(2):  # Twice is enough (Kahan).
-        image = image - (basis @ image) @ basis
-      beta = jnp.linalg.norm(image)
-      last = off[jnp.maximum(k - 1, 0)]
-      pivots = alpha + shifts - jnp.where(k > 0, last**2 / pivots, 0.0)
-      good = good & (pivots > 0)
-      residuals = residuals * beta / jnp.where(good, pivots, 1.0)
-      first = jnp.argmax(good)
-      scale = jnp.abs(alpha) + last
-      # An invariant subspace has been found, up to rounding.
-      done = beta <= 10 * jnp.finfo(dtype).eps * scale
-      done |= good[first] & (residuals[first] <= tolerance)
-      off = off.at[k].set(jnp.where(done, 0.0, beta))
-      vector = image / jnp.where(beta > 0, beta, 1.0)
-      diagonal = diagonal.at[k].set(alpha)
-      return (
-        basis, diagonal, off, vector, pivots, residuals, good, done, k + 1,
-      )  # fmt: skip
-
-    def unfinished(carry):
-      *_, done, k = carry
-      return ~done & (k < size)
-
-    start = (
-      jnp.zeros((size, n), dtype),
-      jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
-      jnp.zeros(size, dtype),
+    basis, diagonal, off, k = _krylov_basis(
+      product,
       flat / jnp.where(norm > 0, norm, 1.0),
-      jnp.ones_like(shifts),
-      jnp.ones_like(shifts),
-      jnp.ones(shifts.shape, bool),
       norm == 0,
-      jnp.zeros((), jnp.int32),
+      # At several shifts at once.
+      shift * 4.0 ** jnp.arange(16, dtype=flat.dtype),
+      size,
+      _forcing(norm, rtol, power),
     )
-    basis, diagonal, off, *_, k = jax.lax.while_loop(unfinished, step, start)
     inside = jnp.arange(size) < k
     off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
 
@@ -195,6 +159,54 @@ def lanczos(
     return base.Prepared(solve, k)
 
   return solver
+
+
+def _krylov_basis(product, vector, empty, shifts, size, tolerance):
+  """Orthonormal vectors, the tridiagonal matrix in them, and their number."""
+  dtype = vector.dtype
+
+  def step(carry):
+    basis, diagonal, off, vector, pivots, residuals, good, _, k = carry
+    basis = basis.at[k].set(vector)
+    image = product(vector)
+    alpha = vector @ image
+    for _ in range(2):  # Twice is enough (Kahan).
+      image = image - (basis @ image) @ basis
+    beta = trees.norm(image)
+    last = off[jnp.maximum(k - 1, 0)]
+    # Pivots and residuals of the recurrence.
+    pivots = alpha + shifts - jnp.where(k > 0, last * (last / pivots), 0.0)
+    good = good & (pivots > 0)
+    residuals = residuals * beta / jnp.where(good, pivots, 1.0)
+    first = jnp.argmax(good)
+    scale = jnp.abs(alpha) + last
+    # An invariant subspace has been found, up to rounding.
+    done = beta <= 10 * jnp.finfo(dtype).eps * scale
+    done |= good[first] & (residuals[first] <= tolerance)
+    off = off.at[k].set(jnp.where(done, 0.0, beta))
+    vector = image / jnp.where(beta > 0, beta, 1.0)
+    diagonal = diagonal.at[k].set(alpha)
+    return (
+      basis, diagonal, off, vector, pivots, residuals, good, done, k + 1,
+    )  # fmt: skip
+
+  def unfinished(carry):
+    *_, done, k = carry
+    return ~done & (k < size)
+
+  start = (
+    jnp.zeros((size, vector.size), dtype),
+    jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
+    jnp.zeros(size, dtype),
+    vector,
+    jnp.ones_like(shifts),
+    jnp.ones_like(shifts),
+    jnp.ones(shifts.shape, bool),
+    empty,
+    jnp.zeros((), jnp.int32),
+  )
+  basis, diagonal, off, *_, k = jax.lax.while_loop(unfinished, step, start)
+  return basis, diagonal, off, k
 
 
 def _solve_tridiagonal(diagonal, off, first):

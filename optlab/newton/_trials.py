@@ -63,6 +63,21 @@ class Point(NamedTuple):
   products: jax.Array
 
 
+class Limits(NamedTuple):
+  """How a search goes, and how far.
+
+  Attributes:
+    rule: Moves the smoothness.
+    max_trials: The most trials.
+    safeguard: Whether to accept on the gradient where rounding hides the
+      decrease, and to stall where that fails too.
+  """
+
+  rule: _search.SearchRule
+  max_trials: Any
+  safeguard: bool
+
+
 class Search(NamedTuple):
   """Where a search stands: its best point, its smoothness, its counts."""
 
@@ -79,22 +94,13 @@ class Search(NamedTuple):
   products: jax.Array
 
 
-def search(
-  start: Start,
-  found: Search,
-  rule: _search.SearchRule,
-  max_trials: Any,
-  safeguard: bool,
-) -> Search:
+def search(start: Start, found: Search, limits: Limits) -> Search:
   """Tries smaller and smaller smoothness until a trial is accepted.
 
   Args:
     start: The point.
     found: The search before its first trial.
-    rule: Moves the smoothness.
-    max_trials: The most trials.
-    safeguard: Whether to accept on the gradient where rounding hides the
-      decrease, and to stall where that fails too.
+    limits: How it goes, and how far.
 
   Returns:
     The search after its last trial. A trial whose decrease rounding hides
@@ -106,19 +112,19 @@ def search(
 
   def unfinished(now):
     ended = now.accepted | now.stalled
-    return movable & ~ended & (now.trials < max_trials)
+    return movable & ~ended & (now.trials < limits.max_trials)
 
   def step(now):
     shift = start.shift_of(now.gamma)
     point = _try(start, shift)
-    accepted, flat = _judge(start, point, shift, safeguard)
+    accepted, flat = _judge(start, point, shift, limits.safeguard)
     stalled = jnp.asarray(False)
-    if safeguard:
+    if limits.safeguard:
       # A step across a symmetric valley is flat too, once.
       hidden = now.flat | _is_hidden(start, point, shift)
       stalled = flat & ~accepted & hidden
-    after = _learn(start, now, point, shift, accepted, rule)
-    taught = ~(flat & accepted) if safeguard else True
+    after = _learn(start, now, point, shift, accepted, limits.rule)
+    taught = ~(flat & accepted) if limits.safeguard else True
     gamma, state = trees.where(
       taught, (after.gamma, after.rule), (now.gamma, now.rule)
     )

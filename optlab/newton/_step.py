@@ -1,0 +1,249 @@
+"""A step of `gns_newton`: what its search starts from, and the state after."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import checks
+from optlab import trees
+from optlab.newton import _curvature
+from optlab.newton import _krylov
+from optlab.newton import _linear
+from optlab.newton import _metric
+from optlab.newton import _operators
+from optlab.newton import _trials
+
+GIVE_UP = 40  # rejected trials in a row
+
+
+class GNSNewtonInfo(NamedTuple):
+  """What `gns_newton` reports of its last step and, in totals, of the run.
+
+  Attributes:
+    shift: The regularization ``lambda`` of the last trial.
+    trials: Trials of the last step.
+    accepted: Whether the last step was accepted; a rejected step is zero.
+    stalled: Whether the last search ended because rounding hides any decrease.
+    failed: Whether 40 trials in a row, of one step or of several, were
+      rejected.
+    total_trials: Trials of all steps.
+    total_products: Operator-vector products of all steps.
+  """
+
+  shift: jax.Array  # shape ()
+  trials: jax.Array  # shape (), int32
+  accepted: jax.Array  # shape (), bool
+  stalled: jax.Array  # shape (), bool
+  failed: jax.Array  # shape (), bool
+  total_trials: jax.Array  # shape (), int32
+  total_products: jax.Array  # shape (), int32
+
+
+class GNSNewtonState(NamedTuple):
+  """State of `gns_newton`; scalars are float32 or wider.
+
+  Attributes:
+    gamma: The gradient-normalized smoothness that the next search starts from;
+      0 before the first step where the method chooses the first one itself.
+    value: The objective at the current point, infinite if it is not known.
+    grad: The gradient at the current point, for `value_and_grad_from_state`.
+    rejections: Trials rejected since the last accepted one.
+    rule: The state of the search rule, empty for those of optlab.
+    info: Diagnostics.
+  """
+
+  gamma: jax.Array  # shape ()
+  value: jax.Array  # shape ()
+  grad: base.Updates
+  rejections: jax.Array  # shape (), int32
+  rule: Any
+  info: GNSNewtonInfo
+
+
+class Method(NamedTuple):
+  """The arguments of `gns_newton`."""
+
+  solver: base.Solver | None
+  metric: base.ArrayTree | None
+  gamma_init: Any
+  gamma_offset: Any
+  limits: _trials.Limits
+
+
+def init(method: Method, params: base.Params) -> GNSNewtonState:
+  """The state before the first step."""
+  _check_whole_and_real(params)
+  dtype = trees.accumulator_dtype(params)
+  gamma = 0.0 if method.gamma_init is None else method.gamma_init
+  # No two fields share a buffer, so that the state can be donated.
+  return GNSNewtonState(
+    gamma=jnp.array(gamma, dtype),
+    value=jnp.full((), jnp.inf, dtype),
+    grad=optax.tree.zeros_like(params),
+    rejections=jnp.zeros((), jnp.int32),
+    rule=method.limits.rule.init(jnp.array(gamma, dtype)),
+    info=GNSNewtonInfo(
+      shift=jnp.zeros((), dtype),
+      trials=jnp.zeros((), jnp.int32),
+      accepted=jnp.zeros((), bool),
+      stalled=jnp.zeros((), bool),
+      failed=jnp.zeros((), bool),
+      total_trials=jnp.zeros((), jnp.int32),
+      total_products=jnp.zeros((), jnp.int32),
+    ),
+  )
+
+
+def update(
+  method: Method,
+  updates: base.Updates,
+  state: GNSNewtonState,
+  params: Any = None,
+  *,
+  value: Any = None,
+  grad: Any = None,
+  value_fn: Any = None,
+  curvature: Any = None,
+  **unused: Any,
+) -> tuple[base.Updates, GNSNewtonState]:
+  """The step, and the state after it."""
+  del unused
+  checks.require_extra(
+    'gns_newton',
+    'the estimator value_and_grad',
+    params=params,
+    value=value,
+    grad=grad,
+    value_fn=value_fn,
+  )
+  checks.check_callable('value_fn', value_fn, 'params -> scalar')
+  _check_whole_and_real(params)
+  checks.check_same_tree('grad', grad, 'params', params)
+  if curvature is None:
+    curvature = _curvature.hessian(value_fn)(params)
+  _operators.check_operator(
+    'curvature', curvature, sum(map(jnp.size, jax.tree.leaves(params)))
+  )
+  value = jnp.asarray(value).astype(state.gamma.dtype)
+  start, gamma, products = _start(
+    method, state, params, updates, value, value_fn, curvature
+  )
+  finite = jnp.isfinite(start.grad_norm) & jnp.isfinite(value)
+  found = _trials.search(
+    start,
+    _trials.Search(
+      step=optax.tree.zeros_like(params),
+      value=jnp.where(finite, value, jnp.inf),
+      grad=trees.where(finite, grad, optax.tree.zeros_like(state.grad)),
+      gamma=gamma,
+      rule=state.rule,
+      shift=state.info.shift,
+      trials=jnp.zeros((), jnp.int32),
+      accepted=jnp.zeros((), bool),
+      flat=jnp.zeros((), bool),
+      stalled=jnp.zeros((), bool),
+      products=products,
+    ),
+    method.limits,
+  )
+  return found.step, _after(state, found)
+
+
+def _start(method, state, params, updates, value, value_fn, curvature):
+  """Prepares the search; its first smoothness; the products that this took."""
+  space: Any = _metric.Space.make(method.metric, params, state.gamma.dtype)
+  operator = space.operator(curvature)
+  g = space.dual(updates)
+  g_norm = trees.norm(g)
+  gamma, products = state.gamma, jnp.zeros((), jnp.int32)
+  if method.gamma_init is None:
+    gamma, products = _first_gamma(operator, g, g_norm, value, gamma)
+  shift_of = lambda gamma: g_norm / (gamma + method.gamma_offset)
+  prepare: Any = method.solver or _default_solver(operator)
+  prepared = prepare(operator, g, shift_of(gamma))
+  _check_prepared(prepared)
+  start = _trials.Start(
+    params=params,
+    value=value,
+    dual=g,
+    grad_norm=g_norm,
+    space=space,
+    prepared=prepared,
+    value_and_grad=jax.value_and_grad(value_fn),
+    shift_of=shift_of,
+  )
+  return start, gamma, products + prepared.products
+
+
+def _after(state, found):
+  """The state after a search."""
+  rejections = state.rejections + jnp.where(found.stalled, 0, found.trials)
+  rejections = jnp.where(found.accepted, 0, rejections)
+  return GNSNewtonState(
+    gamma=found.gamma,
+    value=found.value,
+    grad=found.grad,
+    rejections=rejections,
+    rule=found.rule,
+    info=GNSNewtonInfo(
+      shift=found.shift,
+      trials=found.trials,
+      accepted=found.accepted,
+      stalled=found.stalled,
+      failed=rejections >= GIVE_UP,
+      total_trials=state.info.total_trials + found.trials,
+      total_products=state.info.total_products + found.products,
+    ),
+  )
+
+
+def _first_gamma(operator, g, g_norm, value, gamma):
+  """The smoothness, chosen where it is still 0, and the products it took."""
+  finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
+  first = finite & (g_norm > 0) & (gamma == 0)
+  unit = g / jnp.where(first, g_norm, 1)
+  shift = jax.lax.cond(
+    first,
+    lambda: 0.01 * jnp.abs(unit @ operator(unit)),
+    lambda: jnp.ones((), gamma.dtype),
+  ).astype(gamma.dtype)
+  shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
+  return jnp.where(first, g_norm / shift, gamma), first.astype(jnp.int32)
+
+
+def _check_whole_and_real(params):
+  """Raises for a part of the parameters, which ``value_fn`` would not take."""
+  is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+  for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
+    where = f'params{jax.tree_util.keystr(path)}'
+    if is_masked(leaf):
+      raise ValueError(
+        f'gns_newton cannot be masked or partitioned ({where} is left out):'
+        ' value_fn takes all parameters. Give it those that are trained alone,'
+        ' and close over the others: value_fn = lambda trained: fun(trained,'
+        ' frozen).'
+      )
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+      raise TypeError(
+        f'gns_newton takes real parameters, got {where} of dtype'
+        f' {jnp.result_type(leaf)}; give real and imaginary part as two leaves.'
+      )
+
+
+def _check_prepared(prepared):
+  if not isinstance(prepared, base.Prepared):
+    raise TypeError(
+      'solver must return optlab.newton.Prepared(solve, products), where solve'
+      f' maps a shift to (x, ok, products); got {prepared!r}.'
+    )
+
+
+def _default_solver(operator):
+  if _operators.matrix_of(operator) is not None:
+    return _linear.cholesky()
+  if _operators.factor_of(operator) is not None:
+    return _linear.woodbury()
+  return _krylov.lanczos()
