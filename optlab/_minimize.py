@@ -183,7 +183,7 @@ def _step(run, loop):
     value_fn=run.fun,
     **extras,
   )
-  params = optax.apply_updates(result.params, updates)
+  params = trees.rounded(optax.apply_updates(result.params, updates))
   value, grad = _evaluate(run, params, opt_state)
   result = result._replace(
     params=params,

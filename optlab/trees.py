@@ -180,6 +180,18 @@ def dtypes(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
+def rounded(tree: base.Params) -> base.Params:
+  """Numbers as narrow dtypes hold them, which a compiler may skip."""
+
+  def leaf(x):
+    info = jnp.finfo(x.dtype)
+    if info.bits >= 32:
+      return x
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+  return jax.tree.map(leaf, tree)
+
+
 def own(tree: Any) -> Any:
   """A copy without weak types, so that state in equals state out.
 

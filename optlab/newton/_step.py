@@ -127,16 +127,15 @@ def update(
   _operators.check_operator(
     'curvature', curvature, sum(map(jnp.size, jax.tree.leaves(params)))
   )
-  value = jnp.asarray(value).astype(state.gamma.dtype)
   start, gamma, products = _start(
     method, state, params, updates, value, value_fn, curvature
   )
-  finite = jnp.isfinite(start.grad_norm) & jnp.isfinite(value)
+  finite = jnp.isfinite(start.grad_norm) & jnp.isfinite(start.value)
   found = _trials.search(
     start,
     _trials.Search(
       step=optax.tree.zeros_like(params),
-      value=jnp.where(finite, value, jnp.inf),
+      value=jnp.where(finite, start.value, jnp.inf),
       grad=trees.where(finite, grad, optax.tree.zeros_like(state.grad)),
       gamma=gamma,
       rule=state.rule,
@@ -154,7 +153,12 @@ def update(
 
 def _start(method, state, params, updates, value, value_fn, curvature):
   """Prepares the search; its first smoothness; the products that this took."""
-  space: Any = _metric.Space.make(method.metric, params, state.gamma.dtype)
+  dtype = state.gamma.dtype
+  eps = jnp.finfo(
+    jnp.result_type(float, value)
+  ).eps  # of a narrow loss, its own
+  value = jnp.asarray(value).astype(dtype)
+  space: Any = _metric.Space.make(method.metric, params, dtype)
   operator = space.operator(curvature)
   g = space.dual(updates)
   g_norm = trees.norm(g)
@@ -168,6 +172,7 @@ def _start(method, state, params, updates, value, value_fn, curvature):
   start = _trials.Start(
     params=params,
     value=value,
+    rounding=10 * eps * jnp.abs(value),
     dual=g,
     grad_norm=g_norm,
     space=space,

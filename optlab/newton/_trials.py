@@ -19,6 +19,7 @@ class Start(NamedTuple):
   Attributes:
     params: The point.
     value: The objective there.
+    rounding: How much of it rounding may hide.
     dual: The gradient there, in flat coordinates.
     grad_norm: Its norm.
     space: Flat coordinates in which the metric is the identity.
@@ -29,6 +30,7 @@ class Start(NamedTuple):
 
   params: base.Params
   value: jax.Array
+  rounding: jax.Array
   dual: jax.Array
   grad_norm: jax.Array
   space: _metric.Space
@@ -148,7 +150,7 @@ def _try(start, shift):
     start.space.primal(solution),
     start.params,
   )
-  params = optax.apply_updates(start.params, step)
+  params = trees.rounded(optax.apply_updates(start.params, step))
   value, grad = start.value_and_grad(params)
   value, dual = value.astype(dtype), start.space.dual(grad)
   grad_norm = trees.norm(dual)
@@ -170,7 +172,7 @@ def _judge(start, point, shift, safeguard):
   """Whether a trial is accepted, and whether rounding hides its decrease."""
   decrease = start.value - point.value
   needed = _per_shift(point.dual @ point.dual, point.grad_norm, 8.0 * shift)
-  flat = (jnp.abs(decrease) <= _rounding(start)) & point.ok
+  flat = (jnp.abs(decrease) <= start.rounding) & point.ok
   accepted = decrease >= needed
   if safeguard:
     smaller = point.grad_norm <= 0.9 * start.grad_norm
@@ -186,15 +188,11 @@ def _per_shift(square, norm, shift):
   return jnp.where(usual, square / shift, norm * (norm / shift))
 
 
-def _rounding(start):
-  return 10 * jnp.finfo(start.value.dtype).eps * jnp.abs(start.value)
-
-
 def _is_hidden(start, point, shift):
   """Whether rounding would hide even the decrease of the quadratic model."""
   length = trees.norm(point.move)
   predicted = (shift * length * length - start.dual @ point.move) / 2
-  return predicted <= 10 * _rounding(start)
+  return predicted <= 10 * start.rounding
 
 
 def _is_rounding(point, start):

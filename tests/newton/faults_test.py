@@ -1,0 +1,272 @@
+"""`gns_newton` and `minimize` where they can't go on, or stand elsewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from optlab import training
+
+START = jnp.array([-2.0, 2.0])
+
+
+def rosenbrock(x):
+  return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def quartic(x):
+  return jnp.sum(x**4 - x**2)
+
+
+def minimize(fun, start, tx, max_steps=300, **arguments):
+  run = functools.partial(
+    optlab.minimize, fun, tx=tx, max_steps=max_steps, **arguments
+  )
+  return jax.jit(lambda start: run(params=start))(start)
+
+
+def logistic():
+  rng = np.random.default_rng(0)
+  features = jnp.asarray(rng.normal(size=(200, 5)), jnp.float32)
+  noise = jnp.asarray(rng.normal(size=200), jnp.float32)
+  signs = jnp.sign(features @ jnp.arange(5.0) + noise)
+  return lambda w: (
+    jnp.mean(jnp.logaddexp(0.0, -signs * (features @ w))) + 1e-3 * w @ w
+  )
+
+
+def overflowing():
+  rng = np.random.default_rng(0)
+  features = jnp.asarray(30 * rng.normal(size=(500, 3)), jnp.float32)
+  noise = jnp.asarray(30 * rng.normal(size=500), jnp.float32)
+  labels = (features @ jnp.arange(3.0) + noise > 0).astype(jnp.float32)
+
+  def fun(w):
+    p = jax.nn.sigmoid(features @ w)
+    return -jnp.mean(labels * jnp.log(p) + (1 - labels) * jnp.log(1 - p))
+
+  return fun
+
+
+SOLVERS = {
+  'cg': optlab.cg(),
+  'lanczos': optlab.lanczos(),
+  'cholesky': optlab.cholesky(),
+  'eigh': optlab.newton.eigh(),
+}
+
+
+@pytest.mark.parametrize('solver', SOLVERS.values(), ids=SOLVERS.keys())
+def test_a_solver_that_is_not_ok_shrinks_gamma(solver):
+  run = minimize(
+    quartic, jnp.full(2, 0.1), optlab.gns_newton(solver), grad_tol=1e-4
+  )
+  assert run.status == training.GRAD_TOL
+  assert run.opt_state.info.total_trials == 13
+  np.testing.assert_allclose(run.params, 0.5**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('x', [0.0, jnp.nan])
+def test_a_solver_that_is_never_ok_is_rejected(x):
+  def solver(operator, b, shift):
+    del operator, shift
+    return optlab.newton.Prepared(lambda shift: (x * b, jnp.asarray(False), 0))
+
+  run = minimize(quartic, jnp.full(2, 0.1), optlab.gns_newton(solver))
+  assert (run.status, run.steps) == (training.REJECTED, 1)
+  assert run.opt_state.gamma < 1e-12
+
+
+@pytest.mark.parametrize(
+  'rule',
+  [optlab.newton.hold(), optlab.newton.double(), optlab.newton.measured()],
+)
+@pytest.mark.parametrize('make', [logistic, overflowing])
+def test_stops_where_rounding_ends_the_descent(make, rule):
+  fun = make()
+  size = 5 if make is logistic else 3
+  run = minimize(
+    fun, jnp.zeros(size), optlab.gns_newton(rule=rule), grad_tol=1e-9
+  )
+  assert run.status == training.STALLED
+  assert run.steps < 40 and run.grad_norm < 1e-6
+  assert run.opt_state.info.stalled
+
+
+def test_a_stall_leaves_gamma_as_it_was():
+  fun, tx = logistic(), optlab.gns_newton()
+  run = minimize(fun, jnp.zeros(5), tx, grad_tol=1e-9)
+  before = run.opt_state.gamma
+  value, grad = jax.value_and_grad(fun)(run.params)
+  for _ in range(3):
+    _, state = tx.update(
+      grad, run.opt_state, run.params, value=value, grad=grad, value_fn=fun
+    )
+    assert state.info.stalled or state.info.accepted
+    assert state.gamma == before
+
+
+def test_a_flat_search_at_its_limit_leaves_gamma_as_it_was():
+  tx = optlab.gns_newton(max_trials=7, safeguard=False, gamma_init=2.0)
+  fun = lambda x: 1.0 + 1e-12 * jnp.sum(x**2)
+  x = jnp.ones(2)
+  value, grad = jax.value_and_grad(fun)(x)
+  updates, state = tx.update(
+    grad, tx.init(x), x, value=value, grad=grad, value_fn=fun,
+    curvature=optlab.Dense(jnp.eye(2)),
+  )  # fmt: skip
+  assert not state.info.accepted and state.info.trials == 7
+  assert state.gamma == 2.0 and not jnp.any(updates)
+
+
+def test_a_step_across_a_symmetric_valley_is_no_stall():
+  # Half of the true curvature: the first step ends where the value is the same.
+  run = minimize(
+    lambda x: jnp.sum(x**2) + 1.0,
+    jnp.array([3.0, 1.0]),
+    optlab.gns_newton(),
+    grad_tol=1e-2,
+    curvature=lambda x: optlab.Dense(jnp.eye(2)),
+  )
+  assert run.status == training.GRAD_TOL
+  assert run.opt_state.info.total_trials > run.steps
+
+
+def test_few_trials_a_step_go_on_after_a_rejection():
+  run = minimize(
+    rosenbrock, START, optlab.gns_newton(max_trials=1), grad_tol=1e-2
+  )
+  assert run.status == training.GRAD_TOL
+
+
+WRAPPED = {
+  'scaled': lambda tx: optax.chain(tx, optax.scale(0.5)),
+  'followed': lambda tx: optax.chain(tx, optax.identity()),
+  'preceded': lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx),
+  'nested': lambda tx: optax.chain(optax.chain(tx), optax.scale(0.5)),
+  'apply_if_finite': lambda tx: optax.apply_if_finite(tx, 3),
+  'MultiSteps': lambda tx: optax.MultiSteps(tx, 2),
+  'its transformation': lambda tx: optax.MultiSteps(
+    tx, 2
+  ).gradient_transformation(),
+  'inject': lambda tx: optax.inject_hyperparams(lambda: tx)(),
+  'a whole mask': lambda tx: optax.masked(tx, True),
+}
+
+
+@pytest.mark.parametrize('wrap', WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.parametrize('make', [optlab.gns_newton, optax.lbfgs])
+def test_the_value_is_that_of_the_point_returned(x64, wrap, make):
+  run = minimize(rosenbrock, START, wrap(make()), max_steps=5)
+  value, grad = jax.value_and_grad(rosenbrock)(run.params)
+  np.testing.assert_allclose(run.value, value, rtol=1e-10)
+  np.testing.assert_allclose(run.grad_norm, jnp.linalg.norm(grad), rtol=1e-8)
+  assert value < rosenbrock(START)
+
+
+@pytest.mark.parametrize(
+  'wrap', [WRAPPED['scaled'], WRAPPED['MultiSteps'], WRAPPED['followed']]
+)
+def test_a_stall_is_heard_anywhere_in_a_chain(wrap):
+  tx = wrap(optlab.gns_newton())
+  run = minimize(logistic(), jnp.zeros(5), tx, grad_tol=1e-9)
+  assert run.status == training.STALLED
+
+
+def test_a_stall_of_an_earlier_run_does_not_stop_the_next():
+  tx = optlab.gns_newton()
+  run = minimize(logistic(), jnp.zeros(5), tx, grad_tol=1e-9)
+  state = run.opt_state._replace(value=jnp.inf * run.value)
+  on = minimize(
+    lambda x: jnp.sum(jnp.cosh(x)), run.params, tx, opt_state=state,
+    grad_tol=1e-3,
+  )  # fmt: skip
+  assert on.status == training.GRAD_TOL and on.steps > 0
+
+
+def test_train_step_evaluates_what_a_later_link_moved(x64):
+  estimator = optlab.value_and_grad(lambda x, batch: rosenbrock(x))
+  tx = optax.chain(optlab.gns_newton(), optax.scale(0.5))
+  state = optlab.init(START, estimator, tx)
+  step = jax.jit(optlab.train_step(estimator, tx))
+  for _ in range(5):
+    expected = rosenbrock(state.params)
+    state, value = step(state, None)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize('wrapper', ['masked', 'partition'])
+def test_a_mask_is_told_to_close_over_what_is_frozen(wrapper):
+  labels = {'a': 'ours', 'b': 'none'}
+  tx = {
+    'masked': optax.masked(optlab.gns_newton(), {'a': True, 'b': False}),
+    'partition': optax.partition(
+      {'ours': optlab.gns_newton(), 'none': optax.set_to_zero()}, labels
+    ),
+  }[wrapper]
+  with pytest.raises(ValueError, match=r"params\['b'\].*close over the others"):
+    tx.init({'a': jnp.ones(2), 'b': jnp.ones(2)})
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('wide', [True, False])
+@pytest.mark.parametrize('make', [optlab.gns_newton, optax.lbfgs])
+def test_narrow_parameters(make, wide, dtype):
+  def fun(x):
+    x = x.astype(jnp.float32) if wide else x
+    return jnp.sum(jnp.cosh(x - 1.0))
+
+  run = minimize(fun, jnp.zeros(3, dtype), make(), grad_tol=2e-2)
+  assert run.params.dtype == dtype and run.grad_norm.dtype == jnp.float32
+  assert run.value.dtype == (jnp.float32 if wide else dtype)
+  np.testing.assert_allclose(run.params.astype(float), 1.0, atol=5e-2)
+  np.testing.assert_allclose(run.value, fun(run.params), rtol=1e-2)
+
+
+def test_a_value_is_that_of_the_rounded_point():
+  fun = lambda x: jnp.sum((x.astype(jnp.float32) - 1.003) ** 2)
+  run = minimize(fun, jnp.zeros(3, jnp.bfloat16), optlab.gns_newton(),
+                 max_steps=2)  # fmt: skip
+  np.testing.assert_allclose(run.value, fun(run.params), rtol=1e-6)
+
+
+@pytest.mark.parametrize('make', [lambda: optax.sgd(0.1), optax.lbfgs])
+def test_complex_parameters_descend(make):
+  fun = lambda p: jnp.sum(jnp.abs(p - 1j) ** 2)
+  run = minimize(fun, jnp.ones(2, jnp.complex64), make(), grad_tol=1e-3)
+  assert run.status == training.GRAD_TOL
+  np.testing.assert_allclose(run.params, 1j, atol=1e-3)
+
+
+def test_complex_parameters_are_refused_by_name():
+  with pytest.raises(TypeError, match=r"real parameters, got params\['z'\]"):
+    optlab.gns_newton().init({'z': jnp.ones(2, jnp.complex64)})
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-22, 1e22, 1e30])
+@pytest.mark.parametrize('solver', SOLVERS.values(), ids=SOLVERS.keys())
+def test_scales_at_the_ends_of_float32(solver, scale):
+  fun = lambda x: scale * rosenbrock(x)
+  run = minimize(
+    fun, START, optlab.gns_newton(solver), grad_tol=1e-3 * scale, max_steps=120
+  )
+  assert run.status == training.GRAD_TOL
+  np.testing.assert_allclose(run.params, 1.0, atol=0.1)
+  start = minimize(fun, START, optax.sgd(0.0), max_steps=1)
+  expected = float(jnp.linalg.norm(jax.grad(rosenbrock)(START)))
+  np.testing.assert_allclose(float(start.grad_norm) / scale, expected, 1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-36, 1e-25, 1.0, 1e25, 1e37])
+def test_norms_neither_over_nor_underflow(scale):
+  from optlab import trees
+
+  tree = {'a': scale * jnp.array([3.0, 0.0]), 'b': jnp.float32(4.0 * scale)}
+  np.testing.assert_allclose(trees.norm(tree) / scale, 5.0, rtol=1e-5)
+  assert trees.norm({}) == 0.0
+  assert jnp.isnan(trees.norm({'a': jnp.array([jnp.nan, scale])}))
+  assert jnp.isinf(trees.norm({'a': jnp.array([jnp.inf, scale])}))
