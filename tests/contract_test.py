@@ -10,6 +10,7 @@ import inspect
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,18 +83,26 @@ def types(tree):
   )
 
 
+def numbers(tree):
+  """Keys as the numbers that they are, for comparisons."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.random.key_data(leaf)
+      if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      else leaf
+    ),
+    tree,
+  )
+
+
 def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
-  actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
-  assert len(actual) == len(expected)
-  for a, b in zip(actual, expected, strict=True):
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-      a, b = jax.random.key_data(a), jax.random.key_data(b)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+  chex.assert_trees_all_close(
+    numbers(actual), numbers(expected), rtol=rtol, atol=atol
+  )
 
 
 def assert_equal(actual, expected):
-  assert_close(actual, expected, rtol=0.0, atol=0.0)
+  chex.assert_trees_all_equal(numbers(actual), numbers(expected))
 
 
 @over_rows
