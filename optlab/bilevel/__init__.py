@@ -3,10 +3,11 @@
 from optlab.bilevel._bilevel import BilevelBatch
 from optlab.bilevel._bilevel import BilevelInfo
 from optlab.bilevel._bilevel import BilevelState
-from optlab.bilevel._bilevel import Objective
 from optlab.bilevel._bo_rep import bo_rep
 from optlab.bilevel._bo_rep import refine
 from optlab.bilevel._implicit import implicit
+from optlab.bilevel._problem import BilevelAux
+from optlab.bilevel._problem import Objective
 from optlab.bilevel._saba import IndexedBatch
 from optlab.bilevel._saba import SabaMemory
 from optlab.bilevel._saba import SagaMemory
@@ -18,6 +19,7 @@ from optlab.bilevel._ttsa import ttsa
 from optlab.bilevel._unrolled import unrolled
 
 __all__ = [
+  'BilevelAux',
   'BilevelBatch',
   'BilevelInfo',
   'BilevelState',

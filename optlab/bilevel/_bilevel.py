@@ -1,4 +1,4 @@
-"""What the bilevel estimators share: batches, one linearization, lower steps.
+"""What the bilevel estimators share: batches, state, one way to make them.
 
 The problem is ``min_x f(x, y*(x))`` with ``y*(x) = argmin_y g(x, y)`` and ``g``
 strongly convex in ``y``. The user writes ``upper(x, y, batch)`` for ``f`` and
@@ -18,8 +18,9 @@ from optlab import base
 from optlab import checks
 from optlab import estimators
 from optlab import trees
-
-Objective = Callable[[base.Params, base.Params, base.Batch], jax.Array]
+from optlab.bilevel import _dual
+from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 class BilevelBatch(NamedTuple):
@@ -43,6 +44,9 @@ class BilevelInfo(NamedTuple):
 
   lower_grad_norm: Any  # shape (), norm of g_y at the last accepted estimate
   dual_residual: Any  # shape (), norm of g_yy z - f_y there
+  constrained: jax.Array  # shape (), bool, lower steps held a part of y
+  ok: jax.Array  # shape (), bool, no assumption was seen to fail there
+  total_not_ok: jax.Array  # shape (), int32
   rejected: jax.Array  # shape (), bool, whether the last was not finite
   total_rejected: jax.Array  # shape (), int32
 
@@ -53,7 +57,8 @@ class BilevelState(NamedTuple):
   step: jax.Array  # shape (), int32, accepted estimates
   inner: base.Params  # the lower variable y
   dual: base.Params  # the linear-system variable z, float32 or wider
-  lower_opt_state: base.OptState
+  lower_opt_state: optax.OptState
+  dual_state: Any  # what the steps of z need; () where it takes none
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
 
@@ -61,74 +66,22 @@ class BilevelState(NamedTuple):
 LEVELS = {
   'upper': checks.Function('(x, y, batch) -> scalar'),
   'lower': checks.Function('(x, y, batch) -> scalar'),
-  'lower_optimizer': checks.TRANSFORMATION,
 }
 RATE = checks.POSITIVE._replace(schedule=True)
 RADIUS = checks.POSITIVE._replace(
   optional=True, remedy='Pass None for no projection.'
 )
-
-
-def linearize(
-  lower: Objective,
-  params: base.Params,
-  inner: base.Params,
-  batch: base.Batch,
-) -> tuple[base.Params, Callable[[base.Params], tuple[Any, Any]]]:
-  """The lower gradient and, from one vjp of it, both second-order products.
-
-  Args:
-    lower: The lower objective.
-    params: The upper variable x.
-    inner: The lower variable y.
-    batch: A sample of the lower objective.
-
-  Returns:
-    ``g_y`` and a function ``z -> (g_xy z, g_yy z)``.
-  """
-  gradient, vjp = jax.vjp(
-    lambda x, y: jax.grad(lower, argnums=1)(x, y, batch), params, inner
-  )
-  return gradient, lambda dual: vjp(
-    trees.cast_like(dual, trees.dtypes(gradient))
-  )
-
-
-def upper_value_and_grads(
-  upper: Objective,
-  params: base.Params,
-  inner: base.Params,
-  batch: base.Batch,
-) -> tuple[jax.Array, base.Updates, base.Params]:
-  """Returns ``f``, ``f_x`` and ``f_y``."""
-  value, (grad_x, grad_y) = jax.value_and_grad(upper, argnums=(0, 1))(
-    params, inner, batch
-  )
-  return value, grad_x, grad_y
-
-
-def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
-  """Returns ``f_x - g_xy z``."""
-  return trees.combine(jnp.subtract, grad_x, cross)
-
-
-def dual_step(
-  dual: base.Params,
-  hessian_dual: base.Params,
-  grad_y: base.Params,
-  rate: Any,
-) -> tuple[base.Params, jax.Array]:
-  """One step on ``z' g_yy z / 2 - f_y' z``, and the norm of its gradient."""
-  residual = jax.tree.map(
-    lambda z, hz, fy: hz.astype(z.dtype) - fy.astype(z.dtype),
-    dual,
-    hessian_dual,
-    grad_y,
-  )
-  dual = jax.tree.map(
-    lambda z, r: (z - rate * r).astype(z.dtype), dual, residual
-  )
-  return dual, trees.norm(residual)
+SYSTEM = {
+  'dual_radius': RADIUS,
+  'damping': checks.NON_NEGATIVE._replace(schedule=True, optional=True),
+  'curvature': checks.Function('(x, y, batch) -> operator on y', optional=True),
+  'lower_map': checks.Function('(x, y, batch) -> y', optional=True),
+}
+DUAL = {
+  'dual_lr': RATE._replace(optional=True),
+  'dual_optimizer': checks.TRANSFORMATION._replace(optional=True),
+  'dual_steps': checks.Integer(),
+}
 
 
 def check_batch(batch: Any) -> None:
@@ -136,37 +89,111 @@ def check_batch(batch: Any) -> None:
   checks.check_fields('batch', batch, BilevelBatch._fields, 'a BilevelBatch')
 
 
+def problem_of(
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
+  *,
+  has_aux: bool = False,
+  lower_map: _problem.Objective | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  reuse_sample: bool = False,
+) -> _problem.Problem:
+  """The two levels in one form; checks what domains cannot say."""
+  optimizer = None
+  if lower_map is None or lower_optimizer is not None:
+    checks.check_transformation('lower_optimizer', lower_optimizer)
+    optimizer = optax.with_extra_args_support(lower_optimizer)
+  if lower_map is not None and curvature is not None:
+    raise ValueError(
+      'curvature must be None beside lower_map, whose own derivative is in the'
+      ' linear system.'
+    )
+  return _problem.Problem(
+    _problem.Level('upper', upper, has_aux),
+    _problem.Level('lower', lower, has_aux),
+    optimizer,
+    lower_map,
+    curvature,
+    damping,
+    reuse_sample,
+  )
+
+
+def dual_of(
+  dual_lr: base.ScalarOrSchedule | None,
+  dual_optimizer: optax.GradientTransformation | None,
+  dual_steps: int,
+  dual_radius: Any,
+) -> _dual.Dual:
+  """How z moves; raises unless it has a rate or an optimizer, not both."""
+  if (dual_lr is None) == (dual_optimizer is None):
+    raise ValueError(
+      f'dual_lr must be given, or dual_optimizer in its place; got {dual_lr!r}'
+      f' and {"none" if dual_optimizer is None else "one"}.'
+    )
+  if dual_optimizer is not None:
+    dual_optimizer = optax.with_extra_args_support(dual_optimizer)
+  return _dual.Dual(dual_lr, dual_optimizer, dual_steps, dual_radius)
+
+
 def init_state(
-  optimizer: optax.GradientTransformation,
+  problem: _problem.Problem,
+  params: base.Params,
   inner: base.Params,
   *,
-  dual: bool = True,
+  dual: _dual.Dual | bool = True,
   memory: Any = (),
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0`` if it has one."""
+  for name, tree in (('params', params), ('inner', inner)):
+    check_real(name, tree)
   inner = trees.own(inner)
+  if problem.lower_map is None and dual:
+    _lower.check_free(problem.optimizer, inner)
+  z = trees.zeros_accumulator(inner) if dual else ()
   # Not one zero twice: a buffer can be donated once.
-  zero = lambda: jnp.zeros((), trees.accumulator_dtype(inner))
+  zero = lambda dtype: jnp.zeros((), dtype)
+  wide = trees.accumulator_dtype(inner)
   return BilevelState(
-    step=jnp.zeros((), jnp.int32),
+    step=zero(jnp.int32),
     inner=inner,
-    dual=trees.zeros_accumulator(inner) if dual else (),
-    lower_opt_state=optimizer.init(inner),
+    dual=z,
+    lower_opt_state=(
+      () if problem.optimizer is None else problem.optimizer.init(inner)
+    ),
+    dual_state=_dual.init(dual, z) if isinstance(dual, _dual.Dual) else (),
     memory=memory,
     info=BilevelInfo(
-      lower_grad_norm=zero(),
-      dual_residual=zero() if dual else (),
-      rejected=jnp.zeros((), bool),
-      total_rejected=jnp.zeros((), jnp.int32),
+      lower_grad_norm=zero(wide),
+      dual_residual=zero(wide) if dual else (),
+      constrained=zero(bool),
+      ok=jnp.ones((), bool),
+      total_not_ok=zero(jnp.int32),
+      rejected=zero(bool),
+      total_rejected=zero(jnp.int32),
     ),
   )
 
 
+def check_real(name: str, tree: Any) -> None:
+  """Raises a ``TypeError`` for a leaf that no hypergradient exists for."""
+  checks.check_params(name, tree)
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
+        f' {leaf.dtype}: pass real and imaginary parts as two leaves.'
+      )
+
+
 def accept(
-  value: jax.Array,
-  grads: base.Updates,
+  estimate: base.Estimate,
   old: BilevelState,
   *others: base.Params,
+  ok: Any = True,
+  constrained: Any = False,
   lower_grad_norm: Any = (),
   dual_residual: Any = (),
   **fields: Any,
@@ -177,10 +204,11 @@ def accept(
   and its value is reported as it is.
 
   Args:
-    value: The upper objective.
-    grads: The hypergradient.
+    estimate: The estimate.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
+    ok: For `BilevelInfo`, whether the linear system is.
+    constrained: For `BilevelInfo`.
     lower_grad_norm: For `BilevelInfo`.
     dual_residual: For `BilevelInfo`.
     **fields: What the step changes in the state, beside its count.
@@ -188,71 +216,94 @@ def accept(
   Returns:
     The estimate and the state.
   """
+  ok = jnp.asarray(ok) & ~jnp.asarray(constrained)
   info = old.info._replace(
-    lower_grad_norm=lower_grad_norm, dual_residual=dual_residual
+    lower_grad_norm=lower_grad_norm,
+    dual_residual=dual_residual,
+    constrained=jnp.asarray(constrained),
+    ok=ok,
+    total_not_ok=old.info.total_not_ok + (~ok).astype(jnp.int32),
   )
   new = old._replace(step=old.step + 1, info=info, **fields)
-  ok = trees.is_finite(grads, new.inner, new.dual, others)
-  estimate, state = estimators.accept(ok, base.Estimate(value, grads), new, old)
+  finite = trees.is_finite(estimate.grads, new.inner, new.dual, others)
+  estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(
-    rejected=~ok,
-    total_rejected=old.info.total_rejected + (~ok).astype(jnp.int32),
+    rejected=~finite,
+    total_rejected=old.info.total_rejected + (~finite).astype(jnp.int32),
   )
   return estimate, state._replace(info=info)
 
 
+def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
+  """Returns ``f_x - g_xy z``."""
+  return trees.combine(jnp.subtract, grad_x, cross)
+
+
+Solve = Callable[..., tuple[_dual.Solution, base.Updates, _problem.Lower]]
+
+
 def estimator(
-  upper: Objective,
-  lower: Objective,
-  lower_optimizer: optax.GradientTransformation,
-  solve: Callable[..., tuple[base.Params, base.Params, jax.Array]],
-  move: Callable[..., tuple[base.Params, base.OptState]] | None = None,
+  problem: _problem.Problem,
+  solve: Solve,
+  move: Callable[..., Any] | None = None,
+  dual: _dual.Dual | bool = True,
 ) -> base.GradientEstimator:
   """An estimator of ``f_x - g_xy z``.
 
   Args:
-    upper: The upper objective.
-    lower: The lower objective.
-    lower_optimizer: Of the lower variable.
-    solve: ``(state, products, f_y) -> (z, g_xy z, residual)``: the next z, the
-      cross product that the estimate takes, and the norm of ``g_yy z - f_y``.
-    move: ``(optimizer, params, state, batch) -> (y, lower_opt_state)``, before
-      the derivatives are taken; without it, y takes one step after them.
+    problem: The levels.
+    solve: ``(point, state, f_y) -> (solution, g_xy z, lower)``: the next z, the
+      cross product that the estimate takes, what was seen of the lower level.
+    move: ``(params, state, batch) -> (y, lower_opt_state, held)``, before the
+      derivatives are taken; without it, y takes one step after them.
+    dual: How z moves, if in steps.
 
   Returns:
     A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
   """
-  optimizer = optax.with_extra_args_support(lower_optimizer)
 
   def init(params, inner):
-    del params
-    return init_state(optimizer, inner)
+    return init_state(problem, params, inner, dual=dual)
 
   def estimate(params, state, batch):
     check_batch(batch)
+    check_real('params', params)
     inner, lower_opt_state = state.inner, state.lower_opt_state
     if move is not None:
-      inner, lower_opt_state = move(optimizer, params, state, batch)
-    value, grad_x, grad_y = upper_value_and_grads(
-      upper, params, inner, batch.upper
+      inner, lower_opt_state, held = move(params, state, batch)
+    value, upper_aux, grad_x, grad_y = _problem.upper_value_and_grads(
+      problem, params, inner, batch.upper
     )
-    grad_lower, products = linearize(lower, params, inner, batch.lower)
-    dual, cross, residual = solve(state, products, grad_y)
+    point = _problem.Point(params, inner, batch.lower, state.step)
+    solution, cross, lower = solve(point, state, grad_y)
     if move is None:
-      updates, lower_opt_state = optimizer.update(
-        grad_lower, lower_opt_state, inner
-      )
-      inner = optax.apply_updates(inner, updates)
-    return accept(
+      inner, lower_opt_state, held = _lower.step(
+        problem, params, inner, lower_opt_state, batch.lower,
+        state.info.constrained,
+        seen=None if problem.lower_map else (lower.value, lower.grad),
+      )  # fmt: skip
+    result = base.Estimate(
       value,
       hypergradient(grad_x, cross),
+      aux=aux_of(problem, upper_aux, lower.aux),
+    )
+    return accept(
+      result,
       state,
-      grad_lower,
+      lower.grad,
       inner=inner,
-      dual=dual,
+      dual=solution.dual,
       lower_opt_state=lower_opt_state,
-      lower_grad_norm=trees.norm(grad_lower),
-      dual_residual=residual,
+      dual_state=solution.dual_state,
+      lower_grad_norm=trees.norm(lower.grad),
+      dual_residual=solution.residual,
+      ok=solution.ok,
+      constrained=held,
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+def aux_of(problem: _problem.Problem, upper: Any, lower: Any) -> Any:
+  """The auxiliary output of an estimate."""
+  return _problem.BilevelAux(upper, lower) if problem.upper.has_aux else ()

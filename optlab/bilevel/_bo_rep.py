@@ -6,15 +6,18 @@ Three parts: `refine` for the start, the estimator `bo_rep`, and the upper step
 `normalized_momentum`, which has a module of its own.
 """
 
+from collections.abc import Callable
+
 import jax
-import jax.numpy as jnp
 import optax
 
 from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 @checks.domains(
@@ -25,7 +28,7 @@ from optlab.bilevel import _lower
   radius=_bilevel.RADIUS,
 )
 def refine(
-  lower: _bilevel.Objective,
+  lower: _problem.Objective,
   params: base.Params,
   inner: base.Params,
   batches: base.Batch,
@@ -87,15 +90,14 @@ def refine(
   start = 0
   for epoch in range(epochs):
     steps = first_steps * 2**epoch
-    optimizer = optax.with_extra_args_support(
-      optax.sgd(learning_rate / 2**epoch)
+    problem = _bilevel.problem_of(
+      lower, lower, optax.sgd(learning_rate / 2**epoch)
     )
-    end, _ = _lower.descend(
-      lower,
-      optimizer,
+    end, *_ = _lower.descend(
+      problem,
       params,
       inner,
-      optimizer.init(inner),
+      problem.optimizer.init(inner),
       jax.tree.map(lambda leaf: leaf[start : start + steps], batches),  # noqa: B023
       steps=steps,
       radius=None if radius is None else radius / 2 ** (0.5 * epoch),
@@ -108,24 +110,31 @@ def refine(
 
 @checks.domains(
   **_bilevel.LEVELS,
-  dual_lr=_bilevel.RATE,
   period=checks.Integer(),
   lower_steps=checks.Integer(),
   radius=_bilevel.RADIUS,
-  dual_radius=_bilevel.RADIUS,
+  **_bilevel.DUAL,
+  **_bilevel.SYSTEM,
 )
 def bo_rep(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
-  dual_lr: base.ScalarOrSchedule,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
+  dual_lr: base.ScalarOrSchedule | None = None,
   *,
   period: int = 2,
   lower_steps: int = 5,
   radius: float | jax.Array | None = None,
   average: bool = True,
-  dual_radius: float | jax.Array | None = None,
   fresh_dual: bool = False,
+  dual_optimizer: optax.GradientTransformation | None = None,
+  dual_steps: int = 1,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
+  reuse_sample: bool = False,
 ) -> base.GradientEstimator:
   r"""Hypergradients with periodic lower updates, by Hao, Gong and Liu.
 
@@ -153,17 +162,26 @@ def bo_rep(
     radius: Keeps a round's iterates within this distance of its start, over
       all of ``y``; ``None`` is none.
     average: Whether a round returns the mean of its iterates or the last one.
-    dual_radius: Keeps ``z`` in a ball around zero; ``None`` does not.
     fresh_dual: Whether the estimate uses :math:`z_{t+1}` instead of
       :math:`z_t`, for one cross product more.
+    dual_optimizer: See `soba`.
+    dual_steps: See `soba`.
+    dual_radius: See `soba`.
+    damping: See `soba`.
+    curvature: See `soba`.
+    lower_map: See `soba`.
+    has_aux: See `soba`.
+    reuse_sample: Whether lower steps take ``batch.lower`` where the batch has
+      no ``step_samples``.
 
   Returns:
     A `GradientEstimator`: ``init(x, y)``, and ``estimate`` eats a
     `BilevelBatch`. Its state is a `BilevelState`; `report` lists its ``info``.
 
   Raises:
-    TypeError: An objective is not a function, a count not an integer.
-    ValueError: A count is below one, or a rate or radius not positive.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
+      a half-space, or the step samples are missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -202,40 +220,31 @@ def bo_rep(
     the estimator; measured results stand in ``docs/reproduced.md``.
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
-    grows linearly: ``dual_radius`` bounds it and ``dual_residual`` shows it. A
+    grows linearly: ``dual_radius`` bounds it and ``dual_residual`` shows it.
+    Where it is indefinite, ``info.ok`` is false. A
     step with numbers that are not finite is rejected: the state is held, the
     hypergradient is zero, and ``info.total_rejected`` counts it.
   """
   checks.enforce(bo_rep, locals())
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping, reuse_sample=reuse_sample,
+  )  # fmt: skip
+  dual = _bilevel.dual_of(dual_lr, dual_optimizer, dual_steps, dual_radius)
 
-  def move(optimizer, params, state, batch):
-    _lower.check_step_samples(batch.step_samples, lower_steps, 'lower_steps')
+  def move(params, state, batch):
+    samples, of = _lower.sampler(problem, batch, lower_steps)
     return jax.lax.cond(
       (state.step > 0) & (state.step % period == 0),
       lambda: _lower.descend(
-        lower,
-        optimizer,
-        params,
-        state.inner,
-        state.lower_opt_state,
-        batch.step_samples,
-        steps=lower_steps,
-        radius=radius,
+        problem, params, state.inner, state.lower_opt_state, samples,
+        steps=lower_steps, held=state.info.constrained, of=of, radius=radius,
         average=average,
       ),
-      lambda: (state.inner, state.lower_opt_state),
-    )
+      lambda: (state.inner, state.lower_opt_state, state.info.constrained),
+    )  # fmt: skip
 
-  def solve(state, products, grad_y):
-    cross, hessian_dual = products(state.dual)
-    dual, residual = _bilevel.dual_step(
-      state.dual, hessian_dual, grad_y, trees.at_step(dual_lr, state.step)
-    )
-    if dual_radius is not None:
-      origin = jax.tree.map(jnp.zeros_like, dual)
-      dual = trees.project(dual, origin, dual_radius)
-    if fresh_dual:
-      cross, _ = products(dual)
-    return dual, cross, residual
+  def solve(point, state, grad_y):
+    return _dual.advance(dual, problem, point, state, grad_y, fresh=fresh_dual)
 
-  return _bilevel.estimator(upper, lower, lower_optimizer, solve, move)
+  return _bilevel.estimator(problem, solve, move, dual)

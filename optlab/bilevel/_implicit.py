@@ -1,5 +1,6 @@
 """Implicit differentiation, the linear system solved to a tolerance."""
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -9,23 +10,34 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _cg
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 @checks.domains(
   **_bilevel.LEVELS,
   lower_steps=checks.Integer(),
-  rtol=checks.NON_NEGATIVE,
+  rtol=checks.NON_NEGATIVE._replace(schedule=True),
   max_steps=checks.Integer(),
+  **_bilevel.SYSTEM,
 )
 def implicit(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
   *,
   lower_steps: int = 5,
-  rtol: float | jax.Array = 1e-6,
+  rtol: base.ScalarOrSchedule = 1e-6,
   max_steps: int = 100,
+  warm: bool = True,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
+  reuse_sample: bool = False,
 ) -> base.GradientEstimator:
   r"""Implicit differentiation with the linear system solved to a tolerance.
 
@@ -43,15 +55,25 @@ def implicit(
     lower: The lower objective g, ``(x, y, batch) -> scalar``.
     lower_optimizer: Any optax optimizer, for ``y``.
     lower_steps: Lower steps, each with a sample of its own.
-    rtol: Relative tolerance of the linear system.
+    rtol: Relative tolerance of the linear system; a schedule that falls saves
+      products where x is far off.
     max_steps: The most steps of conjugate gradients.
+    warm: Whether they start at the last ``z``, if that is better than zero.
+    dual_radius: Keeps ``z`` in a ball around zero; ``None`` does not.
+    damping: See `soba`.
+    curvature: See `soba`.
+    lower_map: See `soba`.
+    has_aux: See `soba`.
+    reuse_sample: Whether lower steps take ``batch.lower`` where the batch has
+      no ``step_samples``.
 
   Returns:
     A `GradientEstimator` with a `BilevelState`.
 
   Raises:
-    TypeError: An objective is not a function, a count not an integer.
-    ValueError: A count is below one, or the tolerance negative.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
+      a half-space, or the step samples are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optlab
@@ -70,24 +92,39 @@ def implicit(
 
   Notes:
     Cost: one upper gradient, ``lower_steps`` lower gradients, one lower
-    linearization, up to ``max_steps`` + 2 Hessian-vector products, one
-    cross product. Conjugate gradients need ``g_yy`` positive definite on the
-    sample; ``dual_residual`` shows where they failed.
+    linearization, up to ``max_steps`` + 2 Hessian-vector products, one cross
+    product. Where ``g_yy`` has negative curvature on the sample, conjugate
+    gradients stop at the best ``z`` before it and ``info.ok`` is false; damping
+    or Gauss-Newton products mend it. With ``lower_map`` the system is not
+    symmetric and GMRES solves it.
   """
   checks.enforce(implicit, locals())
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping, reuse_sample=reuse_sample,
+  )  # fmt: skip
 
-  def solve(state, products, grad_y):
-    wide = trees.dtypes(state.dual)
-    dual, _ = jax.scipy.sparse.linalg.cg(
-      lambda z: trees.cast_like(products(z)[1], wide),
-      trees.cast_like(grad_y, wide),
-      x0=state.dual,
-      tol=rtol,
-      maxiter=max_steps,
-    )
-    cross, hessian_dual = products(dual)
-    _, residual = _bilevel.dual_step(dual, hessian_dual, grad_y, 0.0)
-    return dual, cross, residual
+  def solve(point, state, grad_y):
+    lower, products = _problem.linearize(problem, point)
+    wide = state.dual
+    multiply = lambda z: trees.cast_like(products(z)[1], wide)
+    b = trees.cast_like(grad_y, wide)
+    tolerance = trees.at_step(rtol, state.step)
+    start = state.dual if warm else None
+    if lower_map is None:
+      dual, ok = _cg.solve(
+        multiply, b, start, rtol=tolerance, max_steps=max_steps
+      )
+    else:
+      dual, ok = _cg.gmres(
+        multiply, b, start, rtol=tolerance, max_steps=max_steps
+      )
+    if dual_radius is not None:
+      dual, inside = _dual.hold(dual, dual_radius)
+      ok &= inside
+    cross, product = products(dual)
+    residual = trees.norm(_dual.residual_of(dual, product, grad_y))
+    return _dual.Solution(dual, residual, ok), cross, lower
 
-  move = functools.partial(_lower.lower_round, lower, lower_steps)
-  return _bilevel.estimator(upper, lower, lower_optimizer, solve, move)
+  move = functools.partial(_lower.lower_round, problem, lower_steps)
+  return _bilevel.estimator(problem, solve, move)

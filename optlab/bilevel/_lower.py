@@ -8,7 +8,7 @@ import optax
 
 from optlab import base
 from optlab import trees
-from optlab.bilevel import _bilevel
+from optlab.bilevel import _problem
 
 
 def check_step_samples(batches: base.Batch, count: int, name: str) -> None:
@@ -23,49 +23,118 @@ def check_step_samples(batches: base.Batch, count: int, name: str) -> None:
       )
 
 
-def descend(
-  lower: _bilevel.Objective,
-  optimizer: optax.GradientTransformationExtraArgs,
+def sampler(problem: _problem.Problem, batch: Any, steps: int) -> Any:
+  """Samples to scan over, and what makes a lower step's sample of one.
+
+  Raises:
+    ValueError: There are none, though the lower level has data.
+  """
+  samples = batch.step_samples
+  if jax.tree.leaves(samples):
+    check_step_samples(samples, steps, 'lower_steps')
+    return samples, lambda sample: sample
+  if jax.tree.leaves(batch.lower) and not problem.reuse_sample:
+    raise ValueError(
+      f'batch.step_samples has no data, but batch.lower has: stack {steps}'
+      ' fresh samples for the lower steps, or declare reuse_sample=True to'
+      ' take batch.lower for each.'
+    )
+  return None, lambda _: batch.lower
+
+
+def step(
+  problem: _problem.Problem,
   params: base.Params,
   inner: base.Params,
-  opt_state: base.OptState,
-  batches: base.Batch,
+  opt_state: optax.OptState,
+  batch: base.Batch,
+  held: jax.Array,
+  seen: tuple[jax.Array, base.Params] | None = None,
+) -> tuple[base.Params, optax.OptState, jax.Array]:
+  """One lower step.
+
+  Args:
+    problem: The levels, and the optimizer of the lower one.
+    params: The upper variable x.
+    inner: The lower variable y.
+    opt_state: The optimizer's state.
+    batch: A sample of the lower objective.
+    held: What the last step told about constraints.
+    seen: The lower value and gradient on it, where they are known.
+
+  Returns:
+    The lower variable, the optimizer's state, and whether the optimizer holds
+    numbers that the gradient would move, while it moves others: then y is
+    constrained, and the formulas for a free one are wrong.
+  """
+  if problem.optimizer is None:
+    return (
+      problem.lower_map(params, inner, batch),
+      opt_state,
+      jnp.asarray(False),
+    )
+  bound = jax.tree_util.Partial(
+    lambda x, batch, y: problem.lower(x, y, batch)[0], params, batch
+  )
+  value, grad = jax.value_and_grad(bound)(inner) if seen is None else seen
+  grad = trees.cast_like(grad, inner)
+  updates, opt_state = problem.optimizer.update(
+    grad, opt_state, inner, value=value, grad=grad, value_fn=bound
+  )
+  if problem.lower_map is None:
+    held = _holds_some(updates, grad, held)
+  return optax.apply_updates(inner, updates), opt_state, held
+
+
+def _holds_some(updates, grad, before):
+  leaves = jax.tree.leaves
+  pairs = list(zip(leaves(updates), leaves(grad), strict=True))
+  if not pairs:
+    return before
+  some = lambda flags: jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
+  held = some([(u == 0) & (g != 0) for u, g in pairs])
+  # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
+  # is news.
+  return held & (before | some([u != 0 for u, _ in pairs]))
+
+
+def descend(
+  problem: _problem.Problem,
+  params: base.Params,
+  inner: base.Params,
+  opt_state: optax.OptState,
+  samples: base.Batch,
   *,
   steps: int,
+  held: Any = False,
+  of: Any = lambda sample: sample,
   radius: Any = None,
   average: bool = False,
   checkpoint: bool = False,
-) -> tuple[base.Params, base.OptState]:
+) -> tuple[base.Params, optax.OptState, jax.Array]:
   """Lower steps at a fixed upper variable, one for each sample.
 
   Args:
-    lower: The lower objective.
-    optimizer: Of the lower variable; it gets ``value``, ``grad``, ``value_fn``.
+    problem: The levels, and the optimizer of the lower one.
     params: The upper variable x.
     inner: Where the lower variable y starts.
     opt_state: The optimizer's state.
-    batches: Samples on a leading axis of ``steps``, or a tree without leaves.
+    samples: Samples on a leading axis of ``steps``, or a tree without leaves.
     steps: How many steps.
+    held: What the step before told about constraints.
+    of: Makes a step's sample of one of ``samples``.
     radius: Keeps each iterate in a ball around the start; ``None`` is none.
     average: Whether to return the mean of the iterates instead of the last.
     checkpoint: Whether a backward pass recomputes each step, so that it stores
       the lower variable and not the activations.
 
   Returns:
-    The lower variable and the optimizer's state.
+    What `step` returns; the last step tells whether y is constrained.
   """
-  check_step_samples(batches, steps, 'lower_steps')
 
-  def body(carry, batch):
-    y, opt_state, mean, count = carry
-    bound = jax.tree_util.Partial(
-      lambda x, batch, y: lower(x, y, batch), params, batch
-    )
-    value, grad = jax.value_and_grad(bound)(y)
-    updates, opt_state = optimizer.update(
-      grad, opt_state, y, value=value, grad=grad, value_fn=bound
-    )
-    y = optax.apply_updates(y, updates)
+  def body(carry, sample):
+    y, opt_state, held, mean, count = carry
+    y, opt_state, held = step(problem, params, y, opt_state, of(sample), held)
     if radius is not None:
       y = trees.project(y, inner, radius)
     if average:
@@ -74,34 +143,70 @@ def descend(
         mean,
         y,
       )
-    return (y, opt_state, mean, count + 1), None
+    return (y, opt_state, held, mean, count + 1), None
 
   mean = trees.zeros_accumulator(inner) if average else ()
-  count = jnp.zeros((), jnp.float32)
+  start = inner, opt_state, jnp.asarray(held), mean, jnp.zeros((), jnp.float32)
   body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
-  (last, opt_state, mean, _), _ = jax.lax.scan(
-    body, (inner, opt_state, mean, count), batches, length=steps
+  (last, opt_state, held, mean, _), _ = jax.lax.scan(
+    body, start, samples, length=steps
   )
   if average:
     last = trees.cast_like(mean, trees.dtypes(inner))
-  return last, opt_state
+  return last, opt_state, held
 
 
 def lower_round(
-  lower: _bilevel.Objective,
+  problem: _problem.Problem,
   lower_steps: int,
-  optimizer: optax.GradientTransformationExtraArgs,
   params: base.Params,
   state: Any,
-  batch: _bilevel.BilevelBatch,
-) -> tuple[base.Params, base.OptState]:
+  batch: Any,
+  **options: Any,
+) -> tuple[base.Params, optax.OptState, jax.Array]:
   """`descend` from the state's lower variable on the batch's step samples."""
+  samples, of = sampler(problem, batch, lower_steps)
   return descend(
-    lower,
-    optimizer,
+    problem,
     params,
     state.inner,
     state.lower_opt_state,
-    batch.step_samples,
+    samples,
     steps=lower_steps,
+    held=state.info.constrained,
+    of=of,
+    **options,
   )
+
+
+def check_free(optimizer: Any, inner: base.Params) -> None:
+  """Raises a ``ValueError`` for an optimizer that keeps y in a half-space.
+
+  A probe of one number for each leaf, at zero, tries a gradient of either sign.
+  What it cannot see (other sets, rates that are tracers) the steps see.
+  """
+
+  def moved(sign):
+    probe = jax.tree.map(
+      lambda leaf: jnp.zeros((1,) * jnp.ndim(leaf), leaf.dtype), inner
+    )
+    grad = jax.tree.map(lambda leaf: sign + jnp.zeros_like(leaf), probe)
+    updates, _ = optimizer.update(
+      grad, optimizer.init(probe), probe, value=jnp.zeros(()), grad=grad,
+      value_fn=lambda y: jnp.zeros(()),
+    )  # fmt: skip
+    return [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates)]
+
+  try:
+    # Under jit too, the probe has numbers.
+    with jax.ensure_compile_time_eval():
+      up, down = moved(1.0), moved(-1.0)
+  except Exception:
+    return  # A probe must not ask more than a run does.
+  if up != down:
+    raise ValueError(
+      'lower_optimizer must leave y free, got one that holds it where the'
+      ' gradient has one sign (as optax.keep_params_nonnegative does): the'
+      ' formula of the hypergradient is wrong there. Declare the constraint by'
+      ' lower_map=optlab.bilevel.proximal_map(...), or take unrolled.'
+    )

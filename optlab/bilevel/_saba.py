@@ -1,5 +1,6 @@
 """SABA: bilevel SAGA, a memory of every sample's derivatives."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
+from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 class IndexedBatch(NamedTuple):
@@ -44,7 +48,8 @@ def _check_indexed(level: str, batch: Any, blocks: int) -> None:
   checks.check_fields(name, batch, IndexedBatch._fields, 'an IndexedBatch')
   index = batch.index
   checks.check_int(f'{name}.index', index, 0, traced=True)
-  if not isinstance(index, jax.core.Tracer) and index >= blocks:
+  # A constant array is no tracer, but under jit its comparison is.
+  if not isinstance(index, jax.core.Tracer) and int(index) >= blocks:
     raise ValueError(
       f'{name}.index must be below {level}_blocks={blocks}, got {index}.'
     )
@@ -88,18 +93,26 @@ def _remember(
 
 @checks.domains(
   **_bilevel.LEVELS,
-  dual_lr=_bilevel.RATE,
   upper_blocks=checks.Integer(),
   lower_blocks=checks.Integer(),
+  dual_lr=_bilevel.DUAL['dual_lr'],
+  dual_optimizer=_bilevel.DUAL['dual_optimizer'],
+  **_bilevel.SYSTEM,
 )
 def saba(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
-  dual_lr: base.ScalarOrSchedule,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
+  dual_lr: base.ScalarOrSchedule | None = None,
   *,
   upper_blocks: int,
   lower_blocks: int,
+  dual_optimizer: optax.GradientTransformation | None = None,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""`soba` with SAGA's variance reduction, for finite sums.
 
@@ -119,6 +132,12 @@ def saba(
     dual_lr: The rate of ``z``, a number or a schedule.
     upper_blocks: Number of blocks of the upper sum.
     lower_blocks: Number of blocks of the lower sum.
+    dual_optimizer: See `soba`; not one that evaluates ``value_fn``.
+    dual_radius: See `soba`.
+    damping: See `soba`.
+    curvature: See `soba`.
+    lower_map: See `soba`.
+    has_aux: See `soba`.
 
   Returns:
     A `GradientEstimator` with a `BilevelState` whose ``memory`` is a
@@ -126,8 +145,9 @@ def saba(
     ``batch.lower`` are an `IndexedBatch` each.
 
   Raises:
-    TypeError: An objective is not a function, a count not an integer.
-    ValueError: A count is below one, or the rate not positive.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
+      a half-space, or the step samples are missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -161,57 +181,61 @@ def saba(
     stand in ``docs/reproduced.md``.
   """
   checks.enforce(saba, locals())
-  optimizer = optax.with_extra_args_support(lower_optimizer)
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping,
+  )  # fmt: skip
+  dual = _bilevel.dual_of(dual_lr, dual_optimizer, 1, dual_radius)
 
   def init(params, inner):
+    state = _bilevel.init_state(problem, params, inner, dual=dual)
     memory = SabaMemory(
       _empty_memory((params, inner), upper_blocks),
       _empty_memory((inner, params, inner), lower_blocks),
     )
-    return _bilevel.init_state(optimizer, inner, memory=memory)
+    return state._replace(memory=memory)
 
   def estimate(params, state, batch):
     _bilevel.check_batch(batch)
     _check_indexed('upper', batch.upper, upper_blocks)
     _check_indexed('lower', batch.lower, lower_blocks)
-    value, grad_x, grad_y = _bilevel.upper_value_and_grads(
-      upper, params, state.inner, batch.upper.data
+    value, upper_aux, *upper_grads = _problem.upper_value_and_grads(
+      problem, params, state.inner, batch.upper.data
     )
-    grad_lower, products = _bilevel.linearize(
-      lower, params, state.inner, batch.lower.data
-    )
+    point = _problem.Point(params, state.inner, batch.lower.data, state.step)
+    lower, *products = _problem.multiply(problem, point, state.dual)
     (grad_x, grad_y), upper_change = _recall(
-      state.memory.upper, (grad_x, grad_y), batch.upper.index
+      state.memory.upper, tuple(upper_grads), batch.upper.index
     )
-    (grad_lower, cross, hessian_dual), lower_change = _recall(
-      state.memory.lower,
-      (grad_lower, *products(state.dual)),
-      batch.lower.index,
+    (grad_lower, cross, product), lower_change = _recall(
+      state.memory.lower, (lower.grad, *products), batch.lower.index
     )
-    dual, residual = _bilevel.dual_step(
-      state.dual, hessian_dual, grad_y, trees.at_step(dual_lr, state.step)
+    solution = _dual.step(
+      dual, state.dual, product, grad_y, state.dual_state, state.step
     )
-    updates, lower_opt_state = optimizer.update(
-      trees.cast_like(grad_lower, trees.dtypes(state.inner)),
-      state.lower_opt_state,
-      state.inner,
-    )
+    inner, lower_opt_state, held = _lower.step(
+      problem, params, state.inner, state.lower_opt_state, batch.lower.data,
+      state.info.constrained,
+      seen=None if lower_map else (lower.value, grad_lower),
+    )  # fmt: skip
     grads = trees.cast_like(
       _bilevel.hypergradient(grad_x, cross), trees.dtypes(params)
     )
-    inner = optax.apply_updates(state.inner, updates)
-    ok = trees.is_finite(grads, inner, dual)
-    held = state._replace(memory=())
     result, new = _bilevel.accept(
-      value,
-      grads,
-      held,
+      base.Estimate(
+        value, grads, aux=_bilevel.aux_of(problem, upper_aux, lower.aux)
+      ),
+      state._replace(memory=()),
       inner=inner,
-      dual=dual,
+      dual=solution.dual,
       lower_opt_state=lower_opt_state,
+      dual_state=solution.dual_state,
       lower_grad_norm=trees.norm(grad_lower),
-      dual_residual=residual,
+      dual_residual=solution.residual,
+      ok=solution.ok,
+      constrained=held,
     )
+    ok = ~new.info.rejected
     memory = SabaMemory(
       _remember(state.memory.upper, upper_change, batch.upper.index, ok),
       _remember(state.memory.lower, lower_change, batch.lower.index, ok),

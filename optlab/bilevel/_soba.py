@@ -1,19 +1,31 @@
 """SOBA: one step each on the lower variable, the linear system and x."""
 
+from collections.abc import Callable
+
+import jax
 import optax
 
 from optlab import base
 from optlab import checks
-from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
+from optlab.bilevel import _problem
 
 
-@checks.domains(**_bilevel.LEVELS, dual_lr=_bilevel.RATE)
+@checks.domains(**_bilevel.LEVELS, **_bilevel.DUAL, **_bilevel.SYSTEM)
 def soba(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
-  dual_lr: base.ScalarOrSchedule,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
+  dual_lr: base.ScalarOrSchedule | None = None,
+  *,
+  dual_optimizer: optax.GradientTransformation | None = None,
+  dual_steps: int = 1,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""One step each on the lower variable, the linear system and x.
 
@@ -28,16 +40,33 @@ def soba(
   Args:
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
     lower: The lower objective g, ``(x, y, batch) -> scalar``.
-    lower_optimizer: Any optax optimizer, for ``y``.
-    dual_lr: The rate :math:`\nu`, a number or a schedule.
+    lower_optimizer: Any optax optimizer, for ``y``; it gets ``value``, ``grad``
+      and ``value_fn``. ``None`` beside ``lower_map``: y moves by the map.
+    dual_lr: The rate :math:`\nu`, below two over the largest eigenvalue of
+      ``g_yy``; a number or a schedule of accepted steps.
+    dual_optimizer: An optax optimizer for ``z``, in place of ``dual_lr``.
+    dual_steps: Steps on ``z``.
+    dual_radius: Keeps ``z`` in a ball around zero. ``None`` takes the one that
+      ``z`` cannot leave where ``g_yy`` is positive semidefinite and the rate
+      small enough; with a ``dual_optimizer``, none.
+    damping: Added to ``g_yy``, a number or a schedule; ``None`` is none. Where
+      ``g_yy`` may be singular or indefinite.
+    curvature: ``(x, y, batch) -> operator`` on y in place of ``g_yy``, such as
+      `gauss_newton` of y, which is never indefinite.
+    lower_map: ``(x, y, batch) -> y`` whose fixed point y* is, where the lower
+      level has constraints or a penalty with kinks: see `proximal_map`. Then
+      ``z`` solves the transposed system of ``y - lower_map(x, y)``.
+    has_aux: Whether both levels return ``(scalar, aux)``; `Estimate.aux` is
+      then a `BilevelAux`.
 
   Returns:
     A `GradientEstimator` with a `BilevelState`; it uses ``batch.upper`` and
     ``batch.lower``.
 
   Raises:
-    TypeError: An objective is not a function.
-    ValueError: ``dual_lr`` is not positive.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: ``dual_lr`` or another number is outside its domain, or
+      ``lower_optimizer`` keeps y in a half-space.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -58,17 +87,20 @@ def soba(
     <https://arxiv.org/abs/2201.13409>`_, NeurIPS 2022.
 
   Notes:
-    Cost: one upper gradient, one lower linearization with one Hessian-vector
-    and one cross product. Unstable where f_y changes by much in one step: z
-    then lags behind.
+    Cost: one upper gradient, one forward-over-reverse pass with the lower
+    gradient, one Hessian-vector and one cross product.
+    Unstable where f_y changes by much in one step: z then lags behind.
+    ``info.ok`` is false where ``z`` left its ball or found
+    negative curvature, or where the lower optimizer held a part of y.
   """
   checks.enforce(soba, locals())
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping,
+  )  # fmt: skip
+  dual = _bilevel.dual_of(dual_lr, dual_optimizer, dual_steps, dual_radius)
 
-  def solve(state, products, grad_y):
-    cross, hessian_dual = products(state.dual)
-    dual, residual = _bilevel.dual_step(
-      state.dual, hessian_dual, grad_y, trees.at_step(dual_lr, state.step)
-    )
-    return dual, cross, residual
+  def solve(point, state, grad_y):
+    return _dual.advance(dual, problem, point, state, grad_y)
 
-  return _bilevel.estimator(upper, lower, lower_optimizer, solve)
+  return _bilevel.estimator(problem, solve, dual=dual)

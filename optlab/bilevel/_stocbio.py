@@ -1,5 +1,6 @@
 """StocBiO: a Neumann series of the lower Hessian."""
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -9,7 +10,9 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 @checks.domains(
@@ -17,15 +20,22 @@ from optlab.bilevel import _lower
   neumann_lr=_bilevel.RATE,
   lower_steps=checks.Integer(),
   neumann_steps=checks.Integer(),
+  **_bilevel.SYSTEM,
 )
 def stocbio(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
   neumann_lr: base.ScalarOrSchedule,
   *,
   lower_steps: int = 5,
   neumann_steps: int = 5,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
+  reuse_sample: bool = False,
 ) -> base.GradientEstimator:
   r"""Lower steps from where the last ones ended, then a Neumann series.
 
@@ -44,13 +54,22 @@ def stocbio(
       largest eigenvalue of ``g_yy`` on.
     lower_steps: Lower steps, each with a sample of its own.
     neumann_steps: Terms Q of the series.
+    dual_radius: Keeps ``z`` in a ball around zero. ``None`` takes the one of
+      radius :math:`Q \nu \|f_y\|`, which no convergent series leaves.
+    damping: See `soba`.
+    curvature: See `soba`.
+    lower_map: See `soba`.
+    has_aux: See `soba`.
+    reuse_sample: Whether lower steps take ``batch.lower`` where the batch has
+      no ``step_samples``.
 
   Returns:
     A `GradientEstimator` with a `BilevelState`.
 
   Raises:
-    TypeError: An objective is not a function, a count not an integer.
-    ValueError: A count is below one, or the rate not positive.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
+      a half-space, or the step samples are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optlab
@@ -73,26 +92,38 @@ def stocbio(
 
     Cost: one upper gradient, ``lower_steps`` lower gradients, one lower
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
-    residual) and one cross product.
+    residual) and one cross product. ``info.ok`` is false where the series
+    grows: the rate is too large, or ``g_yy`` indefinite.
   """
   checks.enforce(stocbio, locals())
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping, reuse_sample=reuse_sample,
+  )  # fmt: skip
 
-  def solve(state, products, grad_y):
+  def solve(point, state, grad_y):
+    lower, products = _problem.linearize(problem, point)
     rate = trees.at_step(neumann_lr, state.step)
-
-    def add_term(_, dual):
-      return _bilevel.dual_step(dual, products(dual)[1], grad_y, rate)[0]
-
     # The first term is the gradient itself.
-    dual = jax.tree.map(
+    first = jax.tree.map(
       lambda z, fy: (rate * fy.astype(z.dtype)).astype(z.dtype),
       state.dual,
       grad_y,
     )
-    dual = jax.lax.fori_loop(1, neumann_steps, add_term, dual)
-    cross, hessian_dual = products(dual)
-    _, residual = _bilevel.dual_step(dual, hessian_dual, grad_y, rate)
-    return dual, cross, residual
 
-  move = functools.partial(_lower.lower_round, lower, lower_steps)
-  return _bilevel.estimator(upper, lower, lower_optimizer, solve, move)
+    def add_term(_, dual):
+      residual = _dual.residual_of(dual, products(dual)[1], grad_y)
+      return _dual.subtract(dual, rate, residual)
+
+    dual = jax.lax.fori_loop(1, neumann_steps, add_term, first)
+    dual, inside = _dual.hold(
+      dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
+    )
+    cross, product = products(dual)
+    residual = trees.norm(_dual.residual_of(dual, product, grad_y))
+    ok = inside & (residual <= 1.01 * trees.norm(grad_y))
+    ok &= _dual.is_convex(dual, product)
+    return _dual.Solution(dual, residual, ok), cross, lower
+
+  move = functools.partial(_lower.lower_round, problem, lower_steps)
+  return _bilevel.estimator(problem, solve, move)

@@ -1,5 +1,6 @@
 """TTSA: one random term of a Neumann series of the lower Hessian."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 class TtsaMemory(NamedTuple):
@@ -21,15 +24,24 @@ class TtsaMemory(NamedTuple):
 
 
 @checks.domains(
-  **_bilevel.LEVELS, neumann_lr=_bilevel.RATE, neumann_steps=checks.Integer()
+  **_bilevel.LEVELS,
+  neumann_lr=_bilevel.RATE,
+  neumann_steps=checks.Integer(),
+  **_bilevel.SYSTEM,
 )
 def ttsa(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
   neumann_lr: base.ScalarOrSchedule,
   *,
   neumann_steps: int = 5,
+  dual_radius: float | jax.Array | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
+  reuse_sample: bool = False,
 ) -> base.GradientEstimator:
   r"""One lower step, then one random term of the Neumann series.
 
@@ -46,6 +58,13 @@ def ttsa(
     neumann_lr: The rate :math:`\nu`, below two over the largest eigenvalue of
       ``g_yy``.
     neumann_steps: Terms Q of the series.
+    dual_radius: See `stocbio`.
+    damping: See `soba`.
+    curvature: See `soba`.
+    lower_map: See `soba`.
+    has_aux: See `soba`.
+    reuse_sample: Whether lower steps take ``batch.lower`` where the batch has
+      no ``step_samples``.
 
   Returns:
     A `GradientEstimator`: ``init(x, y, key)`` takes a typed key, and
@@ -53,8 +72,9 @@ def ttsa(
     `BilevelState` whose ``memory`` is a `TtsaMemory`.
 
   Raises:
-    TypeError: An objective is not a function, the count not an integer.
-    ValueError: The count is below one, or the rate not positive.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
+      a half-space, or the step samples are missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -85,27 +105,33 @@ def ttsa(
     grows with Q.
   """
   checks.enforce(ttsa, locals())
-  optimizer = optax.with_extra_args_support(lower_optimizer)
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    curvature=curvature, damping=damping, reuse_sample=reuse_sample,
+  )  # fmt: skip
 
   def init(params, inner, key):
-    del params
-    memory = TtsaMemory(jax.random.clone(key), jnp.zeros((), jnp.int32))
-    return _bilevel.init_state(optimizer, inner, dual=False, memory=memory)
+    memory = TtsaMemory(checks.as_key('key', key), jnp.zeros((), jnp.int32))
+    state = _bilevel.init_state(problem, params, inner, memory=memory)
+    info = state.info._replace(dual_residual=())
+    return state._replace(dual=(), info=info)
 
   def estimate(params, state, batch):
     _bilevel.check_batch(batch)
-    inner, lower_opt_state = _lower.lower_round(
-      lower, 1, optimizer, params, state, batch
+    inner, lower_opt_state, held = _lower.lower_round(
+      problem, 1, params, state, batch
     )
-    value, grad_x, grad_y = _bilevel.upper_value_and_grads(
-      upper, params, inner, batch.upper
+    value, upper_aux, grad_x, grad_y = _problem.upper_value_and_grads(
+      problem, params, inner, batch.upper
     )
-    grad_lower, products = _bilevel.linearize(lower, params, inner, batch.lower)
+    point = _problem.Point(params, inner, batch.lower, state.step)
+    lower, products = _problem.linearize(problem, point)
     rate = trees.at_step(neumann_lr, state.step)
-    zero = jax.tree.map(jnp.zeros_like, grad_y)
 
     def multiply(_, dual):  # By I - nu H.
-      return _bilevel.dual_step(dual, products(dual)[1], zero, rate)[0]
+      return _dual.subtract(
+        dual, rate, trees.cast_like(products(dual)[1], dual)
+      )
 
     key, subkey = jax.random.split(state.memory.key)
     power = jax.random.randint(subkey, (), 0, neumann_steps, jnp.int32)
@@ -115,15 +141,24 @@ def ttsa(
       grad_y,
     )
     dual = jax.lax.fori_loop(0, power, multiply, dual)
-    cross, _ = products(dual)
-    return _bilevel.accept(
+    dual, inside = _dual.hold(
+      dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
+    )
+    cross, product = products(dual)
+    result = base.Estimate(
       value,
       _bilevel.hypergradient(grad_x, cross),
+      aux=_bilevel.aux_of(problem, upper_aux, lower.aux),
+    )
+    return _bilevel.accept(
+      result,
       state,
-      grad_lower,
+      lower.grad,
       inner=inner,
       lower_opt_state=lower_opt_state,
-      lower_grad_norm=trees.norm(grad_lower),
+      lower_grad_norm=trees.norm(lower.grad),
+      ok=inside & _dual.is_convex(dual, product),
+      constrained=held,
       memory=TtsaMemory(key, power),
     )
 

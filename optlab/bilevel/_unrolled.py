@@ -10,22 +10,27 @@ from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _lower
+from optlab.bilevel import _problem
 
 
 @checks.domains(
   **_bilevel.LEVELS,
   lower_steps=checks.Integer(),
   start=checks.Function('(x, y) -> y', optional=True),
+  lower_map=_bilevel.SYSTEM['lower_map'],
 )
 def unrolled(
-  upper: _bilevel.Objective,
-  lower: _bilevel.Objective,
-  lower_optimizer: optax.GradientTransformation,
+  upper: _problem.Objective,
+  lower: _problem.Objective,
+  lower_optimizer: optax.GradientTransformation | None,
   *,
   lower_steps: int = 5,
   warm: bool = True,
   start: Callable[[base.Params, base.Params], base.Params] | None = None,
   checkpoint: bool = True,
+  lower_map: _problem.Objective | None = None,
+  has_aux: bool = False,
+  reuse_sample: bool = False,
 ) -> base.GradientEstimator:
   r"""Iterative differentiation: the gradient of f after N lower steps.
 
@@ -46,14 +51,19 @@ def unrolled(
       ``warm=False`` and ``lambda x, y: x`` this is MAML. ``None`` is ``y``.
     checkpoint: Recompute each step in the backward pass, so that a long unroll
       stores the lower variables and not the activations.
+    lower_map: See `soba`; with ``lower_optimizer=None`` its steps are taken.
+    has_aux: See `soba`; the lower level's is that of the last ``y`` on
+      ``batch.lower``.
+    reuse_sample: Whether lower steps take ``batch.lower`` where the batch has
+      no ``step_samples``.
 
   Returns:
     A `GradientEstimator` with a `BilevelState`, whose ``memory`` is the first
     start if not ``warm``; it uses ``batch.upper`` and ``batch.step_samples``.
 
   Raises:
-    TypeError: An objective is not a function, a count not an integer.
-    ValueError: ``lower_steps`` is below one.
+    TypeError: An argument is of a wrong type, or a leaf not a real array.
+    ValueError: A number is outside its domain, or the step samples are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optlab
@@ -81,39 +91,45 @@ def unrolled(
     derivative, besides that of the lower variable itself.
   """
   checks.enforce(unrolled, locals())
-  optimizer = optax.with_extra_args_support(lower_optimizer)
+  problem = _bilevel.problem_of(
+    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    reuse_sample=reuse_sample,
+  )  # fmt: skip
 
   def init(params, inner):
-    del params
-    start = () if warm else trees.own(inner)
-    state = _bilevel.init_state(optimizer, inner, dual=False, memory=start)
+    first = () if warm else trees.own(inner)
+    state = _bilevel.init_state(
+      problem, params, inner, dual=False, memory=first
+    )
     return state._replace(info=state.info._replace(lower_grad_norm=()))
 
   def estimate(params, state, batch):
     _bilevel.check_batch(batch)
-    first = state.inner if warm else state.memory
-    opt_state = state.lower_opt_state if warm else optimizer.init(first)
+    samples, of = _lower.sampler(problem, batch, lower_steps)
+    first, opt_state = state.inner, state.lower_opt_state
+    if not warm:
+      first = state.memory
+      opt_state = (
+        () if problem.optimizer is None else problem.optimizer.init(first)
+      )
 
     def run(params):
-      inner = first if start is None else start(params, first)
-      inner, lower_opt_state = _lower.descend(
-        lower,
-        optimizer,
-        params,
-        inner,
-        opt_state,
-        batch.step_samples,
-        steps=lower_steps,
-        checkpoint=checkpoint,
-      )
-      return upper(params, inner, batch.upper), (inner, lower_opt_state)
+      inner, lower_opt_state, _ = _lower.descend(
+        problem, params, first if start is None else start(params, first),
+        opt_state, samples, steps=lower_steps, of=of, checkpoint=checkpoint,
+      )  # fmt: skip
+      value, aux = problem.upper(params, inner, batch.upper)
+      return value, (aux, inner, lower_opt_state)
 
-    (value, (inner, lower_opt_state)), grads = jax.value_and_grad(
+    (value, (aux, inner, lower_opt_state)), grads = jax.value_and_grad(
       run, has_aux=True
     )(params)
+    if has_aux:
+      aux = _problem.BilevelAux(
+        aux, problem.lower(params, inner, batch.lower)[1]
+      )
     return _bilevel.accept(
-      value,
-      grads,
+      base.Estimate(value, grads, aux=aux),
       state,
       inner=inner,
       lower_opt_state=lower_opt_state,

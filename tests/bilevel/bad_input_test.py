@@ -74,7 +74,7 @@ for make in BILEVEL:
         inner=inner,
       ),
       TypeError,
-      'scalar-output functions',
+      r'upper must return a real scalar, got shape \(2,\): sum or average',
     )
 for index, error, match in (
   (3, ValueError, 'batch.lower.index must be below lower_blocks=3, got 3'),

@@ -323,7 +323,9 @@ def test_saba_is_unbiased_from_any_memory(x64):
     optax.sgd(0.1),
     0.1,
   )
-  whole_state = whole.init(x, state.inner)._replace(dual=state.dual)
+  whole_state = whole.init(x, state.inner)._replace(
+    dual=state.dual, dual_state=state.dual_state
+  )
   batch = optlab.BilevelBatch(data, data)
   expected, expected_next = jax.jit(whole.estimate)(x, whole_state, batch)
   for actual, exact in (

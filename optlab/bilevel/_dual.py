@@ -1,0 +1,164 @@
+"""Steps on the linear system ``g_yy z = f_y``, bounded and watched."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optlab import base
+from optlab import trees
+from optlab.bilevel import _problem
+
+
+class Dual(NamedTuple):
+  """How z moves."""
+
+  lr: base.ScalarOrSchedule | None
+  optimizer: optax.GradientTransformationExtraArgs | None = None
+  steps: int = 1
+  radius: Any = None
+
+
+class DualState(NamedTuple):
+  """What the steps of z need."""
+
+  opt_state: optax.OptState
+  reach: jax.Array  # shape (), the length of all steps f_y alone would take
+
+
+class Solution(NamedTuple):
+  """A linear-system variable, and what is known of it."""
+
+  dual: base.Params
+  residual: jax.Array  # shape (), norm of g_yy z - f_y
+  ok: jax.Array  # shape (), bool, no sign of an indefinite or too steep g_yy
+  dual_state: Any = ()
+
+
+def init(dual: Dual, z: base.Params) -> DualState:
+  """The state before the first step."""
+  opt_state = () if dual.optimizer is None else dual.optimizer.init(z)
+  return DualState(opt_state, jnp.zeros((), trees.accumulator_dtype(z)))
+
+
+def advance(
+  dual: Dual,
+  problem: _problem.Problem,
+  point: _problem.Point,
+  state: Any,
+  grad_y: base.Params,
+  *,
+  fresh: bool = False,
+) -> tuple[Solution, base.Updates, _problem.Lower]:
+  """The steps of z, ``g_xy z`` before them (or after), the lower gradient."""
+  if dual.steps == 1 and dual.optimizer is None:
+    lower, cross, product = _problem.multiply(problem, point, state.dual)
+    solution = step(
+      dual, state.dual, product, grad_y, state.dual_state, state.step
+    )
+    if fresh:
+      _, cross, _ = _problem.multiply(problem, point, solution.dual)
+    return solution, cross, lower
+  lower, products = _problem.linearize(problem, point)
+
+  def once(z, dual_state):
+    return step(
+      dual, z, products(z)[1], grad_y, dual_state, state.step, products
+    )
+
+  def again(_, before):
+    after = once(before.dual, before.dual_state)
+    return after._replace(ok=before.ok & after.ok)
+
+  first = once(state.dual, state.dual_state)
+  solution = jax.lax.fori_loop(1, dual.steps, again, first)
+  cross, _ = products(solution.dual if fresh else state.dual)
+  return solution, cross, lower
+
+
+def residual_of(
+  z: base.Params, product: base.Params, grad_y: base.Params
+) -> base.Params:
+  """``g_yy z - f_y``, the gradient of the quadratic that z minimizes."""
+  return jax.tree.map(
+    lambda z, hz, fy: hz.astype(z.dtype) - fy.astype(z.dtype),
+    z,
+    product,
+    grad_y,
+  )
+
+
+def subtract(z: base.Params, rate: Any, residual: base.Params) -> base.Params:
+  """``z - rate * residual``."""
+  return jax.tree.map(lambda z, r: (z - rate * r).astype(z.dtype), z, residual)
+
+
+def step(
+  dual: Dual,
+  z: base.Params,
+  product: base.Params,
+  grad_y: base.Params,
+  state: DualState,
+  count: jax.Array,
+  products: _problem.Products | None = None,
+) -> Solution:
+  r"""One step on ``z' g_yy z / 2 - f_y' z``.
+
+  Where ``g_yy`` is positive semidefinite and the rate at most two over its
+  largest eigenvalue, a step makes ``z`` longer by at most the rate times the
+  norm of ``f_y``. The sum of these is the ball, twice as wide, that holds ``z``
+  where the caller gave none: it cuts only what would diverge.
+  """
+  residual = residual_of(z, product, grad_y)
+  if dual.optimizer is None:
+    rate = trees.at_step(dual.lr, count)
+    moved, opt_state = subtract(z, rate, residual), state.opt_state
+    reach = state.reach + (rate * trees.norm(grad_y)).astype(state.reach.dtype)
+    bound = 2 * reach
+  else:
+
+    def value(z, product):
+      return 0.5 * inner_product(z, product) - inner_product(z, grad_y)
+
+    updates, opt_state = dual.optimizer.update(
+      residual, state.opt_state, z, value=value(z, product), grad=residual,
+      value_fn=lambda z: value(z, products(z)[1]),
+    )  # fmt: skip
+    moved, reach, bound = optax.apply_updates(z, updates), state.reach, jnp.inf
+  moved, inside = hold(moved, bound if dual.radius is None else dual.radius)
+  ok = inside & is_convex(z, product)
+  return Solution(moved, trees.norm(residual), ok, DualState(opt_state, reach))
+
+
+def hold(z: base.Params, radius: Any) -> tuple[base.Params, jax.Array]:
+  """``z`` in a ball around zero, and whether it was there."""
+  length = trees.norm(z)
+  inside = ~(length > radius)
+  scale = jnp.where(inside, 1, radius / jnp.where(inside, 1, length))
+  z = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), z)
+  return z, inside
+
+
+def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
+  """The caller's ball, or that of a Neumann series whose terms do not grow."""
+  own = 1.01 * rates * trees.norm(grad_y)
+  return own if radius is None else jnp.minimum(own, radius)
+
+
+def is_convex(z: base.Params, product: base.Params) -> jax.Array:
+  """Whether ``z' g_yy z`` is not negative, but for rounding."""
+  curvature, scale = inner_product(z, product), trees.norm(z)
+  return ~(curvature < -1e-3 * scale * trees.norm(product))
+
+
+def inner_product(a: base.Params, b: base.Params) -> jax.Array:
+  """The Euclidean inner product, in float32 or wider."""
+  dtype = trees.accumulator_dtype(a, b)
+  return sum(
+    (
+      jnp.sum(x.astype(dtype) * y.astype(dtype))
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ),
+    start=jnp.zeros((), dtype),
+  )

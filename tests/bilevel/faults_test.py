@@ -1,0 +1,459 @@
+"""Bilevel problems outside the textbook: right, refused, or told by ``ok``."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from optlab import bilevel
+from tests.bilevel import bilevel_problems
+
+SGD = optax.sgd(0.1)
+X, Y = np.ones(3, np.float32), np.zeros(3, np.float32)
+NOTHING = optlab.BilevelBatch(None, None)
+
+
+def saba(upper, lower, optimizer, dual_lr=None, **options):
+  """SABA on a sum of one block, which eats any batch."""
+  estimator = optlab.saba(
+    upper, lower, optimizer, dual_lr, upper_blocks=1, lower_blocks=1, **options
+  )
+
+  def estimate(params, state, batch):
+    up, low = (bilevel.IndexedBatch(0, b) for b in (batch.upper, batch.lower))
+    return estimator.estimate(params, state, optlab.BilevelBatch(up, low))
+
+  return optlab.GradientEstimator(estimator.init, estimate)
+
+
+def ttsa(*args, **options):
+  estimator = bilevel.ttsa(*args, **options)
+  init = lambda x, y: estimator.init(x, y, jax.random.key(0))
+  return optlab.GradientEstimator(init, estimator.estimate)
+
+
+RATED = {
+  'soba': optlab.soba,
+  'bo_rep': optlab.bo_rep,
+  'saba': saba,
+  'stocbio': optlab.stocbio,
+  'ttsa': ttsa,
+}
+
+
+def implicit(upper, lower, optimizer, dual_lr=None, **options):
+  del dual_lr
+  return optlab.implicit(upper, lower, optimizer, **options)
+
+
+FORMULA = {**RATED, 'implicit': implicit}  # Those that use g_yy.
+
+
+def run(estimator, x, y, steps, batch=NOTHING):
+  """The state after some estimates at one x, and all estimates."""
+
+  @jax.jit
+  def scanned(state):
+    body = lambda state, _: estimator.estimate(x, state, batch)[::-1]
+    return jax.lax.scan(body, state, length=steps)
+
+  return scanned(estimator.init(x, y))
+
+
+def quadratic(matrix):
+  matrix = jnp.asarray(matrix, jnp.float32)
+  # Bounded in y, so that only z can run away: the steps of y are tiny.
+  lower = lambda x, y, batch: 0.5 * y @ matrix @ y - x @ y
+  upper = lambda x, y, batch: jnp.sum(y) + 0.5 * jnp.sum(y**2)
+  return upper, lower
+
+
+INDEFINITE = np.diag([2.0, 1.0, -0.5])
+
+
+@pytest.mark.parametrize('name', FORMULA)
+def test_an_indefinite_lower_hessian_is_bounded_and_told(name):
+  upper, lower = quadratic(INDEFINITE)
+  estimator = FORMULA[name](upper, lower, optax.sgd(1e-6), 0.3)
+  state, estimates = run(estimator, X, Y, 1000)
+  assert np.all(np.abs(estimates.grads) < 2000)  # Unbounded: 1.15 ** 1000.
+  assert state.info.total_rejected == 0
+  assert state.info.total_not_ok > 100
+  report = optlab.report(state)
+  assert report['info/total_not_ok'] == state.info.total_not_ok
+
+
+@pytest.mark.parametrize('name', RATED)
+def test_a_rate_beyond_two_over_the_curvature_is_bounded_and_told(name):
+  upper, lower = quadratic(np.diag([1.0, 2.0, 30.0]))
+  estimator = RATED[name](upper, lower, optax.sgd(1e-6), 0.1)
+  state, estimates = run(estimator, X, Y, 300)
+  assert np.all(np.abs(estimates.grads) < 300)
+  assert state.info.total_not_ok > 30
+  fine = RATED[name](upper, lower, optax.sgd(1e-6), 0.05)
+  state, _ = run(fine, X, Y, 300)
+  assert state.info.total_not_ok == 0
+
+
+def test_a_semidefinite_hessian_is_no_fault():
+  upper, lower = quadratic(np.diag([1.0, 2.0, 0.0]))
+  for name in ('soba', 'bo_rep', 'stocbio', 'saba'):
+    estimator = RATED[name](upper, lower, optax.sgd(1e-6), 0.5)
+    state, _ = run(estimator, X, Y, 300)
+    assert state.info.total_not_ok == 0, name
+
+
+@pytest.mark.parametrize('warm', [True, False])
+def test_implicit_recovers_from_an_indefinite_sample(x64, warm):
+  """A poisoned z is left behind by the next good sample."""
+  upper = lambda x, y, batch: jnp.sum(y)
+  lower = lambda x, y, matrix: 0.5 * y @ matrix @ y - x @ y
+  estimator = optlab.implicit(
+    upper, lower, optax.sgd(1e-9), rtol=1e-12, warm=warm, reuse_sample=True
+  )
+  good, bad = jnp.diag(jnp.array([2.0, 1.0, 3.0])), jnp.asarray(INDEFINITE)
+  x = jnp.ones(3)
+  estimate = jax.jit(estimator.estimate)
+  state = estimator.init(x, jnp.zeros(3))
+  for matrix in (bad, bad, bad, good):
+    result, state = estimate(x, state, optlab.BilevelBatch(None, matrix))
+    assert state.info.ok == (matrix is good)
+    assert state.info.dual_residual <= np.sqrt(3.0) * 3
+  np.testing.assert_allclose(result.grads, [0.5, 1.0, 1 / 3], atol=1e-11)
+
+
+def test_implicit_with_a_network_below_stays_sane():
+  key = jax.random.split(jax.random.key(0), 4)
+  data = jax.random.normal(key[0], (64, 5))
+  labels = jnp.sign(data[:, 0] * data[:, 1] + 0.1)
+  sizes = {'a': (5, 8), 'b': (8,)}
+  y = {
+    name: jax.random.normal(k, shape)
+    for k, (name, shape) in zip(key[1:], sizes.items(), strict=False)
+  }
+
+  def losses(y):
+    return jax.nn.softplus(-labels * (jnp.tanh(data @ y['a']) @ y['b']))
+
+  lower = lambda x, y, batch: jnp.mean(jax.nn.sigmoid(x) * losses(y))
+  upper = lambda x, y, batch: jnp.mean(losses(y)[:16])
+  x = jnp.zeros(64)
+  for options in ({}, {'warm': False}, {'damping': 1.0}):
+    estimator = optlab.implicit(upper, lower, SGD, **options)
+    state, estimates = run(estimator, x, y, 100)
+    assert state.info.total_rejected == 0
+    assert np.all(np.abs(estimates.grads) < 50.0)
+    if 'damping' in options:
+      assert state.info.total_not_ok < 5
+    else:
+      assert state.info.total_not_ok > 50  # Indefinite at most points.
+
+
+def test_damping_and_curvature_solve_their_own_system(x64):
+  problem = bilevel_problems.load('quadratic_single')
+  data = bilevel_problems.read('quadratic_single')
+  matrix, cross = data['A'], data['B']
+  curvature = lambda x, y, batch: lambda v: 2 * (matrix @ v) + v
+  f_y = problem.inner - data['t']
+  for options, system in (
+    ({'damping': 0.7}, matrix + 0.7 * np.eye(4)),
+    ({'damping': optax.constant_schedule(0.7)}, matrix + 0.7 * np.eye(4)),
+    ({'curvature': curvature}, 2 * matrix + np.eye(4)),
+  ):
+    expected = data['rho'] * problem.x + cross.T @ np.linalg.solve(system, f_y)
+    for make in (
+      functools.partial(optlab.soba, dual_lr=0.2),
+      functools.partial(optlab.bo_rep, dual_lr=0.2),
+      functools.partial(saba, dual_lr=0.2),
+      functools.partial(optlab.stocbio, neumann_lr=0.2, neumann_steps=300),
+      functools.partial(optlab.implicit, rtol=1e-14),
+    ):
+      estimator = make(problem.upper, problem.lower, optax.sgd(0.2), **options)
+      _, estimates = run(estimator, problem.x, problem.inner, 600)
+      np.testing.assert_allclose(estimates.grads[-1], expected, atol=1e-10)
+
+
+def test_the_linear_system_takes_optimizers_and_steps(x64):
+  problem = bilevel_problems.load('quadratic_single')
+  for options in (
+    {'dual_lr': 0.3, 'dual_steps': 4},
+    {'dual_optimizer': optax.sgd(0.1, momentum=0.8)},
+    {'dual_optimizer': optax.adam(optax.exponential_decay(0.3, 30, 0.8))},
+    {'dual_optimizer': optax.lbfgs(), 'dual_steps': 3},
+  ):
+    for make in (optlab.soba, optlab.bo_rep):
+      estimator = make(problem.upper, problem.lower, optax.sgd(0.3), **options)
+      state, estimates = run(estimator, problem.x, problem.inner, 600)
+      np.testing.assert_allclose(
+        estimates.grads[-1], problem.hypergradient, atol=1e-9
+      )
+      assert state.info.total_not_ok == 0
+  one = optlab.soba(problem.upper, problem.lower, SGD, 0.1)
+  four = optlab.soba(problem.upper, problem.lower, SGD, 0.1, dual_steps=4)
+  state, _ = run(one, problem.x, problem.inner, 8)
+  other, _ = run(four, problem.x, problem.inner, 2)
+  np.testing.assert_allclose(other.dual, state.dual, atol=1e-12)
+
+
+NONNEGATIVE = optax.chain(SGD, optax.keep_params_nonnegative())
+
+
+@pytest.mark.parametrize('name', FORMULA)
+@pytest.mark.parametrize(
+  'optimizer',
+  [
+    NONNEGATIVE,
+    optax.chain(optax.adam(0.1), optax.keep_params_nonnegative()),
+    optax.masked(NONNEGATIVE, True),
+    optax.inject_hyperparams(
+      lambda rate: optax.chain(optax.sgd(rate), optax.keep_params_nonnegative())
+    )(rate=0.1),
+    optax.partition({'a': NONNEGATIVE}, 'a'),
+  ],
+)
+def test_a_lower_optimizer_that_keeps_a_half_space_is_refused(name, optimizer):
+  upper, lower = quadratic(np.eye(3))
+  estimator = FORMULA[name](upper, lower, optimizer, 0.1)
+  for init in (estimator.init, jax.jit(estimator.init)):
+    with pytest.raises(ValueError, match='lower_optimizer must leave y free'):
+      init(X, Y)
+
+
+def test_other_constraints_are_told_by_ok():
+  def clipped(rate, low, high):
+    def update(updates, state, params):
+      moved = lambda u, p: jnp.clip(p - rate * u, low, high) - p
+      return jax.tree.map(moved, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+  target = jnp.array([2.0, 0.3, -0.4])
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x * target) ** 2)
+  upper = lambda x, y, batch: jnp.sum(y**2)
+  frozen = optax.partition(
+    {'go': SGD, 'stop': optax.set_to_zero()}, {'a': 'go', 'b': 'stop'}
+  )
+  tree = {'a': jnp.zeros(3), 'b': jnp.zeros(3)}
+  apart = lambda f: lambda x, y, batch: f(x, y['a'] + y['b'], batch)
+  for name, make in FORMULA.items():
+    state, _ = run(make(upper, lower, clipped(0.1, -0.5, 0.5), 0.1), X, Y, 60)
+    assert not state.info.ok, name
+    # Tracers of rates cannot be probed: seen in the run.
+    low = lambda rate, make=make: (
+      run(make(upper, lower, clipped(rate, 0.0, 9.0), 0.1), X, Y, 60)[0].info.ok
+    )
+    assert not jax.vmap(low)(jnp.array([0.1, 0.2])).any(), name
+    held = make(apart(upper), apart(lower), frozen, 0.1)
+    assert not run(held, X, tree, 5)[0].info.ok, name
+
+
+def test_free_optimizers_are_not_refused_and_ok():
+  upper, lower = quadratic(np.diag([1.0, 2.0, 3.0]))
+  warmup = optax.linear_schedule(0.0, 0.1, 10)
+  for optimizer in (
+    optax.adamw(0.1),
+    optax.sgd(warmup, momentum=0.9, nesterov=True),
+    optax.chain(optax.clip(0.1), optax.sgd(0.1)),
+    optax.MultiSteps(optax.sgd(0.1), 3),
+    optax.apply_if_finite(optax.lion(0.01), 3),
+    optax.lbfgs(),
+  ):
+    estimator = optlab.soba(upper, lower, optimizer, 0.1)
+    state, _ = run(estimator, X, Y, 40)
+    assert state.info.total_not_ok == 0
+
+
+def test_unrolled_is_right_through_a_projection(x64):
+  problem = bilevel_problems.load('quadratic_single')
+  optimizer = optax.chain(optax.sgd(0.2), optax.keep_params_nonnegative())
+  estimator = optlab.unrolled(
+    problem.upper, problem.lower, optimizer, lower_steps=400
+  )
+  value = lambda x: estimator.estimate(
+    x, estimator.init(x, jnp.zeros(4)), NOTHING
+  )[0]
+  estimate = jax.jit(value)(problem.x)
+  for i in range(3):
+    e = 1e-6 * np.eye(3)[i]
+    slope = (value(problem.x + e).value - value(problem.x - e).value) / 2e-6
+    np.testing.assert_allclose(estimate.grads[i], slope, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  'optimizer',
+  [
+    optax.lbfgs(),
+    optax.polyak_sgd(),
+    optax.chain(SGD, optax.contrib.reduce_on_plateau(patience=3)),
+  ],
+)
+@pytest.mark.parametrize('name', ['soba', 'saba', 'bo_rep', 'implicit'])
+def test_every_lower_optimizer_gets_its_extras(name, optimizer):
+  target = jnp.arange(3.0)
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x * target) ** 2)
+  upper = lambda x, y, batch: jnp.sum(y**2)
+  estimator = FORMULA[name](upper, lower, optimizer, 0.5)
+  state, estimates = run(estimator, X, Y, 100)
+  np.testing.assert_allclose(state.inner, target, atol=1e-3)
+  np.testing.assert_allclose(estimates.grads[-1], 2 * target**2, atol=1e-2)
+
+
+ROUNDS = {
+  'bo_rep': (optlab.bo_rep, (0.1,)),
+  'implicit': (optlab.implicit, ()),
+  'stocbio': (optlab.stocbio, (0.1,)),
+  'ttsa': (ttsa, (0.1,)),
+  'unrolled': (optlab.unrolled, ()),
+}
+
+
+@pytest.mark.parametrize('name', ROUNDS)
+@pytest.mark.parametrize('empty', [(), None, {}])
+def test_forgotten_step_samples_are_an_error_or_the_lower_sample(name, empty):
+  make, rate = ROUNDS[name]
+  lower = lambda x, y, batch: jnp.sum((y - x * batch) ** 2)
+  upper = lambda x, y, batch: jnp.sum(y**2)
+  forgotten = optlab.BilevelBatch(X, X, empty)
+  estimator = make(upper, lower, SGD, *rate)
+  with pytest.raises(ValueError, match=r'batch\.step_samples has no data, but'):
+    estimator.estimate(X, estimator.init(X, Y), forgotten)
+  steps = 1 if name == 'ttsa' else 5
+  stacked = optlab.BilevelBatch(X, X, np.stack([X] * steps))
+  asked = make(upper, lower, SGD, *rate, reuse_sample=True)
+  _, got = run(asked, X, Y, 4, forgotten)
+  _, expected = run(estimator, X, Y, 4, stacked)
+  np.testing.assert_allclose(got.grads, expected.grads, rtol=1e-6)
+  # Fresh samples, where there are some, are taken all the same.
+  _, again = run(asked, X, Y, 4, stacked)
+  np.testing.assert_array_equal(again.grads, expected.grads)
+
+
+@pytest.mark.parametrize('index', [0, np.int32(0), np.array(0), jnp.int32(0)])
+def test_saba_takes_a_constant_index_under_jit(index):
+  lower = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  estimator = optlab.saba(
+    lower, lower, SGD, 0.1, upper_blocks=2, lower_blocks=2
+  )
+  step = lambda index: jax.jit(
+    lambda state: estimator.estimate(
+      X,
+      state,
+      optlab.BilevelBatch(*[bilevel.IndexedBatch(index, None)] * 2),
+    )
+  )(estimator.init(X, Y))
+  assert np.all(np.isfinite(step(index)[0].grads))
+  with pytest.raises(ValueError, match='must be below upper_blocks=2, got 2'):
+    step(index + 2)
+
+
+@pytest.mark.parametrize('name', [*FORMULA, 'unrolled'])
+def test_leaves_that_have_no_hypergradient_are_named(name):
+  upper, lower = quadratic(np.eye(3))
+  make = FORMULA.get(name, lambda *args: optlab.unrolled(*args[:3]))
+  estimator = make(upper, lower, SGD, 0.1)
+  integers, wave = np.arange(3), np.ones(3, np.complex64)
+  for x, y, match in (
+    (integers, Y, r'^params must be floating, got dtype int'),
+    (X, integers, r'^inner must be floating, got dtype int'),
+    ({'n': integers, 'x': X}, Y, r"^params\['n'\] must be floating"),
+    (X, {'f': jnp.sin}, r"^inner\['f'\] must be an array"),
+    (wave, Y, r'^params must be real, got dtype complex64'),
+    (X, wave, r'^inner must be real, got dtype complex64'),
+  ):
+    with pytest.raises(TypeError, match=match):
+      estimator.init(x, y)
+
+
+def test_what_an_objective_returns_is_checked():
+  good = lambda x, y, batch: jnp.sum(y - x)
+  for bad, match in (
+    (lambda x, y, batch: (jnp.sum(y), {}), 'a tuple of 2: declare has_aux'),
+    (lambda x, y, batch: y, r'a real scalar, got shape \(3,\): sum or'),
+    (lambda x, y, batch: 1j * jnp.sum(y), 'a real scalar, got complex64'),
+    (lambda x, y, batch: jnp.sum(y).astype(int), 'a real scalar, got int32'),
+    (lambda x, y, batch: None, 'a real scalar, got NoneType'),
+  ):
+    for name, levels in (('upper', (bad, good)), ('lower', (good, bad))):
+      for method, make in FORMULA.items():
+        estimator = make(*levels, SGD, 0.1)
+        with pytest.raises(TypeError, match=f'{name} must return .*{match}'):
+          jax.eval_shape(
+            lambda e=estimator: e.estimate(X, e.init(X, Y), NOTHING)
+          )
+        assert method
+  estimator = optlab.soba(good, good, SGD, 0.1, has_aux=True)
+  with pytest.raises(TypeError, match=r'upper must return \(scalar, aux\)'):
+    estimator.estimate(X, estimator.init(X, Y), NOTHING)
+
+
+@pytest.mark.parametrize('name', [*FORMULA, 'unrolled'])
+def test_auxiliary_output_of_both_levels_comes_out(name):
+  make = FORMULA.get(
+    name, lambda *args, **options: optlab.unrolled(*args[:3], **options)
+  )
+  lower = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  upper = lambda x, y, batch: jnp.sum(y**3) + jnp.sum(y)
+  with_y = lambda f: lambda x, y, batch: (f(x, y, batch), {'y': y, 'x': x})
+  plain = make(upper, lower, SGD, 0.1)
+  rich = make(with_y(upper), with_y(lower), SGD, 0.1, has_aux=True)
+  expected_state, expected = run(plain, X, Y, 3)
+  state, got = run(rich, X, Y, 3)
+  np.testing.assert_array_equal(got.grads, expected.grads)
+  np.testing.assert_array_equal(state.inner, expected_state.inner)
+  np.testing.assert_array_equal(got.aux.upper['x'], np.stack([X] * 3))
+  np.testing.assert_array_equal(got.aux.upper['y'], got.aux.lower['y'])
+  step = jax.jit(optlab.train_step(rich, SGD))
+  _, (value, out) = step(optlab.init(X, rich, SGD, Y), NOTHING)
+  assert isinstance(out, bilevel.BilevelAux) and value.shape == ()
+
+
+def test_an_objective_without_a_forward_derivative_gives_the_same_numbers():
+  @jax.custom_vjp
+  def square(y):
+    return y**2
+
+  square.defvjp(lambda y: (y**2, y), lambda y, g: (2 * y * g,))
+  lower = lambda sq: lambda x, y, batch: jnp.sum(sq(y - jnp.sin(x)))
+  upper = lambda x, y, batch: jnp.sum(jnp.cos(y))
+  for name, make in FORMULA.items():
+    with pytest.raises(TypeError, match='custom_vjp'):
+      jax.jvp(square, (1.0,), (1.0,))
+    _, plain = run(make(upper, lower(jnp.square), SGD, 0.1), X, Y, 5)
+    _, custom = run(make(upper, lower(square), SGD, 0.1), X, Y, 5)
+    np.testing.assert_allclose(
+      custom.grads, plain.grads, rtol=5e-7, atol=1e-7, err_msg=name
+    )
+
+
+def test_forward_over_reverse_takes_less_memory():
+  """Deep and wide: a scan of layers below."""
+  width, depth = 64, 24
+
+  def lower(x, y, batch):
+    layer = lambda h, w: (jnp.tanh(h @ w), None)
+    out, _ = jax.lax.scan(layer, batch * x, y)
+    return jnp.mean(out**2) + 1e-3 * jnp.sum(y**2)
+
+  upper = lambda x, y, batch: jnp.mean(y**2) + 0 * jnp.sum(x)
+  x, y = jnp.ones(width), jnp.zeros((depth, width, width))
+  data = jnp.ones((256, width))
+
+  def soba(state):
+    batch = optlab.BilevelBatch(None, data)
+    return estimator.estimate(x, state, batch)
+
+  def reverse(z):
+    grad, vjp = jax.vjp(lambda x, y: jax.grad(lower, 1)(x, y, data), x, y)
+    return grad, vjp(z)
+
+  def temporary(function, argument):
+    compiled = jax.jit(function).lower(argument).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  estimator = optlab.soba(upper, lower, SGD, 0.1)
+  state = estimator.init(x, y)
+  assert temporary(soba, state) < 0.75 * temporary(reverse, state.dual)
