@@ -57,7 +57,7 @@ class BilevelState(NamedTuple):
   step: jax.Array  # shape (), int32, accepted estimates
   inner: base.Params  # the lower variable y
   dual: base.Params  # the linear-system variable z, float32 or wider
-  lower_opt_state: optax.OptState
+  lower_opt_state: base.OptState
   dual_state: Any  # what the steps of z need; () where it takes none
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
@@ -101,8 +101,10 @@ def problem_of(
   reuse_sample: bool = False,
 ) -> _problem.Problem:
   """The two levels in one form; checks what domains cannot say."""
+  if lower_map is None:
+    checks.check_transformation('lower_optimizer', lower_optimizer)
   optimizer = None
-  if lower_map is None or lower_optimizer is not None:
+  if lower_optimizer is not None:
     checks.check_transformation('lower_optimizer', lower_optimizer)
     optimizer = optax.with_extra_args_support(lower_optimizer)
   if lower_map is not None and curvature is not None:
@@ -269,6 +271,7 @@ def estimator(
     check_batch(batch)
     check_real('params', params)
     inner, lower_opt_state = state.inner, state.lower_opt_state
+    held = state.info.constrained
     if move is not None:
       inner, lower_opt_state, held = move(params, state, batch)
     value, upper_aux, grad_x, grad_y = _problem.upper_value_and_grads(
@@ -279,7 +282,7 @@ def estimator(
     if move is None:
       inner, lower_opt_state, held = _lower.step(
         problem, params, inner, lower_opt_state, batch.lower,
-        state.info.constrained,
+        held,
         seen=None if problem.lower_map else (lower.value, lower.grad),
       )  # fmt: skip
     result = base.Estimate(

@@ -14,8 +14,8 @@ from optlab.bilevel import _problem
 class Dual(NamedTuple):
   """How z moves."""
 
-  lr: base.ScalarOrSchedule | None
-  optimizer: optax.GradientTransformationExtraArgs | None = None
+  lr: Any
+  optimizer: Any = None
   steps: int = 1
   radius: Any = None
 
@@ -23,7 +23,7 @@ class Dual(NamedTuple):
 class DualState(NamedTuple):
   """What the steps of z need."""
 
-  opt_state: optax.OptState
+  opt_state: base.OptState
   reach: jax.Array  # shape (), the length of all steps f_y alone would take
 
 
@@ -101,7 +101,7 @@ def step(
   grad_y: base.Params,
   state: DualState,
   count: jax.Array,
-  products: _problem.Products | None = None,
+  products: Any = None,
 ) -> Solution:
   r"""One step on ``z' g_yy z / 2 - f_y' z``.
 

@@ -46,11 +46,11 @@ def step(
   problem: _problem.Problem,
   params: base.Params,
   inner: base.Params,
-  opt_state: optax.OptState,
+  opt_state: base.OptState,
   batch: base.Batch,
   held: jax.Array,
   seen: tuple[jax.Array, base.Params] | None = None,
-) -> tuple[base.Params, optax.OptState, jax.Array]:
+) -> tuple[base.Params, base.OptState, jax.Array]:
   """One lower step.
 
   Args:
@@ -102,7 +102,7 @@ def descend(
   problem: _problem.Problem,
   params: base.Params,
   inner: base.Params,
-  opt_state: optax.OptState,
+  opt_state: base.OptState,
   samples: base.Batch,
   *,
   steps: int,
@@ -111,7 +111,7 @@ def descend(
   radius: Any = None,
   average: bool = False,
   checkpoint: bool = False,
-) -> tuple[base.Params, optax.OptState, jax.Array]:
+) -> tuple[base.Params, base.OptState, jax.Array]:
   """Lower steps at a fixed upper variable, one for each sample.
 
   Args:
@@ -163,7 +163,7 @@ def lower_round(
   state: Any,
   batch: Any,
   **options: Any,
-) -> tuple[base.Params, optax.OptState, jax.Array]:
+) -> tuple[base.Params, base.OptState, jax.Array]:
   """`descend` from the state's lower variable on the batch's step samples."""
   samples, of = sampler(problem, batch, lower_steps)
   return descend(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optlab import base
 from optlab import checks
@@ -64,10 +63,10 @@ class Problem(NamedTuple):
 
   upper: Level
   lower: Level
-  optimizer: optax.GradientTransformationExtraArgs | None
-  lower_map: Objective | None = None
-  curvature: Callable[..., base.Operator] | None = None
-  damping: base.ScalarOrSchedule | None = None
+  optimizer: Any  # of y; None where it moves by the map
+  lower_map: Any = None
+  curvature: Any = None
+  damping: Any = None
   reuse_sample: bool = False
 
 

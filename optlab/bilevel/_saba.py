@@ -57,9 +57,8 @@ def _check_indexed(level: str, batch: Any, blocks: int) -> None:
 
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
   zeros = trees.zeros_accumulator(like)
-  table = jax.tree.map(
-    lambda leaf: jnp.broadcast_to(leaf, (blocks, *leaf.shape)), zeros
-  )
+  # Broadcast, so that rows are laid out over devices as the leaf is.
+  table = jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (blocks,)), zeros)
   return SagaMemory(table, zeros)
 
 
