@@ -51,6 +51,10 @@ def test_the_command_runs_programs(tmp_path):
   assert (tmp_path / 'record.jsonl').exists()
 
 
+def test_the_program_that_the_type_checkers_read_runs():
+  runpy.run_path(str(ROOT / 'tests' / 'typing' / 'user.py'))
+
+
 def test_an_unknown_program_is_named(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['optlab', 'compar'])
   with pytest.raises(SystemExit, match='optlab: no program compar'):
