@@ -6,6 +6,7 @@ from optlab.bilevel._bilevel import BilevelState
 from optlab.bilevel._bo_rep import bo_rep
 from optlab.bilevel._bo_rep import refine
 from optlab.bilevel._implicit import implicit
+from optlab.bilevel._maps import proximal_map
 from optlab.bilevel._problem import BilevelAux
 from optlab.bilevel._problem import Objective
 from optlab.bilevel._saba import IndexedBatch
@@ -30,6 +31,7 @@ __all__ = [
   'TtsaMemory',
   'bo_rep',
   'implicit',
+  'proximal_map',
   'refine',
   'saba',
   'soba',

@@ -96,12 +96,14 @@ def _remember(
   lower_blocks=checks.Integer(),
   dual_lr=_bilevel.DUAL['dual_lr'],
   dual_optimizer=_bilevel.DUAL['dual_optimizer'],
-  **_bilevel.SYSTEM,
+  dual_radius=_bilevel.RADIUS,
+  damping=_bilevel.SYSTEM['damping'],
+  curvature=_bilevel.SYSTEM['curvature'],
 )
 def saba(
   upper: _problem.Objective,
   lower: _problem.Objective,
-  lower_optimizer: optax.GradientTransformation | None,
+  lower_optimizer: optax.GradientTransformation,
   dual_lr: base.ScalarOrSchedule | None = None,
   *,
   upper_blocks: int,
@@ -110,7 +112,6 @@ def saba(
   dual_radius: float | jax.Array | None = None,
   damping: base.ScalarOrSchedule | None = None,
   curvature: Callable[..., base.Operator] | None = None,
-  lower_map: _problem.Objective | None = None,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""`soba` with SAGA's variance reduction, for finite sums.
@@ -135,7 +136,6 @@ def saba(
     dual_radius: See `soba`.
     damping: See `soba`.
     curvature: See `soba`.
-    lower_map: See `soba`.
     has_aux: See `soba`.
 
   Returns:
@@ -181,7 +181,7 @@ def saba(
   """
   checks.enforce(saba, locals())
   problem = _bilevel.problem_of(
-    upper, lower, lower_optimizer, has_aux=has_aux, lower_map=lower_map,
+    upper, lower, lower_optimizer, has_aux=has_aux,
     curvature=curvature, damping=damping,
   )  # fmt: skip
   dual = _bilevel.dual_of(dual_lr, dual_optimizer, 1, dual_radius)
@@ -215,7 +215,7 @@ def saba(
     inner, lower_opt_state, held = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower.data,
       state.info.constrained,
-      seen=None if lower_map else (lower.value, grad_lower),
+      seen=(lower.value, grad_lower),
     )  # fmt: skip
     grads = trees.cast_like(
       _bilevel.hypergradient(grad_x, cross), trees.dtypes(params)

@@ -121,6 +121,25 @@ row(
   ),
 )
 
+proximal_map = family(
+  'proximal_map', lower=lower, prox=lambda x, y, rate: y, learning_rate=0.1
+)
+for make, options, match in (
+  (soba, {'dual_lr': None}, 'dual_lr must be given, or dual_optimizer in its'),
+  (bo_rep, {'dual_optimizer': optax.sgd(0.1)}, 'dual_lr must be given'),
+  (
+    implicit,
+    {'lower_map': lower, 'curvature': lower},
+    'curvature must be None beside lower_map',
+  ),
+):
+  row(
+    make.__name__,
+    f'{sorted(options)} that do not go together',
+    functools.partial(make, **options),
+    ValueError,
+    match,
+  )
 refine = family(
   'refine',
   lower=lower,
