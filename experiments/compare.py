@@ -46,8 +46,8 @@ class Config(flags.Config):
   learning_rates: tuple[float, ...] = flags.flag(
     (0.0,), "Grid of rates; 0 is the problem's default.", low=0.0
   )
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
-  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
+  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1, grows=True)
 
 
 class Lane(NamedTuple):
@@ -151,6 +151,7 @@ def tune(session, config, problem, method, budget, rates) -> float:
   return min(values, key=lambda rate: np.median(values[rate]))
 
 
+@launch.program
 def main(config: Config) -> None:
   """Tunes and runs every method, prints the table, and draws the picture."""
   problem = contests.PROBLEMS[config.problem]()

@@ -366,6 +366,7 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
   return [*pictures, 'ess.png']
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs one problem, prints its tables and draws its pictures."""
   if config.problem == 'landscape' and config.precision != 'float64':

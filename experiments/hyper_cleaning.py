@@ -54,7 +54,7 @@ class Config(tuning.Config):
     2.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   steps: int = flags.flag(
-    1500, 'Steps of bo_rep; the others have as many calls.', low=1
+    1500, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
   )
 
 
@@ -179,6 +179,7 @@ def make_problem(
   return problem, baselines
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs the comparison at every share of flipped labels."""
   sentences = text.load(

@@ -42,7 +42,7 @@ class Config(tuning.Config):
   shots: int = flags.flag(10, 'Sentences of a class in a few-shot task.', low=1)
   l2: float = flags.flag(0.1, 'Weight of |y|^2 / 2.', low=1e-12)
   steps: int = flags.flag(
-    500, 'Steps of bo_rep; the others have as many calls.', low=1
+    500, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
   )
   inner_lr: float = flags.flag(0.5, 'Rate of the lower variable.', low=0.0)
   dual_lr: float = flags.flag(
@@ -219,6 +219,7 @@ def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
   )
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs the comparison."""
   sentences = text.load(

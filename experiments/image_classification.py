@@ -64,7 +64,9 @@ class Config(devices.Config):
   )
   first_size: int = flags.flag(8, 'First size of a growing batch.', low=2)
   microbatch: int = flags.flag(64, 'Images in a round of the loop.', low=1)
-  epochs: int = flags.flag(10, 'Passes over the training images.', low=1)
+  epochs: int = flags.flag(
+    10, 'Passes over the training images.', low=1, grows=True
+  )
   learning_rates: tuple[float, ...] = flags.flag(
     (0.003, 0.01, 0.03, 0.1, 0.3), 'Grid of learning rates.', low=0.0
   )
@@ -72,8 +74,8 @@ class Config(devices.Config):
   valid_size: int = flags.flag(
     287, 'Of the others, held out while rates are tuned.', low=1
   )
-  tuning_seeds: int = flags.flag(2, 'Seeds of the tuning.', low=1)
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  tuning_seeds: int = flags.flag(2, 'Seeds of the tuning.', low=1, grows=True)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
@@ -252,6 +254,7 @@ def run(
     seeds=tuple(range(len(lanes))) if tuning else seeds,
     data=resident,
     show=f'{data.name}_accuracy',
+    prefix=True,
     **choice._asdict(),
   )
 
@@ -486,6 +489,7 @@ def draw(session: Session, config: Config, choices: Sequence[Choice]) -> None:
   )
 
 
+@launch.program
 def main(config: Config) -> None:
   """Tunes and runs every choice."""
   data = image_classifiers.load(

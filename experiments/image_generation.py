@@ -39,7 +39,9 @@ class Config(tilted.Config):
 
   chain_steps: int = flags.flag(200, 'Langevin steps of a chain.', low=1)
   step_size: float = flags.flag(0.03, 'Of the chains, in whitened pixels.')
-  seeds: int = flags.flag(3, 'Number of seeds, 0 to seeds - 1.', low=1)
+  seeds: int = flags.flag(
+    3, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True
+  )
 
 
 class Features:
@@ -93,6 +95,7 @@ def sample(
   return result.rows @ whole.scale.T + whole.mean, result.acceptance
 
 
+@launch.program
 def main(config: Config) -> None:
   """Trains, samples, and reports."""
   if config.step_size <= 0:

@@ -10,6 +10,7 @@ from .problems import smooth
 Config = newton.RegressionConfig
 
 
+@launch.program
 def main(config: newton.RegressionConfig) -> None:
   """Runs the comparison; the data set has two classes."""
   newton.regress('logistic_regression', smooth.logistic, config)

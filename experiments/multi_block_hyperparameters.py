@@ -50,8 +50,10 @@ class Config(devices.Config):
   blocks: int = flags.flag(10, 'Blocks sampled in a step, I.', low=1)
   rows: int = flags.flag(32, 'Rows per sampled block, B.', low=1)
   l2: float = flags.flag(1e-5, 'Penalty of the lower problems.', low=0.0)
-  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
-  tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20, grows=True)
+  tuning_steps: int = flags.flag(
+    1000, 'Steps of the tuning runs.', low=20, grows=True
+  )
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
   learning_rates: tuple[float, ...] = flags.flag(
     (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
@@ -69,7 +71,7 @@ class Config(devices.Config):
   max_numbers: float = flags.flag(
     1e8, 'The most numbers in a cross Jacobian table of RSVRB.', low=0.0
   )
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
@@ -284,6 +286,7 @@ def draw(rows: list[dict], path) -> None:
   plots.save(figure, path)
 
 
+@launch.program
 def main(config: Config) -> None:
   """Compares the methods, prints the table and draws the picture."""
   problem = load(config)

@@ -28,6 +28,7 @@ class Config(newton.Config):
   )
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs the comparison."""
   if config.problem == 'log_sum_exp':

@@ -34,7 +34,9 @@ from .lab.session import Session
 class Config(tilted.Config):
   """Flags of the program."""
 
-  seeds: int = flags.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  seeds: int = flags.flag(
+    5, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True
+  )
 
 
 def split(data: tilted.Images, seed: int) -> tuple[np.ndarray, ...]:
@@ -77,6 +79,7 @@ def auroc(inside: Any, outside: Any) -> float:
   return float(metrics.roc_auc_score(truth, scores))
 
 
+@launch.program
 def main(config: Config) -> None:
   """Trains, scores, and reports."""
   data = tilted.load(config.dataset, config.data_dir, seed=0)

@@ -54,13 +54,15 @@ class Config(devices.Config):
   )
   noise: float = flags.flag(3.0, 'Standard deviation of a row.', low=0.0)
   target: float = flags.flag(3e-3, 'F - F* to reach.', low=0.0)
-  steps: int = flags.flag(4000, 'The most steps of a cell.', low=LOOK)
+  steps: int = flags.flag(
+    4000, 'The most steps of a cell.', low=LOOK, grows=True
+  )
   alpha: float = flags.flag(0.1, 'Rate of the trackers of a block.', low=0.0)
   beta: float = flags.flag(0.1, 'Rate of the hypergradient.', low=0.0)
   method: str = flags.flag(
     'bsvrb_v2', 'The method.', choices=('bsvrb_v1', 'bsvrb_v2')
   )
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
 
 
 class Cell(NamedTuple):
@@ -187,6 +189,7 @@ def run_cell(session, config: Config, data, best, cell: Cell) -> None:
     lambda state: jax.vmap(advance)(upper, lower, state),
     evaluate,
     steps=config.steps // LOOK * LOOK, every=LOOK, stop=stop, show='best',
+    prefix=True,
     tables=config.num_blocks, blocks=cell.blocks, batch_rows=cell.rows,
   )  # fmt: skip
 
@@ -259,6 +262,7 @@ def draw(rows: list[dict], path) -> None:
   plots.save(figure, path)
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs every cell, prints the table and draws the picture."""
   if max(config.blocks) > config.num_blocks:

@@ -52,11 +52,13 @@ class Config(devices.Config):
   noise: float = flags.flag(0.5, 'Noise of the relevance.', low=0.0)
   blocks: int = flags.flag(20, 'Queries sampled in a step, I.', low=1)
   top: int = flags.flag(10, 'K of the thresholds.', low=1)
-  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20, grows=True)
   warm_fraction: float = flags.flag(
     0.5, 'Part of the steps in which BSVRB trains listwise.', low=0.0
   )
-  tuning_steps: int = flags.flag(1000, 'Steps of the tuning runs.', low=20)
+  tuning_steps: int = flags.flag(
+    1000, 'Steps of the tuning runs.', low=20, grows=True
+  )
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
   learning_rates: tuple[float, ...] = flags.flag(
     (0.001, 0.003, 0.01, 0.03), 'Grid of rates of Adam.', low=0.0
@@ -68,7 +70,7 @@ class Config(devices.Config):
   steepness: float = flags.flag(2.0, 'Steepness of the selection.', low=0.0)
   convexity: float = flags.flag(0.01, 'Penalty of a threshold.', low=0.0)
   methods: tuple[str, ...] = flags.flag(METHODS, 'Methods.', choices=METHODS)
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
@@ -334,6 +336,7 @@ def draw(rows: list[dict], path) -> None:
   plots.save(figure, path)
 
 
+@launch.program
 def main(config: Config) -> None:
   """Compares the methods, prints the table and draws the picture."""
   if config.blocks > config.queries:

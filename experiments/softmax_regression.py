@@ -22,6 +22,7 @@ class Config(newton.RegressionConfig):
   )
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs the comparison."""
   newton.regress('softmax_regression', smooth.softmax, config)

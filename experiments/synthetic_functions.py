@@ -94,8 +94,8 @@ class Config(flags.Config):
   learning_rate: float = flags.flag(0.1, 'Learning rate.', low=0.0)
   b1: float = flags.flag(0.95, 'Decay of the first moment.', low=0.0)
   b2: float = flags.flag(0.999, 'Decay of the second moment.', low=0.0)
-  steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=1)
-  seeds: int = flags.flag(21, 'Number of starts.', low=1)
+  steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=1, grows=True)
+  seeds: int = flags.flag(21, 'Number of starts.', low=1, grows=True)
 
 
 def run(session: Session, config: Config, function: str, name: str) -> None:
@@ -126,6 +126,7 @@ def run(session: Session, config: Config, function: str, name: str) -> None:
     steps=config.steps,
     every=_EVERY,
     seeds=tuple(range(config.seeds)),
+    prefix=True,
     function=function,
     optimizer=name,
   )
@@ -192,6 +193,7 @@ def draw(session: Session, config: Config) -> None:
   plots.save(figure, session.folder / 'synthetic_functions.png')
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs all optimizers on all functions."""
   pairs = list(itertools.product(config.functions, config.optimizers))

@@ -49,7 +49,10 @@ class Config(flags.Config):
     low=0.0,
   )
   steps: int = flags.flag(
-    3000, 'Steps of bo_rep; the others have as many calls.', low=WINDOW
+    3000,
+    'Steps of bo_rep; the others have as many calls.',
+    low=WINDOW,
+    grows=True,
   )
   equal: str = flags.flag(
     'calls',
@@ -71,7 +74,7 @@ class Config(flags.Config):
     'Upper steps.',
     choices=bilevel.UPPER_STEPS,
   )
-  seeds: int = flags.flag(5, 'Number of noise seeds.', low=1)
+  seeds: int = flags.flag(5, 'Number of noise seeds.', low=1, grows=True)
 
 
 class Problem(NamedTuple):
@@ -349,6 +352,7 @@ def draw(session: Session) -> None:
   plots.save(figure, session.folder / 'unbounded_smoothness.png')
 
 
+@launch.program
 def main(config: Config) -> None:
   """Runs the study."""
   problem = make_problem(config.problem, config.start)

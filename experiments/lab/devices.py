@@ -10,9 +10,7 @@ own ``--process``; the first writes the results.
 
 from collections.abc import Callable
 import dataclasses
-import os
 import re
-import sys
 from typing import Any
 
 import jax
@@ -41,38 +39,9 @@ class Config(flags.Config):
   )
   processes: int = flags.flag(1, 'Processes in all, with --coordinator.', low=1)
   process: int = flags.flag(0, 'Number of this process, from 0.', low=0)
-
-
-def connect(config: Config) -> None:
-  """Joins the other processes; only the first prints from now on.
-
-  Args:
-    config: The program's configuration.
-
-  Raises:
-    UserError: The flags do not fit together.
-  """
-  if not config.coordinator:
-    if config.processes > 1:
-      raise flags.UserError(
-        f'--processes={config.processes} needs --coordinator=HOST:PORT'
-      )
-    return
-  if not config.mesh:
-    raise flags.UserError('--coordinator needs --mesh, as in --mesh=data=2')
-  if config.coordinator == 'auto':
-    jax.distributed.initialize()
-  else:
-    if config.process >= config.processes:
-      raise flags.UserError(
-        f'--process={config.process}: must be below'
-        f' --processes={config.processes}'
-      )
-    jax.distributed.initialize(
-      config.coordinator, config.processes, config.process
-    )
-  if not is_first():
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+  timeout: int = flags.flag(
+    60, 'Seconds that processes wait for each other.', low=1
+  )
 
 
 def is_first() -> bool:

@@ -20,7 +20,7 @@ class UserError(Exception):
   """Something the user can mend; shown as one line, without a traceback."""
 
 
-class InterruptedRun(Exception):
+class InterruptedRun(KeyboardInterrupt):
   """The user asked a run to stop; what it had is on disk."""
 
 
@@ -30,6 +30,7 @@ def flag(
   *,
   choices: Sequence[str] | None = None,
   low: float | None = None,
+  grows: bool = False,
 ) -> Any:
   """A field of a configuration that is also a command-line flag.
 
@@ -38,11 +39,16 @@ def flag(
     help_text: Shown by ``--help``.
     choices: The values allowed, of the flag or of each entry of a list.
     low: The smallest number allowed.
+    grows: Whether a run that is resumed may have a larger one: what it changes
+      is the seeds or steps that `Session.run` is given, and nothing else of a
+      method's run.
 
   Returns:
     A dataclass field.
   """
-  metadata = {'help': help_text, 'choices': choices, 'low': low}
+  metadata = {
+    'help': help_text, 'choices': choices, 'low': low, 'grows': grows,
+  }  # fmt: skip
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,9 +72,13 @@ class BareConfig:
 class Config(BareConfig):
   """What every experiment has."""
 
-  output_dir: str = flag('', 'Folder of results; results/PROGRAM if empty.')
-  resume: bool = flag(False, 'Go on where a run in output_dir stopped.')
-  seeds: int = flag(1, 'Number of seeds, 0 to seeds - 1.', low=1)
+  output_dir: str = flag(
+    '', 'Folder of results; the next results/PROGRAM/NUMBER if empty.'
+  )
+  resume: bool = flag(
+    False, 'Go on where the run in output_dir, or else the last one, stopped.'
+  )
+  seeds: int = flag(1, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True)
   precision: str = flag(
     'float64', 'Floating point type.', choices=('float32', 'float64')
   )

@@ -2,6 +2,7 @@
 
 A program ends with::
 
+    @launch.program
     def main(config): ...
 
     if __name__ == '__main__':
@@ -12,6 +13,7 @@ A program ends with::
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -26,7 +28,10 @@ import jax
 
 from . import devices
 from . import flags
+from . import peers
 from . import record
+from . import session
+from . import stopping
 
 _DEFINE: dict[type, Callable[..., Any]] = {
   str: absl_flags.DEFINE_string,
@@ -115,7 +120,8 @@ def _repeated(
     The configuration.
 
   Raises:
-    flags.UserError: The record is of another program, or of other flags.
+    UserError: The record is of another program, or of other flags; or there
+      are flags beside it.
   """
   program = pathlib.Path(sys.argv[0]).stem
   if header['program'] != program:
@@ -128,6 +134,16 @@ def _repeated(
     raise flags.UserError(
       f'--repeat: the program has other flags now: {changed}'
     )
+  beside = [
+    f'--{name}={absl_flags.FLAGS[name].value}'
+    for name in sorted(names - {'output_dir'})
+    if absl_flags.FLAGS[name].present
+  ]
+  if beside:
+    raise flags.UserError(
+      f'--repeat takes the flags of the record, not {" ".join(beside)}: leave'
+      ' them out, or leave out --repeat to run with other ones'
+    )
   values = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in header['config'].items()
@@ -138,6 +154,10 @@ def _repeated(
 
 def _check_repeated(rows: list[dict], again: list[dict]) -> None:
   """Raises a `flags.UserError` unless two runs have the same numbers."""
+  rows, again = (
+    [row for row in record.without_times(part) if row['kind'] != 'resumed']
+    for part in (rows, again)
+  )
   for i, (row, new) in enumerate(zip(rows, again, strict=False)):
     # As text, in which NaN equals NaN.
     changed = [
@@ -170,6 +190,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
     _fail(' '.join(str(error).split()))
 
 
+def program(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """Gives a ``main(config)`` the precision of its configuration.
+
+  Args:
+    main: The program.
+
+  Returns:
+    The same, wherever it is called from: a test or a notebook, too.
+  """
+
+  @functools.wraps(main)
+  def precise(config):
+    with jax.enable_x64(config.precision == 'float64'):
+      return main(config)
+
+  return precise
+
+
 def run(
   main: Callable[[Any], Any], config_type: type[flags.BareConfig]
 ) -> None:
@@ -179,9 +217,10 @@ def run(
     main: The program.
     config_type: Its configuration, a subclass of `flags.BareConfig`.
   """
+  if issubclass(config_type, devices.Config):
+    peers.supervise(sys.argv[1:])
   _define(config_type)
-  has_record = issubclass(config_type, flags.Config)
-  if has_record:
+  if issubclass(config_type, flags.Config):
     absl_flags.DEFINE_string(
       'repeat',
       '',
@@ -194,37 +233,38 @@ def run(
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
     try:
-      header, earlier = {}, None
-      if has_record and absl_flags.FLAGS.repeat:
-        header, earlier = record.read(absl_flags.FLAGS.repeat)
-        config = _repeated(config_type, header)
-        now = record.versions()
-        for name, version in header['versions'].items():
-          if now.get(name) != version:
-            print(
-              f'--repeat: {name} was {version}, is {now.get(name)}',
-              file=sys.stderr,
-            )
-      else:
-        config = _from_flags(config_type, argv[1:])
-      if isinstance(config, flags.Config):
-        jax.config.update('jax_enable_x64', config.precision == 'float64')
-      if isinstance(config, devices.Config):
-        devices.connect(config)
-      main(config)
-      if earlier is not None:
-        folder = absl_flags.FLAGS.output_dir or f'results/{header["program"]}'
-        rows = record.read(folder)[1]
-        _check_repeated(
-          record.without_times(earlier), record.without_times(rows)
-        )
+      with stopping.Listener():
+        _run(main, config_type, argv)
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:
-      print(stopped, file=sys.stderr)
-      sys.exit(130)
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      sys.exit(130)
+      stopping.say(str(stopped))
+      sys.exit(stopping.STATUS)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _run(main, config_type, argv) -> None:
+  """Runs a program, once or to repeat a record."""
+  earlier = None
+  if issubclass(config_type, flags.Config) and absl_flags.FLAGS.repeat:
+    header, earlier = record.read(absl_flags.FLAGS.repeat)
+    config = _repeated(config_type, header)
+    now = record.versions()
+    for name, version in header['versions'].items():
+      if now.get(name) != version:
+        print(
+          f'--repeat: {name} was {version}, is {now.get(name)}',
+          file=sys.stderr,
+        )
+  else:
+    config = _from_flags(config_type, argv[1:])
+  if isinstance(config, flags.Config):
+    jax.config.update('jax_enable_x64', config.precision == 'float64')
+  if isinstance(config, devices.Config):
+    peers.connect(config)
+  with peers.together():
+    main(config)
+  folder = session.last_folder()
+  if earlier is not None and folder is not None:
+    _check_repeated(earlier, record.read(folder)[1])

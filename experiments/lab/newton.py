@@ -49,7 +49,9 @@ class Config(devices.Config):
     choices=methods.CURVATURES,
   )
   f_tol: float = flags.flag(1e-8, 'Stop at f - f* <= f_tol.', low=0.0)
-  max_steps: int = flags.flag(1000, 'The most steps of a solver.', low=1)
+  max_steps: int = flags.flag(
+    1000, 'The most steps of a solver.', low=1, grows=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,7 @@ def _run_optax(session, problem, method, seed, config, least, evaluate):
     data=problem.data,
     stop=stop,
     show='suboptimality',
+    prefix=True,
   )
   last = session.select('eval', method=method.name, seed=seed)[-1]
   if session.select('summary', method=method.name, seed=seed):

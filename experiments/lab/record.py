@@ -3,23 +3,31 @@
 The first line has ``kind`` "run": the program, its configuration, versions,
 device. The others have a ``kind`` of their own: "eval" for a measurement
 (method, seed, step, oracle calls so far, seconds, values), "summary" for a
-method's final row, "done" for a finished method, and what a program adds.
+method's final row, "done" for a finished method, "resumed" where versions,
+devices or the mesh are others from here on, "end" for a finished run, and what
+a program adds.
 """
 
+import codecs
 from collections.abc import Iterable
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 from typing import Any
+import uuid
 
 import jax
 import numpy as np
 
 from . import flags
+from . import folders
 
+NAME = 'record.jsonl'
 # Oracle calls, counted from the start of a method, in the order of the tables.
 ORACLES = ('samples', 'gradients', 'products', 'solves')
 _PACKAGES = (
@@ -78,6 +86,7 @@ def header(program: str, config: dict[str, Any], **fields: Any) -> dict:
   devices = jax.devices()
   return {
     'kind': 'run',
+    'id': uuid.uuid4().hex[:12],
     'program': program,
     'config': plain(config),
     'versions': versions(),
@@ -89,38 +98,111 @@ def header(program: str, config: dict[str, Any], **fields: Any) -> dict:
   }
 
 
+def _line(row: dict) -> bytes:
+  return json.dumps(plain(row)).encode() + b'\n'
+
+
+def begin(path: pathlib.Path, first: dict) -> None:
+  """Writes a record that has its header alone, in place of what is there."""
+  _replace(path, [first])
+
+
+def rewrite(path: pathlib.Path, rows: list[dict]) -> None:
+  """Writes these rows after the header that is there, in place of the others.
+
+  Args:
+    path: The record.
+    rows: Its rows.
+  """
+  _replace(path, [read(path)[0], *rows])
+
+
+def _replace(path: pathlib.Path, rows: list[dict]) -> None:
+  temporary = path.with_suffix('.tmp')
+  try:
+    temporary.write_bytes(b''.join(map(_line, rows)))
+    temporary.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise flags.UserError(f'{path}: {error.strerror}') from error
+
+
+def cut_to_lines(path: pathlib.Path, *, less: int = 0) -> None:
+  """Cuts off a last line that was cut short, and so many whole ones."""
+  content = path.read_bytes()
+  size = content.rfind(b'\n') + 1
+  for _ in range(less):
+    size = content.rfind(b'\n', 0, size - 1) + 1
+  if size < len(content):
+    with path.open('r+b') as file:
+      file.truncate(size)
+
+
 class Writer:
-  """Appends rows to a record; each is on disk before the next begins."""
+  """Appends rows to a record; each is in the file before the next begins."""
 
   def __init__(self, path: pathlib.Path):
-    self._file = path.open('ab')
+    self._path = path
+    try:
+      self._file = path.open('ab', buffering=0)
+    except OSError as error:
+      raise flags.UserError(f'{path}: {error.strerror}') from error
 
   def write(self, kind: str, **fields: Any) -> dict[str, Any]:
-    """Appends a row and returns it."""
+    """Appends a row and returns it.
+
+    Args:
+      kind: Its kind.
+      **fields: The rest of it.
+
+    Returns:
+      The row as `read` gives it.
+
+    Raises:
+      UserError: It cannot be written; nothing of it is in the file.
+    """
     row = {'kind': kind, **plain(fields)}
-    self._file.write(json.dumps(row).encode() + b'\n')
-    self._file.flush()
+    line, size = _line(row), self.size
+    try:
+      while line:
+        line = line[self._file.write(line) :]
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        self.truncate(size)
+      raise flags.UserError(
+        f'{self._path}: {error.strerror}; what is there is whole, mend that and'
+        ' go on with --resume'
+      ) from error
     return _revive(row)
 
   @property
   def size(self) -> int:
     """Bytes written, a place that `truncate` can go back to."""
-    return self._file.tell()
+    return self._file.seek(0, os.SEEK_END)
 
   def truncate(self, size: int) -> None:
     """Drops what was written after ``size`` bytes."""
     self._file.truncate(size)
-    self._file.seek(size)
 
   def close(self) -> None:
     self._file.close()
+
+
+# What each kind of row has, that tables and pictures rely on.
+_FIELDS: dict[str, dict[str, Any]] = {
+  'run': {'program': str, 'config': dict, 'versions': dict, 'identity': dict},
+  'eval': {'method': str, 'seed': int, 'step': int},
+  'done': {'method': str, 'seeds': list, 'steps': int},
+}
 
 
 def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   """Reads a record; a last line cut short by a crash is dropped.
 
   Args:
-    path: The file, or the folder that holds ``record.jsonl``.
+    path: The file, the folder that holds ``record.jsonl``, or the one that
+      holds the numbered folders of a program's runs, for the latest of them.
 
   Returns:
     The header and the other rows.
@@ -130,21 +212,48 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    path = path / 'record.jsonl'
+    inside = path if (path / NAME).exists() else folders.latest(path)
+    path = (inside or path) / NAME
   try:
-    text = path.read_text()
+    content = path.read_bytes()
   except OSError as error:
     raise flags.UserError(f'{path}: {error.strerror}') from error
-  rows = []
-  lines = text.split('\n')
-  for number, line in enumerate(lines[:-1], 1):
-    try:
-      rows.append(_revive(json.loads(line)))
-    except (json.JSONDecodeError, AttributeError) as error:
-      raise flags.UserError(f'{path}: line {number} is not JSON') from error
-  if not rows or rows[0].get('kind') != 'run':
-    raise flags.UserError(f'{path}: not a record, its first line is no run')
+  content = content.removeprefix(codecs.BOM_UTF8)
+  lines = content.split(b'\n')[:-1]
+  rows = [_parse(path, i, line) for i, line in enumerate(lines, 1)]
+  if not rows:
+    raise flags.UserError(f'{path}: not a record, it has no whole line')
   return rows[0], rows[1:]
+
+
+def _parse(path: pathlib.Path, number: int, line: bytes) -> dict:
+  """A line as a row that has what a row of its kind must have."""
+
+  def bad(what):
+    cut = '' if number == 1 else '; up to the line before it is whole'
+    return flags.UserError(f'{path}: line {number} {what}{cut}')
+
+  try:
+    row = json.loads(line.decode())
+  except UnicodeDecodeError as error:
+    raise bad(
+      f'has a byte that is no text, {line[error.start]:#04x}'
+    ) from error
+  except json.JSONDecodeError as error:
+    raise bad('is not JSON') from error
+  if not isinstance(row, dict) or not isinstance(row.get('kind'), str):
+    raise bad('is no row: it has no kind')
+  if (number == 1) != (row['kind'] == 'run'):
+    reason = (
+      'its first line is no run'
+      if number == 1
+      else (f'line {number} begins another')
+    )
+    raise flags.UserError(f'{path}: not a record, {reason}')
+  for name, form in _FIELDS.get(row['kind'], {}).items():
+    if not isinstance(row.get(name), form):
+      raise bad(f'is a row of kind {row["kind"]} without {name}')
+  return _revive(row)
 
 
 def select(rows: Iterable[dict], kind: str, **fields: Any) -> list[dict]:

@@ -12,101 +12,33 @@ all else on the first of each process; only the first process's files stay.
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import hashlib
-import json
 import pathlib
 import pickle
-import re
-import shutil
-import signal
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from rich import console as rich_console
-from rich import progress as rich_progress
 
+from . import checkpoints
 from . import devices
 from . import flags
+from . import folders
+from . import pieces
+from . import progress
 from . import record
+from . import resuming
+from . import stopping
 
-# Flags that do not change the numbers of a run.
-_NOT_IDENTITY = (
-  'output_dir', 'resume', 'checkpoint_every', 'coordinator', 'process',
-)  # fmt: skip
-_SAVE_ERRORS = (OSError, ValueError, KeyError, TypeError, FileNotFoundError)
+_opened: list[pathlib.Path] = []
 
 
-def _identity(config: flags.Config) -> dict[str, Any]:
-  values = dataclasses.asdict(config)
-  for name in _NOT_IDENTITY:
-    values.pop(name, None)
-  return json.loads(json.dumps(values))
-
-
-def _pack(state: Any) -> Any:
-  """Typed keys as their numbers: what orbax stores."""
-  return jax.tree.map(
-    lambda leaf: (
-      jax.random.key_data(leaf)
-      if isinstance(leaf, jax.Array)
-      and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-      else leaf
-    ),
-    state,
-  )
-
-
-def _stored(state: Any) -> Any:
-  """What a checkpoint holds: of several processes the first writes alone."""
-  packed = _pack(state)
-  return packed if jax.process_count() == 1 else jax.device_get(packed)
-
-
-def _unpack(packed: Any, like: Any) -> Any:
-  def unpack(leaf, like):
-    is_key = isinstance(like, jax.Array) and jax.dtypes.issubdtype(
-      like.dtype, jax.dtypes.prng_key
-    )
-    if is_key:
-      return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
-    return leaf
-
-  return jax.tree.map(unpack, packed, like)
-
-
-def _spread(mesh, advance, state, constants, tables):
-  """Compiles a piece for a mesh, and puts the state and the data on it.
-
-  Args:
-    mesh: The devices.
-    advance: As in `Session.run`.
-    state: Where it starts.
-    constants: The data, or nothing.
-    tables: As in `Session.run`.
-
-  Returns:
-    The compiled piece, the state and the data on the mesh, and what makes of
-    such a state one on a device of this process.
-  """
-  packed = _pack(state)
-  layout = devices.layout(packed, mesh, devices.tables(tables))
-
-  def piece(packed, *constants):
-    return _pack(advance(_unpack(packed, state), *constants))
-
-  start = devices.put(packed, layout)
-  constants = devices.put(
-    constants, devices.layout(constants, mesh, devices.rows)
-  )
-  with jax.set_mesh(mesh):
-    lowered = jax.jit(piece, out_shardings=layout).lower(start, *constants)
-  whole = lambda packed: _unpack(devices.whole(packed, mesh), state)
-  return lowered.compile(), start, constants, whole
+def last_folder() -> pathlib.Path | None:
+  """The folder of the session that was opened last."""
+  return _opened[-1] if _opened else None
 
 
 class Session:
@@ -121,88 +53,81 @@ class Session:
     """Opens or resumes a run.
 
     Args:
-      program: Its name; results go to ``results/PROGRAM`` by default.
+      program: Its name; results go to ``results/PROGRAM/NUMBER`` by default.
       config: Its configuration.
       **header: More fields for the record's first row.
 
     Raises:
-      UserError: There is nothing to resume, or it has another configuration.
+      UserError: There is nothing to resume, or it is another run; the folder
+        holds a run that was not finished, or another run writes there; floating
+        point numbers are not those of the configuration.
     """
-    self._identity = _identity(config)
-    self._every = config.checkpoint_every
+    _check_precision(config)
+    self._config = config
     self._mesh = devices.make_mesh(getattr(config, 'mesh', ''))
     self._several = jax.process_count() > 1
-    folder = config.output_dir or f'results/{program}'
+    self._earlier: list[dict] = []
+    self._noted: dict[str, Any] = {}
+    self._listener = stopping.Listener()
+    self.rows: list[dict] = []
+    self._open_folder(program)
+    self._checkpoints = self.folder / 'checkpoints'
+    self._path = self.folder / record.NAME
+    first = record.header(program, dataclasses.asdict(config), **header)
+    first['identity'] = resuming.identity(config)
+    self._fixed = resuming.fixed(config)
+    try:
+      if config.resume and devices.is_first():
+        first = self._resume(first)
+      elif devices.is_first() or not config.resume:
+        resuming.make_room(self.folder)
+        record.begin(self._path, first)
+      self._writer = record.Writer(self._path)
+      if config.resume:
+        self._share_record()
+    except BaseException:
+      self._release()
+      raise
+    self._id = record.read(self._path)[0].get('id')
+    if devices.is_first():
+      folders.point(self.folder)
+    _opened.append(self.folder)
+
+  def _open_folder(self, program: str) -> None:
+    """Finds the folder, and keeps other runs out of it."""
+    self._lock = None
     if not devices.is_first():
       self._scratch = tempfile.TemporaryDirectory()
-      folder = self._scratch.name
-    self.folder = pathlib.Path(folder).absolute()
-    self._checkpoints = self.folder / 'checkpoints'
-    self._path = self.folder / 'record.jsonl'
-    self.rows: list[dict] = []
-    self._interrupted = False
-    if not config.resume:
-      self._begin(program, config, header)
-    elif devices.is_first():
-      self._resume(program)
-    self._writer = record.Writer(self._path)
-    if config.resume:
-      self._share_record()
-
-  def _begin(self, program, config, header) -> None:
-    try:
-      self.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise flags.UserError(
-        f'--output_dir={self.folder}: {error.strerror}'
-      ) from error
-    if self._path.exists():  # An earlier record is kept under another name.
-      number = 1
-      while (self.folder / f'record.{number}.jsonl').exists():
-        number += 1
-      self._path.rename(self.folder / f'record.{number}.jsonl')
-    shutil.rmtree(self._checkpoints, ignore_errors=True)
-    first = record.header(program, dataclasses.asdict(config), **header)
-    first['identity'] = self._identity
-    temporary = self._path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(first) + '\n')
-    temporary.rename(self._path)
-
-  def _resume(self, program) -> None:
-    if not self._path.exists():
+      self.folder = pathlib.Path(self._scratch.name)
+      return
+    config = self._config
+    self.folder = folders.choose(program, config.output_dir, config.resume)
+    if config.resume and not (self.folder / record.NAME).exists():
       raise flags.UserError(f'--resume: no run in {self.folder}')
-    first, rows = record.read(self._path)
-    if first['program'] != program:
-      raise flags.UserError(
-        f'--resume: {self.folder} holds a run of {first["program"]}'
-      )
-    theirs, ours = first['identity'], self._identity
-    changed = [
-      f'--{name} was {theirs.get(name)}, is {ours.get(name)}'
-      for name in sorted(theirs.keys() | ours.keys())
-      if theirs.get(name) != ours.get(name)
-    ]
-    if changed:
-      raise flags.UserError(
-        f'--resume: the run in {self.folder} has another configuration:'
-        f' {"; ".join(changed)}'
-      )
-    now = record.versions()
-    changed = [
-      f'{name} was {version}, is {now.get(name)}'
-      for name, version in first['versions'].items()
-      if now.get(name) != version
-    ]
-    if changed:
-      raise flags.UserError(
-        f'--resume: the run in {self.folder} was made by other versions:'
-        f' {"; ".join(changed)}'
-      )
-    # A line cut short by a crash goes; `run` cuts further, to a checkpoint.
-    size = self._path.read_bytes().rfind(b'\n') + 1
-    with self._path.open('ab') as file:
-      file.truncate(size)
+    self._lock = folders.Lock(self.folder)
+
+  def _resume(self, first: dict) -> dict:
+    """Goes on with the record; its header."""
+    old, rows = record.read(self._path)
+    grown, self._noted = resuming.compare(
+      self.folder, old, rows, first, resuming.growing(self._config)
+    )
+    for name, (was, now) in self._noted.items():
+      _warn(f'--resume: {name} was {was}, is {now}: what comes is made with it')
+    first['earlier'] = old.get('earlier', [])
+    if grown:
+      first['earlier'] = [*first['earlier'], resuming.copy_aside(self._path)]
+      record.begin(self._path, first)
+      rows = []
+    else:
+      first = old
+      ended = bool(rows) and rows[-1]['kind'] == 'end'  # Not any more.
+      record.cut_to_lines(self._path, less=int(ended))
+      rows = rows[: len(rows) - ended]
+    for name in first.get('earlier', []):
+      self._earlier += record.read(self.folder / name)[1]
     self.rows = rows
+    return first
 
   def _share_record(self) -> None:
     """Gives every process the record of the first."""
@@ -211,27 +136,40 @@ class Session:
     content = devices.from_first(
       self._path.read_bytes() if devices.is_first() else b''
     )
+    self._earlier = pickle.loads(
+      devices.from_first(pickle.dumps(self._earlier))
+    )
     if not devices.is_first():
       self._writer.close()
       self._path.write_bytes(content)
       self._writer = record.Writer(self._path)
       _, self.rows = record.read(self._path)
 
+  def _release(self) -> None:
+    if self._lock is not None:
+      self._lock.release()
+
   def __enter__(self) -> 'Session':
-    self._old_handler = signal.getsignal(signal.SIGINT)
-    with contextlib.suppress(ValueError):  # Not the main thread.
-      signal.signal(signal.SIGINT, self._interrupt)
+    self._stack = contextlib.ExitStack()
+    self._stack.callback(self._release)
+    listener = self._stack.enter_context(stopping.Listener())
+    if not listener.listens:  # The program listens already.
+      listener = stopping.current() or listener
+    self._listener = listener
+    listener.way_on = (
+      f'the record is in {self.folder}, go on with --resume'
+      f' --output_dir={self.folder}'
+    )
+    if self._several:  # They stop together, between two pieces.
+      self._stack.enter_context(listener.held())
     return self
 
-  def __exit__(self, *unused: Any) -> None:
-    with contextlib.suppress(ValueError):
-      signal.signal(signal.SIGINT, self._old_handler)
-    self._writer.close()
-
-  def _interrupt(self, signum, frame) -> None:
-    if self._interrupted:  # The second time at once.
-      raise KeyboardInterrupt
-    self._interrupted = True
+  def __exit__(self, kind: Any, *unused: Any) -> None:
+    with self._stack:
+      if kind is None and not self._listener.asked:
+        self.write('end')
+        self._listener.way_on = f'the record is whole, in {self.folder}'
+      self._writer.close()
 
   def write(self, kind: str, **fields: Any) -> None:
     """Adds a row to the record, once: a resumed run does not repeat it."""
@@ -239,7 +177,15 @@ class Session:
     # In plain form, in which NaN equals NaN.
     if row in map(record.plain, self.select(kind)):
       return
-    self.rows.append(self._writer.write(kind, **fields))
+    self._write(kind, **fields)
+
+  def _write(self, kind: str, **fields: Any) -> dict:
+    with self._listener.held():
+      if self._noted and kind != 'end':
+        noted, self._noted = self._noted, {}
+        self._write('resumed', changed=noted)
+      self.rows.append(self._writer.write(kind, **fields))
+      return self.rows[-1]
 
   def select(self, kind: str, **fields: Any) -> list[dict]:
     """The rows of one kind with the given fields."""
@@ -259,6 +205,7 @@ class Session:
     stop: Callable[[list[dict]], bool] | None = None,
     show: str = 'value',
     keep_state: bool = False,
+    prefix: bool = False,
     tables: int | None = None,
     **fields: Any,
   ) -> Any:
@@ -278,9 +225,12 @@ class Session:
       data: Arrays that do not change; ``advance(state, data)`` then takes them
         as arguments instead of compiling them in.
       stop: Given the latest rows, one a seed, whether to end early.
-      show: The field shown beside the progress bar.
+      show: The field shown beside the progress.
       keep_state: Save the last state, so that a resumed run gets it back where
         the method is done already.
+      prefix: Whether a run over fewer steps is the beginning of this one: no
+        schedule in it ends with ``steps``. A longer run then goes on at its
+        end, and else from the start.
       tables: Length of the block tables in the state, the second axis of each;
         a mesh splits them over its ``blocks``.
       **fields: More fields for each row.
@@ -291,226 +241,221 @@ class Session:
 
     Raises:
       UserError: ``steps`` is not a multiple of ``every``.
-      InterruptedRun: On SIGINT, after a checkpoint.
+      InterruptedRun: On SIGINT or SIGTERM, after a checkpoint.
     """
     if steps % every:
       raise flags.UserError(f'{steps} steps are not a multiple of {every}')
-    folder = self._checkpoints / _folder_name(method, seeds)
-    done = self.select('done', method=method, seeds=list(seeds))
-    if done:
-      return self._restore(folder, state)[0] if keep_state else None
-
-    step, seconds = 0, 0.0
-    restored, meta = self._restore(folder, state)
-    if restored is not None:
-      state, step, seconds = restored, meta['step'], meta['seconds']
-    self._cut_back(method, seeds, meta.get('size'))
-
+    task = _Task(
+      method, seeds, steps, every, stop, show, keep_state, prefix,
+      self._checkpoints / checkpoints.folder_name(method, seeds),
+    )  # fmt: skip
+    found, step, seconds = self._find(task, state)
+    if step is None:
+      return found
     began = time.perf_counter()
-    constants = () if data is None else (data,)
-    whole = lambda state: state
-    if self._mesh is None:
-      compiled = jax.jit(advance).lower(state, *constants).compile()
-    else:
-      compiled, state, constants, whole = _spread(
-        self._mesh, advance, state, constants, tables
-      )
-      fields['collectives'] = devices.collectives(compiled)
-      if self._mesh.size > 1 and not fields['collectives']:
+    piece = pieces.Piece(self._mesh, advance, found, data, tables)
+    compile_seconds = time.perf_counter() - began
+    if piece.collectives is not None:
+      fields['collectives'] = piece.collectives
+      if piece.devices > 1 and not piece.collectives:
         _warn(
           f'{method}: no exchange between devices, each does the whole work;'
           ' the numbers of rows and of blocks must be multiples of --mesh'
         )
-    compile_seconds = time.perf_counter() - began
 
-    def measure(state):
+    def measure(state, step, seconds):
       values = {
         name: np.asarray(value) for name, value in evaluate(state).items()
       }
+      at = lambda value, i: value[i] if value.ndim else value
       return [
-        self._writer.write(
-          'eval',
-          method=method,
-          seed=seed,
-          step=step,
-          seconds=seconds,
-          **{
-            name: value[i] if value.ndim else value
-            for name, value in values.items()
-          },
-          **fields,
+        self._write(
+          'eval', method=method, seed=seed, step=step, seconds=seconds,
+          **{name: at(value, i) for name, value in values.items()}, **fields,
         )
         for i, seed in enumerate(seeds)
-      ]
+      ]  # fmt: skip
 
-    result = whole(state)
+    with self._listener.held():
+      return self._advance(task, piece, measure, step, seconds, compile_seconds)
+
+  def _find(self, task: '_Task', state: Any) -> tuple[Any, int | None, float]:
+    """Where a method goes on: its state, step and seconds so far.
+
+    Args:
+      task: The method.
+      state: Where it starts.
+
+    Returns:
+      All three; of a method that is done its last state, or ``None``, and no
+      step.
+    """
+    part = resuming.part(self.rows, task.method, task.seeds)
+    if not part.rows:
+      part = self._replay(task)
+    whole = part.is_whole(task.steps, task.every)
+    if whole and not task.keep_state:
+      return None, None, 0.0
+    goes_on = task.prefix and part.is_shorter(task.steps, task.every)
+    if part.done is None or whole or goes_on:
+      found, meta = self._restore(task, state, part)
+      if found is not None and whole:
+        return found, None, 0.0
+      if found is not None:
+        if goes_on:
+          self._drop(task, 'done')
+        else:
+          self._cut_to(meta['size'])
+        return found, meta['step'], meta['seconds']
+    # The record and the checkpoints are another run's, or not to be read.
+    self._drop(task, 'eval', 'done')
+    if devices.is_first():
+      checkpoints.remove(task.folder)
+    return state, 0, 0.0
+
+  def _replay(self, task: '_Task') -> resuming.Part:
+    """Copies what a record that this one continues has of a method."""
+    part = resuming.part(self._earlier, task.method, task.seeds)
+    whole = part.is_whole(task.steps, task.every)
+    if not whole and not (
+      task.prefix and part.is_shorter(task.steps, task.every)
+    ):
+      return resuming.Part([], None)
+    with self._listener.held():
+      for row in part.all_rows() if whole else part.rows:
+        self.rows.append(self._writer.write(**row))
+    return part
+
+  def _advance(self, task, piece, measure, step, seconds, compile_seconds):
+    """Goes on to the last step, and returns its state."""
+    result = piece.whole(piece.state)
     if step == 0:
-      self.rows += measure(result)
-    latest = self.rows[-len(seeds) :]
+      measure(result, step, seconds)
+    latest = self.rows[-len(task.seeds) :]
     saved = time.perf_counter()
-    with _progress() as bar:
-      task = bar.add_task(method, total=steps, completed=step, value='')
-      ended = stop is not None and stop(latest)
-      while step < steps and not ended:
+    with progress.Progress(task.method, task.steps, step) as bar:
+      ended = task.stop is not None and task.stop(latest)
+      while step < task.steps and not ended:
         began = time.perf_counter()
-        state = jax.block_until_ready(compiled(state, *constants))
+        piece.advance()
         seconds += time.perf_counter() - began
-        step += every
-        result = whole(state)
-        latest = measure(result)
-        self.rows += latest
-        shown = [row[show] for row in latest if show in row]
-        text = f'{show} {np.median(shown):.4g}' if shown else ''
-        bar.update(task, completed=step, value=text)
+        step += task.every
+        result = piece.whole(piece.state)
+        latest = measure(result, step, seconds)
         ended, due, interrupted = devices.any_of(
-          stop is not None and stop(latest),
-          time.perf_counter() - saved >= self._every,
-          self._interrupted,
+          task.stop is not None and task.stop(latest),
+          time.perf_counter() - saved >= self._config.checkpoint_every,
+          self._listener.asked,
         )
+        shown = [row[task.show] for row in latest if task.show in row]
+        text = f'{task.show} {np.median(shown):.4g}' if shown else ''
+        bar.update(step, text, ended=ended or step == task.steps)
         if due or interrupted:
-          self._save(folder, result, step, seconds)
+          self._save(task, result, step, seconds)
           saved = time.perf_counter()
         if interrupted:
           raise flags.InterruptedRun(
-            f'interrupted at step {step} of {method}; the record is in'
-            f' {self.folder}, go on with --resume'
+            f'interrupted at step {step} of {task.method};'
+            f' {self._listener.way_on}'
           )
-    if keep_state:
-      self._save(folder, result, step, seconds)
-    self.write(
-      'done',
-      method=method,
-      seeds=list(seeds),
-      compile_seconds=compile_seconds,
-      steps=step,
-    )
-    if not keep_state:
-      shutil.rmtree(folder, ignore_errors=True)
+    if task.keep_state or task.prefix:
+      self._save(task, result, step, seconds)
+    self._write(
+      'done', method=task.method, seeds=list(task.seeds),
+      compile_seconds=compile_seconds, steps=step, of=task.steps,
+      every=task.every,
+    )  # fmt: skip
+    if devices.is_first() and not (task.keep_state or task.prefix):
+      checkpoints.remove(task.folder)
     return result
 
-  def _cut_back(self, method: str, seeds, size: int | None) -> None:
-    """Drops the rows of a method that came after its checkpoint."""
-    if size is None:  # No checkpoint: drop all of them.
-      kept = [
-        row
-        for row in self.rows
-        if not (
-          row['kind'] == 'eval'
-          and row['method'] == method
-          and row['seed'] in seeds
-        )
-      ]
-      if len(kept) == len(self.rows):
-        return
-      first = self._path.read_text().split('\n', 1)[0]
-      lines = [first] + [json.dumps(record.plain(row)) for row in kept]
-      self._writer.close()
-      temporary = self._path.with_suffix('.tmp')
-      temporary.write_text('\n'.join(lines) + '\n')
-      temporary.rename(self._path)
-      self._writer = record.Writer(self._path)
-    else:
-      self._writer.truncate(size)
+  def _drop(self, task: '_Task', *kinds: str) -> None:
+    """Takes the rows of a method and its seeds out of the record."""
+    kept = [
+      row
+      for row in self.rows
+      if row['kind'] not in kinds
+      or row.get('method') != task.method
+      or (
+        (row.get('seed') not in task.seeds)
+        and row.get('seeds') != list(task.seeds)
+      )
+    ]
+    if len(kept) == len(self.rows):
+      return
+    self._writer.close()
+    record.rewrite(self._path, kept)
+    self._writer = record.Writer(self._path)
+    self.rows = kept
+
+  def _cut_to(self, size: int) -> None:
+    """Drops the rows that came after a checkpoint."""
+    self._writer.truncate(size)
     _, self.rows = record.read(self._path)
     self._share_record()
 
-  def _save(self, folder, state, step, seconds) -> None:
-    if not devices.is_first():
-      return
-    meta = {
-      'step': step,
-      'seconds': seconds,
-      'size': self._writer.size,
-      'identity': self._identity,
-    }
-    with _manager(folder) as manager:
-      if step in manager.all_steps():
-        return
-      manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_stored(state)),
-          meta=ocp.args.JsonSave(meta),
-        ),
-      )
-
-  def _restore(self, folder, state) -> tuple[Any, dict[str, Any]]:
-    """The newest checkpoint that can be read, or ``None``."""
-    if not self._several:
-      return self._read(folder, state)
-    found, meta = None, {}
+  def _save(self, task: '_Task', state: Any, step: int, seconds: float) -> None:
     if devices.is_first():
-      found, meta = self._read(folder, state)
-    packed, meta = pickle.loads(
-      devices.from_first(pickle.dumps((_stored(found), meta)))
-    )
-    return (None if packed is None else _unpack(packed, state)), meta
+      meta = {
+        'step': step, 'seconds': seconds, 'size': self._writer.size,
+        'steps': task.steps, 'every': task.every, 'fixed': self._fixed,
+        'id': self._id,
+      }  # fmt: skip
+      checkpoints.save(task.folder, state, step, meta)
 
-  def _read(self, folder, state) -> tuple[Any, dict[str, Any]]:
-    if not folder.exists():
-      return None, {}
-    packed = _stored(state)
-    with _manager(folder) as manager:
-      for step in sorted(manager.all_steps(), reverse=True):
-        try:
-          found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(packed),
-              meta=ocp.args.JsonRestore(),
-            ),
-          )
-          meta = found['meta']
-          if meta['identity'] != self._identity:
-            raise ValueError('it belongs to another configuration')
-          if meta['size'] > self._writer.size:
-            raise ValueError('it is ahead of the record')
-          return _unpack(found['state'], state), meta
-        except _SAVE_ERRORS as error:
-          reason = ' '.join(str(error).split())[:200]
-          _warn(f'checkpoint {folder.name}/{step} is not used: {reason}')
-    return None, {}
+  def _restore(self, task: '_Task', state: Any, part: resuming.Part) -> Any:
+    """The newest checkpoint that can be read and fits, or ``None``."""
+
+    def unfit(meta):
+      if meta['fixed'] != self._fixed:
+        return 'it belongs to another configuration'
+      if part.done is not None:
+        wrong = meta['step'] != part.done['steps']
+        return 'it is not the end of the run' if wrong else None
+      if (meta['steps'], meta['every']) != (task.steps, task.every):
+        return 'it belongs to a run over other steps'
+      if meta['id'] != self._id:
+        return 'it belongs to another record'
+      ahead = meta['size'] > self._writer.size
+      return 'it is ahead of the record' if ahead else None
+
+    read = lambda: checkpoints.read(task.folder, state, unfit, _warn)
+    if not self._several:
+      return read()
+    found, meta = read() if devices.is_first() else (None, {})
+    packed, meta = pickle.loads(
+      devices.from_first(pickle.dumps((checkpoints.stored(found), meta)))
+    )
+    if packed is None:
+      return None, meta
+    return checkpoints.unpack(packed, state), meta
+
+
+class _Task(NamedTuple):
+  """What `Session.run` was asked for; see there."""
+
+  method: str
+  seeds: tuple[int, ...]
+  steps: int
+  every: int
+  stop: Callable[[list[dict]], bool] | None
+  show: str
+  keep_state: bool
+  prefix: bool
+  folder: pathlib.Path  # Of its checkpoints.
+
+
+def _check_precision(config: flags.Config) -> None:
+  """Raises a `UserError` where the record would lie about the precision."""
+  found = str(jnp.result_type(float))
+  if found != config.precision:
+    raise flags.UserError(
+      f'--precision={config.precision}, but numbers are {found} here: call the'
+      " program's main, which sets it, or wrap this in jax.enable_x64("
+      f'{config.precision == "float64"})'
+    )
 
 
 def _warn(message: str) -> None:
   if devices.is_first():
     print(message, file=sys.stderr)
-
-
-def _folder_name(method: str, seeds: tuple[int, ...]) -> str:
-  """A file name for a method and its seeds, unlike that of any other."""
-  plain = re.sub(r'[^A-Za-z0-9._-]', '_', method)
-  digest = hashlib.sha256(f'{method} {seeds}'.encode()).hexdigest()
-  return f'{plain}-{digest[:8]}'
-
-
-@contextlib.contextmanager
-def _manager(folder: pathlib.Path):
-  folder.mkdir(parents=True, exist_ok=True)
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
-  )
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=2,
-    create=False,
-    enable_async_checkpointing=False,
-    multiprocessing_options=alone,
-  )
-  manager = ocp.CheckpointManager(folder, options=options)
-  try:
-    yield manager
-  finally:
-    manager.close()
-
-
-def _progress() -> rich_progress.Progress:
-  return rich_progress.Progress(
-    rich_progress.TextColumn('{task.description}'),
-    rich_progress.BarColumn(),
-    rich_progress.MofNCompleteColumn(),
-    rich_progress.TimeRemainingColumn(),
-    rich_progress.TextColumn('{task.fields[value]}'),
-    console=rich_console.Console(stderr=True),
-    transient=True,
-    disable=not devices.is_first(),
-  )

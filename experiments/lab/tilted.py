@@ -41,7 +41,7 @@ class Config(devices.Config):
   methods: tuple[str, ...] = flags.flag(
     METHODS, 'Energies to train.', choices=METHODS
   )
-  steps: int = flags.flag(1000, 'Steps.', low=1)
+  steps: int = flags.flag(1000, 'Steps.', low=1, grows=True)
   batch: int = flags.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
   hidden: int = flags.flag(128, 'Width of the energy.', low=1)
   components: int = flags.flag(10, 'Components of the noise.', low=1)

@@ -39,7 +39,7 @@ class Config(devices.Config):
 
   data_dir: str = flags.flag('', 'Folder with data files.')
   steps: int = flags.flag(
-    1000, 'Steps of bo_rep; the others have as many calls.', low=1
+    1000, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
   )
   learning_rates: tuple[float, ...] = flags.flag(
     (), 'Grid of upper rates.', low=0.0
@@ -63,8 +63,10 @@ class Config(devices.Config):
   schedules: tuple[str, ...] = flags.flag(
     ('cosine',), 'Schedules of the upper rate.', choices=bilevel.SCHEDULES
   )
-  seeds: int = flags.flag(5, 'Number of seeds.', low=1)
-  tuning_seeds: int = flags.flag(2, 'Number of seeds that pick rates.', low=1)
+  seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
+  tuning_seeds: int = flags.flag(
+    2, 'Number of seeds that pick rates.', low=1, grows=True
+  )
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )

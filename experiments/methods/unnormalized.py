@@ -77,10 +77,12 @@ class Config(devices.Config):
   gamma: float = flags.flag(
     0.1, 'Weight of the newest batch in MECO.', low=1e-6
   )
-  steps: int = flags.flag(2000, 'Steps.', low=1)
+  steps: int = flags.flag(2000, 'Steps.', low=1, grows=True)
   data_rows: int = flags.flag(256, 'Rows of data in a batch.', low=1)
   noise_rows: int = flags.flag(256, 'Rows of noise in a batch.', low=1)
-  seeds: int = flags.flag(5, 'Number of seeds, 0 to seeds - 1.', low=1)
+  seeds: int = flags.flag(
+    5, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True
+  )
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )

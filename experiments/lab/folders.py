@@ -1,0 +1,139 @@
+"""Where a run writes: a folder of its own, that no other run writes to."""
+
+import contextlib
+import datetime
+import errno
+import os
+import pathlib
+import socket
+
+try:
+  import fcntl
+except ImportError:  # Not on this system: runs are not kept apart.
+  fcntl = None
+
+from . import flags
+
+RESULTS = pathlib.Path('results')
+LATEST = 'latest'
+
+
+def latest(home: pathlib.Path) -> pathlib.Path | None:
+  """The folder of a program's last run, or ``None``."""
+  if (home / LATEST).is_dir():
+    return (home / LATEST).resolve()
+  numbers = _numbers(home)
+  return home / str(max(numbers)) if numbers else None
+
+
+def choose(program: str, output_dir: str, resume: bool) -> pathlib.Path:
+  """The folder of a run, which is there when this returns.
+
+  Args:
+    program: The program's name.
+    output_dir: The folder, or nothing for the next ``results/PROGRAM/NUMBER``.
+    resume: Whether it is one that was begun.
+
+  Returns:
+    An absolute path.
+
+  Raises:
+    UserError: There is no run to resume, or the folder cannot be made.
+  """
+  if output_dir and resume:
+    return pathlib.Path(output_dir).absolute()
+  home = (RESULTS / program).absolute()
+  if resume:
+    found = latest(home)
+    if found is None:
+      raise flags.UserError(
+        f'--resume: no run in {home}; name its folder by --output_dir'
+      )
+    return found
+  folder = pathlib.Path(output_dir).absolute() if output_dir else home
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder if output_dir else _next(home)
+  except OSError as error:
+    raise flags.UserError(f'--output_dir={folder}: {error.strerror}') from error
+
+
+def _numbers(home: pathlib.Path) -> list[int]:
+  if not home.is_dir():
+    return []
+  return [int(path.name) for path in home.iterdir() if path.name.isdecimal()]
+
+
+def _next(home: pathlib.Path) -> pathlib.Path:
+  number = max(_numbers(home), default=0)
+  while True:  # Two runs may begin at once: one of them makes the folder.
+    number += 1
+    with contextlib.suppress(FileExistsError):
+      (home / str(number)).mkdir()
+      return home / str(number)
+
+
+def point(folder: pathlib.Path) -> None:
+  """Lets ``latest`` beside a numbered folder point to it."""
+  if not folder.name.isdecimal() or folder.parent.parent.name != RESULTS.name:
+    return
+  link = folder.parent / f'.{LATEST}.{os.getpid()}'
+  with contextlib.suppress(OSError):  # A system without links.
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / LATEST)
+
+
+def free_name(
+  folder: pathlib.Path, stem: str, suffix: str = ''
+) -> pathlib.Path:
+  """The first of STEM.1SUFFIX, STEM.2SUFFIX ... that is not there."""
+  number = 1
+  while (folder / f'{stem}.{number}{suffix}').exists():
+    number += 1
+  return folder / f'{stem}.{number}{suffix}'
+
+
+class Lock:
+  """Keeps other runs out of a folder, until it is released or its process ends.
+
+  Raises:
+    UserError: Another run has it.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._file = None
+    if fcntl is None:
+      return
+    path = folder / '.lock'
+    try:
+      file = path.open('a+')
+    except OSError as error:
+      raise flags.UserError(
+        f'--output_dir={folder}: {error.strerror}'
+      ) from error
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      file.seek(0)
+      holder = file.read().strip()
+      file.close()
+      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        return  # A file system without locks.
+      raise flags.UserError(
+        f'--output_dir={folder}: another run is writing there ({holder}); wait'
+        ' for its end, or give another --output_dir'
+      ) from error
+    self._file = file
+    with contextlib.suppress(OSError):  # A full disk; the lock holds.
+      now = datetime.datetime.now().isoformat(' ', 'seconds')
+      file.truncate(0)
+      file.write(
+        f'process {os.getpid()} on {socket.gethostname()} since {now}\n'
+      )
+      file.flush()
+
+  def release(self) -> None:
+    """Lets others in."""
+    if self._file is not None:
+      self._file.close()
+      self._file = None

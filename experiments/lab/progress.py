@@ -1,0 +1,68 @@
+"""How far a method is: a bar on a terminal, lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from . import devices
+
+LOG_EVERY = 10.0  # Seconds from one line to the next.
+
+
+class Progress:
+  """Of one method."""
+
+  def __init__(self, method: str, total: int, completed: int):
+    self._method, self._total, self._first = method, total, completed
+    self._began = self._logged = time.perf_counter()
+    self._silent = not devices.is_first()
+    self._bar: Any = None
+
+  def __enter__(self) -> 'Progress':
+    if not self._silent and sys.stderr.isatty():
+      self._bar = rich_progress.Progress(
+        rich_progress.TextColumn('{task.description}'),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn('{task.fields[value]}'),
+        console=rich_console.Console(stderr=True),
+        transient=True,
+      )
+      self._task = self._bar.add_task(
+        self._method, total=self._total, completed=self._first, value=''
+      )
+      self._bar.start()
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+  def update(self, step: int, value: str, *, ended: bool = False) -> None:
+    """Shows a step and its value.
+
+    Args:
+      step: The step.
+      value: What is shown beside it.
+      ended: Whether it is the last one.
+    """
+    if self._silent:
+      return
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, value=value)
+      return
+    now = time.perf_counter()
+    if not ended and now - self._logged < LOG_EVERY:
+      return
+    self._logged, spent = now, now - self._began
+    time_text = f'{spent:.0f} s'
+    if not ended:
+      left = spent / (step - self._first) * (self._total - step)
+      time_text += f', {left:.0f} s left'
+    parts = [f'step {step} of {self._total}', value, time_text]
+    text = ', '.join(part for part in parts if part)
+    print(f'{self._method}: {text}', file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""SIGINT and SIGTERM: said at once, obeyed at the next safe place.
+
+While a `Listener` is open the first signal raises `flags.InterruptedRun` where
+the program is, unless that is inside of `held`: then it waits for the end of
+the row or the checkpoint that is being made. A thread says so the moment the
+signal comes, also while the compiler or a compiled step has the main thread,
+and ends the process at the second signal.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from . import flags
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STATUS = 130  # Of a program that was asked to stop.
+_open: list['Listener'] = []  # The one that listens, if any.
+
+
+class Listener:
+  """Listens to the signals while it is open.
+
+  Attributes:
+    asked: Whether a signal came.
+    way_on: What the user is told to do next.
+    children: Processes that are stopped with this one.
+    listens: Whether signals come here.
+  """
+
+  def __init__(self):
+    self.asked = False
+    self.way_on = 'no record was begun: start it again'
+    self.children: list[Any] = []
+    self._held = 0
+    self.listens = False
+
+  def __enter__(self) -> 'Listener':
+    # Signals reach the main thread alone, and one listener is enough.
+    if _open or threading.current_thread() is not threading.main_thread():
+      return self
+    self.listens = True
+    _open.append(self)
+    self._reader, self._writer = socket.socketpair()
+    self._writer.setblocking(False)
+    self._old_wakeup = signal.set_wakeup_fd(
+      self._writer.fileno(), warn_on_full_buffer=False
+    )
+    self._old = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+      signal.signal(number, self._obey)
+    self._thread = threading.Thread(target=self._tell, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    if not self.listens:
+      return
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(self._old_wakeup)
+    self._writer.close()  # Ends the thread.
+    self._thread.join()
+    self._reader.close()
+    _open.remove(self)
+
+  def _obey(self, number: int, frame: Any) -> None:
+    del frame
+    self.asked = True
+    for child in self.children:
+      child.send_signal(number)
+    if not self._held:
+      raise flags.InterruptedRun(f'interrupted; {self.way_on}')
+
+  def _tell(self) -> None:
+    told = False
+    while received := self._reader.recv(1):
+      if received[0] not in SIGNALS:
+        continue
+      if told and not self.children:
+        say(f'interrupted at once; {self.way_on}')
+        os._exit(STATUS)
+      say(f'stopping (once more to stop at once); {self.way_on}')
+      told = True
+
+  @contextlib.contextmanager
+  def held(self):
+    """What is done inside is done whole; a signal waits for its end."""
+    self._held += 1
+    try:
+      yield
+    finally:
+      self._held -= 1
+    if self.asked and not self._held:
+      raise flags.InterruptedRun(f'interrupted; {self.way_on}')
+
+
+def current() -> Listener | None:
+  """The listener that is open, if one is."""
+  return _open[-1] if _open else None
+
+
+def say(message: str) -> None:
+  """A line on the standard error, also while something else writes there."""
+  with contextlib.suppress(OSError):
+    os.write(sys.stderr.fileno(), f'{message}\n'.encode())

@@ -1,0 +1,424 @@
+"""The session of a program: record, checkpoints, resume, interruption."""
+
+import codecs
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.lab import flags
+from experiments.lab import launch
+from experiments.lab import progress
+from experiments.lab import record
+from experiments.lab.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(flags.Config):
+  rate: float = flags.flag(0.1, 'Rate.')
+  precision: str = flags.flag('float32', 'Floating point type.')
+
+
+def advance(state):
+  """Noisy descent: all that it needs is in the state, the key too."""
+  x, key = state
+  key, now = jax.random.split(key)
+  return x - 0.1 * (x + jax.random.normal(now, x.shape, x.dtype)), key
+
+
+def evaluate(state):
+  return {'value': jnp.sum(state[0] ** 2, axis=-1)}
+
+
+def start():
+  return jnp.ones((2, 3), jnp.float32), jax.random.key(0)
+
+
+def go(session, steps=20, **kwargs):
+  return session.run(
+    'noisy', start(), advance, evaluate, steps=steps, seeds=(0, 1), **kwargs
+  )
+
+
+def numbers(folder):
+  """What a run recorded, without its times."""
+  return record.without_times(record.read(folder)[1])
+
+
+@pytest.fixture
+def config(tmp_path):
+  return Config(output_dir=str(tmp_path / 'run'), checkpoint_every=0.0)
+
+
+@pytest.fixture
+def whole(tmp_path):
+  """The rows of a run that nothing stopped."""
+  config = Config(output_dir=str(tmp_path / 'whole'))
+  with Session('test', config) as session:
+    go(session)
+  return numbers(tmp_path / 'whole')
+
+
+def stop_at(session, step):
+  """Interrupts as control-C does, once that step is recorded."""
+
+  def stop(rows):
+    if rows[0]['step'] == step:
+      os.kill(os.getpid(), signal.SIGINT)
+    return False
+
+  with pytest.raises(flags.InterruptedRun, match='go on with --resume'):
+    go(session, stop=stop)
+
+
+def test_records_one_row_a_seed_and_step(config, whole):
+  with Session('test', config) as session:
+    go(session, every=5)
+  rows = numbers(config.output_dir)
+  evals = [row for row in rows if row['kind'] == 'eval']
+  assert [(row['step'], row['seed']) for row in evals] == [
+    (step, seed) for step in (0, 5, 10, 15, 20) for seed in (0, 1)
+  ]
+
+
+def test_a_resumed_run_gives_the_numbers_of_the_whole_run(config, whole):
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  with Session('test', dataclasses.replace(config, resume=True)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+
+
+def test_a_torn_record_and_a_torn_checkpoint_are_survived(
+  config, whole, capsys
+):
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  folder = session.folder
+  with (folder / 'record.jsonl').open('a') as file:
+    file.write('{"kind": "eval", "method": "noi')
+  checkpoints = sorted(folder.glob('checkpoints/noisy-*/*'), key=str)
+  assert len(checkpoints) == 2
+  for path in checkpoints[-1].rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:10])
+  with Session('test', dataclasses.replace(config, resume=True)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+  assert 'is not used' in capsys.readouterr().err
+
+
+def test_rows_after_the_last_checkpoint_are_made_again(config, whole):
+  slow = dataclasses.replace(config, checkpoint_every=1e9)
+  with Session('test', slow) as session:
+
+    def die(rows):
+      if rows[0]['step'] == 9:
+        raise RuntimeError('killed')
+      return False
+
+    with pytest.raises(RuntimeError):
+      go(session, stop=die)
+  with Session('test', dataclasses.replace(slow, resume=True)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+
+
+def test_what_is_done_is_not_done_again(config):
+  with Session('test', config) as session:
+    last = go(session, keep_state=True)
+  before = (session.folder / 'record.jsonl').read_bytes()
+  with Session('test', dataclasses.replace(config, resume=True)) as more:
+    again = go(more, keep_state=True)
+  assert (session.folder / 'record.jsonl').read_bytes() == before
+  np.testing.assert_array_equal(again[0], last[0])
+  assert jnp.array_equal(again[1], last[1])
+
+
+def test_a_row_is_written_once_whatever_its_numbers(config):
+  row = {'a': float('inf'), 'b': np.float32('nan'), 'c': [1.0, None]}
+  for resume in (False, True):
+    again = dataclasses.replace(config, resume=resume)
+    with Session('test', again) as session:
+      session.write('summary', **row)
+      session.write('summary', **row | {'c': [2.0, None]})
+  rows = record.read(session.folder)[1]
+  assert [row['kind'] for row in rows] == ['summary', 'summary', 'end']
+
+
+def resumed(config, **kwargs):
+  return dataclasses.replace(config, resume=True, **kwargs)
+
+
+def test_another_configuration_or_program_is_refused(config):
+  with Session('test', config) as session:
+    go(session)
+  with pytest.raises(flags.UserError, match=r'--rate was 0\.1, is 0\.2'):
+    Session('test', resumed(config, rate=0.2))
+  with pytest.raises(flags.UserError, match='holds a run of test'):
+    Session('other', resumed(config))
+  assert (session.folder / 'record.jsonl').exists()
+
+
+def test_other_versions_are_said_and_recorded(config, whole, capsys):
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  path = session.folder / 'record.jsonl'
+  first, *lines = path.read_text().split('\n')
+  header = json.loads(first)
+  now = header['versions']['jax']
+  header['versions']['jax'] = now[:-1] + chr(ord(now[-1]) + 1)  # As long.
+  path.write_text('\n'.join([json.dumps(header), *lines]))
+  for _ in range(2):
+    with Session('test', resumed(config)) as more:
+      go(more)
+  assert f'jax was {header["versions"]["jax"]}, is {now}' in (
+    capsys.readouterr().err
+  )
+  rows = numbers(config.output_dir)
+  (row,) = record.select(rows, 'resumed')
+  assert row['changed'] == {'jax': [header['versions']['jax'], now]}
+  assert [row for row in rows if row['kind'] != 'resumed'] == whole
+  assert rows.index(row) == 2 * 8  # After the rows of steps 0 to 7.
+
+
+def test_a_run_that_was_not_finished_is_not_begun_anew(config, whole):
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  before = {path: path.stat() for path in session.folder.rglob('*')}
+  with pytest.raises(flags.UserError, match='--resume, or give another --out'):
+    Session('test', config)
+  after = {path: path.stat() for path in session.folder.rglob('*')}
+  lock = session.folder / '.lock'
+  assert before.pop(lock).st_size == after.pop(lock).st_size
+  assert {p: s.st_mtime for p, s in before.items()} == {
+    p: s.st_mtime for p, s in after.items()
+  }
+  with Session('test', resumed(config)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+
+
+def test_one_run_a_folder(config):
+  with Session('test', config) as session:
+    go(session)
+    with pytest.raises(flags.UserError, match='another run is writing there'):
+      Session('test', resumed(config))
+    with pytest.raises(flags.UserError, match='another run is writing there'):
+      Session('test', config)
+  with Session('test', resumed(config)):
+    pass
+
+
+def test_a_folder_of_its_own_for_each_run(config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  default = dataclasses.replace(config, output_dir='')
+  with pytest.raises(flags.UserError, match='no run in .*results/test;'):
+    Session('test', resumed(default))
+  for number in ('1', '2'):
+    with Session('test', default) as session:
+      go(session)
+    assert session.folder == tmp_path / 'results' / 'test' / number
+  assert record.read('results/test/latest') == record.read('results/test/2')
+  assert record.read('results/test') == record.read('results/test/2')
+  with Session('test', resumed(default)) as session:
+    assert session.folder.name == '2'
+
+
+def longer(config, folder, steps, **kwargs):
+  seeds = tuple(range(config.seeds))
+  state = jnp.ones((config.seeds, 3), jnp.float32), jax.random.key(0)
+  with Session('test', config) as session:
+    for method in ('a', 'b'):
+      session.run(
+        method, state, advance, evaluate, steps=steps, seeds=seeds, **kwargs
+      )
+    last = session.run(
+      'fixed', start(), advance, evaluate, steps=3, seeds=(7, 8),
+      keep_state=True,
+    )  # fmt: skip
+    session.write(
+      'summary', least=min(r.get('value', 9.0) for r in session.rows)
+    )
+  return numbers(folder), last
+
+
+@dataclasses.dataclass(frozen=True)
+class Growing(Config):
+  steps: int = flags.flag(10, 'Steps.', grows=True)
+
+
+@pytest.mark.parametrize('prefix', [False, True])
+@pytest.mark.parametrize('more', [{'seeds': 3}, {'steps': 14}])
+def test_more_seeds_and_steps_give_the_numbers_of_the_larger_run(
+  tmp_path, more, prefix
+):
+  """What was run already is not run again, and the record says it all."""
+  begun = Growing(output_dir=str(tmp_path / 'begun'), steps=4, seeds=2)
+  large = dataclasses.replace(begun, output_dir=str(tmp_path / 'large'), **more)
+  expected, last = longer(large, large.output_dir, large.steps, prefix=prefix)
+  longer(begun, begun.output_dir, begun.steps, prefix=prefix)
+  again = resumed(large, output_dir=begun.output_dir)
+  found, kept = longer(again, begun.output_dir, again.steps, prefix=prefix)
+  assert found == expected
+  np.testing.assert_array_equal(kept[0], last[0])
+  # Times are copied with the rows that were not made again.
+  before = record.read(tmp_path / 'begun' / 'record.1.jsonl')[1]
+  now = record.read(begun.output_dir)[1]
+  kept = {
+    row['method']
+    for row in before
+    if row in now and row['kind'] == 'eval' and row['step'] > 0
+  }
+  assert kept == (
+    {'a', 'b', 'fixed'} if more == {'steps': 14} and prefix else {'fixed'}
+  )
+
+
+def test_fewer_are_refused(config):
+  config = Growing(output_dir=config.output_dir, steps=4, seeds=2)
+  longer(config, config.output_dir, 4)
+  with pytest.raises(flags.UserError, match='--seeds was 2, is 1'):
+    Session('test', resumed(config, seeds=1))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_once_where_no_piece_is_made(config, number, capfd):
+  with (
+    pytest.raises(flags.InterruptedRun, match='go on with --resume'),
+    Session('test', config) as session,
+  ):
+    go(session)
+    began = time.perf_counter()
+    os.kill(os.getpid(), number)
+    time.sleep(5.0)  # As scikit-learn does.
+  assert time.perf_counter() - began < 2.0
+  assert f'the record is in {session.folder}' in capfd.readouterr().err
+  assert numbers(config.output_dir)[-1]['kind'] == 'done'
+
+
+def test_lines_where_there_is_no_terminal(config, capsys, monkeypatch):
+  monkeypatch.setattr(progress, 'LOG_EVERY', 0.0)
+  with Session('test', config) as session:
+    go(session)
+  lines = capsys.readouterr().err.strip().split('\n')
+  assert len(lines) == 20
+  assert re.fullmatch(
+    r'noisy: step 1 of 20, value [\d.]+, \d+ s, \d+ s left', lines[0]
+  )
+  assert lines[-1].startswith('noisy: step 20 of 20, value ')
+
+
+def test_the_precision_of_the_record_is_that_of_the_numbers(config):
+  """A program's main sets it; a session of another one is refused."""
+  wide = dataclasses.replace(config, precision='float64')
+  with pytest.raises(flags.UserError, match='but numbers are float32 here'):
+    Session('test', wide)
+  assert not pathlib.Path(config.output_dir).exists()
+
+  @launch.program
+  def main(config):
+    with Session('test', config) as session:
+      session.write('type', name=str(jnp.zeros(()).dtype))
+
+  main(wide)
+  header, rows = record.read(wide.output_dir)
+  assert header['config']['precision'] == rows[0]['name'] == 'float64'
+
+
+def test_nothing_to_resume(config):
+  with pytest.raises(flags.UserError, match='no run in'):
+    Session('test', dataclasses.replace(config, resume=True))
+
+
+def test_an_earlier_record_is_kept(config):
+  for _ in range(2):
+    with Session('test', config) as session:
+      go(session)
+  assert (session.folder / 'record.1.jsonl').exists()
+
+
+def test_a_record_holds_what_json_cannot(tmp_path):
+  writer = record.Writer(tmp_path / 'record.jsonl')
+  header = {'program': 'test', 'config': {}, 'versions': {}, 'identity': {}}
+  writer.write('run', **header)
+  row = {'a': float('inf'), 'b': np.float32(0.5), 'c': jnp.arange(2)}
+  writer.write('figure', **row)
+  writer.close()
+  _, rows = record.read(tmp_path)
+  assert rows == [{'kind': 'figure', 'a': float('inf'), 'b': 0.5, 'c': [0, 1]}]
+
+
+HEADER = json.dumps({
+  'kind': 'run', 'program': 'test', 'config': {}, 'versions': {},
+  'identity': {},
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'', 'it has no whole line'),
+    (b'hello\n', 'line 1 is not JSON'),
+    (b'{"kind": "eval"}\n', 'its first line is no run'),
+    (b'[1, 2]\n', 'line 1 is no row: it has no kind'),
+    (b'{"kind": "run", "program": "x"}\n', 'kind run without config'),
+    (b'HEADER\n{"kind": "eval"\n', 'line 2 is not JSON; up to the line bef'),
+    (b'HEADER\n{"kind": "w", "a": "\xff"}\n', 'line 2 has a byte .*0xff'),
+    (b'HEADER\n{"method": "a"}\n', 'line 2 is no row: it has no kind'),
+    (b'HEADER\n{"kind": 3}\n', 'line 2 is no row: it has no kind'),
+    (b'HEADER\n{"kind": "eval", "method": "a"}\n', 'without seed'),
+    (b'HEADER\n\n', 'line 2 is not JSON'),
+    (b'HEADER\n\0\0\n', 'line 2 is not JSON'),
+    (b'HEADER\nHEADER\n', 'line 2 begins another'),
+  ],
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, content, message):
+  with pytest.raises(flags.UserError, match='No such file'):
+    record.read(tmp_path / 'nothing')
+  path = tmp_path / 'bad'
+  path.write_bytes(content.replace(b'HEADER', HEADER.encode()))
+  with pytest.raises(flags.UserError, match=f'bad: .*{message}'):
+    record.read(path)
+
+
+def test_marks_and_cut_lines_are_no_damage(tmp_path):
+  path = tmp_path / 'record.jsonl'
+  path.write_bytes(codecs.BOM_UTF8 + f'{HEADER}\n{{"kind": "ev'.encode())
+  assert record.read(path)[1] == []
+
+
+def test_a_full_disk_leaves_whole_rows(config):
+  with Session('test', config) as session:
+    go(session)
+    before = (session.folder / 'record.jsonl').read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limit[1]))
+      with pytest.raises(flags.UserError, match='too large.*--resume'):
+        session.write('row', text='x' * 100)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+      signal.signal(signal.SIGXFSZ, old)
+    assert (session.folder / 'record.jsonl').read_bytes() == before
+
+
+def test_seeds_run_one_after_the_other_under_one_name(config):
+  with Session('test', config) as session:
+    for seed in (0, 1):
+      session.run(
+        'noisy', start(), advance, lambda state: {'value': state[0][0, 0]},
+        steps=2, seeds=(seed,),
+      )  # fmt: skip
+    rows = session.select('eval', method='noisy')
+  assert [row['seed'] for row in rows] == [0, 0, 0, 1, 1, 1]
