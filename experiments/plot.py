@@ -29,6 +29,9 @@ def main(config: Config) -> None:
   """Draws the records."""
   if pathlib.Path(config.output).suffix not in ('.png', '.pdf', '.svg'):
     raise flags.UserError(f'--output={config.output}: not .png, .pdf or .svg')
+  folder = pathlib.Path(config.output).absolute().parent
+  if not folder.is_dir():
+    raise flags.UserError(f'--output={config.output}: no folder {folder}')
   several = len(config.records) > 1
   loaded = []
   for path in config.records:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from . import density_estimation
 from .lab import flags
 from .lab import launch
 from .lab import record
+from .lab import stopping
 from .lab import tables
 from .lab import tuning
 from .problems import distant_mean
@@ -515,11 +515,10 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     line = command(RUNS[name], config, folder)
     print(f'{i + 1}/{len(chosen)} {" ".join(line[1:])}', file=sys.stderr)
-    with (folder / 'output.txt').open('w') as output:
-      done = subprocess.run(line, stdout=output, check=False)
-    if done.returncode == 130:
+    status = stopping.run_child(line, folder / 'output.txt')
+    if status == stopping.STATUS:
       raise flags.InterruptedRun('interrupted; go on with --resume')
-    if done.returncode:
+    if status:
       raise flags.UserError(
         f'the run {name} failed; see above and {folder / "output.txt"}'
       )

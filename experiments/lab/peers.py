@@ -23,7 +23,7 @@ from . import stopping
 
 _CHILD = 'OPTLAB_CHILD'
 # How a line of C++ begins: severity, date, time.
-_NATIVE = re.compile(r'([EF]\d{4} \d\d:\d\d:\d\d\.|\*\*\* )')
+_NATIVE = re.compile(r'([EF]\d{4} \d\d:\d\d:\d\d\.|\*\*\* |Fatal Python error)')
 _QUIET = {'TF_CPP_MIN_LOG_LEVEL': '3', 'GRPC_VERBOSITY': 'NONE'}
 
 
@@ -45,30 +45,37 @@ def connect(config: devices.Config) -> None:
     return
   if not config.mesh:
     raise flags.UserError('--coordinator needs --mesh, as in --mesh=data=2')
+  late = (
+    f'--coordinator={place}: after --timeout={config.timeout} seconds not all'
+    f' of the {config.processes} processes have met there; start each with the'
+    ' same flags but --process'
+  )
+  # JAX itself would abort after its own time; this is before it.
+  timer = threading.Timer(config.timeout, _leave, (f'error: {late}', 1))
+  timer.daemon = True
   waits = {
-    'initialization_timeout': config.timeout,
+    'initialization_timeout': config.timeout + 60,
     'heartbeat_timeout_seconds': max(config.timeout, 10),
   }
+  if place != 'auto':
+    _check_place(place, config)
+  timer.start()
   try:
     if place == 'auto':
       jax.distributed.initialize(**waits)
     else:
-      _check_place(place, config)
       jax.distributed.initialize(
         place, config.processes, config.process, **waits
       )
     jax.devices()  # They tell each other what they have.
-  except (RuntimeError, ValueError) as error:
-    if place == 'auto' and isinstance(error, ValueError):
-      raise flags.UserError(
-        '--coordinator=auto: this is no cluster that tells its coordinator;'
-        ' give HOST:PORT'
-      ) from error
+  except ValueError as error:
     raise flags.UserError(
-      f'--coordinator={place}: after --timeout={config.timeout} seconds not all'
-      f' of the {config.processes} processes have met there; start each with'
-      ' the same flags but --process'
+      f'--coordinator={place}: {" ".join(str(error).split())}'
     ) from error
+  except RuntimeError as error:
+    raise flags.UserError(late) from error
+  finally:
+    timer.cancel()
   if not devices.is_first():
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
 

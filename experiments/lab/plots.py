@@ -5,6 +5,7 @@ folder of a run. What is drawn comes from the records alone.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import itertools
 import math
 import pathlib
@@ -81,11 +82,17 @@ def save(
     figure.suptitle(title)
   path = pathlib.Path(path)
   temporary = path.with_name(f'.{path.name}')
-  figure.savefig(
-    temporary, format=path.suffix[1:], dpi=150, bbox_inches='tight'
-  )
-  temporary.rename(path)
-  plt.close(figure)
+  try:
+    figure.savefig(
+      temporary, format=path.suffix[1:], dpi=150, bbox_inches='tight'
+    )
+    temporary.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise flags.UserError(f'{path}: {error.strerror}') from error
+  finally:
+    plt.close(figure)
 
 
 def draw_lines(

@@ -156,10 +156,12 @@ class Session:
     if not listener.listens:  # The program listens already.
       listener = stopping.current() or listener
     self._listener = listener
-    listener.way_on = (
-      f'the record is in {self.folder}, go on with --resume'
-      f' --output_dir={self.folder}'
-    )
+    listener.way_on = 'go on with --resume'
+    if devices.is_first():
+      listener.way_on = (
+        f'the record is in {self.folder}, go on with --resume'
+        f' --output_dir={self.folder}'
+      )
     if self._several:  # They stop together, between two pieces.
       self._stack.enter_context(listener.held())
     return self

@@ -7,10 +7,13 @@ signal comes, also while the compiler or a compiled step has the main thread,
 and ends the process at the second signal.
 """
 
+from collections.abc import Sequence
 import contextlib
 import os
+import pathlib
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -102,6 +105,26 @@ class Listener:
 def current() -> Listener | None:
   """The listener that is open, if one is."""
   return _open[-1] if _open else None
+
+
+def run_child(command: Sequence[str], output: pathlib.Path) -> int:
+  """Runs a program to its end, also when signals come: it gets them too.
+
+  Args:
+    command: Its command line.
+    output: Where its standard output goes.
+
+  Returns:
+    Its status.
+  """
+  with Listener() as own, output.open('w') as file:
+    listener = own if own.listens else current() or own
+    child = subprocess.Popen(command, stdout=file, start_new_session=True)
+    listener.children.append(child)
+    with contextlib.suppress(flags.InterruptedRun), listener.held():
+      child.wait()
+    listener.children.remove(child)
+    return child.wait()
 
 
 def say(message: str) -> None:

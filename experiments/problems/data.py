@@ -1,6 +1,8 @@
 """Data sets: bundled, from scikit-learn, from files, or from OpenML by name."""
 
+import codecs
 import gzip
+import io
 import pathlib
 import struct
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from ..lab import flags
 
 BUNDLED = pathlib.Path(__file__).parent / 'bundled'
 NAMES = ('mushrooms', 'breast_cancer', 'digits', 'mnist')
+MAX_COLUMNS, MAX_NUMBERS = 10**8, 10**9
 _IDX_IMAGES, _IDX_LABELS = 0x803, 0x801
 
 
@@ -91,11 +94,22 @@ def dense(dataset: Dataset) -> np.ndarray:
   """The features as a dense float64 array."""
   if isinstance(dataset.features, np.ndarray):
     return dataset.features
+  rows, columns = dataset.features.shape
+  if rows * columns > MAX_NUMBERS:
+    raise flags.UserError(
+      f'{dataset.name}: {rows} rows of {columns} columns are too many numbers,'
+      f' more than {MAX_NUMBERS:,}'
+    )
   return dataset.features.toarray()
 
 
 def _dataset(name, features, labels) -> Dataset:
   classes, index = np.unique(labels, return_inverse=True)
+  if len(classes) < 2:
+    raise flags.UserError(
+      f'{name}: all rows have the label {classes[0]}, there is nothing to tell'
+      ' apart'
+    )
   return Dataset(name, features, index, classes)
 
 
@@ -148,7 +162,7 @@ def _open(path: pathlib.Path):
 def _read(path: pathlib.Path) -> bytes:
   try:
     with _open(path) as file:
-      return file.read()
+      return file.read().removeprefix(codecs.BOM_UTF8)
   except (OSError, EOFError) as error:
     raise flags.UserError(f'{path}: {error}') from error
 
@@ -156,17 +170,31 @@ def _read(path: pathlib.Path) -> bytes:
 def _libsvm(name, path: pathlib.Path, num_features) -> Dataset:
   content = _read(path)
   try:
-    with _open(path) as file:
-      loaded = sklearn_datasets.load_svmlight_file(
-        file, n_features=num_features, zero_based=False
-      )
-  except (ValueError, OSError, IndexError) as error:
+    loaded = sklearn_datasets.load_svmlight_file(
+      io.BytesIO(content), n_features=num_features, zero_based=False
+    )
+  except (ValueError, OSError, IndexError, OverflowError) as error:
     bad = _first_bad_line(content)
     reason = f'line {bad[0]} is not "label index:value ...": {bad[1]}'
     raise flags.UserError(f'{path}: {reason if bad[0] else error}') from error
   features, labels = scipy.sparse.csr_matrix(loaded[0]), loaded[1]
   if not len(labels):
     raise flags.UserError(f'{path}: has no rows')
+  bad = np.flatnonzero(~np.isfinite(labels))
+  if len(bad):
+    raise flags.UserError(
+      f'{path}: row {bad[0] + 1} has the label {labels[bad[0]]}'
+    )
+  if not features.nnz:
+    raise flags.UserError(f'{path}: no row has a feature, "index:value"')
+  if features.shape[1] > MAX_COLUMNS:
+    row = np.searchsorted(
+      features.indptr, np.argmax(features.indices), side='right'
+    )
+    raise flags.UserError(
+      f'{path}: row {row} has the index {features.shape[1]}, more than'
+      f' {MAX_COLUMNS:,}'
+    )
   bad = np.flatnonzero(~np.isfinite(features.data))
   if len(bad):
     row = np.searchsorted(features.indptr, bad[0], side='right')
@@ -185,6 +213,8 @@ def _first_bad_line(content: bytes) -> tuple[int, str]:
       for word in words[1:]:
         index, value = word.split(':')
         float(value)
+        if int(index) > MAX_COLUMNS:
+          return number, f'{word!r} (an index is at most {MAX_COLUMNS:,})'
         if int(index) <= last:
           return number, f'{raw.strip()[:60]!r} (indices must increase from 1)'
         last = int(index)
@@ -200,6 +230,8 @@ def _idx_array(path: pathlib.Path, magic: int) -> np.ndarray:
   if len(content) < head or struct.unpack('>I', content[:4])[0] != magic:
     raise flags.UserError(f'{path}: not an IDX file of {dimensions} dimensions')
   shape = struct.unpack(f'>{dimensions}I', content[4:head])
+  if not np.prod(shape):
+    raise flags.UserError(f'{path}: has nothing in its shape {shape}')
   if len(content) - head != np.prod(shape):
     raise flags.UserError(
       f'{path}: is cut short: {len(content) - head} bytes for shape {shape}'

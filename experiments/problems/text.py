@@ -4,6 +4,7 @@ The files have one sentence a line, the label first, in ISO-8859-1: TREC, SST-2
 (binary) and MR as they are distributed with Kim's sentence classification.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Callable
 import gzip
@@ -19,6 +20,7 @@ import scipy.sparse
 from ..lab import flags
 
 PAD, UNKNOWN = 0, 1
+MAX_CLASSES = 10_000
 # Files of train, validation and test; a missing one is split off from train.
 FILES = {
   'trec': ('TREC.train.all', None, 'TREC.test.all'),
@@ -94,7 +96,7 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
   try:
     opener = gzip.open if path.suffix == '.gz' else open
     with opener(path, 'rb') as file:
-      content = file.read().decode('latin-1')
+      content = file.read().removeprefix(codecs.BOM_UTF8).decode('latin-1')
   except (OSError, EOFError) as error:
     raise flags.UserError(f'{path}: {error}') from error
   sentences, labels = [], []
@@ -103,7 +105,8 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
     if not line.strip():
       continue
     label, _, sentence = line.partition(' ')
-    if not label.isdigit() or not sentence.strip():
+    known = label.isascii() and label.isdigit() and int(label) < MAX_CLASSES
+    if not known or not sentence.strip():
       raise flags.UserError(
         f'{path}: line {number} is not "label words": {line[:60]!r}'
       )
@@ -162,6 +165,13 @@ def load(
       row[: len(numbers)] = numbers
     return Sentences(tokens, labels)
 
+  for part in ('train', 'valid', 'test'):
+    if not len(parts[part][1]):
+      raise flags.UserError(
+        f'{name}: too few sentences, none is left for {part}'
+      )
+  if len(np.unique(parts['train'][1])) < 2:
+    raise flags.UserError(f'{name}: all training sentences have one label')
   classes = 1 + max(int(labels.max()) for _, labels in parts.values())
   return Text(
     name, encode('train'), encode('valid'), encode('test'), vocabulary, classes

@@ -97,6 +97,11 @@ def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
   assert header['config']['steps'] == 10
   assert f'repeated: {len(rows)} rows with the same numbers' in ran.stdout
 
+  # Other flags beside it would not be those of the record.
+  ran = launch(f'--repeat={first}', f'--output_dir={again}', '--steps=20')
+  assert ran.returncode == 1
+  assert '--repeat takes the flags of the record, not --steps=20' in ran.stderr
+
   path = first / 'record.jsonl'
   lines = path.read_text().splitlines()
   row = json.loads(lines[1])

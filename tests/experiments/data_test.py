@@ -59,6 +59,11 @@ def test_files_by_path_and_by_name(tmp_path):
     ('1 0:1\n', r'line 1 is not .*indices must increase from 1'),
     ('', 'has no rows'),
     ('1 1:2\n2 1:nan\n', 'row 2 has a value that is not finite'),
+    ('1 1:2\nnan 1:1\n', 'row 2 has the label nan'),
+    ('1\n2\n', 'no row has a feature'),
+    ('1 1:2\n2 2000000000:1\n', 'row 2 has the index 2000000000'),
+    ('1 1:2\n2 3000000000:1\n', 'line 2 .*at most 100,000,000'),
+    ('1 1:2\n1 1:3\n', 'all rows have the label 1.0'),
   ],
 )
 def test_a_malformed_libsvm_file_names_its_line(tmp_path, text, words):
@@ -66,6 +71,19 @@ def test_a_malformed_libsvm_file_names_its_line(tmp_path, text, words):
   path.write_text(text)
   with pytest.raises(flags.UserError, match=words):
     data.load(str(path))
+
+
+def test_a_mark_of_the_byte_order_is_no_label(tmp_path):
+  path = tmp_path / 'marked.libsvm'
+  path.write_text('\ufeff+1 1:0.5\n-1 2:1\n', encoding='utf-8')
+  assert data.load(str(path)).classes.tolist() == [-1.0, 1.0]
+
+
+def test_what_is_too_large_is_said_before_it_is_made(tmp_path):
+  path = tmp_path / 'wide.libsvm'
+  path.write_text('1 90000000:1\n' + '2 1:1\n' * 20)
+  with pytest.raises(flags.UserError, match='21 rows of 90000000 columns'):
+    data.dense(data.load(str(path)))
 
 
 def test_a_file_that_is_no_gzip(tmp_path):

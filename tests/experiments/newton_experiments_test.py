@@ -12,6 +12,7 @@ from sklearn import datasets
 
 from experiments import logistic_regression
 from experiments import nonlinear_equations
+from experiments import plot
 from experiments import softmax_regression
 from experiments.lab import flags
 from experiments.lab import newton
@@ -64,9 +65,18 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
   np.testing.assert_allclose(values, values[0], rtol=1e-6)
 
   # A second look at the record alone draws the same curves.
-  again = program('experiments.plot', str(folder), f'--output={folder}/2.png')
-  assert again.returncode == 0, again.stderr
+  output = str(folder / '2.png')
+  plot.main(plot.Config(records=(str(folder),), output=output))
   assert (folder / '2.png').stat().st_size > 10_000
+
+  for wrong, words in (
+    ('none/2.png', 'no folder .*none'),
+    ('2.gif', 'not .png, .pdf or .svg'),
+  ):
+    with pytest.raises(flags.UserError, match=words):
+      plot.main(plot.Config(records=(str(folder),), output=wrong))
+  with pytest.raises(flags.UserError, match='no rows with both'):
+    plot.main(plot.Config(records=(str(folder),), output=output, y='energy'))
 
   # Resumed, there is nothing left to do.
   before = (folder / 'record.jsonl').read_bytes()
