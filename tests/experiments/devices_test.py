@@ -138,6 +138,11 @@ def test_an_interrupt_to_one_process_stops_all_and_they_resume(tmp_path):
   assert str(found) == str(expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(devices.Config):
+  precision: str = flags.flag('float32', 'Floating point type.')
+
+
 # Without a process of its own: the two devices of this one.
 
 
@@ -170,7 +175,7 @@ def values(folder):
 @pytest.mark.parametrize('mesh', ['data=2', 'blocks=2', 'data=1,blocks=2'])
 def test_a_session_on_a_mesh(mesh, tmp_path):
   one, many = (
-    devices.Config(output_dir=str(tmp_path / name), mesh=flag)
+    Config(output_dir=str(tmp_path / name), mesh=flag)
     for name, flag in (('one', ''), ('many', mesh))
   )
   expected, found = go(one), go(many)
@@ -183,12 +188,13 @@ def test_a_session_on_a_mesh(mesh, tmp_path):
   assert rows[-1]['collectives']
 
 
-def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
-  config = devices.Config(
+@pytest.mark.parametrize('then', ['data=2', 'blocks=2', ''])
+def test_a_run_on_a_mesh_resumes_there_or_on_another(tmp_path, then, capsys):
+  """On the same bit for bit, on another but for rounding, and says so."""
+  config = Config(
     output_dir=str(tmp_path / 'cut'), mesh='data=2', checkpoint_every=0.0
   )
-  whole = dataclasses.replace(config, output_dir=str(tmp_path / 'whole'))
-  go(whole)
+  go(dataclasses.replace(config, output_dir=str(tmp_path / 'whole')))
 
   def stop(rows):
     if rows[0]['step'] == 4:
@@ -197,12 +203,21 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
 
   with pytest.raises(RuntimeError, match='cut'):
     go(config, stop=stop)
-  go(dataclasses.replace(config, resume=True))
-  assert values(tmp_path / 'cut') == values(tmp_path / 'whole')
+  go(dataclasses.replace(config, resume=True, mesh=then))
+  cut, whole = values(tmp_path / 'cut'), values(tmp_path / 'whole')
+  noted = record.select(record.read(tmp_path / 'cut')[1], 'resumed')
+  if then == config.mesh:
+    assert cut == whole
+    assert not noted
+  else:
+    np.testing.assert_allclose(cut, whole, rtol=1e-6)
+    changed = ['data=2', then or 'one device']
+    assert [row['changed'] for row in noted] == [{'--mesh': changed}]
+    assert f'--mesh was data=2, is {changed[1]}' in capsys.readouterr().err
 
 
 def test_a_mesh_that_splits_nothing_is_said(tmp_path, capsys):
-  config = devices.Config(output_dir=str(tmp_path), mesh='blocks=2')
+  config = Config(output_dir=str(tmp_path), mesh='blocks=2')
   data = jnp.ones((7, 3))
   with Session('test', config) as session:
     session.run(
