@@ -3,6 +3,7 @@
 from optlab.unnormalized._contrastive import ContrastiveDivergenceInfo
 from optlab.unnormalized._contrastive import ContrastiveDivergenceState
 from optlab.unnormalized._contrastive import contrastive_divergence
+from optlab.unnormalized._coverage import Coverage
 from optlab.unnormalized._flow import Flow
 from optlab.unnormalized._flow import fit_flow
 from optlab.unnormalized._flow import init_flow
@@ -40,6 +41,7 @@ from optlab.unnormalized._noise_mixture import mixture
 __all__ = [
   'ContrastiveDivergenceInfo',
   'ContrastiveDivergenceState',
+  'Coverage',
   'Flow',
   'Gaussian',
   'GaussianMixture',

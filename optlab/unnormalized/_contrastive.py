@@ -51,6 +51,7 @@ def contrastive_divergence(
   persistent: bool = True,
   restart: float | jax.Array = 0.05,
   adjust: bool = False,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""The likelihood's gradient with samples of the model from short chains.
 
@@ -72,6 +73,8 @@ def contrastive_divergence(
     persistent: Whether chains go on; else they start at the batch's data.
     restart: Probability that a persistent chain starts anew at a noise row.
     adjust: Whether to use Metropolis tests.
+    has_aux: Whether ``log_density`` returns auxiliary output beside the log
+      densities: `Estimate.aux`, of data rows and chains together.
 
   Returns:
     A `GradientEstimator` over `NoiseBatch`, whose ``init`` takes, after the
@@ -132,17 +135,18 @@ def contrastive_divergence(
   def estimate(params, state, batch):
     _likelihood.check_batch('contrastive_divergence', batch)
     dtype = state.info.acceptance.dtype
+    model = _likelihood.with_aux(log_density, has_aux)
     key, restart_key, chain_key = jax.random.split(state.key, 3)
     run = _langevin.langevin(
-      lambda rows: log_density(params, rows),
+      lambda rows: model(params, rows)[0],
       chain_key,
       _start(state.chains, batch, restart_key, persistent, restart),
       step_size,
       num_steps,
       adjust=adjust,
     )
-    joined = _likelihood.NoiseBatch(
-      batch.data, run.rows, jnp.zeros(run.rows.shape[0])
+    joined = _likelihood.aligned(
+      _likelihood.NoiseBatch(batch.data, run.rows, jnp.zeros(run.rows.shape[0]))
     )
 
     def rule(log_p_data, log_p_chains):
@@ -158,8 +162,8 @@ def contrastive_divergence(
       )
       return cotangents, (value, _likelihood.tally(state.info, goods, ~usable))
 
-    grads, (value, tally) = _likelihood.joint_gradient(
-      log_density, params, joined, rule, dtype
+    grads, (value, tally), aux = _likelihood.joint_gradient(
+      log_density, params, joined, rule, dtype, has_aux
     )
     for name in ('rejected', 'total_rejected'):
       tally[name] += run.rejected
@@ -167,7 +171,7 @@ def contrastive_divergence(
       acceptance=run.acceptance.astype(dtype), **tally
     )
     state = ContrastiveDivergenceState(key=key, chains=run.rows, info=info)
-    return base.Estimate(value, grads), state
+    return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
 

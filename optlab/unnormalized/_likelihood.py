@@ -45,7 +45,8 @@ class NoiseBatch(NamedTuple):
     noise: Draws of the noise distribution, ``[m, ...]``, same structure.
     noise_log_prob: ``[m]``, the exact log density of ``noise``.
     data_log_prob: ``[n]``, the noise distribution's log density of ``data``;
-      `nce` and `ence` need it, `meco` does not.
+      `nce` and `ence` need it, `meco` tells by it whether the noise covers the
+      data.
   """
 
   data: Any
@@ -60,7 +61,7 @@ def noise_batch(
   key: jax.Array,
   data: jax.Array,
   num: int,
-  score_data: bool = False,
+  score_data: bool = True,
 ) -> NoiseBatch:
   """Draws noise beside a batch of data.
 
@@ -69,8 +70,9 @@ def noise_batch(
     key: PRNG key.
     data: ``[n, ...]``.
     num: How many rows of noise, a Python integer.
-    score_data: Whether to evaluate the noise's log density on ``data``, which
-      `nce` and `ence` need.
+    score_data: Whether to evaluate the noise's log density on ``data``. Without
+      it `nce` and `ence` do not work, and `meco` does not see what the noise
+      misses.
 
   Returns:
     A `NoiseBatch`.
@@ -186,7 +188,8 @@ def joint_gradient(
   batch: NoiseBatch,
   rule: Callable[[jax.Array, jax.Array], tuple[Iterable[jax.Array], Any]],
   dtype: Any,
-) -> tuple[base.Updates, Any]:
+  has_aux: bool = False,
+) -> tuple[base.Updates, Any, Any]:
   """One `jax.vjp` over data and noise with the cotangents of ``rule``.
 
   A zero cotangent does not protect: backward through a row whose log density
@@ -199,21 +202,26 @@ def joint_gradient(
   Args:
     log_density: ``(params, rows) -> [rows]``.
     params: The parameters.
-    batch: Data and noise, checked.
+    batch: Data and noise, checked and `aligned`.
     rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
       ``dtype``, to their two cotangents and anything else; it must give zero to
       every row whose log density is not finite.
     dtype: In which the rule computes.
+    has_aux: Whether ``log_density`` returns auxiliary output beside them.
 
   Returns:
-    The gradient with the dtypes of ``params``, and what else ``rule`` returned.
+    The gradient with the dtypes of ``params``, what else ``rule`` returned, and
+    the auxiliary output, ``()`` where there is none.
   """
   rows = jax.tree.map(
     lambda data, noise: jnp.concatenate([data, noise]), batch.data, batch.noise
   )
   n = jnp.shape(jax.tree.leaves(batch.data)[0])[0]
   total = jnp.shape(jax.tree.leaves(rows)[0])[0]
-  log_p, pullback = jax.vjp(lambda p: log_density(p, rows), params)
+  model = with_aux(log_density, has_aux)
+  log_p, pullback, output = jax.vjp(
+    lambda p: model(p, rows), params, has_aux=True
+  )
   check_rows(log_p, total)
   wide = log_p.astype(dtype)
   cotangents, aux = rule(wide[:n], wide[n:])
@@ -225,7 +233,7 @@ def joint_gradient(
   def repeat(unused):
     del unused
     replaced = _replace_bad(rows, good)
-    _, pullback = jax.vjp(lambda p: log_density(p, replaced), params)
+    _, pullback, _ = jax.vjp(lambda p: model(p, replaced), params, has_aux=True)
     (grads,) = pullback(cotangent)
     # With no good row at all every cotangent is zero, and so is the gradient.
     silent = ~jnp.any(cotangent)
@@ -244,7 +252,45 @@ def joint_gradient(
   grads, _ = jax.lax.while_loop(
     lambda carry: carry[1], check, (grads, ~jnp.all(good))
   )
-  return grads, aux
+  return grads, aux, output
+
+
+def with_aux(log_density: Callable[..., Any], has_aux: bool) -> Callable:
+  """The model in one form, ``(params, rows) -> (log densities, aux)``."""
+
+  def model(params, rows):
+    out = log_density(params, rows)
+    pair = isinstance(out, tuple) and len(out) == 2
+    if pair != has_aux:
+      raise ValueError(
+        'log_density must return'
+        f' {"(log densities, aux)" if has_aux else "one number a row"}, got'
+        f' {type(out).__name__}: has_aux=True is for models with auxiliary'
+        ' output.'
+      )
+    return out if has_aux else (out, ())
+
+  return model
+
+
+def aligned(batch: NoiseBatch) -> NoiseBatch:
+  """The batch with all rows laid out as the data are, on explicit meshes."""
+  spec = lambda leaf: jax.typeof(leaf).sharding.spec
+  batch = jax.tree.map(jnp.asarray, batch)
+  leaves = jax.tree.leaves(batch)
+  if len({spec(leaf)[0] for leaf in leaves}) == 1:
+    return batch
+
+  def lay(axes):
+    return jax.tree.map(
+      lambda leaf: jax.sharding.reshard(leaf, jax.P(axes, *spec(leaf)[1:])),
+      batch,
+    )
+
+  try:
+    return lay(spec(leaves[0])[0])
+  except ValueError:  # The devices do not divide the rows.
+    return lay(None)
 
 
 def _replace_bad(rows: Any, good: jax.Array) -> Any:
@@ -286,7 +332,8 @@ def tally(
   info: Any, goods: tuple[jax.Array, ...], held: jax.Array
 ) -> dict[str, jax.Array]:
   """Counts a step: rows that are not good, and whether it was held."""
-  rejected = jnp.sum(~jnp.concatenate(goods)).astype(jnp.int32)
+  counts = [jnp.sum(~good) for good in goods]
+  rejected = jnp.sum(jnp.stack(counts)).astype(jnp.int32)
   return {
     'rejected': rejected,
     'total_rejected': info.total_rejected + rejected,

@@ -14,13 +14,15 @@ from jax.scipy import special
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _coverage
 from optlab.unnormalized import _likelihood
 
 
 class MecoInfo(NamedTuple):
   """Diagnostics of `meco`."""
 
-  ess: jax.Array  # shape (), float32 or wider, effective sample size
+  ess: jax.Array  # shape (), effective sample size of noise for the model
+  coverage: _coverage.Coverage
   rejected: jax.Array  # shape (), int32, rows dropped at the last step
   total_rejected: jax.Array  # shape (), int32
   held: jax.Array  # shape (), bool, whether the step left the tracker alone
@@ -47,6 +49,7 @@ def meco(
   *,
   ratio_correction: bool = False,
   debias: bool = True,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""Compositional estimate of the log-likelihood's gradient.
 
@@ -78,18 +81,22 @@ def meco(
       few noise rows.
     debias: Whether to correct the first steps of the average. Without it the
       first batch counts like the past, from then on ``gamma`` is used as it is.
+    has_aux: Whether ``log_density`` returns auxiliary output beside the log
+      densities: `Estimate.aux`, of data and noise rows together.
 
   Returns:
     A `GradientEstimator` over `NoiseBatch`. Its value is the tracked negative
     log-likelihood, for watching only: score a model with `log_partition`.
     ``optlab.report(state)`` lists ``log_normalizer`` and, under ``info``,
-    ``ess``, ``rejected``, ``held`` and their totals.
+    ``ess``, ``rejected``, ``held`` and their totals, and, under
+    ``info/coverage``, whether the noise reaches the data: where it does not,
+    nothing else looks wrong.
 
   Raises:
     TypeError: ``log_density`` is not a function, ``gamma`` neither a real
       number nor a schedule, or the batch not a `NoiseBatch`.
-    ValueError: ``gamma`` is not in (0, 1]; the batch has no rows, or shapes
-      that do not match.
+    ValueError: ``gamma`` is not in (0, 1]; the batch has no rows, shapes that
+      do not match, or one array in data and noise.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -129,6 +136,11 @@ def meco(
     tracker alone and gives no noise term; one without a good row of noise or of
     data gives a zero gradient.
 
+    A conditional model p(y given x) has a normalizer for every x, and one
+    tracker is the log of their mean: where data and noise share a column of
+    distinct numbers, row by row, the step is held, its value is NaN, and
+    ``info.coverage.conditional`` says so.
+
     Cost per step: one gradient over n + m rows, as for `nce`; with
     ``ratio_correction`` also one forward pass over m rows and a copy of the
     parameters.
@@ -151,22 +163,31 @@ def meco(
       weight=jnp.zeros((), dtype),
       # A copy: params and state may both be donated.
       previous=trees.own(params) if ratio_correction else None,
-      info=MecoInfo(ess=jnp.zeros((), dtype), **_likelihood.zero_tally()),
+      info=MecoInfo(
+        ess=jnp.zeros((), dtype),
+        coverage=_coverage.unknown(dtype),
+        **_likelihood.zero_tally(),
+      ),
     )
 
   def estimate(params, state, batch):
     _likelihood.check_batch('meco', batch)
+    _coverage.check_apart('meco', batch)
+    batch = _likelihood.aligned(batch)
+    conditional = _coverage.is_conditional(batch)
     dtype = state.log_normalizer.dtype
     log_q = batch.noise_log_prob.astype(dtype)
     gamma_now = gamma(state.step) if callable(gamma) else gamma
     gamma_now = jnp.asarray(gamma_now, dtype)
     log_p_before = None
     if ratio_correction:
-      log_p_before = log_density(state.previous, batch.noise).astype(dtype)
+      model = _likelihood.with_aux(log_density, has_aux)
+      log_p_before = model(state.previous, batch.noise)[0].astype(dtype)
 
     def rule(log_p_data, log_p_noise):
       data_good = jnp.isfinite(log_p_data)
       noise_good = _likelihood.good_noise(log_p_noise, log_q)
+      noise_good &= ~conditional
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
       weights = _likelihood.importance_weights(log_w)
       m = _likelihood.num_good(noise_good, dtype)
@@ -183,6 +204,7 @@ def meco(
         weights.scaled * share,
       )
       value = log_u - _likelihood.mean_of(log_p_data, data_good)
+      value = jnp.where(conditional, jnp.nan, value)
       goods = (data_good, noise_good)
       tally = _likelihood.tally(state.info, goods, held)
       new_state = MecoState(
@@ -190,14 +212,20 @@ def meco(
         log_normalizer=log_u,
         weight=weight,
         previous=params if ratio_correction else None,
-        info=MecoInfo(ess=weights.ess, **tally),
+        info=MecoInfo(
+          ess=weights.ess,
+          coverage=_coverage.coverage(
+            batch, log_p_data, data_good, noise_good, conditional
+          ),
+          **tally,
+        ),
       )
       return cotangents, (value, new_state)
 
-    grads, (value, state) = _likelihood.joint_gradient(
-      log_density, params, batch, rule, dtype
+    grads, (value, state), aux = _likelihood.joint_gradient(
+      log_density, params, batch, rule, dtype, has_aux
     )
-    return base.Estimate(value, grads), state
+    return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
 

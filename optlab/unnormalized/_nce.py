@@ -37,7 +37,7 @@ def with_log_normalizer(
     log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
 
   Returns:
-    The same with `NceParams` as its parameters.
+    The same with `NceParams` as its parameters; auxiliary output passes.
 
   Raises:
     TypeError: ``log_density`` is not a function.
@@ -56,7 +56,11 @@ def with_log_normalizer(
     checks.check_fields(
       'params', params, NceParams._fields, 'NceParams(model, log_normalizer)'
     )
-    return log_density(params.model, rows) - params.log_normalizer
+    out = log_density(params.model, rows)
+    if isinstance(out, tuple):
+      log_p, aux = out
+      return log_p - params.log_normalizer, aux
+    return out - params.log_normalizer
 
   return normalized
 
@@ -83,6 +87,8 @@ class NceState(NamedTuple):
 def nce(
   log_density: _likelihood.LogDensity,
   nu: float | jax.Array | None = None,
+  *,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""Noise-contrastive estimation: classify data against noise.
 
@@ -99,6 +105,8 @@ def nce(
     log_density: The model with its learned normalizer, ``(params, rows) ->
       [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     nu: Weight of noise against data, positive; ``None`` takes m / n.
+    has_aux: Whether ``log_density`` returns auxiliary output beside the log
+      densities: `Estimate.aux`, of data and noise rows together.
 
   Returns:
     A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
@@ -133,8 +141,9 @@ def nce(
     <https://proceedings.mlr.press/v9/gutmann10a.html>`_, AISTATS 2010
 
   Notes:
-    Bad rows as in `meco`; a batch without a good row of data or of noise gives
-    a zero gradient and counts in ``info.total_held``. Cost per step: one
+    Bad rows as in `meco`; a row of data where the noise has no density counts,
+    its term is exactly zero. A batch without a good row of data or of noise
+    gives a zero gradient and counts in ``info.total_held``. Cost per step: one
     gradient over n + m rows, and the noise's log density on data as well.
   """
   checks.enforce(nce, locals())
@@ -146,7 +155,7 @@ def nce(
       (-jax.nn.sigmoid(-h_data), nu * jax.nn.sigmoid(h_noise)),
     )
 
-  return _contrastive('nce', log_density, rule, nu)
+  return _contrastive('nce', log_density, rule, nu, has_aux)
 
 
 @checks.domains(
@@ -156,6 +165,8 @@ def nce(
 def ence(
   log_density: _likelihood.LogDensity,
   max_exponent: float | jax.Array = 40.0,
+  *,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""NCE with the exponential loss, for normalized gradient descent.
 
@@ -173,6 +184,7 @@ def ence(
       [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     max_exponent: Exponents are clipped from above to this; the gradient of a
       clipped row keeps its direction.
+    has_aux: As in `nce`.
 
   Returns:
     A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
@@ -214,7 +226,7 @@ def ence(
     noise = 0.5 * jnp.exp(jnp.minimum(0.5 * h_noise, max_exponent))
     return (data, noise), (-0.5 * data, 0.5 * noise)
 
-  return _contrastive('ence', log_density, rule, None)
+  return _contrastive('ence', log_density, rule, None, has_aux)
 
 
 def _contrastive(
@@ -222,6 +234,7 @@ def _contrastive(
   log_density: _likelihood.LogDensity,
   rule: Callable[..., tuple],
   nu: float | jax.Array | None,
+  has_aux: bool,
 ) -> base.GradientEstimator:
   """The estimator of a loss that is a sum over rows of a function of h."""
 
@@ -231,13 +244,16 @@ def _contrastive(
 
   def estimate(params, state, batch):
     n, m = _likelihood.check_batch(method, batch, needs_data_log_prob=True)
+    batch = _likelihood.aligned(batch)
     dtype = trees.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)
     log_q_data = batch.data_log_prob.astype(dtype)
     log_q_noise = batch.noise_log_prob.astype(dtype)
 
     def joint_rule(log_p_data, log_p_noise):
-      data_good = jnp.isfinite(log_p_data) & jnp.isfinite(log_q_data)
+      # Where the noise has no density a row of data is told for certain: its
+      # term is zero, and counts.
+      data_good = jnp.isfinite(log_p_data) & (log_q_data < jnp.inf)
       noise_good = _likelihood.good_noise(log_p_noise, log_q_noise)
       usable = jnp.any(data_good) & jnp.any(noise_good)
       h_data = jnp.where(data_good, log_p_data - log_q_data, 0)
@@ -249,9 +265,9 @@ def _contrastive(
       tally = _likelihood.tally(state.info, (data_good, noise_good), ~usable)
       return cotangents, (value, NceState(NceInfo(**tally)))
 
-    grads, (value, state) = _likelihood.joint_gradient(
-      log_density, params, batch, joint_rule, dtype
+    grads, (value, state), aux = _likelihood.joint_gradient(
+      log_density, params, batch, joint_rule, dtype, has_aux
     )
-    return base.Estimate(value, grads), state
+    return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)

@@ -1,0 +1,126 @@
+"""Whether noise can tell a likelihood of the data: what no weight shows.
+
+Where the noise misses part of the data the weights look perfect, and the model
+goes where no noise would contradict it. What shows it is the noise's density at
+the data.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optlab import trees
+from optlab.unnormalized import _likelihood
+
+
+class Coverage(NamedTuple):
+  """How well the noise of a batch covers its data.
+
+  Attributes:
+    data_log_prob: Mean log density of the noise at the data that it can reach.
+    data_ess: Effective number of data rows when they are weighed by noise over
+      model: small where the two hardly overlap.
+    missed: Share of the data where the noise is thinner than at each of its own
+      rows; -1 where the batch has no ``data_log_prob``.
+    warning: Whether so much is missed that the likelihood cannot be trusted.
+    conditional: Whether data and noise share a column of distinct numbers.
+  """
+
+  data_log_prob: jax.Array  # shape ()
+  data_ess: jax.Array  # shape ()
+  missed: jax.Array  # shape ()
+  warning: jax.Array  # shape (), bool
+  conditional: jax.Array  # shape (), bool
+
+
+def unknown(dtype: Any) -> Coverage:
+  """What is known without the noise's density at the data."""
+  return Coverage(
+    data_log_prob=jnp.zeros((), dtype),
+    data_ess=jnp.zeros((), dtype),
+    missed=jnp.full((), -1, dtype),
+    warning=jnp.zeros((), bool),
+    conditional=jnp.zeros((), bool),
+  )
+
+
+def coverage(
+  batch: _likelihood.NoiseBatch,
+  log_p_data: jax.Array,
+  data_good: jax.Array,
+  noise_good: jax.Array,
+  conditional: jax.Array,
+) -> Coverage:
+  """The coverage of a batch, whose rows are good or not."""
+  dtype = log_p_data.dtype
+  if batch.data_log_prob is None:
+    return unknown(dtype)._replace(conditional=conditional)
+  log_q = batch.data_log_prob.astype(dtype)
+  reached = data_good & jnp.isfinite(log_q)
+  log_v = jnp.where(reached, log_q - log_p_data, -jnp.inf)
+  thinnest = jnp.min(
+    jnp.where(noise_good, batch.noise_log_prob.astype(dtype), jnp.inf)
+  )
+  thin = (log_q < thinnest) | ~(log_q > -jnp.inf)
+  missed = _likelihood.mean_of(thin.astype(dtype), data_good)
+  # Of as many draws of the noise itself this share may be missed by chance.
+  chance = 3 / noise_good.size
+  return Coverage(
+    data_log_prob=_likelihood.mean_of(log_q, reached),
+    data_ess=_likelihood.importance_weights(log_v).ess,
+    missed=missed,
+    warning=missed > 0.05 + chance,
+    conditional=conditional,
+  )
+
+
+def check_apart(method: str, batch: _likelihood.NoiseBatch) -> None:
+  """Raises a ``ValueError`` if one leaf is part of data and of noise.
+
+  Args:
+    method: For the message.
+    batch: Data and noise, checked.
+  """
+  leaves = jax.tree.leaves_with_path(batch.data)
+  for (path, data), noise in zip(
+    leaves, jax.tree.leaves(batch.noise), strict=True
+  ):
+    if data is noise and len(leaves) > 1:
+      name = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'{method}: data{name} and noise{name} are one array, so the model is'
+        ' conditional on it, with a normalizer for each of its rows; one'
+        ' tracker cannot follow them.'
+      )
+
+
+def is_conditional(batch: _likelihood.NoiseBatch) -> jax.Array:
+  """Whether rows of noise repeat a column of the data, row by row.
+
+  Args:
+    batch: Data and noise, checked and aligned.
+
+  Returns:
+    bool scalar; columns that repeat a number, as those of discrete data, do not
+    count, and noise may hold each row of data several times. Noise that is the
+    data as a whole is no condition.
+  """
+  shared, every = jnp.asarray(False), jnp.asarray(True)
+  for data, noise in zip(
+    jax.tree.leaves(batch.data), jax.tree.leaves(batch.noise), strict=True
+  ):
+    n, m = data.shape[0], noise.shape[0]
+    if n < 3 or m % n or not jnp.issubdtype(data.dtype, jnp.floating):
+      every = jnp.asarray(False)
+      continue
+    distinct = jnp.asarray(True)
+    for i in range(3):  # Sums, because rows of a sharded axis have no index.
+      pick = trees.where(jnp.arange(n) == i, data, jnp.zeros_like(data))
+      distinct &= jnp.sum(data == jnp.sum(pick, 0), 0) == 1
+    repeated = jnp.all(data == noise[:n], 0) | jnp.all(
+      data == noise[:: m // n], 0
+    )
+    shared |= jnp.any(distinct & repeated)
+    every &= jnp.all(repeated)
+  return shared & ~every
