@@ -5,6 +5,8 @@ from optlab.bilevel._bilevel import BilevelInfo
 from optlab.bilevel._bilevel import BilevelState
 from optlab.bilevel._bo_rep import bo_rep
 from optlab.bilevel._bo_rep import refine
+from optlab.bilevel._f2sa import F2saMemory
+from optlab.bilevel._f2sa import f2sa
 from optlab.bilevel._implicit import implicit
 from optlab.bilevel._maps import proximal_map
 from optlab.bilevel._problem import BilevelAux
@@ -24,12 +26,14 @@ __all__ = [
   'BilevelBatch',
   'BilevelInfo',
   'BilevelState',
+  'F2saMemory',
   'IndexedBatch',
   'Objective',
   'SabaMemory',
   'SagaMemory',
   'TtsaMemory',
   'bo_rep',
+  'f2sa',
   'implicit',
   'proximal_map',
   'refine',

@@ -33,7 +33,8 @@ stocbio = family('stocbio', **LEVELS, neumann_lr=0.1)
 ttsa = family('ttsa', **LEVELS, neumann_lr=0.1)
 unrolled = family('unrolled', **LEVELS)
 saba = family('saba', **LEVELS, dual_lr=0.1, upper_blocks=3, lower_blocks=3)
-BILEVEL = (bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba)
+f2sa = family('f2sa', **LEVELS, penalty=10.0)
+BILEVEL = (bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba, f2sa)
 for make in BILEVEL:
   name = make.__name__
   inner = (X, KEY) if make is ttsa else (X,)

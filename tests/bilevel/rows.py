@@ -108,6 +108,12 @@ ROWS = [
     lambda rate: optlab.unrolled(*LEVELS, optax.sgd(rate), lower_steps=2),
   ),
   bilevel_row(
+    'f2sa',
+    lambda rate: optlab.bilevel.f2sa(
+      *LEVELS, optax.sgd(rate), 10.0, lower_steps=2
+    ),
+  ),
+  bilevel_row(
     'with_storm',
     lambda beta: optlab.with_storm(
       optlab.soba(*LEVELS, optax.sgd(0.1), 0.1), beta
