@@ -62,7 +62,7 @@ class Problem(NamedTuple):
   """What is to be solved, and how the lower level is differentiated."""
 
   upper: Level
-  lower: Level
+  lower: Callable[..., tuple[jax.Array, Any]]
   optimizer: Any  # of y; None where it moves by the map
   lower_map: Any = None
   curvature: Any = None
