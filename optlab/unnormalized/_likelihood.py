@@ -275,20 +275,22 @@ def with_aux(log_density: Callable[..., Any], has_aux: bool) -> Callable:
 
 def aligned(batch: NoiseBatch) -> NoiseBatch:
   """The batch with all rows laid out as the data are, on explicit meshes."""
-  spec = lambda leaf: jax.typeof(leaf).sharding.spec
   batch = jax.tree.map(jnp.asarray, batch)
-  leaves = jax.tree.leaves(batch)
-  if len({spec(leaf)[0] for leaf in leaves}) == 1:
+  shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
+  explicit = jax.sharding.AxisType.Explicit
+  meshes = [s.mesh for s in shardings if explicit in s.mesh.axis_types]
+  if not meshes or len({sharding.spec[0] for sharding in shardings}) == 1:
     return batch
 
   def lay(axes):
-    return jax.tree.map(
-      lambda leaf: jax.sharding.reshard(leaf, jax.P(axes, *spec(leaf)[1:])),
-      batch,
-    )
+    def leaf(array):
+      spec = jax.P(axes, *jax.typeof(array).sharding.spec[1:])
+      return jax.sharding.reshard(array, jax.NamedSharding(meshes[0], spec))
+
+    return jax.tree.map(leaf, batch)
 
   try:
-    return lay(spec(leaves[0])[0])
+    return lay(shardings[0].spec[0])
   except ValueError:  # The devices do not divide the rows.
     return lay(None)
 

@@ -4,7 +4,7 @@ What MECO is compared with, in the same form: estimators over `NoiseBatch`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def with_log_normalizer(
   """
   checks.enforce(with_log_normalizer, locals())
 
-  def normalized(params, rows):
+  def normalized(params, rows) -> Any:
     checks.check_fields(
       'params', params, NceParams._fields, 'NceParams(model, log_normalizer)'
     )
@@ -247,7 +247,7 @@ def _contrastive(
     batch = _likelihood.aligned(batch)
     dtype = trees.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)
-    log_q_data = batch.data_log_prob.astype(dtype)
+    log_q_data = jnp.asarray(batch.data_log_prob, dtype)
     log_q_noise = batch.noise_log_prob.astype(dtype)
 
     def joint_rule(log_p_data, log_p_noise):
