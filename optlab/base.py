@@ -7,7 +7,7 @@ pytree. A *solver* prepares ``(A + shift I)^-1 b`` once and answers for many
 shifts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import jax
 import optax
 
 __all__ = [
+  'ArrayLike',
   'ArrayTree',
   'Batch',
   'Estimate',
@@ -35,6 +36,7 @@ Params = Any
 Updates = Any
 OptState = Any
 Batch = Any
+ArrayLike = jax.typing.ArrayLike | Sequence[Any]  # nested lists too
 Operator = Callable[[ArrayTree], ArrayTree]
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy import special
 import numpy as np
 
+from optlab import base
 from optlab import checks
 from optlab.unnormalized import _likelihood
 
@@ -35,8 +36,8 @@ class GridLogPartition(NamedTuple):
 )
 def grid_log_partition(
   log_density: Callable[[jax.Array], jax.Array],
-  low: jax.typing.ArrayLike,
-  high: jax.typing.ArrayLike,
+  low: base.ArrayLike,
+  high: base.ArrayLike,
   num: int = 256,
   *,
   change_tol: float | jax.Array = 1e-4,

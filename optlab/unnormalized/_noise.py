@@ -16,6 +16,7 @@ from jax.scipy import linalg
 from jax.scipy import special
 import numpy as np
 
+from optlab import base
 from optlab import checks
 
 
@@ -94,9 +95,7 @@ class GaussianMixture(NamedTuple):
     return special.logsumexp(self.component_log_prob(rows), axis=-1)
 
 
-def gaussian(
-  mean: jax.typing.ArrayLike, covariance: jax.typing.ArrayLike
-) -> Gaussian:
+def gaussian(mean: base.ArrayLike, covariance: base.ArrayLike) -> Gaussian:
   """A Gaussian from its moments.
 
   Args:
@@ -132,7 +131,7 @@ def gaussian(
 
 @checks.domains(inflate=checks.POSITIVE)
 def fit_gaussian(
-  rows: jax.typing.ArrayLike, inflate: float | jax.Array = 1.0
+  rows: base.ArrayLike, inflate: float | jax.Array = 1.0
 ) -> Gaussian:
   """The Gaussian with the mean and covariance of ``rows``.
 
@@ -168,9 +167,9 @@ def fit_gaussian(
 
 @checks.domains(inflate=checks.POSITIVE)
 def gaussian_mixture(
-  weights: jax.typing.ArrayLike,
-  means: jax.typing.ArrayLike,
-  covariances: jax.typing.ArrayLike,
+  weights: base.ArrayLike,
+  means: base.ArrayLike,
+  covariances: base.ArrayLike,
   inflate: float | jax.Array = 1.0,
 ) -> GaussianMixture:
   """A mixture of Gaussians, for example one fitted by scikit-learn.

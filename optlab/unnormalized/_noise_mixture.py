@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import special
 
+from optlab import base
 from optlab import checks
 from optlab.unnormalized import _likelihood
 
@@ -36,7 +37,7 @@ class Mixture(NamedTuple):
     return special.logsumexp(parts + self.log_weights[:, None], axis=0)
 
 
-def mixture(weights: jax.typing.ArrayLike, *components: Any) -> Mixture:
+def mixture(weights: base.ArrayLike, *components: Any) -> Mixture:
   """A mixture of distributions of any kind.
 
   Args:
