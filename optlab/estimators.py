@@ -151,7 +151,10 @@ class Loss(NamedTuple):
   has_state: bool = False
   has_key: bool = False
 
-  def __call__(self, params, model_state, batch, key):
+  def __call__(
+    self, params: base.Params, model_state: Any, batch: base.Batch, key: Any
+  ) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The value, and the model state and auxiliary output beside it."""
     args = (params, model_state) if self.has_state else (params,)
     args = (*args, batch, key) if self.has_key else (*args, batch)
     # New containers: a module of the user may write into those it gets.
@@ -182,18 +185,26 @@ class Loss(NamedTuple):
     )  # fmt: skip
     return value, (trees.cast_like(new, model_state), aux)
 
-  def returns(self):
+  def returns(self) -> str:
     """What the loss must return, in words."""
     if self.has_state and self.has_aux:
       return '(value, (model_state, aux))'
     return '(value, model_state)' if self.has_state else '(value, aux)'
 
-  def value(self, model_state, batch, key, params, *, curvature=None):
+  def value(
+    self,
+    model_state: Any,
+    batch: base.Batch,
+    key: Any,
+    params: base.Params,
+    *,
+    curvature: Any = None,
+  ) -> jax.Array:
     """The loss alone; optax's line searches pass ``curvature`` on to it."""
     del curvature
     return self(params, model_state, batch, key)[0]
 
-  def init(self, params, *given):
+  def init(self, params: base.Params, *given: Any) -> Any:
     """The state before the first step, from what follows the parameters."""
     del params
     names = ['model_state'] * self.has_state + ['key'] * self.has_key
@@ -212,14 +223,14 @@ class Loss(NamedTuple):
       key=checks.as_key('key', values['key']) if self.has_key else (),
     )
 
-  def begin(self, state):
+  def begin(self, state: Any) -> tuple[Any, Any, Any]:
     """The model state and the key of this step, and the state."""
     if not isinstance(state, LossState):
       return (), (), state
     key = jax.random.fold_in(state.key, state.step) if self.has_key else ()
     return state.model_state, key, state
 
-  def end(self, state, model_state):
+  def end(self, state: Any, model_state: Any) -> Any:
     """The state after this step."""
     if not isinstance(state, LossState):
       return state
