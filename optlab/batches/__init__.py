@@ -1,6 +1,7 @@
 """Batches that grow: per-example moments, tests, growth, data."""
 
 from optlab.batches._ghost import ghost_norms
+from optlab.batches._ghost import ghost_sq_norms
 from optlab.batches._growing import EpochState
 from optlab.batches._growing import GrowingState
 from optlab.batches._growing import growing_init
@@ -54,6 +55,7 @@ __all__ = [
   'bucket_sizes',
   'coordinate_norm_test',
   'ghost_norms',
+  'ghost_sq_norms',
   'grow_batch',
   'growing_init',
   'growing_specs',

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
+from optlab import checks
 from optlab import trees
 
 Losses = Callable[[base.Params, base.Batch], jax.Array]
@@ -29,9 +30,10 @@ class Moments(NamedTuple):
     grads: Tree of the parameters' shapes, the mean gradient g.
     sum_sq_diff_grads: Tree of the parameters' shapes, ``sum_i (g_i - g)^2``
       per coordinate, or ``None`` where the route doesn't know it.
-    sum_sq_diff_norm: Scalar, ``sum_i ||g_i - g||^2``, or ``None``.
-    sum_sq_norm: Scalar, ``sum_i ||g_i||^2``, of routes that know it in place of
-      the last: groups are then merged by a sum of scalars.
+    sum_sq_diff_norm: Tree of the parameters with a scalar a leaf, ``sum_i
+      ||g_i - g||^2`` of that leaf, or ``None``.
+    sum_sq_norm: The same of ``sum_i ||g_i||^2``, of routes that know it in
+      place of the last: groups are then merged by a sum of scalars.
   """
 
   count: jax.Array
@@ -79,12 +81,15 @@ def merge(a: Moments, b: Moments) -> Moments:
     grads=jax.tree.map(lambda x, d: x + share * d, a.grads, delta),
     sum_sq_diff_grads=add(a.sum_sq_diff_grads, b.sum_sq_diff_grads, squares),
     sum_sq_diff_norm=add(
-      a.sum_sq_diff_norm, b.sum_sq_diff_norm, trees.sq_norm(delta, weight.dtype)
+      a.sum_sq_diff_norm, b.sum_sq_diff_norm, _sq_norms(delta, weight.dtype)
     ),
-    sum_sq_norm=None
-    if a.sum_sq_norm is None
-    else a.sum_sq_norm + b.sum_sq_norm,
+    sum_sq_norm=jax.tree.map(jnp.add, a.sum_sq_norm, b.sum_sq_norm),
   )
+
+
+def _sq_norms(tree, dtype):
+  """The squared norm of each leaf."""
+  return jax.tree.map(lambda leaf: trees.sq_norm(leaf, dtype), tree)
 
 
 def merge_over(moments: Moments, axis_name: Any) -> Moments:
@@ -109,7 +114,7 @@ def merge_over(moments: Moments, axis_name: Any) -> Moments:
     return total(jax.tree.map(lambda x, s: x + moments.count * s, x, spread))
 
   squares = jax.tree.map(lambda d: jnp.square(jnp.abs(d)), delta)
-  norm = trees.sq_norm(delta, count.dtype)
+  norm = _sq_norms(delta, count.dtype)
   return Moments(
     count=count,
     units=total(moments.units),
@@ -125,10 +130,15 @@ def centred(moments: Moments) -> Moments:
   """Fills in ``sum_sq_diff_norm`` where a route knows ``sum_sq_norm``."""
   if moments.sum_sq_norm is None:
     return moments
-  count, grads = moments.count, moments.grads
-  spread = moments.sum_sq_norm - count * trees.sq_norm(grads, count.dtype)
-  spread = jnp.where(spread < 0.0, 0.0, spread)  # Rounding; NaN stays.
-  return moments._replace(sum_sq_diff_norm=spread)
+  count = moments.count
+
+  def leaf(total, grads):
+    spread = total - count * trees.sq_norm(grads, count.dtype)
+    return jnp.where(spread < 0.0, 0.0, spread)  # Rounding; NaN stays.
+
+  return moments._replace(
+    sum_sq_diff_norm=jax.tree.map(leaf, moments.sum_sq_norm, moments.grads)
+  )
 
 
 # Helpers of the routes. Losses are one number an example; a mask is 1 where the
@@ -140,16 +150,21 @@ def single(losses: Losses) -> Callable[[base.Params, Any], jax.Array]:
 
   def loss(params, example):
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
-    return losses(params, batch)[0]
+    return losses(fresh(params), batch)[0]
 
   return loss
+
+
+def fresh(tree: base.ArrayTree) -> base.ArrayTree:
+  """The same leaves in new containers, which a user's model may write into."""
+  return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def checked(
   losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
 ) -> jax.Array:
   """The losses, one an example; anything else is an error."""
-  values = losses(params, examples)
+  values = losses(fresh(params), fresh(examples))
   if jnp.shape(values) != mask.shape:
     raise ValueError(
       f'losses must return one loss per example, shape {mask.shape}, got shape'
@@ -158,8 +173,9 @@ def checked(
   return values
 
 
-def check_mask(mask: jax.Array) -> None:
-  """Raises a ``TypeError`` unless the mask has a dtype in which to sum."""
+def check_route(params: base.Params, mask: jax.Array) -> None:
+  """Raises a ``TypeError`` for what a route can't differentiate or sum."""
+  checks.check_params('params', params)
   dtype = getattr(mask, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
@@ -171,7 +187,7 @@ def check_mask(mask: jax.Array) -> None:
 
 def _mean_and_pullback(losses, params, examples, mask):
   """Mean loss and gradient by one reverse pass, in the accumulators' dtype."""
-  check_mask(mask)
+  check_route(params, mask)
   wide = mask.dtype
   count = jnp.sum(mask)
 
@@ -181,10 +197,11 @@ def _mean_and_pullback(losses, params, examples, mask):
     return jnp.sum(values) / jnp.maximum(count, 1.0)
 
   value, grads = jax.value_and_grad(mean)(params)
-  return value, jax.tree.map(lambda g: g.astype(_wide_like(g, wide)), grads)
+  return value, jax.tree.map(lambda g: g.astype(wide_like(g, wide)), grads)
 
 
-def _wide_like(leaf, wide):
+def wide_like(leaf: jax.Array, wide: Any) -> Any:
+  """The dtype in which sums of ``leaf`` are kept."""
   return jnp.promote_types(leaf.dtype, wide)
 
 
@@ -206,7 +223,7 @@ def plain_grads(
     `Moments` without second moments.
 
   Raises:
-    TypeError: ``mask`` is not a floating array.
+    TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
   value, grads = _mean_and_pullback(losses, params, examples, mask)
@@ -230,14 +247,15 @@ def microbatch_means(
   ``sum_sq_diff_norm`` that merging makes.
 
   Raises:
-    TypeError: ``mask`` is not a floating array.
+    TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example, or `per_example`
       makes fewer than two microbatches.
   """
   value, grads = _mean_and_pullback(losses, params, examples, mask)
   count = jnp.sum(mask)
   units = jnp.minimum(count, 1.0)
-  return Moments(count, units, value, grads, None, jnp.zeros_like(count))
+  zeros = jax.tree.map(lambda g: jnp.zeros_like(count), grads)
+  return Moments(count, units, value, grads, None, zeros)
 
 
 def vmap_grads(
@@ -253,10 +271,10 @@ def vmap_grads(
   It takes what `plain_grads` takes; its `Moments` have every central moment.
 
   Raises:
-    TypeError: ``mask`` is not a floating array.
+    TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_mask(mask)
+  check_route(params, mask)
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   wide = mask.dtype
   values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
@@ -265,28 +283,23 @@ def vmap_grads(
   count = jnp.sum(mask)
 
   def rows(leaf):
-    leaf = leaf.astype(_wide_like(leaf, wide))
-    shaped = mask.reshape(mask.shape + (1,) * (leaf.ndim - 1))
-    return jnp.where(shaped > 0.0, leaf, 0.0), shaped
+    leaf = leaf.astype(wide_like(leaf, wide))
+    return trees.where(mask > 0.0, leaf, jnp.zeros_like(leaf))
 
   def mean(leaf):
-    return jnp.sum(rows(leaf)[0], 0) / jnp.maximum(count, 1.0)
+    return jnp.sum(rows(leaf), 0) / jnp.maximum(count, 1.0)
 
   means = jax.tree.map(mean, grads)
 
   def spread(leaf, mean):
-    leaf, shaped = rows(leaf)
-    rest = shaped * (leaf - mean)
+    rest = rows(leaf.astype(mean.dtype) - mean)
     # The second term is 0 but for the rounding of the mean (Chan et al.).
     excess = jnp.square(jnp.abs(jnp.sum(rest, 0))) / jnp.maximum(count, 1.0)
     return jnp.sum(jnp.square(jnp.abs(rest)), 0) - excess
 
   squares = jax.tree.map(spread, grads, means)
-  norm = sum(
-    (jnp.sum(leaf) for leaf in jax.tree.leaves(squares)),
-    start=jnp.zeros((), wide),
-  )
-  return Moments(count, count, mean(values), means, squares, norm.astype(wide))
+  norms = jax.tree.map(lambda leaf: jnp.sum(leaf).astype(wide), squares)
+  return Moments(count, count, mean(values), means, squares, norms)
 
 
 def jvp_inner_products(
@@ -313,12 +326,13 @@ def jvp_inner_products(
     Shape (n,), the deviations :math:`p_i - \|g\|^2`, 0 where masked.
 
   Raises:
-    TypeError: ``mask`` is not a floating array.
+    TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_mask(mask)
+  check_route(params, mask)
   wide = mask.dtype
-  tangent = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+  # Of complex parameters: the direction of steepest ascent.
+  tangent = trees.conjugate(trees.cast_like(grads, params))
   _, products = jax.jvp(
     lambda p: checked(losses, p, examples, mask), (params,), (tangent,)
   )
@@ -343,16 +357,17 @@ def vmap_inner_products(
   :math:`\langle g_i - g, g \rangle`.
 
   Raises:
-    TypeError: ``mask`` is not a floating array.
+    TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_mask(mask)
+  check_route(params, mask)
   wide = mask.dtype
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
+  rows, grads = trees.conjugate(rows), trees.conjugate(grads)
 
   def product(rows, mean):
-    rows = rows.astype(_wide_like(rows, wide)) - mean
+    rows = rows.astype(wide_like(rows, wide)) - mean
     return jnp.sum(
       rows.reshape(len(rows), -1) * jnp.conj(mean.reshape(1, -1)), 1
     ).real

@@ -141,6 +141,7 @@ def per_example(
   inner_products: _moments.InnerProducts | None = None,
   microbatch_size: int | None = None,
   axis_name: Any = None,
+  layers: bool = False,
   has_aux: bool = False,
   has_state: bool = False,
   has_key: bool = False,
@@ -156,6 +157,7 @@ def per_example(
   ``sum_sq_diff_grads``     tree, :math:`\sum_i (g_i - g)^2` per coordinate
                             (optax's name)
   ``sum_sq_diff_norm``      scalar, :math:`\sum_i \|g_i - g\|^2`
+  ``sum_sq_diff_norms``     tree of scalars, the same by array; if ``layers``
   ``sum_sq_diff_inner``     scalar, :math:`\sum_i (\langle g_i, g\rangle -
                             \|g\|^2)^2`
   ========================= ================================================
@@ -164,7 +166,7 @@ def per_example(
   ``moments``           right for                      knows
   ===================== ============================== ======================
   `vmap_grads`          every model                    grads and norm
-  `ghost_norms`         models without shared weights  norm
+  `ghost_norms`         every model, dense ones cheap  norm
   `microbatch_means`    every model, as an estimate    norm
   `plain_grads`         every model                    neither
   ===================== ============================== ======================
@@ -183,6 +185,8 @@ def per_example(
     axis_name: Axis of `jax.shard_map` or `jax.vmap` over which every device
       holds its part of the batch; moments are merged over it. Not needed where
       `jax.jit` shards the batch.
+    layers: Whether to add ``sum_sq_diff_norms``, which has the norm's sum for
+      each array of the parameters.
     has_aux: Whether ``losses`` returns auxiliary output too, see
       `value_and_grad`; with one row an example. `Estimate.aux` is its mean.
     has_state: Whether the model has state, see `value_and_grad`. It goes
@@ -212,8 +216,8 @@ def per_example(
     >>> estimate, _ = estimator.estimate(x, estimator.init(x), jnp.eye(2))
     >>> print(estimate.value, estimate.grads)
     1.0 [-1. -1.]
-    >>> for name, value in sorted(estimate.extras.items()):
-    ...   print(name, value)
+    >>> for name in ('sample_size', 'sum_sq_diff_norm'):
+    ...   print(name, estimate.extras[name])
     sample_size 2
     sum_sq_diff_norm 4.0
 
@@ -269,9 +273,16 @@ def per_example(
     spread = (result.count - 1.0) / (result.units - 1.0)
     extras = {
       'sum_sq_diff_grads': result.sum_sq_diff_grads,
-      'sum_sq_diff_norm': result.sum_sq_diff_norm,
+      'sum_sq_diff_norms': result.sum_sq_diff_norm,
     }
     extras = jax.tree.map(lambda leaf: spread * leaf, extras)
+    norms = extras['sum_sq_diff_norms']
+    if norms is not None:
+      extras['sum_sq_diff_norm'] = sum(
+        jax.tree.leaves(norms), start=jnp.zeros((), wide)
+      )
+    if not layers:
+      del extras['sum_sq_diff_norms']
 
     if inner_products is not None:
       direction = over.vary(result.grads)
@@ -310,10 +321,11 @@ def per_example(
   # The names let optax's line searches pass them on, which refuse others.
   def value_fn(
     bound, params, *, sample_size=None, sum_sq_diff_grads=None,
-    sum_sq_diff_norm=None, sum_sq_diff_inner=None, curvature=None,
+    sum_sq_diff_norm=None, sum_sq_diff_norms=None, sum_sq_diff_inner=None,
+    curvature=None,
   ):  # fmt: skip
-    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_inner
-    del curvature
+    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_norms
+    del sum_sq_diff_inner, curvature
     return mean(bound, params)
 
   def mean_and_grads(bound, params):

@@ -158,15 +158,11 @@ for name in ROUTES + PRODUCTS:
     '(real- or complex-valued|must be floating|float or complex|tangent)',
   )
 row(
-  'ghost_norms',
-  'a penalty on the weights in the loss',
-  lambda: traced(
-    lambda: optlab.ghost_norms(
-      lambda x, b: losses(x, b) + jnp.sum(x**2), X, ROWS, ONES
-    )
-  ),
+  'ghost_sq_norms',
+  'a mean in the loss',
+  lambda: traced(lambda: optlab.batches.ghost_sq_norms(loss, X, ROWS)),
   ValueError,
-  'ghost_norms can not be used: params.*use vmap_grads',
+  r'one loss per example, shape \(4,\), got shape \(\): leave out the mean',
 )
 row(
   'microbatch_means',

@@ -225,41 +225,6 @@ def test_ghost_norms_of_a_flax_model_as_it_is(x64, module):
   compare(estimate, expected, ['sum_sq_diff_norm'], 1e-11)
 
 
-@pytest.mark.parametrize(
-  ('losses', 'message'),
-  [
-    (
-      lambda p, b: jnp.sum((b[0] @ p['w']) @ p['w'].T, 1),
-      r"params\['w'\] meets the data in two operations",
-    ),
-    (
-      lambda p, b: jnp.sum(b[0] @ p['w'], 1) + jnp.sum(p['w'] ** 2),
-      r"params\['w'\] meets the data in two operations.*penalties",
-    ),
-    (
-      lambda p, b: jnp.sum(p['w']) * jnp.ones(len(b[0])),
-      r"params\['w'\] reaches the loss without meeting the data",
-    ),
-  ],
-  ids=['tied', 'penalty', 'no_data'],
-)
-def test_ghost_norms_refuse_what_they_would_get_wrong(losses, message):
-  estimator = optlab.per_example(losses, optlab.ghost_norms)
-  with pytest.raises(ValueError, match=message) as error:
-    jax.eval_shape(estimator.estimate, {'w': dense(5, 3)}, (), data())
-  assert 'vmap_grads' in str(error.value)
-
-
-def test_the_same_models_pass_by_vmap_grads(x64):
-  losses = lambda p, b: jnp.sum(jnp.tanh(b[0] @ p['w']) @ p['w'].T, 1)
-  params = {'w': dense(5, 3)}
-  estimator = optlab.per_example(losses, optlab.batches.vmap_grads)
-  estimate, _ = jax.jit(estimator.estimate)(params, (), data())
-  compare(
-    estimate, explicit(losses, params, data()), ['sum_sq_diff_norm'], 1e-12
-  )
-
-
 def test_a_parameter_that_the_loss_ignores_counts_nothing(x64):
   losses = lambda p, b: jnp.sum(jnp.tanh(b[0] @ p['w']), 1)
   params = {'w': dense(5, 3), 'idle': dense(4)}

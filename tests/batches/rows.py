@@ -8,7 +8,7 @@ from tests.contract import flat
 
 
 def losses(params, batch):
-  """One loss an example, without the penalty, that ghost norms refuse."""
+  """One loss an example, without a penalty, that each would get a copy of."""
   x = flat(params)
   return 0.5 * (batch.astype(x.dtype) @ x - 1.0) ** 2
 

@@ -1,0 +1,300 @@
+"""The walk over a jaxpr that finds where parameters meet the data.
+
+One walker goes over the loss of an example twice. The first time it only
+looks: its values have shapes and no numbers, and it writes down every meeting.
+From that follows a `Plan` for each array of the parameters. The second time it
+computes, and taps each meeting by the plan.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+
+from optlab.batches import _ghost_taps as taps
+from optlab.batches._ghost_taps import Meeting
+from optlab.batches._ghost_taps import Node
+from optlab.batches._ghost_taps import Value
+
+_CALLS = frozenset(('jit', 'pjit', 'closed_call', 'core_call'))
+_REMAT = frozenset(('remat2', 'checkpoint'))
+
+
+def tap(
+  loss: Callable[..., Any], params: Any, example: Any, wide: Any
+) -> Callable[..., Any]:
+  """A loss of one example with norms in the cotangents of a last argument.
+
+  Args:
+    loss: ``(params, example) -> scalar``.
+    params: The parameters.
+    example: An example, for its shapes.
+    wide: The dtype of norms.
+
+  Returns:
+    ``(params, example, slots) -> scalar``, with a scalar of ``slots`` for each
+    leaf of ``params``.
+  """
+  closed = jax.make_jaxpr(loss)(params, example)
+  leaves, treedef = jax.tree.flatten(params)
+  shapes = [leaf.aval for leaf in closed.jaxpr.invars[: len(leaves)]]
+  plans, loops = _plan(closed, len(leaves), wide)
+  del leaves
+
+  def tapped(params, example, slots):
+    leaves = treedef.flatten_up_to(params)
+    slots = treedef.flatten_up_to(slots)
+    walker = Walker(wide, plans, loops, slots)
+    walker.open(shapes, ())
+    arrays = [*leaves, *jax.tree.leaves(example)]
+    return walker.loss(closed, arrays, len(leaves)).array
+
+  return tapped
+
+
+def _plan(closed, count, wide):
+  """What to do with each leaf, and which values of loops have data."""
+  opaque = frozenset()
+  while True:
+    walker = Walker(wide, opaque=opaque)
+    avals = [var.aval for var in closed.jaxpr.invars]
+    walker.loss(closed, avals, count)
+    plans, strange = {}, set(walker.strange)
+    for leaf, meetings in walker.meetings.items():
+      if len({meeting.frame for meeting in meetings}) > 1:
+        strange.add(leaf)
+      else:
+        plans[leaf] = taps.plan(avals[leaf], meetings)
+    if strange <= opaque:
+      return plans, walker.loops
+    opaque |= strange
+
+
+class Walker:
+  """Runs a jaxpr on `Value`s; lives for one trace.
+
+  Attributes:
+    plans: By leaf; ``None`` while looking.
+    meetings: By leaf, what was found while looking.
+    strange: Leaves that a loop does not take slice by slice.
+    loops: By path of a loop, which of its carried and of its stacked results
+      have data; ``None`` where it is met as one operation.
+  """
+
+  def __init__(self, wide, plans=None, loops=None, slots=(), opaque=()):
+    self.wide, self.plans, self.slots = wide, plans, slots
+    self.loops = {} if loops is None else loops
+    self.opaque = frozenset(opaque)
+    self.meetings: dict[int, list[Meeting]] = {}
+    self.strange: set[int] = set()
+    self.taps = taps.Taps(wide, plans, slots)
+
+  def open(self, shapes, frame):
+    """Makes what meetings add up in, for the leaves of a frame."""
+    if self.plans is not None:
+      for leaf, plan in self.plans.items():
+        if plan.kind == 'sum' and plan.frame == frame:
+          self.taps.open(leaf, shapes[leaf])
+
+  def loss(self, closed, arrays, count):
+    """The value of the loss; a part without data is met at the end."""
+    inputs = [taps.leaf(array, i) for i, array in enumerate(arrays[:count])]
+    inputs += [Value(array, True) for array in arrays[count:]]
+    (out,) = self.walk(closed.jaxpr, closed.consts, inputs, (), ())
+    return self.materialize(out, ('loss',), ())
+
+  def walk(self, jaxpr, consts, inputs, path, level):
+    """All equations; ``level`` names the loops and checkpoints around."""
+    env = dict(zip(jaxpr.constvars, map(Value, consts), strict=True))
+    env |= dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+      if isinstance(atom, jax_core.Literal):
+        return Value(atom.val)
+      return env[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+      values = [read(atom) for atom in eqn.invars]
+      outs = self.equation(eqn, values, (*path, i), level)
+      env |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def run(self, eqn, arrays):
+    if self.plans is None and eqn is not taps.IDENTITY:
+      return [var.aval for var in eqn.outvars]
+    return taps.run(eqn, arrays)
+
+  def equation(self, eqn, values, path, level):
+    used = frozenset().union(*(value.leaves for value in values))
+    has_data = any(value.has_data for value in values)
+    name = eqn.primitive.name
+    if not used:
+      outs = self.run(eqn, [value.array for value in values])
+      return [Value(out, has_data) for out in outs]
+    if name in _CALLS:
+      inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
+      consts = getattr(inner, 'consts', ())
+      return self.walk(
+        getattr(inner, 'jaxpr', inner), consts, values, path, level
+      )
+    if not has_data:
+      return self.parameters_only(eqn, values, used)
+    if name in _REMAT:
+      return self.remat(eqn, values, path, level)
+    if name == 'scan':
+      return self.scan(eqn, values, path, level)
+    return self.meet(eqn, values, path, level)
+
+  def parameters_only(self, eqn, values, used):
+    """An operation before the data is met: redone where it is met."""
+    node = Node(eqn, tuple(values))
+    outs = self.run(eqn, [value.array for value in values])
+    views = taps.views(eqn, values)
+    repeated = any(value.repeated for value in values)
+    frames = {value.frame for value in values if value.leaves}
+    if len(frames) > 1:  # Of a loop's slices and of the world around it.
+      self.strange |= used
+    return [
+      Value(out, False, used, view, frames.copy().pop(), repeated, node, index)
+      for index, (out, view) in enumerate(zip(outs, views, strict=True))
+    ]
+
+  def meet(self, eqn, values, path, level):
+    used = sorted(frozenset().union(*(value.leaves for value in values)))
+    outs = self.run(eqn, [value.array for value in values])
+    if self.plans is not None:
+      return self.taps.tap(eqn, values, outs, used, path)
+    for leaf in used:
+      found = [value for value in values if leaf in value.leaves]
+      kind = taps.kind_of(eqn, values) if len(used) == 1 else None
+      frames = {value.frame for value in found}
+      if len(frames) > 1:
+        self.strange.add(leaf)
+      view = found[0].view if len(found) == 1 else None
+      self.meetings.setdefault(leaf, []).append(
+        Meeting(
+          path,
+          level,
+          found[0].frame,
+          any(value.repeated for value in found),
+          kind,
+          view,
+        )
+      )
+    return [Value(out, True) for out in outs]
+
+  def materialize(self, value, path, level):
+    """Lets a value without data meet it, in an identity."""
+    if not value.leaves:
+      return value
+    return self.meet(taps.IDENTITY, [value], path, level)[0]
+
+  def remat(self, eqn, values, path, level):
+    """A checkpointed part stays one."""
+    inner = eqn.params['jaxpr']
+    found = []
+
+    def part(arrays):
+      inside = [
+        value._replace(array=array)
+        for value, array in zip(values, arrays, strict=True)
+      ]
+      outs = self.walk(inner, (), inside, path, (*level, path))
+      outs = [
+        self.materialize(out, (*path, 'out', i), (*level, path))
+        for i, out in enumerate(outs)
+      ]
+      found[:] = [out.has_data for out in outs]
+      return [out.array for out in outs]
+
+    arrays = [value.array for value in values]
+    if self.plans is None:
+      outs = part(arrays)
+    else:
+      outs = jax.checkpoint(
+        part,
+        policy=eqn.params['policy'],
+        prevent_cse=eqn.params['prevent_cse'],
+      )(arrays)
+    return [
+      Value(out, has_data) for out, has_data in zip(outs, found, strict=True)
+    ]
+
+  def scan(self, eqn, values, path, level):
+    """Layers in a loop: each takes its slice of stacked parameters."""
+    loop = taps.Loop.of(eqn)
+    if self.plans is None:
+      for value in loop.split(values)[2]:
+        if not value.view:
+          self.strange |= value.leaves
+      if any(v.leaves & (self.opaque | self.strange) for v in values):
+        self.loops[path] = None
+    if self.loops.get(path, ()) is None:
+      return self.meet(eqn, values, path, level)
+    values = [
+      self.materialize(value, (*path, 'carry', i), level)
+      if loop.consts <= i < loop.consts + loop.carry
+      else value
+      for i, value in enumerate(values)
+    ]
+    consts, carry, xs = loop.split(values)
+    consts = [v._replace(repeated=bool(v.leaves)) for v in consts]
+    inner, deeper = loop.jaxpr, (*level, path)
+
+    def body(carry_arrays, x_arrays, has_data):
+      inside = list(consts)
+      inside += [
+        Value(array, data)
+        for array, data in zip(carry_arrays, has_data, strict=True)
+      ]
+      shapes = {}
+      for value, array in zip(xs, x_arrays, strict=True):
+        if value.leaves:
+          (i,) = value.leaves
+          shapes[i] = array
+          inside.append(taps.leaf(array, i, path))
+        else:
+          inside.append(Value(array, value.has_data))
+      self.open(shapes, path)
+      outs = self.walk(inner.jaxpr, inner.consts, inside, path, deeper)
+      return [
+        self.materialize(out, (*path, 'out', i), deeper)
+        for i, out in enumerate(outs)
+      ]
+
+    if self.plans is None:
+      has_data = self._settle(loop, carry, xs, body)
+      self.loops[path] = has_data
+      outs = [var.aval for var in eqn.outvars]
+    else:
+      has_data = self.loops[path]
+
+      def step(carried, slices):
+        outs = [out.array for out in body(carried, slices, has_data[0])]
+        return outs[: loop.carry], outs[loop.carry :]
+
+      last, stacked = jax.lax.scan(
+        step,
+        [value.array for value in carry],
+        [value.array for value in xs],
+        length=loop.length,
+        reverse=eqn.params['reverse'],
+        unroll=eqn.params['unroll'],
+      )
+      outs = [*last, *stacked]
+    flags = [*has_data[0], *has_data[1]]
+    return [Value(out, data) for out, data in zip(outs, flags, strict=True)]
+
+  def _settle(self, loop, carry, xs, body):
+    """Which carried and stacked values have data, once nothing changes."""
+    has_data = [value.has_data for value in carry]
+    carry_avals = [value.array for value in carry]
+    slices = [taps.slice_of(value.array) for value in xs]
+    while True:
+      before = {leaf: list(found) for leaf, found in self.meetings.items()}
+      outs = [out.has_data for out in body(carry_avals, slices, has_data)]
+      now = [a or b for a, b in zip(has_data, outs, strict=False)]
+      if now == has_data:
+        return now, outs[loop.carry :]
+      self.meetings, has_data = before, now
