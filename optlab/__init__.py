@@ -12,6 +12,8 @@ from optlab import newton
 from optlab import tracking
 from optlab import training
 from optlab import unnormalized
+from optlab._argmin import ArgminResult
+from optlab._argmin import argmin
 from optlab.aliases import adadagrad_norm
 from optlab.base import Estimate
 from optlab.base import GradientEstimator
@@ -71,6 +73,7 @@ from optlab.unnormalized import noise_batch
 __version__ = '0.1.0'
 
 __all__ = [
+  'ArgminResult',
   'BilevelBatch',
   'BlockBatch',
   'Dense',
@@ -82,6 +85,7 @@ __all__ = [
   'adadagrad',
   'adadagrad_norm',
   'adagrad_norm',
+  'argmin',
   'augmented_inner_product_test',
   'batches',
   'bilevel',

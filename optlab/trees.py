@@ -242,6 +242,18 @@ def real_dtype(tree: base.ArrayTree) -> Any:
   return jnp.finfo(accumulator_dtype(tree)).dtype
 
 
+def inner_product(a: base.ArrayTree, b: base.ArrayTree) -> jax.Array:
+  """The Euclidean inner product, in float32 or wider."""
+  dtype = accumulator_dtype(a, b)
+  return sum(
+    (
+      jnp.sum(x.astype(dtype) * y.astype(dtype))
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ),
+    start=jnp.zeros((), dtype),
+  )
+
+
 def accumulator_dtype(*trees: base.Params) -> Any:
   """The widest dtype of the leaves, and at least float32.
 

@@ -119,7 +119,8 @@ def step(
   else:
 
     def value(z, product):
-      return 0.5 * inner_product(z, product) - inner_product(z, grad_y)
+      half = 0.5 * trees.inner_product(z, product)
+      return half - trees.inner_product(z, grad_y)
 
     updates, opt_state = dual.optimizer.update(
       residual, state.opt_state, z, value=value(z, product), grad=residual,
@@ -148,17 +149,5 @@ def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
 
 def is_convex(z: base.Params, product: base.Params) -> jax.Array:
   """Whether ``z' g_yy z`` is not negative, but for rounding."""
-  curvature, scale = inner_product(z, product), trees.norm(z)
+  curvature, scale = trees.inner_product(z, product), trees.norm(z)
   return ~(curvature < -1e-3 * scale * trees.norm(product))
-
-
-def inner_product(a: base.Params, b: base.Params) -> jax.Array:
-  """The Euclidean inner product, in float32 or wider."""
-  dtype = trees.accumulator_dtype(a, b)
-  return sum(
-    (
-      jnp.sum(x.astype(dtype) * y.astype(dtype))
-      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ),
-    start=jnp.zeros((), dtype),
-  )

@@ -6,11 +6,11 @@ import functools
 import jax
 import optax
 
+from optlab import _systems
 from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
-from optlab.bilevel import _cg
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
@@ -112,11 +112,11 @@ def implicit(
     tolerance = trees.at_step(rtol, state.step)
     start = state.dual if warm else None
     if lower_map is None:
-      dual, ok = _cg.solve(
+      dual, ok = _systems.cg(
         multiply, b, start, rtol=tolerance, max_steps=max_steps
       )
     else:
-      dual, ok = _cg.gmres(
+      dual, ok = _systems.gmres(
         multiply, b, start, rtol=tolerance, max_steps=max_steps
       )
     if dual_radius is not None:

@@ -136,6 +136,7 @@ row(
 )
 
 
+argmin = family('argmin', lower=lambda x, y, batch: jnp.sum((y - x) ** 2))
 ema = family('ema', tracker=X, now=X, rate=0.1)
 storm = family('storm', tracker=X, now=X, before=X, beta=0.1)
 msvr = family('msvr', tracker=X, now=X, before=X, alpha=0.1)

@@ -1,8 +1,8 @@
-"""Conjugate gradients that survive an operator which is not positive definite.
+"""Linear systems on pytrees, by products alone.
 
-Where a direction has no positive curvature they stop, as Steihaug's do, and
-return the iterate of the smallest residual; a start that is worse than zero is
-not taken.
+Conjugate gradients survive an operator which is not positive definite: where a
+direction has no positive curvature they stop, as Steihaug's do, and return the
+iterate of the smallest residual; a start that is worse than zero is not taken.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import trees
-from optlab.bilevel import _dual
 
 
 class _State(NamedTuple):
@@ -28,7 +27,7 @@ class _State(NamedTuple):
   steps: jax.Array
 
 
-def solve(
+def cg(
   multiply: Callable[[base.Params], base.Params],
   b: base.Params,
   start: base.Params | None,
@@ -48,7 +47,7 @@ def solve(
   Returns:
     ``x``, and whether no direction of negative curvature was met.
   """
-  dot = _dual.inner_product
+  dot = trees.inner_product
   target = rtol**2 * dot(b, b)
   zero = jax.tree.map(jnp.zeros_like, b)
   x, residual, cold = zero, b, jnp.asarray(True)
