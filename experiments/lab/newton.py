@@ -115,7 +115,7 @@ def _advance(problem, method, state: Progress, data) -> Progress:
     total = lambda opt_state: optax.tree.get(opt_state, 'total_products')
     counted = total(result.opt_state) - total(state.opt_state)
     products = counted + method.curvature.columns
-    solves = trials
+    solves = optax.tree.get(result.opt_state, 'solves')
   return Progress(
     result.params, result.opt_state,
     state.trials + trials, state.gradients + gradients,

@@ -19,6 +19,7 @@ from optlab.newton._operators import OperatorFactory
 from optlab.newton._operators import dense
 from optlab.newton._search import SearchRule
 from optlab.newton._search import Trial
+from optlab.newton._search import adaptive
 from optlab.newton._search import double
 from optlab.newton._search import hold
 from optlab.newton._search import measured
@@ -37,6 +38,7 @@ __all__ = [
   'SearchRule',
   'SparseMatrix',
   'Trial',
+  'adaptive',
   'cg',
   'cholesky',
   'dense',

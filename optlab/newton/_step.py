@@ -16,7 +16,7 @@ from optlab.newton import _metric
 from optlab.newton import _operators
 from optlab.newton import _trials
 
-GIVE_UP = 40  # rejected trials in a row
+GIVE_UP = 40  # attempts in a row
 
 
 class GNSNewtonInfo(NamedTuple):
@@ -24,21 +24,26 @@ class GNSNewtonInfo(NamedTuple):
 
   Attributes:
     shift: The regularization ``lambda`` of the last trial.
-    trials: Trials of the last step.
+    trials: Trials of the last step: points tried, a value and a gradient each.
+    solves: Systems solved in the last step, those that were found not to be
+      positive definite included.
     accepted: Whether the last step was accepted; a rejected step is zero.
     stalled: Whether the last search ended because rounding hides any decrease.
-    failed: Whether 40 trials in a row, of one step or of several, were
-      rejected.
+    failed: Whether 40 attempts in a row, of one step or of several, were in
+      vain.
     total_trials: Trials of all steps.
+    total_solves: Systems solved in all steps.
     total_products: Operator-vector products of all steps.
   """
 
   shift: jax.Array  # shape ()
   trials: jax.Array  # shape (), int32
+  solves: jax.Array  # shape (), int32
   accepted: jax.Array  # shape (), bool
   stalled: jax.Array  # shape (), bool
   failed: jax.Array  # shape (), bool
   total_trials: jax.Array  # shape (), int32
+  total_solves: jax.Array  # shape (), int32
   total_products: jax.Array  # shape (), int32
 
 
@@ -50,7 +55,7 @@ class GNSNewtonState(NamedTuple):
       0 before the first step where the method chooses the first one itself.
     value: The objective at the current point, infinite if it is not known.
     grad: The gradient at the current point, for `value_and_grad_from_state`.
-    rejections: Trials rejected since the last accepted one.
+    rejections: Attempts in vain since the last accepted one.
     rule: The state of the search rule, empty for those of optlab.
     info: Diagnostics.
   """
@@ -88,10 +93,12 @@ def init(method: Method, params: base.Params) -> GNSNewtonState:
     info=GNSNewtonInfo(
       shift=jnp.zeros((), dtype),
       trials=jnp.zeros((), jnp.int32),
+      solves=jnp.zeros((), jnp.int32),
       accepted=jnp.zeros((), bool),
       stalled=jnp.zeros((), bool),
       failed=jnp.zeros((), bool),
       total_trials=jnp.zeros((), jnp.int32),
+      total_solves=jnp.zeros((), jnp.int32),
       total_products=jnp.zeros((), jnp.int32),
     ),
   )
@@ -141,6 +148,7 @@ def update(
       rule=state.rule,
       shift=state.info.shift,
       trials=jnp.zeros((), jnp.int32),
+      solves=jnp.zeros((), jnp.int32),
       accepted=jnp.zeros((), bool),
       flat=jnp.zeros((), bool),
       stalled=jnp.zeros((), bool),
@@ -185,7 +193,7 @@ def _start(method, state, params, updates, value, value_fn, curvature):
 
 def _after(state, found):
   """The state after a search."""
-  rejections = state.rejections + jnp.where(found.stalled, 0, found.trials)
+  rejections = state.rejections + jnp.where(found.stalled, 0, found.solves)
   rejections = jnp.where(found.accepted, 0, rejections)
   return GNSNewtonState(
     gamma=found.gamma,
@@ -196,10 +204,12 @@ def _after(state, found):
     info=GNSNewtonInfo(
       shift=found.shift,
       trials=found.trials,
+      solves=found.solves,
       accepted=found.accepted,
       stalled=found.stalled,
       failed=rejections >= GIVE_UP,
       total_trials=state.info.total_trials + found.trials,
+      total_solves=state.info.total_solves + found.solves,
       total_products=state.info.total_products + found.products,
     ),
   )

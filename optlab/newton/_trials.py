@@ -70,13 +70,16 @@ class Limits(NamedTuple):
 
   Attributes:
     rule: Moves the smoothness.
-    max_trials: The most trials.
+    max_trials: The most attempts.
+    gain: Accept also where the decrease is this part of the model's; ``None``
+      never does.
     safeguard: Whether to accept on the gradient where rounding hides the
       decrease, and to stall where that fails too.
   """
 
   rule: _search.SearchRule
   max_trials: Any
+  gain: Any
   safeguard: bool
 
 
@@ -89,7 +92,8 @@ class Search(NamedTuple):
   gamma: jax.Array
   rule: Any  # the rule's state
   shift: jax.Array
-  trials: jax.Array
+  solves: jax.Array  # int32, attempts: systems solved
+  trials: jax.Array  # int32, those that gave a point
   accepted: jax.Array
   flat: jax.Array  # whether rounding hides what the last trial did
   stalled: jax.Array
@@ -114,16 +118,17 @@ def search(start: Start, found: Search, limits: Limits) -> Search:
 
   def unfinished(now):
     ended = now.accepted | now.stalled
-    return movable & ~ended & (now.trials < limits.max_trials)
+    return movable & ~ended & (now.solves < limits.max_trials)
 
   def step(now):
     shift = start.shift_of(now.gamma)
     point = _try(start, shift)
-    accepted, flat = _judge(start, point, shift, limits.safeguard)
+    accepted, flat = _judge(start, point, shift, limits)
     stalled = jnp.asarray(False)
     if limits.safeguard:
       # A step across a symmetric valley is flat too, once.
-      hidden = now.flat | _is_hidden(start, point, shift)
+      hidden = _predicted(start, point, shift) <= 10 * start.rounding
+      hidden |= now.flat
       stalled = flat & ~accepted & hidden
     after = _learn(start, now, point, shift, accepted, limits.rule)
     taught = ~(flat & accepted) if limits.safeguard else True
@@ -151,7 +156,12 @@ def _try(start, shift):
     start.params,
   )
   params = trees.rounded(optax.apply_updates(start.params, step))
-  value, grad = start.value_and_grad(params)
+  like = jax.eval_shape(start.value_and_grad, params)
+  value, grad = jax.lax.cond(
+    solved,
+    lambda: trees.own(start.value_and_grad(params)),
+    lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), like),
+  )
   value, dual = value.astype(dtype), start.space.dual(grad)
   grad_norm = trees.norm(dual)
   finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -168,13 +178,16 @@ def _try(start, shift):
   )
 
 
-def _judge(start, point, shift, safeguard):
+def _judge(start, point, shift, limits):
   """Whether a trial is accepted, and whether rounding hides its decrease."""
   decrease = start.value - point.value
   needed = _per_shift(point.dual @ point.dual, point.grad_norm, 8.0 * shift)
   flat = (jnp.abs(decrease) <= start.rounding) & point.ok
   accepted = decrease >= needed
-  if safeguard:
+  if limits.gain is not None:
+    predicted = _predicted(start, point, shift)
+    accepted |= (decrease >= limits.gain * predicted) & (predicted > 0)
+  if limits.safeguard:
     smaller = point.grad_norm <= 0.9 * start.grad_norm
     smaller |= point.dual @ -point.move >= needed
     accepted = jnp.where(flat, smaller & ~_is_rounding(point, start), accepted)
@@ -188,11 +201,10 @@ def _per_shift(square, norm, shift):
   return jnp.where(usual, square / shift, norm * (norm / shift))
 
 
-def _is_hidden(start, point, shift):
-  """Whether rounding would hide even the decrease of the quadratic model."""
+def _predicted(start, point, shift):
+  """The decrease of the quadratic model, by its first-order condition."""
   length = trees.norm(point.move)
-  predicted = (shift * length * length - start.dual @ point.move) / 2
-  return predicted <= 10 * start.rounding
+  return (shift * length * length - start.dual @ point.move) / 2
 
 
 def _is_rounding(point, start):
@@ -213,7 +225,7 @@ def _learn(start, now, point, shift, accepted, rule):
   trial = _search.Trial(
     gamma=now.gamma,
     shift=shift,
-    trials=now.trials + 1,
+    attempt=now.solves + 1,
     accepted=accepted,
     start_norm=start.grad_norm,
     grad_norm=point.grad_norm,
@@ -239,7 +251,8 @@ def _learn(start, now, point, shift, accepted, rule):
     gamma=gamma,
     rule=state,
     shift=shift,
-    trials=now.trials + 1,
+    solves=now.solves + 1,
+    trials=now.trials + point.solved.astype(jnp.int32),
     accepted=accepted,
     products=now.products + point.products,
   )

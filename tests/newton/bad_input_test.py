@@ -135,7 +135,8 @@ for name in ('cholesky', 'eigh', 'woodbury', 'cg', 'lanczos'):
     ),
   )
 
-double, hold, measured = family('double'), family('hold'), family('measured')
+for name in ('adaptive', 'double', 'hold', 'measured'):
+  family(name)
 gns_newton = family('gns_newton')
 gns_newton_paper = family('gns_newton_paper')
 VALUES = {'value': 2.0, 'grad': X, 'value_fn': lambda x: jnp.sum(x**2)}

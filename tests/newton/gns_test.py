@@ -220,6 +220,7 @@ def test_chebyshev_with_the_exact_indefinite_hessian(x64, paper):
   'rule, solver, dense',
   [
     (smoothness.double(), None, True),
+    (smoothness.hold(), None, True),
     (smoothness.measured(), None, True),
     (smoothness.hold(), optlab.newton.eigh(), True),
     (smoothness.hold(), optlab.lanczos(), False),
@@ -244,8 +245,9 @@ def test_every_rule_and_solver_reaches_the_optimum(x64, rule, solver, dense):
 # What makes the method.
 
 
+@pytest.mark.parametrize('gain', [None, 0.1, 0.9])
 @pytest.mark.parametrize('metric', [None, 'diagonal', 'matrix'])
-def test_accepts_exactly_where_the_decrease_test_holds(x64, metric):
+def test_accepts_exactly_where_the_decrease_test_holds(x64, metric, gain):
   b = np.diag([3.0, 0.5]) + (0.2 if metric == 'matrix' else 0.0)
   b = np.eye(2) if metric is None else b
   option = {
@@ -254,7 +256,7 @@ def test_accepts_exactly_where_the_decrease_test_holds(x64, metric):
     'matrix': optlab.Dense(jnp.asarray(b)),
   }[metric]
   tx = optlab.gns_newton(
-    metric=option, gamma_init=64.0, rule=smoothness.double()
+    metric=option, gamma_init=64.0, rule=smoothness.double(), gain=gain
   )
   x = jnp.array([-2.0, 2.0])
   factory = exact(rosenbrock)
@@ -273,7 +275,11 @@ def test_accepts_exactly_where_the_decrease_test_holds(x64, metric):
       definite = np.linalg.eigvalsh(matrix)[0] > 0
       new = x - np.linalg.solve(matrix, grad)
       new_value, new_grad = value_and_grad(new)
-      if definite and value - new_value >= dual(new_grad) ** 2 / (8 * shift):
+      decrease, d = value - new_value, new - x
+      model = -grad @ d - d @ hessian(x) @ d / 2
+      good = decrease >= dual(new_grad) ** 2 / (8 * shift)
+      good |= gain is not None and decrease >= gain * model
+      if definite and good:
         break
       gamma /= 2
     updates, state = step(tx, state, x, rosenbrock, factory)
@@ -289,17 +295,18 @@ def test_accepts_exactly_where_the_decrease_test_holds(x64, metric):
     np.testing.assert_allclose(state.value, new_value, rtol=1e-6)
     np.testing.assert_allclose(state.grad, new_grad, rtol=1e-4, atol=1e-9)
     trials.append(taken)
-  assert max(trials) > 1 and state.info.total_trials == sum(trials)
+  assert max(trials) > 1 and state.info.total_solves == sum(trials)
 
 
 def test_hold_lowers_lambda_only_after_a_clean_step(x64):
-  tx, x = optlab.gns_newton(gamma_init=64.0), jnp.array([-2.0, 2.0])
+  tx = optlab.gns_newton(gamma_init=64.0, rule=smoothness.hold(), gain=None)
+  x = jnp.array([-2.0, 2.0])
   state = tx.init(x)
   factory = exact(rosenbrock)
   seen = set()
   for _ in range(12):
     before = state.info.shift
-    clean = state.info.trials == 1
+    clean = state.info.solves == 1
     updates, state = step(tx, state, x, rosenbrock, factory)
     x = optax.apply_updates(x, updates)
     if before > 0:
@@ -322,6 +329,64 @@ def test_measured_takes_lambda_from_the_error_of_the_model(x64):
   shift = jnp.linalg.norm(grad) / state.gamma
   assert state.info.accepted
   np.testing.assert_allclose(shift, error, rtol=1e-8)
+
+
+def test_adaptive_goes_down_as_far_as_the_model_allows(x64):
+  fun = lambda x: jnp.sum(jnp.cosh(x)) + x[0]
+  for start in ([1.0, -2.0], [1e-3, 1e-3]):
+    tx = optlab.gns_newton(gamma_init=1.0)
+    x = jnp.array(start)
+    updates, state = step(tx, tx.init(x), x, fun, exact(fun))
+    assert outcome(state) == (1, True, False)
+    grad = jax.grad(fun)(x + updates)
+    error = grad + state.info.shift * updates
+    measured = jnp.linalg.norm(error) / jnp.linalg.norm(updates)
+    expected = jnp.clip(measured, state.info.shift / 1000, state.info.shift / 4)
+    shift = jnp.linalg.norm(grad) / state.gamma
+    np.testing.assert_allclose(shift, expected, rtol=1e-8)
+
+
+def test_a_quadratic_takes_few_steps_however_ill_conditioned(x64):
+  scales = jnp.geomspace(1e-6, 1.0, 10)
+  fun = lambda x: x @ (scales * x) / 2 + x[0]
+  run = minimize(
+    fun, jnp.ones(10), optlab.gns_newton(), max_steps=20, grad_tol=1e-10,
+    curvature=exact(fun),
+  )  # fmt: skip
+  assert run.status == training.GRAD_TOL and run.steps <= 5
+  plain = minimize(
+    fun, jnp.ones(10), optlab.gns_newton(rule=smoothness.hold()),
+    max_steps=20, grad_tol=1e-10, curvature=exact(fun),
+  )  # fmt: skip
+  assert plain.steps > run.steps + 3
+
+
+def test_the_gain_ratio_saves_most_of_the_evaluations_on_rosenbrock(x64):
+  start = jnp.array([-1.2, 1.0])
+  run = lambda gain: minimize(
+    rosenbrock, start, optlab.gns_newton(gain=gain), max_steps=200,
+    grad_tol=1e-4, curvature=exact(rosenbrock),
+  )  # fmt: skip
+  with_, without = run(0.1), run(None)
+  assert with_.status == without.status == training.GRAD_TOL
+  assert with_.opt_state.info.total_trials <= 32
+  assert without.opt_state.info.total_trials > 60
+
+
+def test_no_point_is_evaluated_where_no_system_was_solved(x64):
+  calls = []
+
+  def fun(x):
+    jax.debug.callback(lambda: calls.append(1))
+    return jnp.sum(x**4 - x**2)
+
+  run = minimize(fun, jnp.full(2, 0.1), optlab.gns_newton(), max_steps=30,
+                 grad_tol=1e-6)  # fmt: skip
+  jax.effects_barrier()
+  info = run.opt_state.info
+  assert info.total_solves > info.total_trials
+  # Linearizing for the curvature evaluates once a step more.
+  assert len(calls) == 1 + info.total_trials + run.steps
 
 
 def test_the_first_lambda_does_not_depend_on_scale(x64):
