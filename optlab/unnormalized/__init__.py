@@ -11,6 +11,7 @@ from optlab.unnormalized._grid import GridLogPartition
 from optlab.unnormalized._grid import grid_log_partition
 from optlab.unnormalized._langevin import LangevinResult
 from optlab.unnormalized._langevin import langevin
+from optlab.unnormalized._likelihood import Adapted
 from optlab.unnormalized._likelihood import LogDensity
 from optlab.unnormalized._likelihood import Noise
 from optlab.unnormalized._likelihood import NoiseBatch
@@ -39,6 +40,7 @@ from optlab.unnormalized._noise_mixture import defensive
 from optlab.unnormalized._noise_mixture import mixture
 
 __all__ = [
+  'Adapted',
   'ContrastiveDivergenceInfo',
   'ContrastiveDivergenceState',
   'Coverage',

@@ -43,6 +43,7 @@ class Flow(NamedTuple):
 
   def log_prob(self, rows: jax.Array) -> jax.Array:
     """Log density, ``[num, d] -> [num]``."""
+    rows = jnp.asarray(rows)
 
     def layer(carry, weights):
       rows, log_det = carry
@@ -153,7 +154,7 @@ def fit_flow(
   Raises:
     TypeError: A count is not an integer, or a rate not a real number.
     ValueError: ``num_steps`` or ``batch_size`` is below one, a rate negative,
-      or ``rows`` have another width than the flow.
+      or ``rows`` have another width than the flow, or are not finite.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -180,7 +181,8 @@ def fit_flow(
       f'rows must have shape [num, {flow.mean.shape[0]}] with num at least 1,'
       f' as the flow has, got {jnp.shape(rows)}.'
     )
-  rows = jnp.asarray(rows)
+  checks.check_real('rows', rows, low_open=True, high_open=True)
+  rows = jnp.asarray(rows, flow.mean.dtype)
   schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
   tx = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
   fixed, weights = flow[:3], flow[3:]

@@ -7,6 +7,7 @@ row from poisoning the gradient.
 """
 
 from collections.abc import Callable, Iterable
+import inspect
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -35,6 +36,66 @@ class Noise(Protocol):
   def log_prob(self, rows: jax.Array) -> jax.Array:
     """Returns the exact log density of ``rows``, shape ``[num]``."""
     ...
+
+
+class Adapted(NamedTuple):
+  """A distribution of numpyro, flowjax, distrax or TFP as `Noise`."""
+
+  distribution: Any
+
+  def sample(self, key: jax.Array, num: int) -> jax.Array:
+    """Draws ``[num, ...]``, independent."""
+    names = inspect.signature(self.distribution.sample).parameters
+    name = next(name for name in ('key', 'seed', 'rng_key') if name in names)
+    return self.distribution.sample(**{name: key, 'sample_shape': (num,)})
+
+  def log_prob(self, rows: jax.Array) -> jax.Array:
+    """Log density, ``[num, ...] -> [num]``."""
+    return self.distribution.log_prob(rows)
+
+
+def as_noise(name: str, noise: Any) -> Noise:
+  """The noise, or an `Adapted` distribution of another library.
+
+  Args:
+    name: The argument's name, for the message.
+    noise: What has ``sample(key, num)``, or a ``sample`` with ``sample_shape``;
+      and ``log_prob``.
+
+  Returns:
+    A `Noise`.
+
+  Raises:
+    TypeError: ``noise`` has no ``sample`` and ``log_prob``.
+    ValueError: It is a batch of distributions.
+  """
+  NOISE.check(name, noise)
+  try:
+    names = inspect.signature(noise.sample).parameters
+  except ValueError:  # Written in another language: it says no names.
+    return noise
+  if 'sample_shape' not in names:
+    return noise
+  batch_shape = tuple(getattr(noise, 'batch_shape', ()))
+  if batch_shape:
+    raise ValueError(
+      f'{name} must be one distribution, got a batch of shape {batch_shape}:'
+      f' make one event of its columns, as by .to_event({len(batch_shape)}) in'
+      ' numpyro or Independent in distrax.'
+    )
+  return Adapted(noise)
+
+
+def scores(name: str, noise: Noise, rows: Any) -> jax.Array:
+  """The noise's log density of rows; an error unless it is one a row."""
+  log_q = noise.log_prob(rows)
+  num = jnp.shape(jax.tree.leaves(rows)[0])[0]
+  if jnp.shape(log_q) != (num,):
+    raise ValueError(
+      f'{name}.log_prob must return one number a row, shape {(num,)}, got'
+      f' {jnp.shape(log_q)}: sum over the columns.'
+    )
+  return log_q
 
 
 class NoiseBatch(NamedTuple):
@@ -66,7 +127,8 @@ def noise_batch(
   """Draws noise beside a batch of data.
 
   Args:
-    noise: The noise distribution.
+    noise: The noise distribution: one of this module, of numpyro, flowjax,
+      distrax or TFP, or anything with ``sample(key, num)`` and ``log_prob``.
     key: PRNG key.
     data: ``[n, ...]``.
     num: How many rows of noise, a Python integer.
@@ -80,7 +142,7 @@ def noise_batch(
   Raises:
     TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
       ``log_prob``.
-    ValueError: ``num`` is below one.
+    ValueError: ``num`` is below one, or ``noise`` a batch of distributions.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -91,12 +153,13 @@ def noise_batch(
     (8, 1) (8,)
   """
   checks.enforce(noise_batch, locals())
+  noise = as_noise('noise', noise)
   rows = noise.sample(key, num)
   return NoiseBatch(
     data=data,
     noise=rows,
-    noise_log_prob=noise.log_prob(rows),
-    data_log_prob=noise.log_prob(data) if score_data else None,
+    noise_log_prob=scores('noise', noise, rows),
+    data_log_prob=scores('noise', noise, data) if score_data else None,
   )
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
-from optlab import trees
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _pareto
 from optlab.unnormalized import _walk
@@ -102,8 +101,8 @@ def log_partition(
   Raises:
     TypeError: ``log_density`` is not a function, ``noise`` no distribution,
       a count no integer, or a bound not a real number.
-    ValueError: ``num`` is not a positive multiple of ``chunk``, or a bound out
-      of range.
+    ValueError: ``num`` is not a positive multiple of ``chunk``, a bound out of
+      range, or ``noise`` a batch of distributions.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -134,6 +133,7 @@ def log_partition(
   if num % chunk:
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
 
+  noise = _likelihood.as_noise('noise', noise)
   draws, reservoir, layout = _draw(log_density, noise, key, num, chunk)
   log_w, rejected = draws
   weights = _likelihood.importance_weights(log_w)
@@ -186,7 +186,10 @@ def log_partition(
 def _draw(log_density, noise, key, num, chunk):
   """All log weights, the rejected draws, and rows resampled by weight."""
   rows = jax.eval_shape(lambda: noise.sample(key, chunk))
-  dtype = trees.accumulator_dtype(jax.eval_shape(noise.log_prob, rows))
+  log_q = jax.eval_shape(
+    lambda rows: _likelihood.scores('noise', noise, rows), rows
+  )
+  dtype = jnp.promote_types(jnp.float32, log_q.dtype)
   layout = _walk.layout(rows)
   chains = min(num, chunk, 2000)
 

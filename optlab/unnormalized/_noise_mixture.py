@@ -18,11 +18,18 @@ class Mixture(NamedTuple):
   components: tuple[Any, ...]
 
   def _choose(self, component, draws):
-    stacked = jnp.stack(draws)
-    return stacked[component, jnp.arange(stacked.shape[1])]
+    def leaf(*leaves):
+      stacked = jnp.stack(leaves)
+      return stacked[component, jnp.arange(stacked.shape[1])]
+
+    for i, other in enumerate(draws[1:], 1):
+      checks.check_same_tree(
+        f'a draw of components[{i}]', other, 'one of components[0]', draws[0]
+      )
+    return jax.tree.map(leaf, *draws)
 
   def sample(self, key: jax.Array, num: int) -> jax.Array:
-    """Draws ``[num, d]``, independent; costs a draw of every component."""
+    """Draws ``[num, ...]``, independent; costs a draw of every component."""
     which, *keys = jax.random.split(key, len(self.components) + 1)
     component = jax.random.categorical(which, self.log_weights, shape=(num,))
     draws = [
@@ -33,7 +40,12 @@ class Mixture(NamedTuple):
 
   def log_prob(self, rows: jax.Array) -> jax.Array:
     """Log density, ``[num, d] -> [num]``."""
-    parts = jnp.stack([part.log_prob(rows) for part in self.components])
+    parts = jnp.stack(
+      [
+        _likelihood.scores(f'components[{i}]', part, rows)
+        for i, part in enumerate(self.components)
+      ]
+    )
     return special.logsumexp(parts + self.log_weights[:, None], axis=0)
 
 
@@ -50,7 +62,8 @@ def mixture(weights: base.ArrayLike, *components: Any) -> Mixture:
   Raises:
     TypeError: A component has no ``sample`` and ``log_prob``.
     ValueError: There are not as many weights as components, or one is not
-      positive.
+      positive; a component is a batch of distributions, or draws rows of
+      another structure.
   """
   weights = checks.as_array('weights', weights)
   checks.check_positive('weights', weights)
@@ -59,9 +72,11 @@ def mixture(weights: base.ArrayLike, *components: Any) -> Mixture:
       f'weights must have shape ({len(components)},), one a component, got'
       f' {weights.shape}.'
     )
-  for i, component in enumerate(components):
-    _likelihood.NOISE.check(f'components[{i}]', component)
-  return Mixture(jnp.log(weights / jnp.sum(weights)), tuple(components))
+  components = tuple(
+    _likelihood.as_noise(f'components[{i}]', component)
+    for i, component in enumerate(components)
+  )
+  return Mixture(jnp.log(weights / jnp.sum(weights)), components)
 
 
 @checks.domains(

@@ -168,6 +168,134 @@ def test_a_flow_fits_what_a_gaussian_does_not():
   assert -np.mean(flow().log_prob(rows)) < gaussian - 0.3
 
 
+# Distributions of other libraries.
+
+
+class OfNumpyro:
+  """The shape of numpyro's distributions; so are those of TFP and distrax."""
+
+  def __init__(self, batch_shape=(), seed='key'):
+    self.batch_shape, self.seed = batch_shape, seed
+    rows = single().sample
+    if seed == 'key':
+      self.sample = lambda key, sample_shape=(): rows(key, *sample_shape)
+    else:
+      self.sample = lambda sample_shape=(), seed=None: rows(seed, *sample_shape)
+
+  def log_prob(self, value):
+    return single().log_prob(value)
+
+
+@pytest.mark.parametrize('seed', ['key', 'seed'])
+def test_distributions_of_other_libraries_plug_in(seed):
+  other, key = OfNumpyro(seed=seed), jax.random.key(0)
+  data = jnp.ones((4, 2))
+  got = optlab.noise_batch(other, key, data, 8)
+  want = optlab.noise_batch(single(), key, data, 8)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  model = lambda x: -0.5 * jnp.sum(x**2, -1)
+  score = lambda noise: optlab.log_partition(
+    model, noise, key, 4000, chunk=2000
+  )
+  assert score(other).second == score(single()).second
+  both = optlab.unnormalized.mixture([0.5, 0.5], other, single())
+  np.testing.assert_allclose(
+    both.log_prob(data), single().log_prob(data), rtol=1e-6
+  )
+
+
+def test_numpyro_itself():
+  distributions = pytest.importorskip('numpyro.distributions')
+  noise = distributions.MultivariateNormal(jnp.zeros(2), 2 * jnp.eye(2))
+  model = lambda x: -0.5 * jnp.sum(x**2, -1)
+  result = optlab.log_partition(model, noise, jax.random.key(0))
+  assert result.ok
+  np.testing.assert_allclose(result.value, np.log(2 * np.pi), atol=0.01)
+  with pytest.raises(ValueError, match=r'batch of shape \(2,\).*to_event'):
+    optlab.noise_batch(
+      distributions.Normal(jnp.zeros(2), 1.0),
+      jax.random.key(0),
+      jnp.ones((4, 2)),
+      8,
+    )
+
+
+def test_batches_of_distributions_are_refused():
+  key, data = jax.random.key(0), jnp.ones((4, 2))
+  for call in (
+    lambda noise: optlab.noise_batch(noise, key, data, 8),
+    lambda noise: optlab.log_partition(lambda x: x[:, 0], noise, key),
+    lambda noise: optlab.unnormalized.defensive(single(), noise),
+  ):
+    with pytest.raises(ValueError, match=r'a batch of shape \(3,\): make one'):
+      call(OfNumpyro(batch_shape=(3,)))
+
+  class Columns:
+    sample = staticmethod(lambda key, num: jnp.zeros((num, 2)))
+    log_prob = staticmethod(lambda rows: rows)
+
+  with pytest.raises(
+    ValueError, match=r'log_prob must return one number a row'
+  ):
+    optlab.noise_batch(Columns(), key, data, 8)
+  with pytest.raises(
+    ValueError, match=r'log_prob must return one number a row'
+  ):
+    optlab.log_partition(lambda x: x[:, 0], Columns(), key)
+
+
+class Tree:
+  """Rows that are trees, of floats and of integers."""
+
+  def sample(self, key, num):
+    keys = jax.random.split(key)
+    return {
+      'x': jax.random.normal(keys[0], (num, 2)),
+      'k': jax.random.randint(keys[1], (num,), 0, 3),
+    }
+
+  def log_prob(self, rows):
+    normal = -0.5 * jnp.sum(rows['x'] ** 2, -1) - jnp.log(2 * jnp.pi)
+    inside = (rows['k'] >= 0) & (rows['k'] < 3)
+    return jnp.where(inside, normal - jnp.log(3.0), -jnp.inf)
+
+
+def test_mixtures_of_rows_that_are_trees():
+  noise = optlab.unnormalized.mixture([0.3, 0.7], Tree(), Tree())
+  rows = noise.sample(jax.random.key(0), 5)
+  assert jax.tree.map(jnp.shape, rows) == {'x': (5, 2), 'k': (5,)}
+  weights = jnp.asarray([0.0, 1.0, -1.0])
+  result = optlab.log_partition(
+    lambda rows: weights[rows['k']] - jnp.sum(rows['x'] ** 2, -1) / 2,
+    noise,
+    jax.random.key(0),
+  )
+  truth = jax.nn.logsumexp(weights) + np.log(2 * np.pi)
+  assert result.ok
+  assert abs(result.value - truth) < 3 * result.standard_error
+  mixed = optlab.unnormalized.mixture([0.5, 0.5], Tree(), single())
+  with pytest.raises(ValueError, match=r'a draw of components\[1\] must have'):
+    mixed.sample(jax.random.key(0), 4)
+
+
+def test_integer_rows():
+  rows = np.random.default_rng(0).integers(0, 5, (100, 2))
+  start = optlab.unnormalized.init_flow(jax.random.key(0), rows, 2, 8)
+  fits = [
+    optlab.unnormalized.fit_flow(start, jax.random.key(1), rows, 3)[1]
+    for rows in (rows, jnp.asarray(rows), rows.astype(np.float32))
+  ]
+  for fit in fits[1:]:
+    np.testing.assert_array_equal(fit, fits[0])
+  for noise in (
+    start,
+    optlab.fit_gaussian(rows),
+    optlab.unnormalized.gaussian(np.zeros(2, int), np.eye(2, dtype=int)),
+  ):
+    assert noise.mean.dtype == jnp.float32
+    assert np.all(np.isfinite(noise.log_prob(rows)))
+
+
 def test_bad_arguments():
   with pytest.raises(ValueError, match='positive definite'):
     optlab.unnormalized.gaussian(jnp.zeros(2), -jnp.eye(2))
