@@ -330,6 +330,7 @@ def distinct_blocks(blocks: jax.Array, num_blocks: int) -> jax.Array:
     [ True  True False False]
   """
   check_blocks(blocks, num_blocks)
+  blocks = jnp.asarray(blocks)  # Of numpy, it can't be indexed by tracers.
   order = jnp.argsort(blocks, stable=True)
   sorted_blocks = blocks[order]
   first = jnp.concatenate(

@@ -3,7 +3,6 @@
 from optlab.multi_block._blocks import BlockBatch
 from optlab.multi_block._blocks import BlockObjective
 from optlab.multi_block._blocks import PairedBlockBatch
-from optlab.multi_block._bsvrb import BSVRBInfo
 from optlab.multi_block._bsvrb import BSVRBState
 from optlab.multi_block._bsvrb import bsvrb
 from optlab.multi_block._bsvrb import dual_variables
@@ -13,6 +12,7 @@ from optlab.multi_block._dual import HessianState
 from optlab.multi_block._dual import ProductState
 from optlab.multi_block._dual import track_hessians
 from optlab.multi_block._dual import track_products
+from optlab.multi_block._info import BSVRBInfo
 from optlab.multi_block._rsvrb import RSVRBState
 from optlab.multi_block._rsvrb import Tracked
 from optlab.multi_block._rsvrb import rsvrb

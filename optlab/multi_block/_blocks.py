@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from optlab import checks
 from optlab import tracking
@@ -45,22 +47,89 @@ class PairedBlockBatch(NamedTuple):
   outer: jax.Array
 
 
+def objective(
+  name: str, fun: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., Any]:
+  """An objective that says what is wrong with what it returns.
+
+  Args:
+    name: Of the argument, for the message.
+    fun: The objective of a block.
+    has_aux: Whether it returns auxiliary output beside the value.
+
+  Returns:
+    ``(params, inner, batch) -> value``, or ``-> (value, aux)``.
+  """
+
+  def call(params, inner, batch):
+    value = fun(params, inner, batch)
+    aux = ()
+    if has_aux:
+      if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(
+          f'{name} must return (value, aux) where has_aux is set, got'
+          f' {type(value).__name__}.'
+        )
+      value, aux = value
+    if isinstance(value, (tuple, list, dict)) or jnp.shape(value):
+      what = f'shape {jnp.shape(value)}' if hasattr(value, 'shape') else (
+        type(value).__name__
+      )  # fmt: skip
+      raise TypeError(
+        f'{name} must return a scalar for one block, got {what}; average over'
+        ' the data of the block; auxiliary output is for upper, with has_aux.'
+      )
+    return (value, aux) if has_aux else value
+
+  return call
+
+
+def objectives(upper: Any, lower: Any, has_aux: bool) -> tuple[Any, Any]:
+  """Both objectives; the upper one returns ``(value, aux)`` in any case."""
+  upper = objective('upper', upper, has_aux)
+  if has_aux:
+    return upper, objective('lower', lower)
+  return lambda *args: (upper(*args), ()), objective('lower', lower)
+
+
+def check_levels(params: Any, inner: Any, num_blocks: int) -> None:
+  """Raises unless both variables are real, and ``inner`` is a table."""
+  for name, tree in (('params', params), ('inner', inner)):
+    checks.check_params(name, tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        raise TypeError(
+          f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
+          f' {jnp.result_type(leaf)}; keep real and imaginary part apart.'
+        )
+  if not jax.tree.leaves(inner):
+    raise ValueError('inner must have at least one leaf, got none.')
+  tracking.check_rows('inner', inner, num_blocks)
+
+
 def check_batch(batch: Any, num_blocks: int, kind: Any = BlockBatch) -> None:
   """Raises unless ``batch`` has blocks, and data for each of them."""
   checks.check_fields('batch', batch, kind._fields, f'a {kind.__name__}')
-  tracking.check_blocks(batch.blocks, num_blocks)
+  for name in {'blocks', 'outer'} & set(kind._fields):
+    tracking.check_blocks(getattr(batch, name), num_blocks)
+    if not getattr(batch, name).size:
+      raise ValueError(
+        f'{name} must name at least one block, got shape (0,); skip the step,'
+        f' or pad with num_blocks={num_blocks}, which is dropped.'
+      )
   sampled = batch.blocks.shape[0]
   tracking.check_rows('batch.upper', batch.upper, sampled, 'blocks')
   tracking.check_rows('batch.lower', batch.lower, sampled, 'blocks')
-  if kind is PairedBlockBatch:
-    tracking.check_blocks(batch.outer, num_blocks)
 
 
 def check_first(batch: Any, num_blocks: int) -> None:
   """Raises unless ``batch`` is one pass over all blocks."""
   check_batch(batch, num_blocks)
-  if batch.blocks.shape[0] != num_blocks:
+  blocks, count = batch.blocks, batch.blocks.shape[0]
+  if not isinstance(blocks, jax.core.Tracer):
+    count = np.unique(np.asarray(blocks)[np.asarray(blocks) < num_blocks]).size
+  if count != num_blocks:
     raise ValueError(
       f'first must have each of the num_blocks={num_blocks} blocks once, got'
-      f' {batch.blocks.shape[0]} blocks.'
+      f' {count} blocks.'
     )

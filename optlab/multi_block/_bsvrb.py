@@ -19,14 +19,9 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _clock
 from optlab.multi_block import _dual
+from optlab.multi_block import _guard
+from optlab.multi_block import _info
 from optlab.multi_block import _points
-
-
-class BSVRBInfo(NamedTuple):
-  """Diagnostics of `bsvrb` and `rsvrb`."""
-
-  rejected: jax.Array  # shape (), int32, blocks left out of the last step
-  total_rejected: jax.Array  # shape (), int32
 
 
 class BSVRBState(NamedTuple):
@@ -41,7 +36,8 @@ class BSVRBState(NamedTuple):
   inner: base.ArrayTree  # y at the block's last visit, see inner_variables
   inner_grad: base.ArrayTree  # like inner: s
   dual: Any  # ProductState or HessianState
-  info: BSVRBInfo
+  pace: _guard.Pace  # what a block can bear
+  info: _info.BSVRBInfo
 
 
 @checks.domains(
@@ -66,6 +62,8 @@ def bsvrb(
   beta: base.ScalarOrSchedule = 0.1,
   gamma: base.ScalarOrSchedule | None = None,
   dual: _dual.Dual | None = None,
+  guarded: bool = True,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""The hypergradient of many bilevel problems, at the price of a few.
 
@@ -97,6 +95,11 @@ def bsvrb(
     beta: Rate of the hypergradient, in (0, 1].
     gamma: The paper's :math:`\gamma`; ``None`` is `msvr_gamma`.
     dual: `track_products` (v2, the default) or `track_hessians` (v1).
+    guarded: Whether a block whose curvature is more than its steps can bear
+      takes shorter ones, see the notes. False is the paper's form to the
+      letter: one such block ruins the run.
+    has_aux: Whether ``upper`` returns ``(value, aux)``: `Estimate.aux` has that
+      of the sampled blocks, on a leading axis.
 
   Returns:
     A `GradientEstimator` for batches of `BlockBatch`. ``init(params, inner)``
@@ -107,8 +110,9 @@ def bsvrb(
     where its trackers are set to their samples.
 
   Raises:
-    TypeError: ``upper`` or ``lower`` is not a function, or ``num_blocks`` or
-      ``blocks`` are not integers.
+    TypeError: ``upper`` or ``lower`` is not a function or returns no scalar,
+      ``num_blocks`` or ``blocks`` are not integers, or a leaf of ``params`` or
+      ``inner`` is not a real floating array.
     ValueError: ``num_blocks`` is below 1, ``alpha`` outside (0, 1), ``beta``
       outside (0, 1], ``inner_lr`` negative, ``inner`` or the batch lacks its
       leading axis, or ``blocks`` has a negative entry or more than
@@ -147,11 +151,20 @@ def bsvrb(
     for ``alpha=0.9``. The same holds for the dual variables. The paper's
     :math:`\tau` is ``inner_lr * I / m``.
 
+    *Guard.* At a block's first visit, and where its lower gradient is not
+    finite or above four times its average, six Hessian-vector products measure
+    its curvature. Where that is above the bound, the block's steps are cut to
+    half of what it can bear; where it also has grown since its last visit (at
+    the same :math:`x` and data), the visit is rejected, and the block goes back
+    to where it was. ``info`` counts it and names the worst and the stiffest
+    block; the steps of all others are the paper's.
+
     *Departures.* The first hypergradient is :math:`G(x_0)` and a block's first
     trackers are its first samples. A block that is sampled twice counts once,
     padding does not count, and :math:`I` in :math:`\tau` and :math:`\gamma` is
     the number of blocks that count. A block whose samples are not finite keeps
-    its trackers, is left out of :math:`G`, and counts as rejected; where no
+    its trackers, stands still, is left out of :math:`G`, and counts as
+    rejected; where no
     block is left the whole step is: the gradient is zero, and the value NaN.
     With ``beta`` constant and :math:`I < m` the estimate keeps an error of
     :math:`\sqrt{\beta / (2 - \beta)}` times the standard deviation of
@@ -164,66 +177,103 @@ def bsvrb(
   """
   checks.enforce(bsvrb, locals())
   dual = _dual.track_products() if dual is None else dual
-  sample = functools.partial(_points.sample, upper, lower, dual, num_blocks)
+  levels = _blocks.objectives(upper, lower, has_aux)
+  sample = functools.partial(_points.sample, *levels, dual, num_blocks)
+
+  def stable(step, count):
+    lr, rate = trees.at_step(inner_lr, step), trees.at_step(alpha, step)
+    fraction = count / num_blocks
+    return _guard.stable_curvature(lr, dual.lr_ratio, rate, fraction)
 
   def init(params, inner, first=None):
+    _blocks.check_levels(params, inner, num_blocks)
     # Copies, so that a donated state takes nothing of the caller's with it.
     params, inner = trees.own(params), trees.own(inner)
-    tracking.check_rows('inner', inner, num_blocks)
     dtype = trees.accumulator_dtype(inner)
     state = BSVRBState(
       step=jnp.zeros((), jnp.int32),
       hypergrad=trees.zeros_accumulator(params),
       previous_params=params,
       clock=jnp.zeros((2, 2), dtype),
-      touched=jnp.zeros((num_blocks, 2), dtype),
-      visited=jnp.full((num_blocks,), -1, jnp.int32),
+      touched=tracking.table_of(inner, jnp.zeros(2, dtype)),
+      visited=tracking.table_of(inner, jnp.int32(-1)),
       inner=inner,
       inner_grad=trees.zeros_accumulator(inner),
       dual=dual.init(inner),
-      info=BSVRBInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+      pace=_guard.start(inner),
+      info=_info.start(inner),
     )
     if first is None:
       return state
     _blocks.check_first(first, num_blocks)
-    sampled = sample(params, state, first)
-    rows = _points.follow(dual, sampled, 0.5, 0.5, first_visit=True)
-    return _points.write(state, rows, first.blocks, sampled.ok, 0)
+    limit = functools.partial(stable, 0) if guarded else None
+
+    def visit(state, batch):
+      sampled = sample(params, state, batch, limit)
+      rows = _points.follow(dual, sampled, 0.5, 0.5, first_visit=True)
+      state = _points.write(state, sampled, rows, batch.blocks, 0)
+      return state._replace(info=_info.after(state.info, sampled, batch.blocks))
+
+    return _in_chunks(visit, state, first, num_blocks)
 
   def estimate(params, state, batch):
     step = state.step
-    sampled = sample(params, state, batch)
+    limit = functools.partial(stable, step) if guarded else None
+    sampled = sample(params, state, batch, limit)
+    count, accepted = jnp.sum(sampled.use), jnp.sum(sampled.ok)
     rate = trees.at_step(alpha, step)
     if gamma is None:
-      drift = tracking.msvr_gamma(num_blocks, sampled.count, rate)
+      drift = tracking.msvr_gamma(num_blocks, count, rate)
     else:
       drift = trees.at_step(gamma, step)
     rows = _points.follow(dual, sampled, rate, drift)
-    accepted = jnp.sum(sampled.ok)
     value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
     hypergrad = _follow_hypergrad(
       state, sampled, accepted, trees.at_step(beta, step)
     )
     # An empty batch neither moves a block nor ages one.
-    length = trees.at_step(inner_lr, step) * sampled.count / num_blocks
+    length = trees.at_step(inner_lr, step) * count / num_blocks
     clock = jnp.stack([_clock.add(state.clock[0], length), state.clock[0]])
     estimate, new = estimators.accept(
       accepted > 0,
       base.Estimate(
-        value.astype(sampled.value.dtype), trees.cast_like(hypergrad, params)
+        value.astype(sampled.value.dtype),
+        trees.cast_like(hypergrad, params),
+        aux=sampled.aux,
       ),
       (step + 1, hypergrad, params, clock),
       (step, state.hypergrad, state.previous_params, state.clock),
     )
     # Rows that are not to be written are dropped, where they are written.
-    state = _points.write(state, rows, batch.blocks, sampled.ok, step + 1)
-    rejected = (sampled.count - accepted).astype(jnp.int32)
+    state = _points.write(state, sampled, rows, batch.blocks, step + 1)
     return estimate, state._replace(
       **dict(zip(HELD, new, strict=True)),
-      info=BSVRBInfo(rejected, state.info.total_rejected + rejected),
+      info=_info.after(state.info, sampled, batch.blocks),
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+CHUNK = 1024  # Blocks of the first pass that are in memory at once.
+
+
+def _in_chunks(visit, state, first, num_blocks):
+  """Visits all blocks, some at a time."""
+  size = min(num_blocks, CHUNK)
+
+  def turn(index, state):
+    start = jnp.minimum(index * size, num_blocks - size)
+    batch = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), first
+    )
+    # The last chunk reaches back into the one before.
+    seen = tracking.gather_rows(state.visited, batch.blocks) >= 0
+    blocks = jnp.where(seen, num_blocks, batch.blocks)
+    return visit(state, batch._replace(blocks=blocks))
+
+  if size == num_blocks:
+    return visit(state, first)
+  return jax.lax.fori_loop(0, -(-num_blocks // size), turn, state)
 
 
 HELD = 'step', 'hypergrad', 'previous_params', 'clock'
@@ -252,7 +302,7 @@ def inner_variables(state: BSVRBState) -> base.ArrayTree:
     TypeError: ``state`` is not the state of `bsvrb`.
   """
   _check_state(state)
-  elapsed = _clock.elapsed(state.clock, state.touched)[0]
+  elapsed = _elapsed(state)
   return _clock.advance(state.inner, state.inner_grad, elapsed)
 
 
@@ -275,8 +325,12 @@ def dual_variables(state: BSVRBState) -> base.ArrayTree:
     _dual.ProductState._fields,
     'the state of track_products()',
   )
-  elapsed = _clock.elapsed(state.clock, state.touched)[0]
+  elapsed = _elapsed(state)
   return _clock.advance(state.dual.dual, state.dual.residual, elapsed)
+
+
+def _elapsed(state):
+  return state.pace.scale * _clock.elapsed(state.clock, state.touched)[0]
 
 
 def _check_state(state):

@@ -17,6 +17,7 @@ import optax
 
 from optlab import base
 from optlab import checks
+from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _clock
 
@@ -38,6 +39,7 @@ class Dual(NamedTuple):
       quantity to be tracked; ``hessian()`` computes it for each block.
     update: ``(rows, held, follow, use) -> rows``; ``follow(tracker)`` is the
       tracker after its step.
+    lr_ratio: The step size of what it moves over that of the lower variables.
   """
 
   init: Callable[..., Any]
@@ -45,6 +47,7 @@ class Dual(NamedTuple):
   direction: Callable[..., Any]
   sample: Callable[..., Any]
   update: Callable[..., Any]
+  lr_ratio: Any = 0.0
 
 
 class ProductState(NamedTuple):
@@ -133,6 +136,7 @@ def track_products(
     direction=lambda dual, upper_grad: dual,
     sample=sample,
     update=update,
+    lr_ratio=dual_lr_ratio,
   )
 
 

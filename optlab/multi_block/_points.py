@@ -5,6 +5,7 @@ current and to the previous point, take the samples there, leave out what is not
 finite, and let the trackers follow.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _clock
 from optlab.multi_block import _dual
+from optlab.multi_block import _guard
 
 
 class Rows(NamedTuple):
@@ -27,6 +29,7 @@ class Rows(NamedTuple):
   inner: base.ArrayTree
   inner_grad: base.ArrayTree
   dual: Any
+  pace: _guard.Pace
 
 
 class Sampled(NamedTuple):
@@ -36,9 +39,12 @@ class Sampled(NamedTuple):
   inner: base.ArrayTree  # at both points
   held: Any  # at both points
   clock: jax.Array  # shape (2,), now
-  count: jax.Array  # shape (), blocks that count
-  ok: jax.Array  # shape (sampled,), those of them with finite samples
+  use: jax.Array  # shape (sampled,), those that count
+  ok: jax.Array  # shape (sampled,), those of them that are not rejected
+  grown: jax.Array  # shape (sampled,), rejected by where they have gone
+  pace: _guard.Pace
   value: jax.Array  # shape (sampled,)
+  aux: Any  # of the upper objectives, leading axis sampled
   inner_grad: base.ArrayTree  # samples at both points
   dual: Any  # samples at both points
   hypergrad: tuple[base.Updates, base.Updates]  # sums over those, a point each
@@ -52,6 +58,7 @@ def sample(
   params: base.Params,
   state: Any,
   batch: Any,
+  stable: Callable[[jax.Array], jax.Array] | None,
 ) -> Sampled:
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
   _blocks.check_batch(batch, num_blocks)
@@ -59,7 +66,7 @@ def sample(
   use = tracking.distinct_blocks(batch.blocks, num_blocks)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   rows = tracking.gather_rows(table, batch.blocks)
-  elapsed = _clock.elapsed(state.clock, rows.touched)
+  elapsed = rows.pace.scale * _clock.elapsed(state.clock, rows.touched)
   inner = _clock.advance(rows.inner, rows.inner_grad, elapsed)
   just_visited = (rows.visited == state.step) & (rows.visited > 0)
   held = dual.held(rows.dual, elapsed, just_visited)
@@ -69,12 +76,19 @@ def sample(
     return _points(upper, lower, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total = evaluate(inner, held, data, use)
+  blockwise, total, (stretch, aux) = evaluate(inner, held, data, use)
   finite = tracking.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
   apart = jax.tree.map(jnp.subtract, *total)
-  bad = jnp.any(use & ~finite) | ~trees.all_finite(apart)
+  verdict = _guard.Verdict(jnp.zeros_like(use), rows.pace)
+  if stable is not None:
+    verdict = _guard.look(
+      lower, params, stable(jnp.sum(use)), state.step, rows,
+      *_firsts(inner, blockwise[1]), stretch, batch.lower, finite, use,
+    )  # fmt: skip
+  keep = use & ~verdict.grown
+  bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
 
   # The sum over blocks has taken in what is not finite. Add up anew, one block
   # at a time. A loop and not a cond, which under vmap would always be taken.
@@ -86,25 +100,28 @@ def sample(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis), tree
       )
 
-    mask = one(use)
-    alone, part = evaluate(one(inner, 1), one(held, 1), one(data), mask)
+    mask = one(keep)
+    alone, part, _ = evaluate(one(inner, 1), one(held, 1), one(data), mask)
     fine = mask[0] & tracking.finite_rows(alone, 1)[0] & trees.all_finite(part)
     total = trees.where(fine, jax.tree.map(jnp.add, total, part), total)
     return index + 1, ok.at[index].set(fine), total
 
   start = jnp.where(bad, 0, sampled).astype(jnp.int32)
   empty = jax.tree.map(jnp.zeros_like, total)
-  carry = start, use & ~bad, trees.where(bad, empty, total)
+  carry = start, keep & ~bad, trees.where(bad, empty, total)
   _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
-  value, inner_grad, dual_sample = blockwise
+  (value, _), inner_grad, dual_sample = blockwise
   return Sampled(
     rows=rows,
     inner=inner,
     held=held,
     clock=state.clock[0],
-    count=jnp.sum(use),
+    use=use,
     ok=ok,
+    grown=verdict.grown,
+    pace=verdict.pace,
     value=value[0],
+    aux=aux,
     inner_grad=inner_grad,
     dual=dual_sample,
     hypergrad=total,
@@ -125,18 +142,20 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   inners = first, second
 
   def total_upper(params, inner):
-    value = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
-    return jnp.sum(jnp.where(use, value, 0)), value
+    value, aux = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
+    return jnp.sum(jnp.where(use, value, 0)), (value, aux)
 
   def total_lower(params, inner):
-    return jnp.sum(jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch))
+    value = jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch)
+    return jnp.sum(value), value
 
-  value, upper_x, upper_y = [], [], []
+  value, aux, upper_x, upper_y = [], [], [], []
   for x, y in zip(points, inners, strict=True):
-    (_, block_values), grads = jax.value_and_grad(
+    (_, (block_values, block_aux)), grads = jax.value_and_grad(
       total_upper, argnums=(0, 1), has_aux=True
     )(x, y)
     value.append(block_values)
+    aux.append(block_aux)
     upper_x.append(grads[0])
     upper_y.append(grads[1])
   # At once, so that the factorizations of `track_hessians` are one batch.
@@ -146,16 +165,20 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
     inner,
   )
 
-  lower_y, samples, total = [], [], []
+  slopes = jax.grad(total_lower, argnums=(0, 1), has_aux=True)
+  lower_y, samples, total, stretch = [], [], [], None
+  lower_values = []
   for k, (x, y) in enumerate(zip(points, inners, strict=True)):
     # The gradient, pushed forward along the dual variables, gives
     # Hessian-vector and cross products in one sweep. Other blocks' lower
     # variables don't enter.
-    (_, slope), (cross, product) = jax.jvp(
-      lambda y, x=x: jax.grad(total_lower, argnums=(0, 1))(x, y),
+    (_, slope), (cross, product), lower_value = jax.jvp(
+      lambda y, x=x: slopes(x, y),
       (y,),
       (jax.tree.map(lambda leaf, k=k: leaf[k], directions),),
+      has_aux=True,
     )
+    lower_values.append(lower_value)
 
     def hessian(x=x, y=y):
       def block(y, batch):
@@ -165,6 +188,8 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
       return jax.vmap(block)(y, lower_batch)
 
     lower_y.append(slope)
+    if stretch is None:
+      stretch = _stretch(product, _firsts(directions)[0])
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -175,8 +200,24 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
         cross,
       )
     )
-  blockwise = jnp.stack(value), _stack(*lower_y), _stack(*samples)
-  return blockwise, tuple(total)
+  # The lower values as well: a logarithm has a slope where it has no value.
+  values = jnp.stack(value), jnp.stack(lower_values)
+  blockwise = values, _stack(*lower_y), _stack(*samples)
+  return blockwise, tuple(total), (stretch, aux[0])
+
+
+def _stretch(products, directions):
+  """By how much the Hessian of each block stretches its dual variable."""
+  norms = jax.vmap(trees.norm)
+  length = norms(directions)
+  return jnp.where(
+    length > 0, norms(products) / jnp.where(length > 0, length, 1), 0
+  )
+
+
+def _firsts(*trees):
+  """What belongs to the current point."""
+  return jax.tree.map(lambda leaf: leaf[0], trees)
 
 
 def _stack(*trees):
@@ -203,11 +244,10 @@ def follow(
     return jax.tree.map(leaf, tracker, samples)
 
   rows = sampled.rows
-  touched = jnp.broadcast_to(sampled.clock, rows.touched.shape)
   return Rows(
-    touched=touched,
+    touched=jnp.broadcast_to(sampled.clock, rows.touched.shape),
     visited=rows.visited,
-    inner=jax.tree.map(lambda leaf: leaf[0], sampled.inner),
+    inner=_firsts(sampled.inner)[0],
     inner_grad=step(rows.inner_grad, sampled.inner_grad),
     dual=dual.update(
       rows.dual,
@@ -215,20 +255,32 @@ def follow(
       lambda tracker: step(tracker, sampled.dual),
       sampled.ok,
     ),
+    pace=sampled.pace,
   )
 
 
 def write(
   state: Any,
+  sampled: Sampled,
   rows: Rows,
   blocks: jax.Array,
-  use: jax.Array,
   visited: int | jax.Array,
 ) -> Any:
-  """The state with the rows in its tables, marked as visited."""
+  """The state with the rows in its tables, those that are ok as visited.
+
+  A rejected block stands where its last visit left it, its trackers as they
+  were; where a whole step is rejected for its data, nothing is written.
+  """
   # What is written depends on what was read, here as elsewhere: else the write
   # could come first, and the table would have to be copied.
   rows = rows._replace(visited=jnp.maximum(rows.visited, visited))
+  old = sampled.rows
+  stands = old._replace(
+    touched=rows.touched,
+    pace=rows.pace._replace(grad_norm=old.pace.grad_norm),
+  )
+  rows = trees.where(sampled.ok, rows, stands)
+  use = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tracking.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())

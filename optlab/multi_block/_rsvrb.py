@@ -7,7 +7,7 @@ for multi-task stochastic bilevel optimization
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import flatten_util
@@ -19,8 +19,9 @@ from optlab import estimators
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
-from optlab.multi_block import _bsvrb
 from optlab.multi_block import _dual
+from optlab.multi_block import _guard
+from optlab.multi_block import _info
 
 
 class Tracked(NamedTuple):
@@ -42,7 +43,8 @@ class RSVRBState(NamedTuple):
   inner: base.ArrayTree  # y, leading axis num_blocks
   inner_before: base.ArrayTree  # y one step ago
   tracked: Tracked
-  info: _bsvrb.BSVRBInfo
+  scale: jax.Array  # shape (num_blocks,), of the steps of each block
+  info: _info.BSVRBInfo
 
 
 @checks.domains(
@@ -61,6 +63,7 @@ def rsvrb(
   inner_lr: base.ScalarOrSchedule = 0.1,
   beta: base.ScalarOrSchedule = 0.1,
   floor: float | jax.Array = 1e-2,
+  has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""The hypergradient of many bilevel problems, with every part tracked.
 
@@ -88,6 +91,7 @@ def rsvrb(
     inner_lr: As in `bsvrb`: :math:`\tau = \text{step\_size} \cdot I / m`.
     beta: Rate of all trackers, in (0, 1).
     floor: The smallest eigenvalue that a tracked Hessian is given.
+    has_aux: As in `bsvrb`.
 
   Returns:
     A `GradientEstimator` for batches of `PairedBlockBatch`.
@@ -96,8 +100,9 @@ def rsvrb(
     that has each of them once.
 
   Raises:
-    TypeError: ``upper`` or ``lower`` is not a function, or ``num_blocks`` or
-      ``blocks`` are not integers.
+    TypeError: ``upper`` or ``lower`` is not a function or returns no scalar,
+      ``num_blocks`` or ``blocks`` are not integers, or a leaf of ``params`` or
+      ``inner`` is not a real floating array.
     ValueError: ``num_blocks`` is below 1, ``beta`` outside (0, 1), ``floor``
       not positive, ``inner_lr`` negative, ``inner`` or the batch lacks its
       leading axis, or the blocks are negative or more than ``num_blocks``.
@@ -128,20 +133,22 @@ def rsvrb(
     tracker that is not visited decays to zero, so that the floor is applied
     where a Hessian is used, not where it is tracked. The first hypergradient is
     :math:`G` itself. Padding, repeats and blocks that are not finite are
-    treated as in `bsvrb`. Cost for each sampled block, at two points: the
-    gradients, the Hessian and the cross Jacobian; all tables are rewritten.
+    treated as in `bsvrb`; a block whose sampled Hessian is more than its steps
+    can bear (2 over ``inner_lr``) takes shorter ones. Cost for each sampled
+    block, at two points: the gradients, the Hessian and the cross Jacobian; all
+    tables are rewritten.
   """
   checks.enforce(rsvrb, locals())
-  levels = upper, lower
+  levels = _blocks.objectives(upper, lower, has_aux)
 
   def init(params, inner, first=None):
+    _blocks.check_levels(params, inner, num_blocks)
     params, inner = trees.own(params), trees.own(inner)
-    tracking.check_rows('inner', inner, num_blocks)
     tracked = _start_tracked(params, inner)
     if first is not None:
       _blocks.check_first(first, num_blocks)
       rows = tracking.gather_rows(inner, first.blocks)
-      samples, _ = _sample(levels, params, rows, first)
+      samples, _, _ = _sample(levels, params, rows, first)
       use = tracking.distinct_blocks(first.blocks, num_blocks)
       use &= tracking.finite_rows(samples)
       tracked = tracking.scatter_rows(tracked, samples, first.blocks, use)
@@ -152,14 +159,15 @@ def rsvrb(
       inner=inner,
       inner_before=trees.own(inner),
       tracked=tracked,
-      info=_bsvrb.BSVRBInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+      scale=tracking.table_of(inner, jnp.ones((), tracked.hessian.dtype)),
+      info=_info.start(inner),
     )
 
   def estimate(params, state, batch):
     _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
     rate = trees.at_step(beta, state.step)
     use = tracking.distinct_blocks(batch.blocks, num_blocks)
-    (now, value), (before, _) = (
+    (now, value, aux), (before, _, _) = (
       _sample(levels, x, tracking.gather_rows(y, batch.blocks), batch)
       for x, y in (
         (params, state.inner), (state.previous_params, state.inner_before),
@@ -174,23 +182,28 @@ def rsvrb(
     )
     tracked = jax.tree.map(follow, state.tracked, now, before)
     hypergrad = _follow_hypergrad(state, tracked, batch.outer, rate, floor)
-    length = trees.at_step(inner_lr, state.step) * count / num_blocks
-    moved = _move(state.inner, tracked.inner_grad, length)
+    lr = trees.at_step(inner_lr, state.step)
+    seen = _pace(state, batch.blocks, now.hessian, lr, use, ok)
+    scales = tracking.scatter_rows(
+      state.scale, seen.pace.scale, batch.blocks, ok
+    )
+    moved = _move(
+      state.inner, tracked.inner_grad, scales * (lr * count / num_blocks)
+    )
     mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
-    rejected = (count - accepted).astype(jnp.int32)
     result, new = estimators.accept(
       accepted > 0,
       base.Estimate(
-        mean.astype(value.dtype), trees.cast_like(hypergrad, params)
+        mean.astype(value.dtype), trees.cast_like(hypergrad, params), aux=aux
       ),
       RSVRBState(
-        state.step + 1, hypergrad, params, moved, state.inner, tracked,
+        state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
         state.info,
       ),
       state,
     )  # fmt: skip
-    total = state.info.total_rejected + rejected
-    return result, new._replace(info=_bsvrb.BSVRBInfo(rejected, total))
+    info = _info.after(state.info, seen, batch.blocks)
+    return result, new._replace(info=info)
 
   return base.GradientEstimator(init, estimate)
 
@@ -213,7 +226,8 @@ def _sample(levels, params, inner, batch):
     flat, unravel = flatten_util.ravel_pytree(inner)
 
     def upper_flat(x, y):
-      return upper(unravel_params(x), unravel(y), upper_batch)
+      value, aux = upper(unravel_params(x), unravel(y), upper_batch)
+      return value, (value, aux)
 
     def lower_grad(x, y):
       def value(y):
@@ -221,14 +235,14 @@ def _sample(levels, params, inner, batch):
 
       return jax.grad(value)(y)
 
-    value, (upper_x, upper_y) = jax.value_and_grad(upper_flat, (0, 1))(
-      flat_params, flat
-    )
+    (upper_x, upper_y), (value, aux) = jax.grad(
+      upper_flat, (0, 1), has_aux=True
+    )(flat_params, flat)
     # The lower variables are few and the parameters many: reverse mode.
     cross = jax.jacrev(lower_grad, 0)(flat_params, flat)
     hessian = jax.jacfwd(lower_grad, 1)(flat_params, flat)
     grad = lower_grad(flat_params, flat)
-    return Tracked(grad, upper_x, upper_y, cross, hessian), value
+    return Tracked(grad, upper_x, upper_y, cross, hessian), value, aux
 
   return jax.vmap(block)(inner, batch.upper, batch.lower)
 
@@ -267,13 +281,41 @@ def _hypergradient(rows, use, floor):
   return jnp.sum(parts, 0) / jnp.maximum(jnp.sum(use), 1)
 
 
+class _Seen(NamedTuple):
+  """What `_info.after` looks at."""
+
+  use: jax.Array
+  ok: jax.Array
+  pace: _guard.Pace
+  rows: Any
+
+
+def _pace(state, blocks, hessian, lr, use, ok):
+  """The paces of the sampled blocks; 2 / lr is what its steps can bear."""
+  old = tracking.gather_rows(state.scale, blocks)
+  curvature = jax.vmap(_guard.largest_eigenvalue)(hessian)
+  curvature = jnp.where(ok, curvature, 0)
+  stable = jnp.where(lr > 0, 2 / jnp.where(lr > 0, lr, 1), jnp.inf)
+  scale = jnp.where(ok, _guard.shortened(curvature, stable), old)
+  before = _guard.Pace(old, curvature, curvature)
+  return _Seen(
+    use, ok, before._replace(scale=scale.astype(old.dtype)), _Before(before)
+  )
+
+
+class _Before(NamedTuple):
+  pace: _guard.Pace
+
+
 def _move(inner, inner_grad, length):
   """The lower variables after a step along their trackers, which are flat."""
   unravel = flatten_util.ravel_pytree(
     jax.tree.map(lambda leaf: leaf[0], inner)
   )[1]
   return jax.tree.map(
-    lambda y, s: (y - length.astype(s.dtype) * s).astype(y.dtype),
+    lambda y, s: (y - trees.align(length, s).astype(s.dtype) * s).astype(
+      y.dtype
+    ),
     inner,
     jax.vmap(unravel)(inner_grad),
   )

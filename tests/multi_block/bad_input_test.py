@@ -92,6 +92,67 @@ for make in (bsvrb, rsvrb):
       ValueError,
       r"inner(\['b'\])? must have a leading axis of 4, one row for each of",
     )
+  for argument, x, y, error, match in (
+    ('an integer leaf in params', {'a': np.arange(2)}, TABLE_OF_4, TypeError,
+     r"params\['a'\] must be floating, got dtype int"),
+    ('an integer leaf in inner', X, TABLE_OF_4.astype(int), TypeError,
+     'inner must be floating, got dtype int'),
+    ('a complex leaf in inner', X, TABLE_OF_4 * 1j, TypeError,
+     'inner must be real, got dtype complex'),
+    ('a function in params', {'a': np.sum}, TABLE_OF_4, TypeError,
+     r"params\['a'\] must be an array, got <function"),
+    ('no leaf in inner', X, (), ValueError, 'inner must have at least one'),
+  ):  # fmt: skip
+    row(
+      name,
+      argument,
+      lambda make=make, x=x, y=y: make().init(x, y),
+      error,
+      match,
+    )
+  for argument, objective, has_aux, match in (
+    ('upper', lambda x, y, b: (upper(x, y, b), y), False,
+     'upper must return a scalar for one block, got tuple.*has_aux'),
+    ('lower', lambda x, y, b: (lower(x, y, b), y), True,
+     'lower must return a scalar for one block, got tuple'),
+    ('lower', lambda x, y, b: (y - x) ** 2, False,
+     r'lower must return a scalar for one block, got shape \(2,\)'),
+    ('upper', upper, True, r'upper must return \(value, aux\) where has_aux'),
+  ):  # fmt: skip
+    levels = {'upper': lambda x, y, b: (upper(x, y, b), b)} if (
+      has_aux and argument == 'lower'
+    ) else {}  # fmt: skip
+    levels |= {argument: objective, 'has_aux': has_aux}
+    row(
+      name,
+      f'{argument} returns something else than has_aux={has_aux} says',
+      lambda make=make, batch=batch, levels=levels: inputs.estimate(
+        make(**levels), batch, inner=(TABLE_OF_4,)
+      ),
+      TypeError,
+      match,
+    )
+  empty = BLOCKS[:0], DATA[:0], DATA[:0], BLOCKS[:0]
+  row(
+    name,
+    'no blocks',
+    lambda make=make, batch=batch, empty=empty: inputs.estimate(
+      make(), type(batch)(*empty[: len(batch)]), inner=(TABLE_OF_4,)
+    ),
+    ValueError,
+    r'(blocks|outer) must name at least one block, got shape \(0,\); skip',
+  )
+  row(
+    name,
+    'a first batch that has one block twice',
+    lambda make=make: make().init(
+      X,
+      TABLE_OF_4,
+      optlab.BlockBatch(np.array([0, 1, 2, 2]), *[TABLE_OF_4] * 2),
+    ),
+    ValueError,
+    'first must have each of the num_blocks=4 blocks once, got 3 blocks',
+  )
   row(
     name,
     'a first batch of some blocks only',

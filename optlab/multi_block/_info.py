@@ -1,0 +1,70 @@
+"""What multi-block methods report of their blocks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optlab import tracking
+from optlab import trees
+
+
+class BSVRBInfo(NamedTuple):
+  """Diagnostics of `bsvrb` and `rsvrb`; blocks are named by their index.
+
+  A block is rejected where its samples are not finite, or where its steps have
+  made its lower gradient grow. It is slowed where its curvature is more than
+  steps of full length can bear. No block is -1.
+  """
+
+  rejected: jax.Array  # shape (), int32, blocks left out of the last step
+  total_rejected: jax.Array  # shape (), int32
+  slowed: jax.Array  # shape (), int32, blocks whose steps are shorter now
+  worst_block: jax.Array  # shape (), int32, rejected most often
+  worst_block_rejected: jax.Array  # shape (), int32, how often
+  stiffest_block: jax.Array  # shape (), int32, of the largest curvature
+  largest_curvature: jax.Array  # shape ()
+  block_rejected: jax.Array  # shape (num_blocks,), int32
+
+
+def start(inner: Any) -> BSVRBInfo:
+  """Nothing to report yet."""
+  zero, none = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+  return BSVRBInfo(
+    zero, zero, zero, none, zero, none,
+    jnp.zeros((), trees.accumulator_dtype(inner)),
+    tracking.table_of(inner, jnp.int32(0)),
+  )  # fmt: skip
+
+
+def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
+  """The report after a step; it looks at the sampled blocks alone."""
+  bad = sampled.use & ~sampled.ok
+  rejected = jnp.sum(bad).astype(jnp.int32)
+  rows = tracking.gather_rows(info.block_rejected, blocks) + bad
+  count, worst = _top(rows, bad, blocks)
+  # Its own count has grown, if it was the worst before.
+  worse = count > info.worst_block_rejected
+  curvature, stiffest = _top(sampled.pace.curvature, sampled.use, blocks)
+  stiffer = curvature > info.largest_curvature
+  slowed = (sampled.pace.scale < 1) * 1 - (sampled.rows.pace.scale < 1) * 1
+  new = BSVRBInfo(
+    rejected=rejected,
+    total_rejected=info.total_rejected + rejected,
+    slowed=info.slowed + jnp.sum(jnp.where(sampled.use, slowed, 0)),
+    worst_block=jnp.where(worse, worst, info.worst_block),
+    worst_block_rejected=jnp.where(worse, count, info.worst_block_rejected),
+    stiffest_block=jnp.where(stiffer, stiffest, info.stiffest_block),
+    largest_curvature=jnp.where(stiffer, curvature, info.largest_curvature),
+    block_rejected=tracking.scatter_rows(
+      info.block_rejected, rows, blocks, sampled.use
+    ),
+  )
+  return trees.cast_like(new, info)
+
+
+def _top(values, use, blocks):
+  """The largest of the values in use, and whose it is."""
+  masked = jnp.where(use, values, jnp.full_like(values, -1))
+  index = jnp.argmax(masked)
+  return masked[index], jnp.asarray(blocks)[index].astype(jnp.int32)

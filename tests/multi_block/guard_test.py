@@ -1,0 +1,239 @@
+"""No block can ruin a run: growth, stiffness, bad data; who it was is named."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+
+BLOCKS, SAMPLED, STIFF = 20, 5, 7
+METHODS = {
+  'v2': optlab.bsvrb,
+  'v1': functools.partial(
+    optlab.bsvrb, dual=optlab.multi_block.track_hessians(0.5)
+  ),
+  'rsvrb': optlab.multi_block.rsvrb,
+}
+over_methods = pytest.mark.parametrize('name', METHODS)
+
+
+def upper(x, y, batch):
+  return 0.5 * jnp.sum((y - 1.0) ** 2)
+
+
+def quadratic(x, y, curvature):
+  return 0.5 * jnp.sum(curvature * (y - x) ** 2)
+
+
+def run(
+  name, lower, data, *, steps=1500, start=0.5, dtype=jnp.float32, wrap=None,
+  sampled=SAMPLED, lr=0.1, learning_rate=0.02, seed=0, first=None, **kwargs,
+):  # fmt: skip
+  """A run from x = 0, whose minimum is at x = 1; the last state and the path.
+
+  ``data(step, blocks)`` is what the lower objective gets of each block.
+  """
+  make = METHODS[name]
+  estimator = make(upper, lower, BLOCKS, inner_lr=lr, **kwargs)
+  if wrap is not None:
+    estimator = wrap(estimator)
+  tx = optax.sgd(learning_rate)
+  train_step = optlab.train_step(estimator, tx)
+  x, inner = jnp.zeros(2, dtype), jnp.full((BLOCKS, 2), start, dtype)
+  state = optlab.init(x, estimator, tx, inner)
+  if first is not None:
+    state = state._replace(
+      estimator_state=jax.jit(estimator.init)(x, inner, first)
+    )
+
+  def step(state, index):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    blocks = optlab.sample_blocks(keys[0], BLOCKS, sampled)
+    parts = blocks, None, data(index, blocks).astype(dtype)
+    batch = optlab.BlockBatch(*parts)
+    if name == 'rsvrb':
+      outer = optlab.sample_blocks(keys[1], BLOCKS, sampled)
+      batch = optlab.multi_block.PairedBlockBatch(*parts, outer)
+    state, _ = train_step(state, batch)
+    return state, state.params
+
+  return jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(steps)))(state)
+
+
+def one_stiff(step, blocks):
+  return jnp.where(blocks == STIFF, 100.0, 1.0)
+
+
+def names_the_stiff_block(state):
+  named = optlab.report(state)
+  return any(
+    int(value) == STIFF
+    for path, value in named.items()
+    if path.endswith(('worst_block', 'stiffest_block'))
+  )
+
+
+@over_methods
+def test_one_stiff_block_does_not_move_x(name):
+  state, path = run(name, quadratic, one_stiff)
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+  assert jnp.abs(path).max() < 2.0
+  assert names_the_stiff_block(state)
+  assert optlab.report(state)['estimator_state/info/slowed'] == 1
+
+
+def test_without_the_guard_it_ruins_the_run():
+  """So the guard is what helps."""
+  _, path = run('v2', quadratic, one_stiff, steps=60, guarded=False)
+  assert not jnp.abs(path).max() < 100.0
+
+
+@over_methods
+def test_every_block_stiff(name):
+  state, _ = run(name, quadratic, lambda step, blocks: 100.0 + 0.0 * blocks)
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+  assert state.estimator_state.info.slowed == BLOCKS
+
+
+@over_methods
+def test_a_block_that_becomes_stiff_later(name):
+  state, _ = run(
+    name,
+    quadratic,
+    lambda step, blocks: jnp.where(
+      (blocks == STIFF) & (step > 300), 100.0, 1.0
+    ),
+  )
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+  assert names_the_stiff_block(state)
+
+
+def test_a_curvature_that_grows_with_x():
+  """e^{4x} passes the bound on the way to x = 1."""
+
+  def lower(x, y, stiff):
+    return 0.5 * jnp.sum(jnp.exp(stiff * x) * (y - x) ** 2)
+
+  state, _ = run(
+    'v2', lower, lambda step, blocks: jnp.where(blocks == STIFF, 4.0, 0.0)
+  )
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+
+
+def test_a_slow_block_is_fast_again_where_its_curvature_falls():
+  def lower(x, y, quartic):
+    return jnp.sum(0.5 * (y - x) ** 2 + quartic * (y - x) ** 4)
+
+  state, _ = run(
+    'v2', lower, lambda step, blocks: jnp.where(blocks == STIFF, 1.0, 0.0),
+    start=30.0,
+  )  # fmt: skip
+  info = state.estimator_state.info
+  assert info.stiffest_block == STIFF
+  assert info.slowed == 0
+  np.testing.assert_allclose(state.params, 1.0, atol=0.02)
+
+
+@pytest.mark.parametrize('name', ['v1', 'v2'])
+def test_a_step_out_of_the_domain_is_taken_back(name):
+  """A logarithm has a slope, but no value, at negative y."""
+
+  def lower(x, y, weight):
+    return jnp.sum(y - weight * jnp.log(y)) + 0.5 * jnp.sum((y - x) ** 2)
+
+  def weights(step, blocks):
+    return jnp.where(blocks == STIFF, 1e-3, 1.0)
+
+  state, _ = run(name, lower, weights, start=3.0, lr=0.5)
+  inner = optlab.multi_block.inner_variables(state.estimator_state)
+  assert jnp.all(inner > 0)
+  assert state.estimator_state.info.total_rejected > 0
+  weight = weights(0, jnp.arange(BLOCKS))[:, None]
+  middle = state.params - 1.0
+  exact = 0.5 * (middle + jnp.sqrt(middle**2 + 4.0 * weight))
+  np.testing.assert_allclose(inner, exact, atol=0.01)
+
+
+@pytest.mark.parametrize(
+  'kwargs',
+  [
+    {'sampled': BLOCKS},
+    {'sampled': 1, 'steps': 6000, 'learning_rate': 0.005},
+    {'dtype': jnp.bfloat16},
+    {'wrap': functools.partial(optlab.with_storm, beta=0.1)},
+    {
+      'first': optlab.BlockBatch(
+        jnp.arange(BLOCKS), None, one_stiff(0, jnp.arange(BLOCKS))
+      )
+    },
+  ],
+  ids=['all sampled', 'one sampled', 'bfloat16', 'with_storm', 'first pass'],
+)
+def test_the_cases_next_to_it(kwargs):
+  state, _ = run('v2', quadratic, one_stiff, **kwargs)
+  np.testing.assert_allclose(state.params.astype(jnp.float32), 1.0, atol=0.01)
+  assert names_the_stiff_block(state)
+
+
+def test_seeds_in_one_program():
+  def last(seed):
+    state, _ = run('v2', quadratic, one_stiff, seed=seed)
+    return state.params, state.estimator_state.info.stiffest_block
+
+  params, stiffest = jax.vmap(last)(jnp.arange(3))
+  np.testing.assert_allclose(params, 1.0, atol=0.01)
+  np.testing.assert_array_equal(stiffest, STIFF)
+
+
+@over_methods
+def test_data_that_are_nan_stop_the_optimizer_too(name):
+  """From step 20 on every step is rejected: x stands still."""
+  state, path = run(
+    name,
+    quadratic,
+    lambda step, blocks: jnp.where(step >= 20, jnp.nan, 1.0) + 0.0 * blocks,
+    steps=60,
+  )
+  np.testing.assert_array_equal(path[20:], path[19:-1])
+  assert jnp.any(path[19] != path[18])
+  info = state.estimator_state.info
+  assert (info.rejected, info.total_rejected) == (SAMPLED, 40 * SAMPLED)
+  for leaf in jax.tree.leaves(state):
+    assert jnp.all(jnp.isfinite(leaf))
+
+
+@over_methods
+def test_one_block_whose_data_are_nan_is_left_out_and_named(name):
+  state, _ = run(
+    name,
+    quadratic,
+    lambda step, blocks: jnp.where(
+      (step >= 20) & (blocks == STIFF), jnp.nan, 1.0
+    ),
+  )
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+  info = state.estimator_state.info
+  assert info.worst_block == STIFF
+  assert info.worst_block_rejected == info.total_rejected
+  assert info.block_rejected[STIFF] == info.total_rejected > 300
+
+
+def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
+  padded = jnp.array([STIFF, BLOCKS, 3, STIFF, 2**31 - 1], jnp.int32)
+  plain = jnp.array([STIFF, 3], jnp.int32)
+  states = []
+  for blocks in (padded, plain):
+    estimator = optlab.bsvrb(upper, quadratic, BLOCKS)
+    state = estimator.init(jnp.zeros(2), jnp.full((BLOCKS, 2), 0.5))
+    batch = optlab.BlockBatch(blocks, None, one_stiff(0, blocks))
+    step = jax.jit(estimator.estimate)
+    for _ in range(3):
+      _, state = step(jnp.zeros(2), state, batch)
+    states.append(state)
+  for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  assert states[0].info.stiffest_block == STIFF
