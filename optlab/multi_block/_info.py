@@ -29,12 +29,18 @@ class BSVRBInfo(NamedTuple):
 
 def start(inner: Any) -> BSVRBInfo:
   """Nothing to report yet."""
-  zero, none = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+  # Arrays of their own: a state that is donated may not name one twice.
+  count = lambda value: jnp.full((), value, jnp.int32)
   return BSVRBInfo(
-    zero, zero, zero, none, zero, none,
-    jnp.zeros((), trees.accumulator_dtype(inner)),
-    tracking.table_of(inner, jnp.int32(0)),
-  )  # fmt: skip
+    rejected=count(0),
+    total_rejected=count(0),
+    slowed=count(0),
+    worst_block=count(-1),
+    worst_block_rejected=count(0),
+    stiffest_block=count(-1),
+    largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
+    block_rejected=tracking.table_of(inner, jnp.int32(0)),
+  )
 
 
 def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:

@@ -85,7 +85,7 @@ def sample(
   if stable is not None:
     verdict = _guard.look(
       lower, params, stable(jnp.sum(use)), state.step, rows,
-      *_firsts(inner, blockwise[1]), stretch, batch.lower, finite, use,
+      _first(inner), _first(blockwise[1]), stretch, batch.lower, finite, use,
     )  # fmt: skip
   keep = use & ~verdict.grown
   bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
@@ -166,7 +166,7 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   )
 
   slopes = jax.grad(total_lower, argnums=(0, 1), has_aux=True)
-  lower_y, samples, total, stretch = [], [], [], None
+  lower_y, samples, total, stretch = [], [], [], []
   lower_values = []
   for k, (x, y) in enumerate(zip(points, inners, strict=True)):
     # The gradient, pushed forward along the dual variables, gives
@@ -188,8 +188,8 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
       return jax.vmap(block)(y, lower_batch)
 
     lower_y.append(slope)
-    if stretch is None:
-      stretch = _stretch(product, _firsts(directions)[0])
+    if not stretch:
+      stretch.append(_stretch(product, _first(directions)))
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -203,7 +203,7 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   # The lower values as well: a logarithm has a slope where it has no value.
   values = jnp.stack(value), jnp.stack(lower_values)
   blockwise = values, _stack(*lower_y), _stack(*samples)
-  return blockwise, tuple(total), (stretch, aux[0])
+  return blockwise, tuple(total), (stretch[0], aux[0])
 
 
 def _stretch(products, directions):
@@ -215,9 +215,9 @@ def _stretch(products, directions):
   )
 
 
-def _firsts(*trees):
+def _first(tree):
   """What belongs to the current point."""
-  return jax.tree.map(lambda leaf: leaf[0], trees)
+  return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 def _stack(*trees):
@@ -247,7 +247,7 @@ def follow(
   return Rows(
     touched=jnp.broadcast_to(sampled.clock, rows.touched.shape),
     visited=rows.visited,
-    inner=_firsts(sampled.inner)[0],
+    inner=_first(sampled.inner),
     inner_grad=step(rows.inner_grad, sampled.inner_grad),
     dual=dual.update(
       rows.dual,
