@@ -340,6 +340,13 @@ def distinct_blocks(blocks: jax.Array, num_blocks: int) -> jax.Array:
   return first & (blocks >= 0) & (blocks < num_blocks)
 
 
+def layout(table: jax.Array) -> jax.sharding.NamedSharding | None:
+  """On an explicit mesh, how a table lies: what reads or writes it must say."""
+  where = jax.typeof(table).sharding
+  split = any(axis is not None for axis in where.spec)
+  return where if split else None
+
+
 def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
   """Returns the rows of a table; an index out of range gives some row.
 
@@ -350,10 +357,16 @@ def gather_rows(table: Tree, blocks: jax.Array) -> Tree:
   Returns:
     Pytree with leading axis ``sampled``.
   """
-  return jax.tree.map(
-    lambda leaf: leaf.at[blocks].get(mode='clip', wrap_negative_indices=False),
-    table,
-  )
+
+  def leaf(table):
+    where = layout(table)
+    if where is not None:  # The rows, on every device.
+      where = where.update(spec=jax.P(None, *where.spec[1:]))
+    return table.at[blocks].get(
+      mode='clip', wrap_negative_indices=False, out_sharding=where
+    )
+
+  return jax.tree.map(leaf, jax.tree.map(jnp.asarray, table))
 
 
 def finite_rows(rows: Any, axis: int = 0) -> jax.Array:
@@ -392,7 +405,10 @@ def scatter_rows(
     # Every unused row gets its own index beyond the end, where it is dropped.
     beyond = table.shape[0] + jnp.arange(blocks.shape[0], dtype=blocks.dtype)
     return table.at[jnp.where(use, blocks, beyond)].set(
-      rows.astype(table.dtype), mode='drop', unique_indices=True
+      rows.astype(table.dtype),
+      mode='drop',
+      unique_indices=True,
+      out_sharding=layout(table),
     )
 
   return jax.tree.map(leaf, table, rows)

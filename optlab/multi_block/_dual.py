@@ -17,7 +17,6 @@ import optax
 
 from optlab import base
 from optlab import checks
-from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _clock
 

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from optlab import base
-from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
 
@@ -45,9 +44,9 @@ def start(inner: base.ArrayTree) -> Pace:
   """The pace of blocks of which nothing is known."""
   dtype = trees.accumulator_dtype(inner)
   return Pace(
-    scale=tracking.table_of(inner, jnp.ones((), dtype)),
-    curvature=tracking.table_of(inner, jnp.zeros((), dtype)),
-    grad_norm=tracking.table_of(inner, jnp.zeros((), dtype)),
+    scale=trees.zeros_rows(inner, (), dtype) + 1,
+    curvature=trees.zeros_rows(inner, (), dtype),
+    grad_norm=trees.zeros_rows(inner, (), dtype),
   )
 
 

@@ -39,7 +39,7 @@ def start(inner: Any) -> BSVRBInfo:
     worst_block_rejected=count(0),
     stiffest_block=count(-1),
     largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
-    block_rejected=tracking.table_of(inner, jnp.int32(0)),
+    block_rejected=trees.zeros_rows(inner, (), jnp.int32),
   )
 
 

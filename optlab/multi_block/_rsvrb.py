@@ -159,7 +159,7 @@ def rsvrb(
       inner=inner,
       inner_before=trees.own(inner),
       tracked=tracked,
-      scale=tracking.table_of(inner, jnp.ones((), tracked.hessian.dtype)),
+      scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
       info=_info.start(inner),
     )
 
@@ -252,7 +252,9 @@ def _follow(table, now, before, *, ok, index, rate, scale):
   fresh = scale * (now - (1 - rate) * before)
   fresh = jnp.where(trees.align(ok, fresh), fresh, 0)
   decayed = ((1 - rate) * table).astype(table.dtype)
-  return decayed.at[index].add(fresh.astype(table.dtype), mode='drop')
+  return decayed.at[index].add(
+    fresh.astype(table.dtype), mode='drop', out_sharding=tracking.layout(table)
+  )
 
 
 def _follow_hypergrad(state, tracked, outer, rate, floor):
