@@ -206,7 +206,8 @@ def bsvrb(
     if first is None:
       return state
     _blocks.check_first(first, num_blocks)
-    limit = functools.partial(stable, 0) if guarded else None
+    # How many blocks a step will sample is not known: as if they were few.
+    limit = (lambda _: stable(0, 0)) if guarded else None
 
     def visit(state, batch):
       sampled = sample(params, state, batch, limit)

@@ -312,7 +312,7 @@ class _Before(NamedTuple):
 def _move(inner, inner_grad, length):
   """The lower variables after a step along their trackers, which are flat."""
   unravel = flatten_util.ravel_pytree(
-    jax.tree.map(lambda leaf: leaf[0], inner)
+    jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), inner)
   )[1]
   return jax.tree.map(
     lambda y, s: (y - trees.align(length, s).astype(s.dtype) * s).astype(

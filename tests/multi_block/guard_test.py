@@ -237,3 +237,108 @@ def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   assert states[0].info.stiffest_block == STIFF
+
+
+# Tables on many devices.
+
+
+@over_methods
+def test_tables_split_over_an_explicit_mesh(name):
+  """All tables lie like the lower variables, before and after a step."""
+
+  def two_steps(where):
+    estimator = METHODS[name](upper, quadratic, BLOCKS)
+    x = jnp.zeros(2)
+    inner = jnp.full((BLOCKS, 2), 0.5)
+    blocks = jnp.array([STIFF, 3, BLOCKS], jnp.int32)
+    x, blocks = (jax.device_put(leaf, where(False)) for leaf in (x, blocks))
+    state = estimator.init(x, jax.device_put(inner, where(True)))
+    batch = optlab.BlockBatch(blocks, None, one_stiff(0, blocks))
+    if name == 'rsvrb':
+      batch = optlab.multi_block.PairedBlockBatch(*batch, blocks)
+    for _ in range(2):
+      estimate, state = jax.jit(estimator.estimate)(x, state, batch)
+      x = x - 0.1 * estimate.grads
+    return x, state
+
+  alone = two_steps(lambda table: jax.devices()[0])
+  mesh = jax.make_mesh(
+    (2,), ('blocks',), axis_types=(jax.sharding.AxisType.Explicit,)
+  )
+  with jax.set_mesh(mesh):
+    split = two_steps(lambda table: jax.P('blocks') if table else jax.P())
+  for a, b in zip(*map(jax.tree.leaves, (alone, split)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    if b.ndim and b.shape[0] == BLOCKS:
+      assert b.addressable_shards[0].data.shape[0] == BLOCKS // 2
+
+
+@over_methods
+def test_init_of_abstract_variables(name):
+  estimator = METHODS[name](upper, quadratic, BLOCKS)
+  shapes = [
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2,), (BLOCKS, 2))
+  ]
+  concrete = estimator.init(jnp.zeros(2), jnp.zeros((BLOCKS, 2)))
+  for state in (
+    estimator.init(*shapes),
+    jax.eval_shape(estimator.init, *shapes),
+  ):
+    kinds = [
+      jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+      for tree in (state, concrete)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+def test_the_first_pass_is_in_chunks(monkeypatch):
+  """Chunks of eight blocks of twenty, in any order, give what one pass does."""
+  order = jnp.asarray(np.random.default_rng(0).permutation(BLOCKS))
+  first = optlab.BlockBatch(order, None, one_stiff(0, order).at[3].set(jnp.nan))
+  x, inner = jnp.ones(2), jnp.arange(2.0 * BLOCKS).reshape(BLOCKS, 2)
+  states = []
+  for chunk in (1024, 8):
+    monkeypatch.setattr('optlab.multi_block._bsvrb.CHUNK', chunk)
+    estimator = optlab.bsvrb(upper, quadratic, BLOCKS)
+    states.append(jax.jit(estimator.init)(x, inner, first))
+  whole, chunks = (
+    state._replace(info=state.info._replace(rejected=0)) for state in states
+  )
+  for a, b in zip(*map(jax.tree.leaves, (whole, chunks)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+  assert whole.info.total_rejected == 1
+  assert jnp.sum(whole.visited == 0) == BLOCKS - 1
+
+
+def test_memory_of_the_first_pass_does_not_grow_with_the_blocks():
+  def temporary_bytes(m):
+    estimator = optlab.bsvrb(
+      lambda x, y, batch: 0.5 * jnp.mean((batch @ y) ** 2),
+      lambda x, y, batch: 0.5 * jnp.mean((batch @ (y - x)) ** 2),
+      m,
+    )
+    shapes = jnp.zeros(8), jnp.zeros((m, 8))
+    data = jnp.zeros((m, 8, 8))
+    first = optlab.BlockBatch(jnp.arange(m), data, data)
+    compiled = jax.jit(estimator.init).lower(*shapes, first).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  small, large = temporary_bytes(4096), temporary_bytes(16384)
+  tables = (16384 - 4096) * 4 * (4 * 8 + 16)  # Two copies at the most.
+  assert large - small < 2 * tables
+
+
+def test_auxiliary_output_of_the_upper_level():
+  estimator = optlab.bsvrb(
+    lambda x, y, batch: (upper(x, y, batch), {'y': y}),
+    lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2),
+    BLOCKS,
+    has_aux=True,
+  )
+  inner = jnp.arange(2.0 * BLOCKS).reshape(BLOCKS, 2)
+  state = estimator.init(jnp.zeros(2), inner)
+  blocks = jnp.array([4, 1])
+  estimate, _ = estimator.estimate(
+    jnp.zeros(2), state, optlab.BlockBatch(blocks)
+  )
+  np.testing.assert_array_equal(estimate.aux['y'], inner[blocks])
