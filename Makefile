@@ -44,7 +44,7 @@ bench: $(INSTALLED)
 reproduce: $(INSTALLED)
 	$(BIN)/python -m experiments.reproduce --data_dir=$(OPTLAB_DATA)
 
-# Programs killed at random moments and resumed, 56 times.
+# Programs killed at random moments and resumed, 85 times.
 crash-test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m crash
 

@@ -1,19 +1,25 @@
-"""Any methods on any problem: rates tuned alike, equal oracle calls, in pairs.
+"""Any methods on any problem: tuned alike, equal oracle calls, in pairs.
 
 python -m experiments.compare --problem=logistic
 python -m experiments.compare --problem=images --methods=diffgrad,adam,lion
-python -m experiments.compare --problem=ridge --methods=bo_rep:normalized,saba
+python -m experiments.compare --problem=mine.py \
+    --methods='adam(b1=[0.8,0.9]),optax.contrib.muon,package.tx:make(b1=.8)'
+python -m experiments.compare --problems=classic
 
-Every method gets the same grid of rates on seeds that are used for nothing
-else, and then runs on the reported seeds until it has used up the same budget
-of oracle calls. What a call is depends on the problem, and is printed.
+A problem is a name or a Python file; a set of problems gives a performance
+profile too. A method is a name of optlab or optax, or a dotted name, with
+arguments; a list in them is a search space. Every method gets the same grid of
+learning rates on seeds that are used for nothing else, and then runs on the
+reported seeds until it has used up the same budget of oracle calls. What a call
+is depends on the problem, and is printed.
 """
 
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, NamedTuple
+import math
+import pathlib
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -21,11 +27,16 @@ from .lab import contests
 from .lab import flags
 from .lab import launch
 from .lab import plots
+from .lab import study
 from .lab import tables
-from .lab import tuning
 from .lab.session import Session
 
-PIECES = 20
+PIECES = study.PIECES
+# For sets of problems: what runs on all of them.
+SET_METHODS = (
+  'gns_newton', 'lbfgs', 'sgd', 'optax.sgd(momentum=0.9)', 'adam', 'diffgrad',
+  'adagrad_norm', 'normalized_momentum', 'rmsprop', 'lion',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,12 @@ class Config(flags.Config):
   """Flags."""
 
   problem: str = flags.flag(
-    'logistic', 'What is solved.', choices=tuple(contests.PROBLEMS)
+    'logistic',
+    f'What is solved: {", ".join(contests.PROBLEMS)}, one of the set classic,'
+    ' or a Python file.',
+  )
+  problems: str = flags.flag(
+    '', 'A set of problems in its place.', choices=('', *contests.SETS)
   )
   methods: tuple[str, ...] = flags.flag(
     ('default',),
@@ -46,186 +62,160 @@ class Config(flags.Config):
   learning_rates: tuple[float, ...] = flags.flag(
     (0.0,), "Grid of rates; 0 is the problem's default.", low=0.0
   )
+  target: float | None = flags.flag(
+    None, "The value that counts as solved; the problem's if not given."
+  )
   seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
-  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1, grows=True)
+  tuning_seeds: int = flags.flag(
+    2, 'Seeds that pick rates; 0 takes the first rate.', low=0, grows=True
+  )
 
 
-class Lane(NamedTuple):
-  """One seed at one rate."""
-
-  state: Any
-  key: jax.Array
-  rate: jax.Array
-  steps: jax.Array
-  calls: jax.Array
-
-
-def run(
-  session: Session,
-  problem: contests.Problem,
-  method: str,
-  label: str,
-  budget: float,
-  lanes: list[tuple[int, float]],
-) -> list[dict]:
-  """Runs lanes of (seed, rate) to the budget; their last rows.
-
-  Args:
-    session: The open session.
-    problem: The problem.
-    method: A method of it.
-    label: Its name in the record.
-    budget: Oracle calls of a lane.
-    lanes: Pairs of a seed and a rate.
-
-  Returns:
-    The last row of each lane.
-  """
-  entry = problem.entry(method)
-  seeds = tuple(seed for seed, _ in lanes)
-  rates = np.array([rate for _, rate in lanes])
-
-  def start(seed, rate):
-    start_key, key = jax.random.split(jax.random.key(seed))
-    state = entry.start(start_key, rate)
-    zero = jnp.zeros(())
-    return Lane(state, key, rate, jnp.zeros((), jnp.int32), zero)
-
-  def advance_lane(lane, due):
-    def step(lane):
-      key = jax.random.fold_in(lane.key, lane.steps)
-      state = entry.step(lane.state, key, lane.rate)
-      calls = lane.calls + entry.calls(lane.state, state)
-      calls = jnp.asarray(calls, lane.calls.dtype)
-      return Lane(state, lane.key, lane.rate, lane.steps + 1, calls)
-
-    return jax.lax.while_loop(lambda lane: lane.calls < due, step, lane)
-
-  def advance(carry):
-    piece, lanes = carry
-    due = (piece + 1) * (budget / PIECES)
-    # One lane after the other: each takes as many steps as it needs.
-    return piece + 1, jax.lax.map(lambda lane: advance_lane(lane, due), lanes)
-
-  measure = jax.jit(lambda states: jax.lax.map(problem.measure, states))
-
-  def evaluate(carry):
-    lanes = carry[1]
-    values = jax.device_get(measure(lanes.state))
-    counts = {
-      'updates': lanes.steps,
-      'calls': lanes.calls,
-      'learning_rate': rates,
+def problems(config: Config) -> dict[str, study.Problem]:
+  """The problems of the flags, by name."""
+  if config.problems:
+    return {
+      name: make() for name, make in contests.SETS[config.problems].items()
     }
-    return {**values, **jax.device_get(counts)}
-
-  begin = jax.jit(jax.vmap(start))(
-    jnp.asarray(seeds), jnp.asarray(rates, float)
+  named = contests.PROBLEMS | contests.CLASSIC
+  name = config.problem
+  if name in named:
+    return {name: named[name]()}
+  if name.endswith('.py') and pathlib.Path(name).is_file():
+    return {pathlib.Path(name).stem: contests.of_file(name)}
+  raise flags.UserError(
+    f'--problem={name}: not a Python file, and not one of {", ".join(named)}'
   )
-  session.run(
-    label,
-    (jnp.zeros(()), begin),
-    advance,
-    evaluate,
-    steps=PIECES,
-    seeds=seeds,
-    algorithm=method,
+
+
+def plan(config: Config, name: str, problem: study.Problem) -> study.Plan:
+  """The flags, and else the problem's defaults."""
+  given = config.learning_rates
+  return study.Plan(
+    name,
+    problem,
+    config.budget or problem.budget,
+    problem.learning_rates if given == (0.0,) else given,
+    config.seeds,
+    config.tuning_seeds,
+    problem.target if config.target is None else config.target,
   )
-  return tuning.last(session.rows, label)
-
-
-def tune(session, config, problem, method, budget, rates) -> float:
-  """The rate of the lowest median on the tuning seeds, or one for none."""
-  if not problem.entry(method).tuned:
-    return 1.0
-  values: dict[float, list[float]] = {}
-  for seed in range(config.tuning_seeds):
-    seed += tuning.TUNING_SEED
-    lanes = [(seed, rate) for rate in rates]
-    label = f'{method}: tuning {seed}'
-    for row in run(session, problem, method, label, budget, lanes):
-      value = row['tuning']
-      values.setdefault(row['learning_rate'], []).append(
-        np.inf if np.isnan(value) else value
-      )
-  return min(values, key=lambda rate: np.median(values[rate]))
 
 
 @launch.program
 def main(config: Config) -> None:
-  """Tunes and runs every method, prints the table, and draws the picture."""
-  problem = contests.PROBLEMS[config.problem]()
-  methods = problem.methods
-  if config.methods != ('default',):
-    methods = config.methods
-  for method in methods:
-    problem.entry(method)  # An unknown name is an error before work begins.
-  budget = config.budget or problem.budget
-  rates = (
-    problem.learning_rates
-    if config.learning_rates == (0.0,)
-    else config.learning_rates
-  )
+  """Tunes and runs every method, prints the tables, and draws the picture."""
+  chosen = problems(config)
+  methods: dict[str, tuple[str, ...]] = {}
+  for name, problem in chosen.items():
+    default = SET_METHODS if config.problems else problem.methods
+    given = config.methods != ('default',)
+    methods[name] = config.methods if given else default
+    study.check_methods(problem, methods[name])
   with Session('compare', config) as session:
-    for method in methods:
-      best = tune(session, config, problem, method, budget, rates)
-      lanes = [(seed, best) for seed in range(config.seeds)]
-      run(session, problem, method, method, budget, lanes)
-    rows = summarize(session, methods, rates)
+    for name, problem in chosen.items():
+      own = plan(config, name, problem)
+      rows = study.study(session, own, methods[name])
+      show(own, rows)
+  print()
+  for name, problem in chosen.items():
+    picture = session.folder / f'{name if len(chosen) > 1 else "compare"}.png'
+    draw(session.rows, name, methods[name], problem, picture)
+    print(f'picture: {picture}')
+  if len(chosen) > 1:
+    summaries = session.select('summary')
+    show_profile(summaries, methods[name])
+    draw_profile(summaries, methods[name], session.folder / 'profile.png')
+    print(f'picture: {session.folder / "profile.png"}')
+  print(f'record:  {session.folder / "record.jsonl"}')
+
+
+def show(plan: study.Plan, rows: Sequence[dict]) -> None:
+  """Prints the table of a problem."""
+  first = rows[0]['method']
+
+  def rate(row):
+    if row['learning_rate'] is None:
+      return '-'
+    return f'{row["learning_rate"]:g}{" *" if row["edge"] else ""}'
+
+  def gap(row):
+    if row['verdict'] == '-':
+      return '-'
+    return f'{row["gap_low"]:+.1e} to {row["gap_high"]:+.1e}'
+
+  columns = ['method', 'rate', 'median', 'low', 'high', 'updates']
+  columns += ['95 % of the gap', 'verdict']
+  lines = [
+    [
+      row['variant'], rate(row), row['median'], row['low'], row['high'],
+      row['updates'], gap(row), row['verdict'],
+    ]
+    for row in rows
+  ]  # fmt: skip
+  target = ''
+  if plan.target is not None:
+    columns.append('to target')
+    target = f'; calls to a value of {plan.target:g} or less'
+    for row, line in zip(rows, lines, strict=True):
+      there = math.isfinite(row['reached'])
+      line.append(row['reached'] if there else 'not reached')
   tables.show(
-    f'{config.problem}: {problem.value} after {budget:,.0f} {problem.unit},'
-    f' {config.seeds} seeds; an asterisk is a rate at the edge of the grid',
-    (
-      'method',
-      'rate',
-      'median',
-      'low',
-      'high',
-      'updates',
-      f'{methods[0]} wins',
-    ),
-    [list(row.values())[1:] for row in rows],
+    f'{plan.name}: {plan.problem.value} after {plan.budget:,.0f}'
+    f' {plan.problem.unit}, {plan.seeds} seeds; an asterisk is a rate at the'
+    f' edge of the grid; gap: the mean of the differences from {first} by seed,'
+    f' with its 95 % interval{target}',
+    columns,
+    lines,
   )
-  path = session.folder / 'compare.png'
-  draw(session.rows, methods, problem, path)
-  print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def summarize(session, methods, rates) -> list[dict]:
-  """A summary row a method, in the record too."""
-  rows = []
-  reference: list[float] = []
-  for method in methods:
-    ends = tuning.last(session.rows, method)
-    values = [np.inf if np.isnan(r['value']) else r['value'] for r in ends]
-    reference = reference or values
-    better = sum(a < b for a, b in zip(reference, values, strict=True))
-    wins = '-' if method == methods[0] else f'{better} of {len(values)}'
-    rate = ends[0]['learning_rate']
-    if len(rates) > 1 and rate in (min(rates), max(rates)):
-      rate = f'{rate:g} *'
-    row = {
-      'method': method,
-      'learning_rate': rate,
-      'median': float(np.median(values)),
-      'low': min(values),
-      'high': max(values),
-      'updates': int(np.median([row['updates'] for row in ends])),
-      'wins': wins,
-    }
-    session.write('summary', **row)
-    rows.append({'kind': 'summary', **row})
-  return rows
+def show_profile(rows: Sequence[dict], methods: Sequence[str]) -> None:
+  """Prints the aggregate over the problems."""
+  ratios = study.profile(rows, methods)
+  share = lambda method, most: float(np.mean(ratios[method] <= most))
+  tables.show(
+    f'{len(next(iter(ratios.values())))} problems: the share on which a method'
+    ' reaches the target within so many times the calls of the best one',
+    ['method', 'best', '2 times', '10 times', 'at all'],
+    [
+      [method, *(f'{share(method, m):.2f}' for m in (1.0, 2.0, 10.0, 1e300))]
+      for method in sorted(methods, key=lambda name: -share(name, 2.0))
+    ],
+  )
 
 
-def draw(rows, methods, problem, path) -> None:
+def draw(rows, name, methods, problem, path) -> None:
   """The value against the calls; medians, and the range over seeds."""
+  labels = {f'{name}: {method}': method for method in methods}
+  shown = [
+    row | {'method': labels[row['method']]}
+    for row in rows
+    if row['kind'] == 'eval' and row['method'] in labels
+  ]
   figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-  plots.draw_lines(
-    axes, [('', rows)], 'calls', 'value', keep=lambda name: name in methods
-  )
+  plots.draw_lines(axes, [('', shown)], 'calls', 'value')
   axes.set(xlabel=problem.unit, ylabel=problem.value)
   axes.legend(fontsize=8)
+  plots.save(figure, path, title=name)
+
+
+def draw_profile(rows, methods, path: Any) -> None:
+  """The performance profile."""
+  ratios = study.profile(rows, methods)
+  finite = [r for v in ratios.values() for r in v if math.isfinite(r)]
+  end = 1.1 * max(finite, default=2.0)
+  figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
+  for method, values in ratios.items():
+    x = np.append(values[np.isfinite(values)], end)
+    y = np.minimum(np.arange(1, len(x) + 1), len(x) - 1) / len(values)
+    axes.step(np.append(1.0, x), np.append(0.0, y), where='post', label=method)
+  axes.set(
+    xscale='log', ylim=(0, 1.05), ylabel='share of the problems',
+    xlabel='calls to the target, times those of the best method',
+  )  # fmt: skip
+  axes.legend(fontsize=8)
+  axes.grid(alpha=0.3)
   plots.save(figure, path)
 
 

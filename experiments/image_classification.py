@@ -33,13 +33,12 @@ from .lab import devices
 from .lab import flags
 from .lab import launch
 from .lab import plots
-from .lab import record
+from .lab import study
 from .lab import tables
 from .lab.session import Session
 from .methods import images
 from .problems import image_classifiers
 
-TUNING_SEED = 10_000  # And those that follow it.
 _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
 
 
@@ -259,13 +258,6 @@ def run(
   )
 
 
-def last(rows: list[dict], method: str) -> list[dict]:
-  """The rows of a method's last evaluation."""
-  found = record.select(rows, 'eval', method=method)
-  step = max(row['step'] for row in found)
-  return [row for row in found if row['step'] == step]
-
-
 def tune(
   session: Session, config: Config, task: Task, choice: Choice
 ) -> tuple[float, float]:
@@ -282,10 +274,10 @@ def tune(
     the end of their runs, and that loss.
   """
   label = f'{choice.label}: tuning'
-  seeds = range(TUNING_SEED, TUNING_SEED + config.tuning_seeds)
+  seeds = range(study.TUNING_SEED, study.TUNING_SEED + config.tuning_seeds)
   lanes = list(itertools.product(seeds, config.learning_rates))
   run(session, config, task, choice, label, lanes)
-  rows = last(session.rows, label)
+  rows = study.last(session.rows, label)
   losses = {}
   for rate in config.learning_rates:
     values = [row['valid_loss'] for row in rows if row['learning_rate'] == rate]
@@ -303,7 +295,7 @@ def summarize(
   session: Session, choice: Choice, rate: float, valid_loss: float
 ) -> dict:
   """The summary row of a choice: means and deviations over the seeds."""
-  ends = last(session.rows, choice.label)
+  ends = study.last(session.rows, choice.label)
   row: dict[str, Any] = {
     **choice._asdict(), 'learning_rate': rate, 'valid_loss': valid_loss,
   }  # fmt: skip
@@ -355,7 +347,7 @@ def compare(
   """Differences within the seeds, which share start and first permutation."""
   rows = []
   for choice, word, other in pairs:
-    ours, theirs = (last(session.rows, c.label) for c in (choice, other))
+    ours, theirs = (study.last(session.rows, c.label) for c in (choice, other))
     gaps = np.array(
       [
         a['test_accuracy'] - b['test_accuracy']

@@ -26,13 +26,13 @@ from .lab import flags
 from .lab import launch
 from .lab import plots
 from .lab import record
+from .lab import study
 from .lab import tables
 from .lab.session import Session
 from .methods import multi_block
 from .problems import scaled_logistic as logistic
 
 METHODS = (*multi_block.METHODS, 'frozen')
-TUNING_SEED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def tune(session, config: Config, problem: Problem, name: str) -> tuple:
   uppers = (0.0,) if name == 'frozen' else config.learning_rates
   grid = np.meshgrid(uppers, config.inner_lrs, indexing='ij')
   upper, lower = (axis.ravel() for axis in grid)
-  seeds = [TUNING_SEED] * len(upper)
+  seeds = [study.TUNING_SEED] * len(upper)
   run_lanes(
     session, config, problem, label, name, upper, lower, seeds,
     config.tuning_steps,

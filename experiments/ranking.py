@@ -32,12 +32,12 @@ from .lab import flags
 from .lab import launch
 from .lab import plots
 from .lab import record
+from .lab import study
 from .lab import tables
 from .lab.session import Session
 from .methods import multi_block
 
 METHODS = ('bsvrb_v1', 'bsvrb_v2', 'pointwise', 'listwise')
-TUNING_SEED = 10_000
 CUTS = (5, 10)
 
 
@@ -308,7 +308,7 @@ def run_lanes(
 def compare(session, config: Config, data: Data, name: str) -> None:
   """Tunes a method on its own seed, and runs it on the others."""
   label = f'tuning {name}'
-  seeds = [TUNING_SEED] * len(config.learning_rates)
+  seeds = [study.TUNING_SEED] * len(config.learning_rates)
   run_lanes(
     session, config, data, label, name, config.learning_rates, seeds,
     config.tuning_steps,

@@ -22,8 +22,8 @@ from .lab import flags
 from .lab import launch
 from .lab import record
 from .lab import stopping
+from .lab import study
 from .lab import tables
-from .lab import tuning
 from .problems import distant_mean
 
 GNS, DIFFGRAD, ADADAGRAD, BO_REP, BSVRB, MECO = (
@@ -154,7 +154,7 @@ class Config(flags.BareConfig):
 
 def ends(rows: Rows, method: str, field: str) -> np.ndarray:
   """A field at the end of a method's runs, one a seed; not a number is inf."""
-  values = [row[field] for row in tuning.last(rows, method)]
+  values = [row[field] for row in study.last(rows, method)]
   return np.nan_to_num(np.array(values, float), nan=np.inf, posinf=np.inf)
 
 

@@ -7,9 +7,9 @@ of parameters, every optimizer of optlab and optax is a method, by its name.
 
 from collections.abc import Callable
 import functools
-import inspect
 import math
-from typing import Any, NamedTuple
+import runpy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import optlab
 
 from ..methods import bilevel
 from ..methods import multi_block
+from ..methods import optimizers
 from ..methods import unnormalized
 from ..problems import data as data_lib
 from ..problems import densities
@@ -30,139 +31,224 @@ from ..problems import quadratic
 from ..problems import smooth
 from . import flags
 from . import newton
+from . import oracles
+from .study import Entry
+from .study import Problem
 
 
-class Entry(NamedTuple):
-  """A method on a problem.
-
-  Attributes:
-    start: ``(key, rate) -> state``.
-    step: ``(state, key, rate) -> state``.
-    calls: ``(state before, state after) -> calls`` of the step between, in the
-      problem's unit.
-    tuned: Whether it has a rate.
-  """
-
-  start: Callable[..., Any]
-  step: Callable[..., Any]
-  calls: Callable[[Any, Any], Any]
-  tuned: bool = True
+def of_optimizers(
+  text: str, make: Callable[[optimizers.Optimizer], Entry]
+) -> Entry:
+  """The entry of an optimizer, or of its search space."""
+  found = {one.text: make(one) for one in optimizers.variants(text)}
+  first = next(iter(found.values()))
+  return first._replace(variants=found if len(found) > 1 else None)
 
 
-class Problem(NamedTuple):
-  """What is compared.
-
-  Attributes:
-    entry: ``method -> Entry``; raises `app.UserError` for a name it lacks.
-    methods: The default methods.
-    learning_rates: The default grid of rates.
-    budget: The default budget of calls.
-    unit: What a call is.
-    measure: ``state -> dict`` of scalars: ``tuning``, which rates are picked
-      by, and ``value``, which is reported; less is better.
-    value: What the value is.
-  """
-
-  entry: Callable[[str], Entry]
-  methods: tuple[str, ...]
-  learning_rates: tuple[float, ...]
-  budget: float
-  unit: str
-  measure: Callable[[Any], dict[str, jax.Array]]
-  value: str
-
-
-def optimizer(name: str) -> Callable[..., Any]:
-  """The optimizer of that name, of optlab or else of optax.
+def of_function(
+  start: Callable[[jax.Array], Any],
+  loss: Callable[[Any, Any], jax.Array],
+  measure: Callable[[Any], dict[str, jax.Array]],
+  curvature: Callable[[Any, Any], Any] | None = None,
+  **fields: Any,
+) -> Problem:
+  """A function of parameters: every optimizer of optlab and optax is a method.
 
   Args:
-    name: Such as ``diffgrad`` or ``adam``.
+    start: ``key -> params``.
+    loss: ``(params, key) -> scalar``; the key draws the batch, if there is one.
+    measure: ``params -> dict`` with ``tuning`` and ``value``.
+    curvature: ``(params, key) -> operator``, the Hessian if not given.
+    **fields: Of the `Problem`.
 
   Returns:
-    ``rate -> transformation``.
-
-  Raises:
-    UserError: Neither library has one that needs a learning rate alone.
+    The `Problem`. A call is a gradient or a Hessian-vector product; they are
+    counted (`oracles.count`), but for those of a search, which reports them.
   """
-  homes = (optlab, optlab.first_order, optax)
-  make = next((m for m in (getattr(h, name, None) for h in homes) if m), None)
-  try:
-    parameters = inspect.signature(make).parameters  # pyrefly: ignore
-    needed = [
-      key
-      for key, parameter in parameters.items()
-      if parameter.default is inspect.Parameter.empty
-      and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-  except TypeError:
-    needed = []
-  if needed != ['learning_rate']:
-    raise flags.UserError(
-      f'--methods={name}: neither optlab nor optax has an optimizer of that'
-      ' name whose one argument is a learning rate'
-    )
-  return make  # pyrefly: ignore
+  curvature = curvature or optlab.hessian(loss)
+  shapes = jax.eval_shape(start, jax.random.key(0))
 
+  def estimator(loss):
+    return optlab.with_curvature(optlab.value_and_grad(loss), curvature)
 
-# A smooth function: mushrooms, all rows in every gradient.
+  own = estimator(loss)
 
-
-def logistic() -> Problem:
-  """Ridge-penalized logistic regression, without noise."""
-  dataset = data_lib.load('mushrooms')
-  l2 = 1.0 / len(dataset.labels)
-  problem = smooth.logistic(dataset, l2)
-  data = jax.tree.map(jnp.asarray, problem.data)
-  fun = lambda params: problem.fun(params, data)
-  estimator = optlab.value_and_grad(lambda params, _: fun(params))
-  curvature = problem.curvatures['gauss_newton'].factory
-  least = newton.least_value(problem)
-  shape = problem.start(0).shape
-
-  def entry(name):
-    own, tuned = estimator, False
-    calls = lambda before, after: 1
-    if name in ('gns_newton', 'gns_newton_paper'):
-      make = lambda rate: getattr(optlab, name)()
-      own = optlab.with_curvature(
-        estimator, lambda params, _: curvature(params, data)
-      )
+  def make(one):
+    tx = one.make(0.1)
+    found = jax.eval_shape(tx.init, shapes)
+    has = lambda name: optax.tree.get(found, name, None) is not None
+    if has('total_trials'):
       # Gradients of all trials, and products with the Hessian.
       total = lambda state: (
         optax.tree.get(state, 'total_trials')
         + optax.tree.get(state, 'total_products')
       )
       calls = lambda before, after: total(after) - total(before)
-    elif name == 'lbfgs':
-      make = lambda rate: optax.lbfgs()
+    elif has('num_linesearch_steps'):
       calls = lambda before, after: optax.tree.get(
         after, 'num_linesearch_steps'
       )
     else:
-      make, tuned = optimizer(name), True
+      counted = count(one)
+      calls = lambda before, after: counted
 
-    def start(key, rate):
-      params = 0.1 * jax.random.normal(key, shape)
-      return optlab.init(params, own, make(rate))
+    def begin(key, rate):
+      return optlab.init(start(key), own, one.make(rate))
 
     def step(state, key, rate):
-      return optlab.train_step(own, make(rate))(state, None)[0]
+      return optlab.train_step(own, one.make(rate))(state, key)[0]
 
-    return Entry(start, step, calls, tuned)
+    return Entry(begin, step, calls, one.tuned)
 
-  def measure(state):
-    value = jnp.maximum(fun(state.params) - least, 0.0)
+  def count(one):
+    marked = estimator(oracles.marked(loss))
+
+    def step(key):
+      state = optlab.init(start(key), marked, one.make(0.1))
+      return optlab.train_step(marked, one.make(0.1))(state, key)[0]
+
+    found = oracles.count(step, jax.random.key(0))
+    if found.open:
+      raise flags.UserError(
+        f'--methods={one.text}: has a loop of gradients that ends on a'
+        ' condition, and does not report how many it took'
+      )
+    return max(found.gradients + found.products, 1)
+
+  def measure_state(state):
+    return measure(state.params)
+
+  unit = fields.pop('unit', 'gradients and Hessian-vector products')
+  return Problem(
+    lambda text: of_optimizers(text, make), measure=measure_state, unit=unit,
+    **fields,
+  )  # fmt: skip
+
+
+NEWTON_METHODS = (
+  'gns_newton', 'lbfgs', 'sgd', 'adam', 'diffgrad', 'adagrad_norm',
+)  # fmt: skip
+GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def of_smooth(
+  make: Callable[[], smooth.Problem], curvature: str = 'gauss_newton'
+) -> Callable[[], Problem]:
+  """A smooth function without noise; the value is f - f*, by that at the start.
+
+  Args:
+    make: Makes it.
+    curvature: The one that Newton's method is given.
+
+  Returns:
+    What makes the problem.
+  """
+
+  def problem():
+    own = make()
+    data = jax.tree.map(jnp.asarray, own.data)
+    fun = lambda params: own.fun(params, data)
+    least = newton.least_value(own)
+    first = jnp.asarray(own.start(0))
+    height = fun(first) - least
+
+    def start(key):
+      return first + 0.1 * jax.random.normal(key, first.shape)
+
+    def measure(params):
+      gap = jnp.maximum(fun(params) - least, 0.0) / height
+      return {'tuning': gap, 'value': gap}
+
+    factory = own.curvatures[curvature].factory
+    return of_function(
+      start, lambda params, key: fun(params), measure,
+      lambda params, key: factory(params, data), methods=NEWTON_METHODS,
+      learning_rates=GRID, budget=200, value='(f - f*) / (f(x0) - f*)',
+      target=1e-6,
+    )  # fmt: skip
+
+  return problem
+
+
+def logistic() -> Problem:
+  """Ridge-penalized logistic regression on mushrooms, without noise."""
+  dataset = data_lib.load('mushrooms')
+  problem = smooth.logistic(dataset, 1.0 / len(dataset.labels))
+  data = jax.tree.map(jnp.asarray, problem.data)
+  fun = lambda params: problem.fun(params, data)
+  curvature = problem.curvatures['gauss_newton'].factory
+  least = newton.least_value(problem)
+  shape = problem.start(0).shape
+
+  def measure(params):
+    value = jnp.maximum(fun(params) - least, 0.0)
     return {'tuning': value, 'value': value}
 
-  return Problem(
-    entry,
-    ('gns_newton', 'lbfgs', 'sgd', 'adam', 'diffgrad', 'adagrad_norm'),
-    (1e-3, 1e-2, 1e-1, 1.0, 10.0),
-    200,
-    'gradients and Hessian-vector products',
+  return of_function(
+    lambda key: 0.1 * jax.random.normal(key, shape),
+    lambda params, key: fun(params),
     measure,
-    'f - f*',
-  )
+    lambda params, key: curvature(params, data),
+    methods=NEWTON_METHODS, learning_rates=GRID, budget=200, value='f - f*',
+    target=1e-6,
+  )  # fmt: skip
+
+
+# A problem in a file of the user's.
+
+
+def of_file(path: str) -> Problem:
+  """The problem that a Python file defines.
+
+  Args:
+    path: A file with ``start(key)``, which makes parameters, ``loss(params,
+      key)``, a scalar whose key draws the batch, and ``measure(params)``, what
+      is reported; and, if it likes, ``tuning(params)``, by which rates are
+      picked, ``METHODS``, ``LEARNING_RATES``, ``BUDGET``, ``VALUE`` (its name)
+      and ``TARGET``.
+
+  Returns:
+    The problem.
+
+  Raises:
+    UserError: The file lacks one of them, or does not run.
+  """
+  try:
+    found = runpy.run_path(path)
+  except Exception as error:
+    raise flags.UserError(
+      f'--problem={path}: {type(error).__name__}: {error}'
+    ) from error
+  for name in ('start', 'loss', 'measure'):
+    if not callable(found.get(name)):
+      raise flags.UserError(f'--problem={path}: has no function {name}')
+  start, loss, reported = (found[n] for n in ('start', 'loss', 'measure'))
+  tuning = found.get('tuning', reported)
+  try:
+    key = jax.random.key(0)
+    params = jax.eval_shape(start, key)
+    shapes = [
+      jax.eval_shape(loss, params, key).shape,
+      *(jax.eval_shape(f, params).shape for f in (reported, tuning)),
+    ]
+    grid = tuple(float(rate) for rate in found.get('LEARNING_RATES', GRID))
+    budget = float(found.get('BUDGET', 1000))
+  except Exception as error:
+    raise flags.UserError(
+      f'--problem={path}: {type(error).__name__}: {str(error)[:300]}'
+    ) from error
+  if any(shapes):
+    raise flags.UserError(
+      f'--problem={path}: loss, measure and tuning give scalars, not arrays of'
+      f' shape {next(filter(None, shapes))}'
+    )
+  return of_function(
+    start, loss,
+    lambda params: {'tuning': tuning(params), 'value': reported(params)},
+    methods=tuple(found.get('METHODS', ('sgd', 'adam', 'diffgrad'))),
+    learning_rates=grid, budget=budget,
+    value=str(found.get('VALUE', 'measure')), target=found.get('TARGET'),
+  )  # fmt: skip
 
 
 # Images in batches: constant ones, and ones that grow.
@@ -188,13 +274,16 @@ def images() -> Problem:
   }
 
   def entry(name):
-    size = None if name in growing else BATCH
-    if size is None:
+    if name in growing:
       make = lambda rate: growing[name](
         rate, optlab.norm_test(1.0), 8, MAX_BATCH
       )
-    else:
-      make = optimizer(name)
+      return of_batches(make, None)
+    return of_optimizers(
+      name, lambda one: of_batches(one.make, BATCH)._replace(tuned=one.tuned)
+    )
+
+  def of_batches(make, size):
 
     def start(key, rate):
       keys = jax.random.split(key)
@@ -406,3 +495,36 @@ PROBLEMS = {
   'blocks': blocks,
   'density': density,
 }
+CUTEST = (
+  'AKIVA', 'BOX3', 'BROWNDEN', 'CHWIRUT1LS', 'CLIFF', 'DENSCHNC', 'EXPFIT',
+)  # fmt: skip
+
+
+def _small(name: str, kind: str) -> smooth.Problem:
+  dataset = data_lib.load(name)
+  make = smooth.logistic if kind == 'logistic' else smooth.softmax
+  return make(dataset, 1.0 / len(dataset.labels))
+
+
+def _equations(kind: str) -> Callable[[], Problem]:
+  return of_smooth(lambda: smooth.equations(kind, 2, 10))
+
+
+# Functions of parameters, on which every optimizer runs.
+CLASSIC: dict[str, Callable[[], Problem]] = {
+  'mushrooms': logistic,
+  'breast_cancer': of_smooth(lambda: _small('breast_cancer', 'logistic')),
+  'digits_softmax': of_smooth(lambda: _small('digits', 'softmax')),
+  'rosenbrock': _equations('rosenbrock'),
+  'chebyshev': _equations('chebyshev'),
+  'linear': _equations('linear'),
+  'log_sum_exp': of_smooth(lambda: smooth.log_sum_exp(50, 20)),
+  'digits_mlp': images,
+  **{
+    f'cutest_{name.lower()}': of_smooth(
+      functools.partial(smooth.cutest, name), 'exact'
+    )
+    for name in CUTEST
+  },
+}
+SETS = {'classic': CLASSIC}

@@ -50,6 +50,18 @@ def _value_type(annotation: Any) -> tuple[type, bool]:
   return annotation, False
 
 
+def _split(text: str) -> list[str]:
+  """The entries of a list: commas within parentheses are theirs."""
+  entries, depth = [''], 0
+  for letter in text:
+    depth += (letter in '([{') - (letter in ')]}')
+    if letter == ',' and depth == 0:
+      entries.append('')
+    else:
+      entries[-1] += letter
+  return [entry.strip() for entry in entries] if text.strip() else []
+
+
 def _flag_fields(
   config_type: type[flags.BareConfig],
 ) -> list[dataclasses.Field]:
@@ -70,8 +82,9 @@ def _define(config_type: type[flags.BareConfig]) -> None:
       help_text += f' One of: {", ".join(choices)}.'
     if is_list:
       entries: Any = field.default
-      default = [str(entry) for entry in entries]
-      absl_flags.DEFINE_list(field.name, default, help_text)
+      default = ','.join(str(entry) for entry in entries)
+      help_text += ' (a comma separated list)'
+      absl_flags.DEFINE_string(field.name, default, help_text)
     else:
       _DEFINE[value_type](field.name, field.default, help_text)
     # Else --help takes the flags for those of this module, and leaves them out.
@@ -98,11 +111,9 @@ def _from_flags(
     value_type, is_list = _value_type(annotations[field.name])
     if is_list:
       try:
-        value = tuple(value_type(entry) for entry in value)
+        value = tuple(value_type(entry) for entry in _split(value))
       except ValueError as error:
-        raise flags.UserError(
-          f'--{field.name}={",".join(value)}: {error}'
-        ) from error
+        raise flags.UserError(f'--{field.name}={value}: {error}') from error
     values[field.name] = value
   return config_type(**values)
 

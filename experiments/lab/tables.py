@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+import textwrap
 from typing import Any
 
 from rich import box as rich_box
@@ -26,22 +27,50 @@ def number(value: Any) -> str:
   return f'{value:.3g}'
 
 
+WIDTH = 80
+
+
 def show(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> None:
-  """Prints a table.
+  """Prints a table, at most 80 columns wide.
 
   Args:
     title: Above the table.
     columns: The heads; the first column is aligned left, the others right.
-    rows: One sequence of values a row.
+    rows: One sequence of values a row. What does not fit beside the first
+      column stands in another table below, with the first column again.
   """
+  cells = [[number(value) for value in row] for row in rows]
+  widths = [
+    max(len(line[i]) for line in [list(columns), *cells])
+    for i in range(len(columns))
+  ]
+  print('\n' + textwrap.fill(title, WIDTH))
+  for part in _parts(widths):
+    _print(
+      [columns[i] for i in part], [[row[i] for i in part] for row in cells]
+    )
+
+
+def _parts(widths: Sequence[int]) -> list[list[int]]:
+  """The columns of each table, the first one in all of them."""
+  parts: list[list[int]] = [[0]]
+  for i in range(1, len(widths)):
+    if sum(widths[j] + 3 for j in (*parts[-1], i)) + 1 > WIDTH and (
+      len(parts[-1]) > 1
+    ):
+      parts.append([0])
+    parts[-1].append(i)
+  return parts
+
+
+def _print(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   table = rich_table.Table(box=rich_box.SIMPLE_HEAD, padding=(0, 1))
   for i, column in enumerate(columns):
     table.add_column(column, justify='right' if i else 'left', no_wrap=True)
   for row in rows:
-    table.add_row(*(number(value) for value in row))
-  print(f'\n{title}')
+    table.add_row(*row)
   # A pipe has no width, and a narrow terminal would cut the numbers off.
   width = rich_console.Console(width=1000).measure(table).maximum
   rich_console.Console(width=width).print(table)

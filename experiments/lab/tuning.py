@@ -24,12 +24,10 @@ from ..methods import bilevel
 from . import devices
 from . import flags
 from . import plots
-from . import record
+from . import study
 from . import tables
 from .session import Session
 
-TUNING_SEED = 10_000
-EXTENSIONS = 2  # How often a grid is continued, by its own length.
 PIECES = 5
 
 
@@ -318,24 +316,6 @@ def run(
   )
 
 
-def last(rows: list[dict], method: str) -> list[dict]:
-  """The rows of a method's last evaluation."""
-  found = record.select(rows, 'eval', method=method)
-  step = max((row['step'] for row in found), default=0)
-  return [row for row in found if row['step'] == step]
-
-
-def continued(rates: list[float], best: float, count: int) -> list[float]:
-  """So many rates beyond the edge that ``best`` is at; none if it is inside."""
-  if len(rates) < 2 or best not in (rates[0], rates[-1]):
-    return []
-  edge, inside = rates[:2] if best == rates[0] else rates[:-3:-1]
-  # Three digits, so that powers of ten and the like stay what they are.
-  return [
-    float(f'{edge * (edge / inside) ** k:.3g}') for k in range(1, count + 1)
-  ]
-
-
 def tune(
   session: Session,
   config: Config,
@@ -345,23 +325,25 @@ def tune(
 ) -> float:
   """The upper rate of the least validation loss, a median over tuning seeds."""
   new, best = sorted(config.learning_rates), config.learning_rates[0]
-  for grid in range(1 + EXTENSIONS):
+  for grid in range(1 + study.EXTENSIONS):
     label = f'{choice.label}: tuning, grid {grid}'
     # A run for each seed: with as many rates as seeds in the runs that are
     # reported, nothing is compiled for them again.
-    for seed in range(TUNING_SEED, TUNING_SEED + config.tuning_seeds):
+    for seed in range(
+      study.TUNING_SEED, study.TUNING_SEED + config.tuning_seeds
+    ):
       lanes = [(seed, rate) for rate in new]
       run(session, config, problem, program, choice, label, lanes, finish=False)
     losses = tuning_losses(session.rows, choice, grid + 1)
     best = min(losses, key=lambda rate: losses[rate])
-    new = continued(sorted(losses), best, len(config.learning_rates))
+    new = study.continued(sorted(losses), best, len(config.learning_rates))
     if not new:
       break
   return best
 
 
 def tuning_losses(
-  rows: list[dict], choice: Choice, grids: int = 1 + EXTENSIONS
+  rows: list[dict], choice: Choice, grids: int = 1 + study.EXTENSIONS
 ) -> dict[float, float]:
   """The median validation loss at the end of tuning, by rate.
 
@@ -370,7 +352,7 @@ def tuning_losses(
   """
   losses: dict[float, list[float]] = {}
   for grid in range(grids):
-    for row in last(rows, f'{choice.label}: tuning, grid {grid}'):
+    for row in study.last(rows, f'{choice.label}: tuning, grid {grid}'):
       loss = row['valid_loss']
       losses.setdefault(row['learning_rate'], []).append(
         np.inf if np.isnan(loss) else loss
@@ -416,7 +398,7 @@ def summarize(
   sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
   reference = None
   for choice in choices(config, group):
-    ends = last(session.rows, choice.label)
+    ends = study.last(session.rows, choice.label)
     rate, tried = ends[0]['learning_rate'], tuning_losses(session.rows, choice)
     worse = np.array([sign * row[first] for row in ends])
     worse[np.isnan(worse)] = np.inf

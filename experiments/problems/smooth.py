@@ -1,6 +1,7 @@
 """Smooth problems of the Newton experiments, with the curvatures they have."""
 
 from collections.abc import Callable
+import importlib
 from typing import Any, NamedTuple
 
 import chex
@@ -10,6 +11,7 @@ import numpy as np
 
 import optlab
 
+from ..lab import flags
 from . import data as data_lib
 
 
@@ -308,4 +310,38 @@ def equations(kind: str, power: int, dimension: int) -> Problem:
     },
     metric=metric,
     least=0.0,
+  )
+
+
+def cutest(name: str) -> Problem:
+  """An unconstrained problem of the CUTEst collection, as sif2jax has it.
+
+  Args:
+    name: Its name, such as ``BOX3``.
+
+  Returns:
+    The problem, from its standard start.
+
+  Raises:
+    UserError: sif2jax is not installed, or has no such problem.
+  """
+  try:
+    home = 'sif2jax.cutest._unconstrained_minimisation'
+    own = getattr(importlib.import_module(f'{home}.{name.lower()}'), name)()
+  except (ImportError, AttributeError) as error:
+    raise flags.UserError(
+      f'cutest_{name.lower()}: {error}; pip install sif2jax'
+    ) from error
+  first = np.asarray(own.y0, np.float64)
+  fun = lambda x, data: own.objective(x, own.args)
+  value = own.expected_objective_value
+  return Problem(
+    name=name,
+    fun=fun,
+    data=(),
+    start=lambda seed: first,
+    curvatures={
+      'exact': Curvature(optlab.dense(optlab.hessian(fun)), first.size)
+    },
+    least=None if value is None else float(value),
   )

@@ -1,16 +1,27 @@
-"""The program that compares anything with anything."""
+"""The program that compares anything with anything, and its study."""
 
 import json
+import math
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from experiments import compare
 from experiments.lab import contests
 from experiments.lab import flags
+from experiments.lab import launch as launch_lib
+from experiments.lab import oracles
 from experiments.lab import record
+from experiments.lab import study
+from experiments.lab import tables
+from experiments.methods import bilevel
+from experiments.methods import optimizers
+import optlab
 
 
 @pytest.fixture
@@ -19,6 +30,7 @@ def config(tmp_path):
     output_dir=str(tmp_path / 'run'), problem='blocks',
     methods=('bsvrb_v2', 'rsvrb'), budget=400.0,
     learning_rates=(1e-3, 0.1), seeds=3, tuning_seeds=1, precision='float32',
+    target=1.0,
   )  # fmt: skip
 
 
@@ -28,32 +40,73 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
   _, rows = record.read(config.output_dir)
   summaries = {row['method']: row for row in record.select(rows, 'summary')}
   assert list(summaries) == ['bsvrb_v2', 'rsvrb']
+  ends = {}
   for method, summary in summaries.items():
-    ends = record.select(rows, 'eval', method=method, step=compare.PIECES)
-    assert [row['seed'] for row in ends] == [0, 1, 2]
+    label = f'blocks: {method}'
+    runs = record.select(rows, 'eval', method=label)
+    ends[method] = [r for r in runs if r['step'] == compare.PIECES]
+    assert [row['seed'] for row in ends[method]] == [0, 1, 2]
     # Equal calls: ten blocks a step, 400 in all.
-    assert [row['calls'] for row in ends] == [400.0] * 3
-    assert [row['updates'] for row in ends] == [40] * 3
-    starts = record.select(rows, 'eval', method=method, step=0)
-    assert ends[0]['value'] < starts[0]['value']
-    tuned = record.select(
-      rows, 'eval', method=f'{method}: tuning 10000', step=compare.PIECES
-    )
+    assert [row['calls'] for row in ends[method]] == [400.0] * 3
+    assert [row['updates'] for row in ends[method]] == [40] * 3
+    assert ends[method][0]['value'] < runs[0]['value']
+    # Picked on a seed of its own, with a grid that went on where it had to.
+    tuned = [
+      row
+      for grid in range(3)
+      for row in record.select(
+        rows, 'eval', method=f'{label}: tuning, grid {grid}',
+        step=compare.PIECES,
+      )
+    ]  # fmt: skip
+    assert {row['seed'] for row in tuned} == {study.TUNING_SEED}
+    assert len(tuned) > 2
     best = min(tuned, key=lambda row: row['tuning'])
-    assert ends[0]['learning_rate'] == pytest.approx(best['learning_rate'])
-    assert summary['learning_rate'].endswith(
-      '*'
-    )  # Both rates are edges of the grid.
-  values = [
-    [row['value'] for row in record.select(
-      rows, 'eval', method=method, step=compare.PIECES
-    )]
-    for method in summaries
-  ]  # fmt: skip
-  wins = sum(a < b for a, b in zip(*values, strict=True))
-  assert summaries['rsvrb']['wins'] == f'{wins} of 3'
+    assert ends[method][0]['learning_rate'] == best['learning_rate']
+    rates = {row['learning_rate'] for row in tuned}
+    assert summary['edge'] == (
+      best['learning_rate'] in (min(rates), max(rates))
+    )
+    # The first look at which the value is at the target.
+    for seed, end in enumerate(ends[method]):
+      there = [
+        r['calls'] for r in runs if r['seed'] == seed and r['value'] <= 1
+      ]
+      assert end['reached'] == (there[0] if there else math.inf)
+  values = [[row['value'] for row in ends[name]] for name in summaries]
+  gaps = np.subtract(values[1], values[0])
+  assert summaries['rsvrb']['gap'] == pytest.approx(np.mean(gaps), rel=1e-5)
+  assert summaries['rsvrb']['wins'] == np.sum(gaps < 0)
   assert 'sampled blocks' in shown
   assert 'compare.png' in shown
+  table = [line for line in shown.split('\n') if 'picture' not in line]
+  assert max(len(line) for line in table if 'record' not in line) <= 80
+
+
+def test_pairs_have_an_interval():
+  found = study.paired([1.0, 2.0, 3.0])
+  # Student's t with two degrees of freedom: 4.303 standard errors.
+  np.testing.assert_allclose(
+    found[:3], [2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], rtol=1e-4
+  )
+  assert found.said == 'tie'
+  assert study.paired([-1.0, -1.1, -0.9]).said == 'better'
+  assert study.paired([1.0, 1.1, 0.9]).said == 'worse'
+  assert study.paired([0.0, 0.0]).said == 'tie'
+  assert study.paired([1.0]).said == study.paired([1.0, math.inf]).said == '-'
+
+
+def test_profiles_are_shares_of_the_problems():
+  rows = [
+    {'problem': problem, 'method': method, 'reached': reached}
+    for problem, method, reached in (
+      ('p', 'a', 10.0), ('p', 'b', 30.0), ('q', 'a', math.inf), ('q', 'b', 5.0),
+      ('r', 'a', math.inf), ('r', 'b', math.inf),
+    )
+  ]  # fmt: skip
+  found = study.profile(rows, ['a', 'b'])
+  assert found['a'].tolist() == [1.0, math.inf, math.inf]
+  assert found['b'].tolist() == [1.0, 3.0, math.inf]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +115,6 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
     ('blocks', 'adam', 'not one of bsvrb_v1'),
     ('ridge', 'bo_rep:lion', 'upper steps'),
     ('density', 'sgd', 'not one of meco'),
-    ('images', 'softmax', 'neither optlab nor optax'),
-    ('images', 'MultiSteps', 'neither optlab nor optax'),
   ],
 )
 def test_unknown_methods_are_refused(problem, method, match):
@@ -71,10 +122,222 @@ def test_unknown_methods_are_refused(problem, method, match):
     contests.PROBLEMS[problem]().entry(method)
 
 
-def test_any_optimizer_of_optax_is_a_method():
-  tx, ones = contests.optimizer('sign_sgd')(0.5), jnp.ones(2)
+@pytest.mark.parametrize(
+  ('text', 'match'),
+  [
+    ('softmax', 'neither optlab nor optax'),
+    ('MultiSteps', 'neither optlab nor optax'),
+    ('optax.contrib.nothing', 'optax.contrib has no nothing'),
+    ('no_such_package.tx', 'no such module'),
+    ('optax:nothing', 'optax has no nothing'),
+    ('adam(b3=1)', 'adam has no b3'),
+    ('adam(0.1)', 'arguments are given as key=value'),
+    ('adam(b1=x)', 'malformed'),
+    ('adam(b1=)', 'invalid syntax'),
+    ('adam(b1=[])', 'a search space is empty'),
+    ('adam b1', 'is not NAME or NAME'),
+    ('optax.tree.norm(tree=1.0)', 'no optimizer'),
+  ],
+)
+def test_bad_optimizers_are_one_line(text, match):
+  with pytest.raises(flags.UserError, match=match):
+    optimizers.variants(text)
+
+
+def step_of(text):
+  (one,) = optimizers.variants(text)
+  tx, ones = one.make(0.5), jnp.ones((2, 2))
   updates, _ = tx.update(3.0 * ones, tx.init(ones), ones)
-  assert updates.tolist() == [-0.5, -0.5]
+  return one, updates
+
+
+def test_optimizers_by_name_by_dots_and_with_arguments(tmp_path, monkeypatch):
+  one, updates = step_of('sign_sgd')
+  assert one.tuned
+  np.testing.assert_array_equal(updates, -0.5)
+  assert step_of('optax.contrib.muon')[0].tuned
+  one, updates = step_of('optax:sgd(learning_rate=.25)')
+  assert not one.tuned
+  np.testing.assert_array_equal(updates, -0.75)
+  package = tmp_path / 'mypackage'
+  package.mkdir()
+  (package / 'tx.py').write_text(
+    'import optax\n'
+    'def make(learning_rate, *, scale):\n'
+    '  return optax.sgd(scale * learning_rate)\n'
+  )
+  monkeypatch.chdir(tmp_path)
+  one, updates = step_of('mypackage.tx:make(scale=.5)')
+  assert one.text == 'mypackage.tx:make(scale=0.5)'
+  np.testing.assert_array_equal(updates, -0.75)
+  with pytest.raises(flags.UserError, match='it needs scale too'):
+    optimizers.variants('mypackage.tx.make')
+
+
+def test_a_list_is_a_search_space():
+  found = optimizers.variants('adam(b1=[0.8, 0.9], nesterov=True)')
+  assert [one.text for one in found] == [
+    'adam(b1=0.8, nesterov=True)', 'adam(b1=0.9, nesterov=True)',
+  ]  # fmt: skip
+  assert launch_lib._split('sgd,adam(b1=[0.8,0.9],b2=.9), lion') == [
+    'sgd', 'adam(b1=[0.8,0.9],b2=.9)', 'lion',
+  ]  # fmt: skip
+  assert launch_lib._split('') == []
+
+
+@jax.jit
+def rows_of(x):
+  return jnp.sin(x) ** 2
+
+
+@pytest.mark.parametrize(
+  ('step', 'values', 'gradients', 'products'),
+  [
+    (lambda f, x: f(x), 1, 0, 0),
+    (lambda f, x: jax.grad(f)(x), 1, 1, 0),
+    (lambda f, x: jax.jit(jax.grad(f))(x), 1, 1, 0),
+    (lambda f, x: jax.vmap(jax.grad(f))(jnp.stack([x, x])), 1, 1, 0),
+    (lambda f, x: jax.jvp(f, (x,), (x,)), 1, 0, 0),
+    (lambda f, x: jax.jvp(jax.grad(f), (x,), (x,)), 1, 1, 1),
+    (lambda f, x: jax.vjp(jax.grad(f), x)[1](x), 1, 1, 1),
+    (lambda f, x: jax.linearize(jax.grad(f), x)[1](x), 1, 1, 1),
+    (
+      lambda f, x: jax.lax.fori_loop(0, 5, lambda _, x: jax.grad(f)(x), x),
+      5, 5, 0,
+    ),
+    (lambda f, x: optax.adam(0.1).update(jax.grad(f)(x), optax.adam(
+      0.1).init(x), x), 1, 1, 0),
+  ],
+)  # fmt: skip
+def test_calls_are_counted(step, values, gradients, products):
+  loss = lambda x: jnp.sum(rows_of(x))
+  marked = oracles.marked(loss)
+  x = jnp.ones(3)
+  found = oracles.count(lambda x: step(marked, x), x)
+  assert found == (values, gradients, products, False)
+  np.testing.assert_allclose(
+    jax.tree.leaves(step(marked, x))[0], jax.tree.leaves(step(loss, x))[0],
+    rtol=1e-6,
+  )  # fmt: skip
+
+
+def test_a_loop_that_ends_on_a_condition_is_said():
+  marked = oracles.marked(lambda x: jnp.sum(rows_of(x)))
+  loop = lambda x: jax.lax.while_loop(
+    lambda x: x[0] > 0.1, lambda x: x - jax.grad(marked)(x), x
+  )
+  assert oracles.count(loop, jnp.ones(3)).open
+
+
+@pytest.mark.parametrize('name', ['soba', 'bo_rep_period1', 'bo_rep_single'])
+def test_the_table_of_bilevel_costs_is_what_is_counted(name):
+  method = bilevel.methods(5, 5)[name]
+  levels = (
+    oracles.marked(lambda x, y, _: jnp.sum((y - x) ** 2)),
+    oracles.marked(lambda x, y, _: jnp.sum(y**2) * jnp.exp(x[0]) - x @ y),
+  )
+  estimator = method.make(*levels, optax.sgd(0.1), 0.1)
+
+  def step(key):
+    x = jnp.ones(3)
+    state = method.init(estimator, optax.sgd(0.1), x, x, key)
+    sample = lambda key: (jnp.zeros(()), jnp.zeros(()))
+    batch = bilevel.draw(key, sample, method.step_samples)
+    return optlab.train_step(estimator, optax.sgd(0.1))(state, batch)[0]
+
+  found = oracles.count(step, jax.random.key(0))
+  assert (found.gradients, found.products) == (
+    method.gradients, method.products,
+  )  # fmt: skip
+
+
+MINE = """
+import jax
+import jax.numpy as jnp
+
+def start(key):
+  return jnp.zeros(4)
+
+def loss(params, key):
+  x = jax.random.normal(key, (8, 4))
+  return jnp.mean((x @ params - x.sum(1)) ** 2)
+
+def measure(params):
+  return jnp.sum((params - 1) ** 2)
+
+LEARNING_RATES = (0.003, 0.01, 0.03)
+BUDGET = 60
+TARGET = 0.5
+"""
+
+
+def test_a_problem_of_the_users_own(tmp_path, capsys):
+  path = tmp_path / 'mine.py'
+  path.write_text(MINE)
+  config = compare.Config(
+    output_dir=str(tmp_path / 'run'), problem=str(path), seeds=2,
+    methods=('adam(b1=[0.0, 0.9])', 'optax.sgd', 'gns_newton'),
+    tuning_seeds=1,
+  )  # fmt: skip
+  compare.main(config)
+  _, rows = record.read(config.output_dir)
+  adam, sgd, newton = record.select(rows, 'summary')
+  assert adam['variant'] in ('adam(b1=0.0)', 'adam(b1=0.9)')
+  assert sgd['updates'] == sgd['calls'] == 60
+  assert newton['learning_rate'] is None
+  assert adam['variant'] in capsys.readouterr().out
+  # The grid went on above its edge, where these rates are too low.
+  assert sgd['learning_rate'] > 0.03
+  assert sgd['reached'] < 60
+
+
+@pytest.mark.parametrize(
+  ('text', 'match'),
+  [
+    ('', 'has no function start'),
+    (MINE.replace('def measure', 'def other'), 'has no function measure'),
+    (MINE.replace('jnp.zeros(4)', 'jnp.zeros(3)'), 'TypeError: dot_general'),
+    (MINE.replace('jnp.sum', ''), 'scalars, not arrays of shape'),
+    ('import nothing_at_all', 'ModuleNotFoundError: No module'),
+    ('def', 'SyntaxError'),
+  ],
+)
+def test_a_bad_file_is_one_line(tmp_path, text, match):
+  path = tmp_path / 'mine.py'
+  path.write_text(text)
+  with pytest.raises(flags.UserError, match=f'--problem=.*{match}'):
+    contests.of_file(str(path))
+
+
+def test_a_set_of_problems_has_a_profile(tmp_path, capsys, monkeypatch):
+  few = {name: contests.CLASSIC[name] for name in ('linear', 'cutest_box3')}
+  monkeypatch.setitem(contests.SETS, 'classic', few)
+  config = compare.Config(
+    output_dir=str(tmp_path), problems='classic', methods=('lbfgs', 'sgd'),
+    learning_rates=(1e-3, 1e-2), seeds=2, tuning_seeds=1,
+  )  # fmt: skip
+  compare.main(config)
+  assert '2 problems: the share on which' in capsys.readouterr().out
+  for name in ('profile', 'linear', 'cutest_box3'):
+    assert (tmp_path / f'{name}.png').stat().st_size > 5000
+  rows = record.select(record.read(tmp_path)[1], 'summary')
+  assert [row['problem'] for row in rows] == ['linear'] * 2 + [
+    'cutest_box3'
+  ] * 2
+  reached = {(r['problem'], r['method']): r['reached'] for r in rows}
+  assert reached['linear', 'lbfgs'] < 200
+
+
+def test_wide_tables_stand_in_parts(capsys):
+  tables.show(
+    'A title that is so long that it goes on in another line, and in one more',
+    ['method', *(f'column {i}' for i in range(12))],
+    [['a', *range(12)], ['b', *([1234567] * 12)]],
+  )
+  lines = capsys.readouterr().out.split('\n')
+  assert max(map(len, lines)) <= 80
+  assert sum('method' in line for line in lines) == 3
+  assert sum('1,234,567' in line for line in lines) == 3
 
 
 def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
