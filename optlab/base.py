@@ -114,9 +114,10 @@ class Solver(Protocol):
   """Prepares the solution of ``(A + shift I) x = b`` for many shifts.
 
   ``shift`` is the smallest shift of interest: a solver may use it to decide how
-  far to prepare. `gns_newton` passes flat vectors; where the parameters are one
-  vector and there is no metric, the operator is the user's own, with the
-  structure that a solver may use (bands, say).
+  far to prepare. `gns_newton` passes trees like the parameters, in float32 or
+  wider, and one flat vector where curvature or metric show a matrix; without a
+  metric the operator is the user's own, with the structure that a solver may
+  use (bands, say).
   """
 
   def __call__(

@@ -93,6 +93,64 @@ def norm(tree: base.Params) -> jax.Array:
   return jax.lax.cond(safe, lambda: plain, scaled)
 
 
+def dot(a: base.ArrayTree, b: base.ArrayTree) -> jax.Array:
+  """The inner product of two real trees, in the widest of their dtypes."""
+  products = jax.tree.leaves(jax.tree.map(leaf_dot, a, b))
+  dtype = accumulator_dtype(a, b)
+  return sum(
+    (product.astype(dtype) for product in products),
+    start=jnp.zeros((), dtype),
+  )
+
+
+def leaf_dot(rows: jax.Array, leaf: jax.Array) -> jax.Array:
+  """Inner products of ``leaf`` with ``rows``, which may have leading axes."""
+  if leaf.ndim == 1 and not is_split(leaf):
+    return rows @ leaf
+  axes = tuple(range(rows.ndim - leaf.ndim, rows.ndim))
+  return jnp.sum(rows * leaf, axes)
+
+
+def is_split(leaf: jax.Array) -> bool:
+  """Whether the type of an array says that devices split it.
+
+  Such arrays can't be flattened, and products don't say how to contract them;
+  sums of element-wise products do.
+  """
+  spec = jax.typeof(leaf).sharding.spec
+  return any(axis is not None for axis in spec)
+
+
+def scale_add(scale: Any, x: base.ArrayTree, y: base.ArrayTree) -> Any:
+  """``scale * x + y`` leaf by leaf, in the dtypes of ``y``."""
+  return jax.tree.map(
+    lambda a, b: (jnp.asarray(scale, b.dtype) * a + b).astype(b.dtype), x, y
+  )
+
+
+def scaled(scale: Any, x: base.ArrayTree) -> Any:
+  """``scale * x`` leaf by leaf, in the dtypes of ``x``."""
+  return jax.tree.map(lambda a: jnp.asarray(scale, a.dtype) * a, x)
+
+
+def divided(x: base.ArrayTree, by: Any) -> Any:
+  """``x / by`` leaf by leaf, in the dtypes of ``x``."""
+  return jax.tree.map(lambda a: a / jnp.asarray(by, a.dtype), x)
+
+
+def wide(tree: base.ArrayTree) -> Any:
+  """Each leaf in float32 or wider."""
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(leaf).astype(accumulator_dtype(leaf)), tree
+  )
+
+
+def is_nonzero(tree: base.ArrayTree) -> jax.Array:
+  """Whether any number of a tree is not zero."""
+  found = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]
+  return jnp.any(jnp.stack(found)) if found else jnp.asarray(False)
+
+
 def largest(tree: base.Params) -> jax.Array:
   """The largest magnitude in a tree, a real number; of an empty tree, zero."""
   dtype = real_dtype(tree)

@@ -29,8 +29,8 @@ REDUCTIONS = {
   'grow_batch_coordinate': 3,
   'grow_batch_means': 2,
 }
-# Their curvature sees all parameters as one vector.
-FLATTENING = ('gns_newton', 'with_curvature')
+# Its curvature is a matrix, which sees all parameters as one vector.
+FLATTENING = ('with_curvature',)
 
 
 def mesh_of(kind):

@@ -1,13 +1,11 @@
 """Shifted solvers by products alone; `optlab.newton` compares them all."""
 
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.newton import _linear
 from optlab.newton import _operators
 
 
@@ -52,34 +50,31 @@ def cg(
 
   def solver(operator, b, shift):
     del shift
-    flat, unravel = _linear.flatten(b)
-    product = _flat_product(operator, b)
-    norm = trees.norm(flat)
-    unit = flat / jnp.where(norm > 0, norm, 1.0)
+    unit, norm, product = _unit_and_product(operator, b)
     tolerance = _forcing(norm, rtol, power)
 
     def solve(shift):
       def step(carry):
         x, residual, direction, square, _, k = carry
-        image = product(direction) + shift * direction
-        bend = direction @ image
+        image = trees.scale_add(shift, direction, product(direction))
+        bend = trees.dot(direction, image)
         ok = bend > 0
         length = square / jnp.where(ok, bend, 1.0)
-        x = jnp.where(ok, x + length * direction, x)
-        residual = residual - length * image
-        new_square = residual @ residual
-        direction = residual + new_square / square * direction
+        x = trees.where(ok, trees.scale_add(length, direction, x), x)
+        residual = trees.scale_add(-length, image, residual)
+        new_square = trees.dot(residual, residual)
+        direction = trees.scale_add(new_square / square, direction, residual)
         return x, residual, direction, new_square, ok, k + 1
 
       def unfinished(carry):
         *_, square, ok, k = carry
         return ok & (jnp.sqrt(square) > tolerance) & (k < max_steps)
 
-      square = unit @ unit
-      start = (jnp.zeros_like(flat), unit, unit, square, jnp.asarray(True))
+      start = (jax.tree.map(jnp.zeros_like, unit), unit, unit)
+      start += (trees.dot(unit, unit), jnp.asarray(True))
       start += (jnp.zeros((), jnp.int32),)
       x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
-      return unravel(norm * x), ok & jnp.all(jnp.isfinite(x)), k
+      return _like(trees.scaled(norm, x), b), ok & trees.is_finite(x), k
 
     return base.Prepared(solve, jnp.zeros((), jnp.int32))
 
@@ -132,16 +127,15 @@ def lanczos(
   checks.enforce(lanczos, locals())
 
   def solver(operator, b, shift):
-    flat, unravel = _linear.flatten(b)
-    product = _flat_product(operator, b)
-    size = max(1, min(max_steps, flat.shape[0]))
-    norm = trees.norm(flat)
+    unit, norm, product = _unit_and_product(operator, b)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(b))
+    size = max(1, min(max_steps, numbers))
     basis, diagonal, off, k = _krylov_basis(
       product,
-      flat / jnp.where(norm > 0, norm, 1.0),
+      unit,
       norm == 0,
       # At several shifts at once.
-      shift * 4.0 ** jnp.arange(16, dtype=flat.dtype),
+      shift * 4.0 ** jnp.arange(16, dtype=norm.dtype),
       size,
       _forcing(norm, rtol, power),
     )
@@ -152,9 +146,9 @@ def lanczos(
       y, ok = _solve_tridiagonal(
         diagonal + jnp.where(inside, shift, 0.0), off, norm
       )
-      x = y @ basis
-      ok = ok & jnp.all(jnp.isfinite(x))
-      return unravel(x), ok, jnp.zeros((), jnp.int32)
+      x = _combination(y, basis)
+      ok = ok & trees.is_finite(x)
+      return _like(x, b), ok, jnp.zeros((), jnp.int32)
 
     return base.Prepared(solve, k)
 
@@ -163,15 +157,16 @@ def lanczos(
 
 def _krylov_basis(product, vector, empty, shifts, size, tolerance):
   """Orthonormal vectors, the tridiagonal matrix in them, and their number."""
-  dtype = vector.dtype
+  dtype = shifts.dtype
 
   def step(carry):
     basis, diagonal, off, vector, pivots, residuals, good, _, k = carry
-    basis = basis.at[k].set(vector)
+    basis = jax.tree.map(lambda rows, leaf: rows.at[k].set(leaf), basis, vector)
     image = product(vector)
-    alpha = vector @ image
+    alpha = trees.dot(vector, image)
     for _ in range(2):  # Twice is enough (Kahan).
-      image = image - (basis @ image) @ basis
+      inside = _combination(_inner_products(basis, image, size, dtype), basis)
+      image = jax.tree.map(jnp.subtract, image, inside)
     beta = trees.norm(image)
     last = off[jnp.maximum(k - 1, 0)]
     # Pivots and residuals of the recurrence.
@@ -184,7 +179,7 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance):
     done = beta <= 10 * jnp.finfo(dtype).eps * scale
     done |= good[first] & (residuals[first] <= tolerance)
     off = off.at[k].set(jnp.where(done, 0.0, beta))
-    vector = image / jnp.where(beta > 0, beta, 1.0)
+    vector = trees.divided(image, jnp.where(beta > 0, beta, 1.0))
     diagonal = diagonal.at[k].set(alpha)
     return (
       basis, diagonal, off, vector, pivots, residuals, good, done, k + 1,
@@ -195,7 +190,10 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance):
     return ~done & (k < size)
 
   start = (
-    jnp.zeros((size, vector.size), dtype),
+    jax.tree.map(
+      lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf), (size, *leaf.shape)),
+      vector,
+    ),
     jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
     jnp.zeros(size, dtype),
     vector,
@@ -240,12 +238,38 @@ def _forcing(norm, rtol, power):
   return jnp.maximum(jnp.minimum(rtol, norm**power), tiny).astype(norm.dtype)
 
 
-def _flat_product(operator, b):
-  flat, unravel = _linear.flatten(b)
-  _operators.check_operator('operator', operator, flat.size)
+def _inner_products(basis, vector, size, dtype):
+  """Those of a vector with all vectors of a basis."""
+  products = jax.tree.leaves(jax.tree.map(trees.leaf_dot, basis, vector))
+  return sum(
+    (product.astype(dtype) for product in products),
+    start=jnp.zeros(size, dtype),
+  )
 
-  def product(vector):
-    image = ravel_pytree(operator(unravel(vector)))[0]
-    return image.astype(flat.dtype)
 
-  return product
+def _combination(weights, basis):
+  """The weighted sum of a basis."""
+
+  def leaf_wise(rows):
+    own = weights.astype(rows.dtype)
+    if rows.ndim == 2 and not trees.is_split(rows):
+      return own @ rows
+    return jnp.sum(own.reshape((-1,) + (1,) * (rows.ndim - 1)) * rows, 0)
+
+  return jax.tree.map(leaf_wise, basis)
+
+
+def _unit_and_product(operator, b):
+  """``b / |b|`` in float32 or wider, ``|b|``, and the products with such."""
+  vector = trees.wide(b)
+  _operators.check_operator(
+    'operator', operator, sum(leaf.size for leaf in jax.tree.leaves(vector))
+  )
+  norm = trees.norm(vector)
+  unit = trees.divided(vector, jnp.where(norm > 0, norm, 1.0))
+  return unit, norm, lambda v: trees.wide(operator(_like(v, b)))
+
+
+def _like(vector, b):
+  """In the dtypes of the right-hand side."""
+  return trees.cast_like(vector, jax.tree.map(jnp.asarray, b))

@@ -9,55 +9,97 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab import trees
 from optlab.newton import _operators
 
 
 class Space(NamedTuple):
-  """Flat coordinates in which the metric ``B = L L^T`` is the identity."""
+  """Coordinates in which the metric ``B = L L^T`` is the identity.
 
-  dual: Callable[[Any], jax.Array]  # g -> L^-1 g
-  lift: Callable[[Any, Any], jax.Array]  # x, y -> L^T (x - y)
-  primal: Callable[[jax.Array], Any]  # z -> L^-T z
-  operator: Callable[[base.Operator], base.Operator]  # H -> L^-1 H L^-T
+  They are trees like the parameters, in float32 or wider; only where a matrix
+  is at hand, the metric's or the curvature's, one flat vector.
+  """
+
+  dual: Callable[[Any], Any]  # g -> L^-1 g
+  lift: Callable[[Any, Any], Any]  # x, y -> L^T (x - y)
+  primal: Callable[[Any], Any]  # z -> L^-T z
+  operator: base.Operator  # L^-1 H L^-T
 
   @classmethod
-  def make(cls, metric, params, dtype):
-    flat, unravel = ravel_pytree(params)
-    is_vector = jax.tree_util.all_leaves([params]) and jnp.ndim(params) == 1
-    matrix = _operators.matrix_of(metric)
-    ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
-    back = lambda vector: unravel(vector.astype(flat.dtype))
-    if metric is None:
-      forward = backward = transposed = lambda x: x
-    elif matrix is not None:
-      lower = jnp.linalg.cholesky(matrix.astype(dtype))
-      triangular = jax.scipy.linalg.solve_triangular
-      forward = lambda x: triangular(lower, x, lower=True)
-      backward = lambda x: triangular(lower, x, lower=True, trans=1)
-      transposed = lambda x: x @ lower
-    else:
-      checks.check_same_tree('metric', metric, 'params', params)
-      root = jnp.sqrt(ravel(metric))
-      scale = lambda x, by: x * by.reshape((-1,) + (1,) * (x.ndim - 1))
-      forward = backward = lambda x: scale(x, 1.0 / root)
-      transposed = lambda x: scale(x, root)
-
-    def operator(a):
-      matrix, factor = _operators.matrix_of(a), _operators.factor_of(a)
-      if matrix is not None:
-        return _operators.Dense(forward(forward(matrix.astype(dtype)).T))
-      if factor is not None:
-        return _operators.LowRank(forward(factor.astype(dtype).T).T)
-      # A solver of the user's own finds the structure of the user's operator.
-      if metric is None and is_vector and flat.dtype == dtype:
-        return a
-      return jax.tree_util.Partial(
-        lambda v: forward(ravel(a(back(backward(v)))))
-      )
-
-    return cls(
-      dual=lambda tree: forward(ravel(tree)),
-      lift=lambda x, y: transposed(ravel(x) - ravel(y)),
-      primal=lambda vector: back(backward(vector)),
-      operator=operator,
+  def make(cls, metric, curvature, params, dtype):
+    shown = (
+      _operators.matrix_of(metric),
+      _operators.matrix_of(curvature),
+      _operators.factor_of(curvature),
     )
+    if any(part is not None for part in shown):
+      return _flat(metric, curvature, params, dtype)
+    return _tree(metric, curvature, params)
+
+
+def _tree(metric, curvature, params):
+  """Coordinates laid out like the parameters; a metric is their diagonal."""
+  if metric is None:
+    divide = multiply = lambda tree: tree
+  else:
+    checks.check_same_tree('metric', metric, 'params', params)
+    root = jax.tree.map(jnp.sqrt, trees.wide(metric))
+    divide = lambda tree: jax.tree.map(jnp.divide, tree, root)
+    multiply = lambda tree: jax.tree.map(jnp.multiply, tree, root)
+  back = lambda tree: trees.cast_like(divide(tree), params)
+  is_wide = all(
+    leaf.dtype == trees.accumulator_dtype(leaf)
+    for leaf in map(jnp.asarray, jax.tree.leaves(params))
+  )
+  operator = jax.tree_util.Partial(
+    lambda v: divide(trees.wide(curvature(back(v))))
+  )
+  if metric is None and is_wide:
+    # A solver of the user's own finds the structure of the user's operator.
+    operator = curvature
+  return Space(
+    dual=lambda tree: divide(trees.wide(tree)),
+    lift=lambda x, y: multiply(
+      jax.tree.map(jnp.subtract, trees.wide(x), trees.wide(y))
+    ),
+    primal=back,
+    operator=operator,
+  )
+
+
+def _flat(metric, curvature, params, dtype):
+  """One vector, for matrices."""
+  flat, unravel = ravel_pytree(params)
+  matrix = _operators.matrix_of(metric)
+  ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
+  back = lambda vector: unravel(vector.astype(flat.dtype))
+  if metric is None:
+    forward = backward = transposed = lambda x: x
+  elif matrix is not None:
+    lower = jnp.linalg.cholesky(matrix.astype(dtype))
+    triangular = jax.scipy.linalg.solve_triangular
+    forward = lambda x: triangular(lower, x, lower=True)
+    backward = lambda x: triangular(lower, x, lower=True, trans=1)
+    transposed = lambda x: x @ lower
+  else:
+    checks.check_same_tree('metric', metric, 'params', params)
+    root = jnp.sqrt(ravel(metric))
+    scale = lambda x, by: x * by.reshape((-1,) + (1,) * (x.ndim - 1))
+    forward = backward = lambda x: scale(x, 1.0 / root)
+    transposed = lambda x: scale(x, root)
+  matrix = _operators.matrix_of(curvature)
+  factor = _operators.factor_of(curvature)
+  if matrix is not None:
+    operator = _operators.Dense(forward(forward(matrix.astype(dtype)).T))
+  elif factor is not None:
+    operator = _operators.LowRank(forward(factor.astype(dtype).T).T)
+  else:
+    operator = jax.tree_util.Partial(
+      lambda v: forward(ravel(curvature(back(backward(v)))))
+    )
+  return Space(
+    dual=lambda tree: forward(ravel(tree)),
+    lift=lambda x, y: transposed(ravel(x) - ravel(y)),
+    primal=lambda vector: back(backward(vector)),
+    operator=operator,
+  )

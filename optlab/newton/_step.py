@@ -166,8 +166,8 @@ def _start(method, state, params, updates, value, value_fn, curvature):
     jnp.result_type(float, value)
   ).eps  # of a narrow loss, its own
   value = jnp.asarray(value).astype(dtype)
-  space: Any = _metric.Space.make(method.metric, params, dtype)
-  operator = space.operator(curvature)
+  space: Any = _metric.Space.make(method.metric, curvature, params, dtype)
+  operator = space.operator
   g = space.dual(updates)
   g_norm = trees.norm(g)
   gamma, products = state.gamma, jnp.zeros((), jnp.int32)
@@ -219,10 +219,10 @@ def _first_gamma(operator, g, g_norm, value, gamma):
   """The smoothness, chosen where it is still 0, and the products it took."""
   finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
   first = finite & (g_norm > 0) & (gamma == 0)
-  unit = g / jnp.where(first, g_norm, 1)
+  unit = trees.divided(g, jnp.where(first, g_norm, 1))
   shift = jax.lax.cond(
     first,
-    lambda: 0.01 * jnp.abs(unit @ operator(unit)),
+    lambda: 0.01 * jnp.abs(trees.dot(unit, operator(unit))),
     lambda: jnp.ones((), gamma.dtype),
   ).astype(gamma.dtype)
   shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)

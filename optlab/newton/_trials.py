@@ -20,9 +20,9 @@ class Start(NamedTuple):
     params: The point.
     value: The objective there.
     rounding: How much of it rounding may hide.
-    dual: The gradient there, in flat coordinates.
+    dual: The gradient there, in the coordinates of the space.
     grad_norm: Its norm.
-    space: Flat coordinates in which the metric is the identity.
+    space: Coordinates in which the metric is the identity.
     prepared: Solves for the step of any shift.
     value_and_grad: Of the objective.
     shift_of: ``gamma -> lambda``.
@@ -31,7 +31,7 @@ class Start(NamedTuple):
   params: base.Params
   value: jax.Array
   rounding: jax.Array
-  dual: jax.Array
+  dual: Any
   grad_norm: jax.Array
   space: _metric.Space
   prepared: base.Prepared
@@ -46,9 +46,9 @@ class Point(NamedTuple):
     step: The update that leads to it, like the parameters.
     value: The objective.
     grad: The gradient, like the parameters.
-    dual: The gradient in flat coordinates.
+    dual: The gradient in the coordinates of the space.
     grad_norm: Its norm.
-    move: The step that rounding left, which may be none, in flat coordinates.
+    move: The step that rounding left, which may be none, in them.
     solved: Whether the solver found the system positive definite.
     ok: Whether it did, and value and gradient are finite.
     products: int32, operator-vector products.
@@ -57,9 +57,9 @@ class Point(NamedTuple):
   step: base.Updates
   value: jax.Array
   grad: base.Updates
-  dual: jax.Array
+  dual: Any
   grad_norm: jax.Array
-  move: jax.Array
+  move: Any
   solved: jax.Array
   ok: jax.Array
   products: jax.Array
@@ -181,7 +181,8 @@ def _try(start, shift):
 def _judge(start, point, shift, limits):
   """Whether a trial is accepted, and whether rounding hides its decrease."""
   decrease = start.value - point.value
-  needed = _per_shift(point.dual @ point.dual, point.grad_norm, 8.0 * shift)
+  square = trees.dot(point.dual, point.dual)
+  needed = _per_shift(square, point.grad_norm, 8.0 * shift)
   flat = (jnp.abs(decrease) <= start.rounding) & point.ok
   accepted = decrease >= needed
   if limits.gain is not None:
@@ -189,7 +190,7 @@ def _judge(start, point, shift, limits):
     accepted |= (decrease >= limits.gain * predicted) & (predicted > 0)
   if limits.safeguard:
     smaller = point.grad_norm <= 0.9 * start.grad_norm
-    smaller |= point.dual @ -point.move >= needed
+    smaller |= -trees.dot(point.dual, point.move) >= needed
     accepted = jnp.where(flat, smaller & ~_is_rounding(point, start), accepted)
   return accepted & point.ok, flat
 
@@ -204,7 +205,7 @@ def _per_shift(square, norm, shift):
 def _predicted(start, point, shift):
   """The decrease of the quadratic model, by its first-order condition."""
   length = trees.norm(point.move)
-  return (shift * length * length - start.dual @ point.move) / 2
+  return (shift * length * length - trees.dot(start.dual, point.move)) / 2
 
 
 def _is_rounding(point, start):
@@ -230,14 +231,14 @@ def _learn(start, now, point, shift, accepted, rule):
     start_norm=start.grad_norm,
     grad_norm=point.grad_norm,
     step_norm=trees.norm(point.move),
-    residual_norm=trees.norm(point.dual + shift * point.move),
+    residual_norm=trees.norm(trees.scale_add(shift, point.move, point.dual)),
   )
   gamma, state = rule.update(trial, now.rule)
   gamma = gamma.astype(now.gamma.dtype)
   # Nothing is learned where the gradient is zero or the point the same, unless
   # it is the same because the system could not be solved.
   useful = (gamma > 0) & jnp.isfinite(gamma)
-  useful &= accepted | ~point.solved | jnp.any(point.move != 0)
+  useful &= accepted | ~point.solved | trees.is_nonzero(point.move)
   gamma, state = trees.where(useful, (gamma, state), (now.gamma, now.rule))
   step, value, grad = trees.where(
     accepted,
