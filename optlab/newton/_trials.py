@@ -160,7 +160,11 @@ def _try(start, shift):
   value, grad = jax.lax.cond(
     solved,
     lambda: trees.own(start.value_and_grad(params)),
-    lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), like),
+    lambda: (
+      jnp.full(like[0].shape, jnp.inf, like[0].dtype),
+      # A full_like would forget how devices split the leaf.
+      jax.tree.map(lambda x: jnp.abs(x) + jnp.inf, start.params),
+    ),
   )
   value, dual = value.astype(dtype), start.space.dual(grad)
   grad_norm = trees.norm(dual)
