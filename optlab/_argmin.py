@@ -86,8 +86,8 @@ def argmin(
     ...   y = solve(x, jnp.zeros(2), jnp.array([1.0, 2.0])).inner
     ...   return jnp.sum(y ** 2)
     >>> x = jnp.array([1.0, 1.0])
-    >>> print(f'{loss(x):.3f}', jnp.round(jax.grad(loss)(x), 3))
-    0.812 [1.  1.5]
+    >>> print(f'{loss(x):.3f} {jax.grad(loss)(x)[1]:.3f}')
+    0.812 1.500
 
   References:
     Blondel et al., `Efficient and Modular Implicit Differentiation

@@ -102,19 +102,23 @@ def step(
   state: DualState,
   count: jax.Array,
   products: Any = None,
+  *,
+  convex: bool = True,
 ) -> Solution:
   r"""One step on ``z' g_yy z / 2 - f_y' z``.
 
   Where ``g_yy`` is positive semidefinite and the rate at most two over its
   largest eigenvalue, a step makes ``z`` longer by at most the rate times the
   norm of ``f_y``. The sum of these is the ball, twice as wide, that holds ``z``
-  where the caller gave none: it cuts only what would diverge.
+  where the caller gave none: it cuts only what would diverge. ``convex`` asks
+  for the sign of ``z' g_yy z`` too, which means something for a true product.
   """
   residual = residual_of(z, product, grad_y)
+  length, size = trees.norm(residual), trees.norm(grad_y)
   if dual.optimizer is None:
     rate = trees.at_step(dual.lr, count)
     moved, opt_state = subtract(z, rate, residual), state.opt_state
-    reach = state.reach + (rate * trees.norm(grad_y)).astype(state.reach.dtype)
+    reach = state.reach + (rate * size).astype(state.reach.dtype)
     bound = 2 * reach
   else:
 
@@ -127,18 +131,22 @@ def step(
       value_fn=lambda z: value(z, products(z)[1]),
     )  # fmt: skip
     moved, reach, bound = optax.apply_updates(z, updates), state.reach, jnp.inf
-  moved, inside = hold(moved, bound if dual.radius is None else dual.radius)
-  ok = inside & is_convex(z, product)
-  return Solution(moved, trees.norm(residual), ok, DualState(opt_state, reach))
+  moved, ok, norm = hold(moved, bound if dual.radius is None else dual.radius)
+  if convex:
+    # At least the norm of g_yy z, times about that of z.
+    ok &= is_convex(z, product, norm * (length + size))
+  return Solution(moved, length, ok, DualState(opt_state, reach))
 
 
-def hold(z: base.Params, radius: Any) -> tuple[base.Params, jax.Array]:
-  """``z`` in a ball around zero, and whether it was there."""
+def hold(
+  z: base.Params, radius: Any
+) -> tuple[base.Params, jax.Array, jax.Array]:
+  """``z`` in a ball around zero, whether it was there, and its norm before."""
   length = trees.norm(z)
   inside = ~(length > radius)
   scale = jnp.where(inside, 1, radius / jnp.where(inside, 1, length))
   z = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), z)
-  return z, inside
+  return z, inside, length
 
 
 def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
@@ -147,7 +155,6 @@ def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
   return own if radius is None else jnp.minimum(own, radius)
 
 
-def is_convex(z: base.Params, product: base.Params) -> jax.Array:
-  """Whether ``z' g_yy z`` is not negative, but for rounding."""
-  curvature, scale = trees.inner_product(z, product), trees.norm(z)
-  return ~(curvature < -1e-3 * scale * trees.norm(product))
+def is_convex(z: base.Params, product: base.Params, scale: Any) -> jax.Array:
+  """Whether ``z' g_yy z`` is not negative, but for rounding at this scale."""
+  return ~(trees.inner_product(z, product) < -1e-3 * scale)

@@ -120,7 +120,7 @@ def implicit(
         multiply, b, start, rtol=tolerance, max_steps=max_steps
       )
     if dual_radius is not None:
-      dual, inside = _dual.hold(dual, dual_radius)
+      dual, inside, _ = _dual.hold(dual, dual_radius)
       ok &= inside
     cross, product = products(dual)
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))

@@ -1,5 +1,6 @@
 """Steps of the lower level at a fixed upper variable."""
 
+import functools
 from typing import Any
 
 import jax
@@ -87,15 +88,21 @@ def step(
 
 
 def _holds_some(updates, grad, before):
-  leaves = jax.tree.leaves
-  pairs = list(zip(leaves(updates), leaves(grad), strict=True))
-  if not pairs:
-    return before
-  some = lambda flags: jnp.any(jnp.stack([jnp.any(flag) for flag in flags]))
-  held = some([(u == 0) & (g != 0) for u, g in pairs])
+  codes = [
+    jax.lax.reduce(
+      jnp.where(u != 0, jnp.uint8(2), (g != 0).astype(jnp.uint8)),
+      jnp.uint8(0),
+      jax.lax.bitwise_or,
+      range(u.ndim),
+    )
+    for u, g in zip(
+      jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True
+    )
+  ]
+  held = functools.reduce(jnp.bitwise_or, codes, jnp.uint8(0))
   # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
   # is news.
-  return held & (before | some([u != 0 for u, _ in pairs]))
+  return (held == 3) | (before & (held == 1))
 
 
 def descend(

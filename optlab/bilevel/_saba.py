@@ -210,8 +210,9 @@ def saba(
       state.memory.lower, (lower.grad, *products), batch.lower.index
     )
     solution = _dual.step(
-      dual, state.dual, product, grad_y, state.dual_state, state.step
-    )
+      dual, state.dual, product, grad_y, state.dual_state, state.step,
+      convex=False,
+    )  # fmt: skip
     inner, lower_opt_state, held = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower.data,
       state.info.constrained,

@@ -116,13 +116,14 @@ def stocbio(
       return _dual.subtract(dual, rate, residual)
 
     dual = jax.lax.fori_loop(1, neumann_steps, add_term, first)
-    dual, inside = _dual.hold(
+    dual, inside, length = _dual.hold(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
     cross, product = products(dual)
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))
-    ok = inside & (residual <= 1.01 * trees.norm(grad_y))
-    ok &= _dual.is_convex(dual, product)
+    size = trees.norm(grad_y)
+    ok = inside & (residual <= 1.01 * size)
+    ok &= _dual.is_convex(dual, product, length * (residual + size))
     return _dual.Solution(dual, residual, ok), cross, lower
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)

@@ -141,7 +141,7 @@ def ttsa(
       grad_y,
     )
     dual = jax.lax.fori_loop(0, power, multiply, dual)
-    dual, inside = _dual.hold(
+    dual, inside, length = _dual.hold(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
     cross, product = products(dual)
@@ -157,7 +157,7 @@ def ttsa(
       inner=inner,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(lower.grad),
-      ok=inside & _dual.is_convex(dual, product),
+      ok=inside & _dual.is_convex(dual, product, length * trees.norm(product)),
       constrained=held,
       memory=TtsaMemory(key, power),
     )
