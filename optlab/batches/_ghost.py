@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab.batches import _ghost_walk
+from optlab.batches import _layout
 from optlab.batches import _moments
 
 
@@ -107,7 +108,7 @@ def ghost_sq_norms(
   """
   length = _moments.batch_length(examples)
   real = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
-  mask = jnp.ones(length, real.dtype)
+  mask = _layout.like_rows(jnp.ones(length, real.dtype), examples)
   return _backward(losses, params, examples, mask)[2]
 
 
@@ -120,7 +121,12 @@ def _backward(losses, params, examples, mask) -> Any:
   values = _moments.checked(losses, params, examples, mask)
   zeros = (jnp.isnan(values) & False).astype(wide)
   slots = jax.tree.map(lambda leaf: zeros, params)
-  one = jax.tree.map(lambda leaf: leaf[0], examples)
+  if _layout.explicit(examples) is None:
+    one = jax.tree.map(lambda leaf: leaf[0], examples)
+  else:  # Where rows are split by type, one of them is nowhere.
+    one = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), examples
+    )
   tapped = _ghost_walk.tap(_moments.single(losses), params, one, wide)
 
   def mapped(params, slots):

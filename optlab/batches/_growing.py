@@ -18,6 +18,8 @@ from optlab import training
 from optlab.batches._growth import is_static
 from optlab.batches._growth import next_size
 from optlab.batches._growth import rules_of
+from optlab.batches._layout import Layout
+from optlab.batches._layout import layout_of
 from optlab.batches._moments import batch_length
 from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import vary
@@ -30,6 +32,7 @@ class EpochState(NamedTuple):
   order: jax.Array  # shape (N,), int32, this epoch's permutation
   epoch: jax.Array  # shape (), int32
   position: jax.Array  # shape (), int32, examples of this epoch that are used
+  layout: Layout | None = None  # of the data over devices, no array
 
 
 class GrowingState(NamedTuple):
@@ -65,6 +68,8 @@ def growing_init(
     estimator: From `per_example`, with a ``microbatch_size``.
     tx: Any optax transformation, with or without a `grow_batch`.
     data: The data set, a pytree of arrays with N examples on the leading axes.
+      Where they are split over devices, every device will do its part of each
+      microbatch.
     key: Typed PRNG key of the permutations.
     *inner: What ``estimator.init`` takes after the parameters: model state, the
       key of the run.
@@ -119,7 +124,14 @@ def growing_init(
   # Two buffers, so that the state can be donated.
   position = jnp.zeros((), jnp.int32)
   return GrowingState(
-    state, EpochState(key, jnp.concatenate(orders), start, position)
+    state,
+    EpochState(
+      key,
+      jnp.concatenate(orders),
+      start,
+      position,
+      layout_of(data) if num_shards == 1 else None,
+    ),
   )
 
 
@@ -211,7 +223,9 @@ def growing_step(
       shard = jax.lax.axis_index(axis_name)
       size = size // jax.lax.axis_size(axis_name)
     size = jnp.minimum(jnp.asarray(size, jnp.int32), length - epochs.position)
-    batch = ResidentBatch(data, epochs.order, epochs.position, size)
+    batch = ResidentBatch(
+      data, epochs.order, epochs.position, size, epochs.layout
+    )
     train, value = train_step(train, batch)
 
     def at_end(epochs):

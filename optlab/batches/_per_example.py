@@ -11,6 +11,7 @@ from optlab import base
 from optlab import checks
 from optlab import estimators
 from optlab import trees
+from optlab.batches import _layout
 from optlab.batches import _moments
 
 
@@ -43,6 +44,7 @@ class ResidentBatch(NamedTuple):
   order: jax.Array
   start: jax.Array
   size: jax.Array | int
+  layout: _layout.Layout | None = None  # of the data over devices
 
 
 @base.rows_of.register
@@ -71,7 +73,7 @@ def _static(size):
   return int(size)
 
 
-def _groups(batch, microbatch_size, wide, axis_name):
+def _groups(batch, microbatch_size, wide, axis_name, in_order=False):
   """Number of groups, size, and ``k -> (examples, mask, index)``.
 
   The index of an example is its place in the data set, or in the batch where
@@ -101,18 +103,35 @@ def _groups(batch, microbatch_size, wide, axis_name):
     mask = (position >= first) & (position < start + size)
     if isinstance(batch, ResidentBatch):
       index = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
-      examples = jax.tree.map(lambda leaf: leaf[index], batch.data)
+      examples = _layout.take(batch.data, index, batch.layout)
     else:
       index = position
       examples = batch.examples if isinstance(batch, PaddedBatch) else batch
-      if width < length:
+      if width < length and _layout.explicit(examples) is not None:
+        examples = _layout.take(examples, index, None)
+      elif width < length:
         examples = jax.tree.map(
           lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
           examples,
         )
-    return examples, mask.astype(wide), index + shard * length
+    mask = _layout.like_rows(mask.astype(wide), examples)
+    return examples, mask, index + shard * length
+
+  def get_strided(k):
+    groups = length // width
+    examples = jax.tree.map(
+      lambda leaf: _layout.strided(leaf, k, groups), batch
+    )
+    return (
+      examples,
+      _layout.like_rows(jnp.ones(width, wide), examples),
+      jnp.arange(width) * groups + k + shard * length,
+    )
 
   count = 1 if width == length else -(-size // width)
+  whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
+  if whole and not in_order and width < length and length % width == 0:
+    get = get_strided
   return count, size, get
 
 
@@ -242,7 +261,9 @@ def per_example(
 
   def estimate(params, state, batch):
     wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, size, get = _groups(batch, microbatch_size, wide, axis_name)
+    count, size, get = _groups(
+      batch, microbatch_size, wide, axis_name, has_state
+    )
     if is_means:
       _check_means(size, microbatch_size)
     model_state, key, state = loss.begin(state)
@@ -332,7 +353,7 @@ def per_example(
     """The mean loss by a loop that reverse mode would not pass."""
     batch, model_state, key = bound
     wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, _, get = _groups(batch, microbatch_size, wide, None)
+    count, _, get = _groups(batch, microbatch_size, wide, None, has_state)
     over = _Over(loss, count, get, key, None)
 
     def group(k, model_state):
@@ -404,7 +425,7 @@ class _Over(NamedTuple):
     if isinstance(self.count, int) and self.count == 1:
       return function(0, model_state)
     shapes, _ = jax.eval_shape(function, 0, model_state)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    start = jax.tree.map(jnp.zeros_like, shapes)
 
     def body(k, carry):
       total, model_state = carry

@@ -307,3 +307,44 @@ def test_bad_input_of_the_loader():
     48,
     52,
   )
+
+
+@pytest.mark.parametrize('kind', list(jax.sharding.AxisType)[:2])
+@pytest.mark.parametrize('route', ['ghost_norms', 'microbatch_means'])
+def test_every_device_does_its_part(kind, route, tmp_path):
+  """Data that jit splits: half of the work on each of two, the same numbers."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(256, 512)), jnp.float32)
+  data = x, jnp.argmax(x[:, :10], 1)
+  params = {'w': jnp.asarray(rng.normal(size=(512, 10)) / 22, jnp.float32)}
+  estimator = optlab.per_example(
+    losses, getattr(optlab.batches, route), microbatch_size=64
+  )
+  tx = optax.chain(
+    optlab.grow_batch(optlab.norm_test(0.5), 128, 256), optax.sgd(0.1)
+  )
+  step = jax.jit(optlab.growing_step(estimator, tx))
+  start = optlab.growing_init(params, estimator, tx, data, jax.random.key(0))
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(kind,))
+  split = jax.device_put(data, jax.NamedSharding(mesh, jax.P('data')))
+  whole = jax.NamedSharding(mesh, jax.P())
+  flops = lambda *args: step.lower(*args).compile().cost_analysis()['flops']
+  alone = flops(start, data)
+  expected = step(step(start, data)[0], data)[0]
+  with jax.set_mesh(mesh):
+    spread = optlab.growing_init(
+      jax.device_put(params, whole), estimator, tx, split, jax.random.key(0)
+    )
+    spread = jax.device_put(spread, whole)
+    assert flops(spread, split) < 0.6 * alone
+    state, _ = step(spread, split)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / 'state', state)
+      checkpointer.wait_until_finished()
+      state = checkpointer.restore(tmp_path / 'state', spread)
+    state, _ = step(state, split)
+  assert state.epochs.layout == spread.epochs.layout
+  np.testing.assert_allclose(
+    state.train.params['w'], expected.train.params['w'], 1e-5, 1e-6
+  )
+  assert read(state) == read(expected)
