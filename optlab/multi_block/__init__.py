@@ -1,4 +1,4 @@
-"""Bilevel optimization with many lower problems: BSVRB and its peers."""
+"""Problems of many blocks: BSVRB and its peers, coupled compositions."""
 
 from optlab.multi_block._blocks import BlockBatch
 from optlab.multi_block._blocks import BlockObjective
@@ -12,6 +12,15 @@ from optlab.multi_block._dual import HessianState
 from optlab.multi_block._dual import ProductState
 from optlab.multi_block._dual import track_hessians
 from optlab.multi_block._dual import track_products
+from optlab.multi_block._fcco import FCCOBatch
+from optlab.multi_block._fcco import FCCOInfo
+from optlab.multi_block._fcco import FCCOState
+from optlab.multi_block._fcco import Tracker
+from optlab.multi_block._fcco import fcco
+from optlab.multi_block._fcco import track_average
+from optlab.multi_block._fcco import track_log_average
+from optlab.multi_block._fcco import track_mirror
+from optlab.multi_block._fcco import track_msvr
 from optlab.multi_block._info import BSVRBInfo
 from optlab.multi_block._rsvrb import RSVRBState
 from optlab.multi_block._rsvrb import Tracked
@@ -25,17 +34,26 @@ __all__ = [
   'BlockBatch',
   'BlockObjective',
   'Dual',
+  'FCCOBatch',
+  'FCCOInfo',
+  'FCCOState',
   'HessianState',
   'PairedBlockBatch',
   'ProductState',
   'RSVRBState',
   'Tracked',
+  'Tracker',
   'bsvrb',
   'dual_variables',
   'epoch_of_blocks',
+  'fcco',
   'inner_variables',
   'rsvrb',
   'sample_blocks',
+  'track_average',
   'track_hessians',
+  'track_log_average',
+  'track_mirror',
+  'track_msvr',
   'track_products',
 ]

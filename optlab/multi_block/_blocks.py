@@ -58,11 +58,11 @@ def objective(
     has_aux: Whether it returns auxiliary output beside the value.
 
   Returns:
-    ``(params, inner, batch) -> value``, or ``-> (value, aux)``.
+    The same function.
   """
 
-  def call(params, inner, batch):
-    value = fun(params, inner, batch)
+  def call(*args):
+    value = fun(*args)
     aux = ()
     if has_aux:
       if not (isinstance(value, tuple) and len(value) == 2):
@@ -92,9 +92,11 @@ def objectives(upper: Any, lower: Any, has_aux: bool) -> tuple[Any, Any]:
   return lambda *args: (upper(*args), ()), objective('lower', lower)
 
 
-def check_levels(params: Any, inner: Any, num_blocks: int) -> None:
+def check_levels(
+  params: Any, inner: Any, num_blocks: int, called: str = 'inner'
+) -> None:
   """Raises unless both variables are real, and ``inner`` is a table."""
-  for name, tree in (('params', params), ('inner', inner)):
+  for name, tree in (('params', params), (called, inner)):
     checks.check_params(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
       if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
@@ -103,20 +105,25 @@ def check_levels(params: Any, inner: Any, num_blocks: int) -> None:
           f' {jnp.result_type(leaf)}; keep real and imaginary part apart.'
         )
   if not jax.tree.leaves(inner):
-    raise ValueError('inner must have at least one leaf, got none.')
-  tracking.check_rows('inner', inner, num_blocks)
+    raise ValueError(f'{called} must have at least one leaf, got none.')
+  tracking.check_rows(called, inner, num_blocks)
 
 
-def check_batch(batch: Any, num_blocks: int, kind: Any = BlockBatch) -> None:
-  """Raises unless ``batch`` has blocks, and data for each of them."""
+def check_blocks(batch: Any, num_blocks: int, kind: Any) -> None:
+  """Raises unless ``batch`` is of a kind, with good names of blocks."""
   checks.check_fields('batch', batch, kind._fields, f'a {kind.__name__}')
-  for name in {'blocks', 'outer'} & set(kind._fields):
+  for name in ('blocks', 'outer') if kind is PairedBlockBatch else ('blocks',):
     tracking.check_blocks(getattr(batch, name), num_blocks)
     if not getattr(batch, name).size:
       raise ValueError(
         f'{name} must name at least one block, got shape (0,); skip the step,'
         f' or pad with num_blocks={num_blocks}, which is dropped.'
       )
+
+
+def check_batch(batch: Any, num_blocks: int, kind: Any = BlockBatch) -> None:
+  """Raises unless ``batch`` has blocks, and data for each of them."""
+  check_blocks(batch, num_blocks, kind)
   sampled = batch.blocks.shape[0]
   tracking.check_rows('batch.upper', batch.upper, sampled, 'blocks')
   tracking.check_rows('batch.lower', batch.lower, sampled, 'blocks')

@@ -189,6 +189,40 @@ for name in ('inner_variables', 'dual_variables'):
     'state must be the state of bsvrb, .*got RSVRBState',
   )
 
+fcco = family(
+  'fcco', inner=lambda x, b: b @ x, outer=lambda u, b: u**2, num_blocks=4
+)
+for name in (
+  'track_average', 'track_msvr', 'track_log_average', 'track_mirror',
+):  # fmt: skip
+  family(name)
+FCCO = optlab.multi_block.FCCOBatch(BLOCKS, DATA)
+for wrong, batch, start, error, match in (
+  ('no blocks', FCCO._replace(blocks=BLOCKS[:0]), np.zeros(4, np.float32),
+   ValueError, 'blocks must name at least one block'),
+  ('a negative block', FCCO._replace(blocks=BLOCKS - 1),
+   np.zeros(4, np.float32), ValueError, 'blocks must not be negative'),
+  ('outer data of another length', FCCO._replace(outer=1.0),
+   np.zeros(4, np.float32), ValueError, 'batch.outer must have a leading axis'),
+  ('inner values of another shape', FCCO, TABLE_OF_4, ValueError,
+   r'what inner returns has shape \(2,\), but table\[blocks\]'),
+  ('another batch', optlab.BlockBatch(BLOCKS), np.zeros(4, np.float32),
+   TypeError, 'batch must be a FCCOBatch'),
+  ('an integer table', FCCO, np.zeros(4, int), TypeError,
+   'table must be floating'),
+  ('a table of another length', FCCO, np.zeros(3, np.float32), ValueError,
+   'table must have a leading axis of 4'),
+):  # fmt: skip
+  row(
+    'fcco',
+    wrong,
+    lambda batch=batch, start=start: fcco().estimate(
+      X, fcco().init(X, start), batch
+    ),
+    error,
+    match,
+  )
+
 sample_blocks = family('sample_blocks', key=KEY, num_blocks=4, sampled=2)
 epoch_of_blocks = family('epoch_of_blocks', key=KEY, num_blocks=4, sampled=2)
 for make in (sample_blocks, epoch_of_blocks):

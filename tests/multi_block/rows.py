@@ -45,6 +45,37 @@ def block_row(name, estimator, **kwargs):
 BLOCK_LEVELS = block_upper, block_lower, 4
 
 
+def composition_batch(key, dtype=jnp.float32):
+  """Three blocks of four, and padding; rows of eight for each."""
+  blocks = jnp.append(jax.random.permutation(key, 4)[:3], 4)
+  return optlab.multi_block.FCCOBatch(
+    blocks, jax.random.normal(key, (4, 16, 8), dtype)
+  )
+
+
+def composition_inner(params, batch):
+  """Logarithms of means of exponentials of squared residuals."""
+  x = flat(params)
+  residual = batch.astype(x.dtype) @ x - 1.0
+  return jnp.log(jnp.mean(jnp.exp(0.1 * residual**2), axis=1))
+
+
+def composition_row(name, tracker):
+  return Row(
+    name,
+    lambda rate: (
+      optlab.multi_block.fcco(
+        composition_inner, lambda u, batch: 5.0 * u, 4, tracker=tracker(rate)
+      ),
+      optax.sgd(0.1),
+    ),
+    0.5,
+    batch=composition_batch,
+    inner=lambda dtype: (jnp.zeros(4, dtype),),
+    shard=False,
+  )
+
+
 ROWS = [
   block_row('bsvrb', lambda rate: optlab.bsvrb(*BLOCK_LEVELS, inner_lr=rate)),
   block_row(
@@ -60,4 +91,7 @@ ROWS = [
     ),
     paired=True,
   ),
+  composition_row('fcco', optlab.multi_block.track_msvr),
+  composition_row('fcco_log', optlab.multi_block.track_log_average),
+  composition_row('fcco_mirror', optlab.multi_block.track_mirror),
 ]
