@@ -242,7 +242,10 @@ def track_msvr(
   r"""A moving average that follows what moves: MSVR, see `tracking.msvr`.
 
   Choose it where the inner functions are smooth and their samples alike at two
-  points. It costs the inner values at the previous point.
+  points. It costs the inner values at the previous point. Its corrections may
+  carry a tracker out of the domain of the outer function, the argument of a
+  logarithm below zero, say: such a block is left out and counted. Normalizers
+  are for `track_log_average`.
 
   Args:
     alpha: Scalar :math:`\alpha` in (0, 1).
