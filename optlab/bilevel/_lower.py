@@ -1,6 +1,5 @@
 """Steps of the lower level at a fixed upper variable."""
 
-import functools
 from typing import Any
 
 import jax
@@ -88,21 +87,13 @@ def step(
 
 
 def _holds_some(updates, grad, before):
-  codes = [
-    jax.lax.reduce(
-      jnp.where(u != 0, jnp.uint8(2), (g != 0).astype(jnp.uint8)),
-      jnp.uint8(0),
-      jax.lax.bitwise_or,
-      range(u.ndim),
-    )
-    for u, g in zip(
-      jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True
-    )
-  ]
-  held = functools.reduce(jnp.bitwise_or, codes, jnp.uint8(0))
+  held = moved = jnp.asarray(False)
+  for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True):
+    held |= jnp.any((u == 0) & (g != 0))
+    moved |= jnp.any(u != 0)
   # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
   # is news.
-  return (held == 3) | (before & (held == 1))
+  return held & (before | moved)
 
 
 def descend(
