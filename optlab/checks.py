@@ -369,11 +369,6 @@ def check_fields(
     )
 
 
-def check_estimator(estimator: Any) -> None:
-  """Raises a ``TypeError`` unless ``estimator`` is a `GradientEstimator`."""
-  ESTIMATOR.check('estimator', estimator)
-
-
 def check_transformation(name: str, tx: Any) -> None:
   """Raises a ``TypeError`` unless ``tx`` is a transformation of optax."""
   TRANSFORMATION.check(name, tx)

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 
+@checks.domains(estimate=checks.Function('(params, batch) -> Estimate'))
 def stateless(
   estimate: Callable[[base.Params, base.Batch], base.Estimate],
 ) -> base.GradientEstimator:
@@ -39,7 +40,7 @@ def stateless(
   Raises:
     TypeError: ``estimate`` is not a function.
   """
-  checks.check_callable('estimate', estimate, '(params, batch) -> Estimate')
+  checks.enforce(stateless, locals())
   return base.GradientEstimator(
     init=lambda params: optax.EmptyState(),
     estimate=lambda params, state, batch: (estimate(params, batch), state),
@@ -245,6 +246,10 @@ def _check_value(out):
     )
 
 
+@checks.domains(
+  estimator=checks.ESTIMATOR,
+  curvature=checks.Function('(params, batch) -> operator'),
+)
 def with_curvature(
   estimator: base.GradientEstimator,
   curvature: Callable[[base.Params, Any], base.Operator],
@@ -272,8 +277,7 @@ def with_curvature(
     >>> print(estimate.extras['curvature'](x))
     [6. 6.]
   """
-  checks.check_estimator(estimator)
-  checks.check_callable('curvature', curvature, '(params, batch) -> operator')
+  checks.enforce(with_curvature, locals())
 
   def estimate(params, state, batch):
     result, state = estimator.estimate(params, state, batch)

@@ -45,6 +45,7 @@ class TrainState(NamedTuple):
   estimator_state: Any
 
 
+@checks.domains(estimator=checks.ESTIMATOR, tx=checks.TRANSFORMATION)
 def init(
   params: base.Params,
   estimator: base.GradientEstimator,
@@ -67,8 +68,7 @@ def init(
     TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
       optax transformation.
   """
-  checks.check_estimator(estimator)
-  checks.check_transformation('tx', tx)
+  checks.enforce(init, locals())
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -77,6 +77,7 @@ def init(
   )
 
 
+@checks.domains(estimator=checks.ESTIMATOR, tx=checks.TRANSFORMATION)
 def train_step(
   estimator: base.GradientEstimator,
   tx: optax.GradientTransformation,
@@ -112,8 +113,7 @@ def train_step(
     0.81
     0.64
   """
-  checks.check_estimator(estimator)
-  checks.check_transformation('tx', tx)
+  checks.enforce(train_step, locals())
   tx = takes_extras(tx)
 
   def step(state, batch):

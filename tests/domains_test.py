@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+import optlab
 from optlab import checks
 from tests import inputs
 from tests import public_test  # Names all good arguments.
@@ -25,6 +26,8 @@ DECLARED = {
   if inspect.isfunction(function) and hasattr(function, 'domains')
 }
 SCHEDULE = optax.constant_schedule(0.1)
+SGD = optax.sgd(0.1)
+ESTIMATOR = optlab.value_and_grad(inputs.loss)
 
 
 class Case(NamedTuple):
@@ -77,7 +80,8 @@ def cases(function, argument, domain):
         value, TypeError, f'must be a function {re.escape(domain.expected)}'
       )
   elif isinstance(domain, checks.Pair):
-    for value in (0.1, lambda x: x, *none):
+    other_pair = SGD if 'estimate' in domain.fields else ESTIMATOR
+    for value in (0.1, lambda x: x, optax.sgd, other_pair, *none):
       yield Case(
         function,
         argument,

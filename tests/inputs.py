@@ -4,8 +4,8 @@ Each wing has a table of its own, ``tests/WING/bad_input_test.py``; values
 outside the declared domains of arguments are tried by `domains_test`.
 A row is a public name, what is wrong, a call, and what must come of it: an
 error of a type with a message, or a safe state (the call returns true). Most
-rows are made by `reals` and `counts`, which replace one argument of a good call
-by bad values; the message must then name the argument and the value. Nearly all
+arguments have declared domains; `counts` replaces one that has none of a good
+call by bad values; the message must name the argument and the value. Nearly all
 fail before anything is compiled; steps are only traced (`traced`).
 """
 
@@ -25,17 +25,7 @@ from tests.public import PUBLIC
 
 NAN, INF = np.nan, np.inf
 SCHEDULE = optax.constant_schedule(0.1)
-NOT_REAL = ('0.1', None, 1j, SCHEDULE)
-NOT_OPTIONAL_REAL = ('0.1', [0.1], 1j)  # Where None has a meaning.
-NOT_SCHEDULED = ('0.1', None, True)  # Where a schedule is welcome.
 NOT_INTEGER = ('2', None, 2.0, np.array(2))
-
-POSITIVE = (0.0, -1.0, NAN, INF)
-NON_NEGATIVE = (-1.0, NAN, INF)
-DECAY = (1.0, -0.1, NAN, INF)  # [0, 1)
-OPEN_RATE = (0.0, 1.0, -0.1, NAN, INF)  # (0, 1)
-UNIT_RATE = (0.0, 1.1, NAN, INF)  # (0, 1]
-CLOSED_RATE = (-0.1, 1.1, NAN, INF)  # [0, 1]
 
 
 class Row(NamedTuple):
@@ -70,37 +60,6 @@ class Table:
   def row(self, name, wrong, call, error=None, match=''):
     self.rows.append(Row(name, wrong, call, error, match))
 
-  def accepts(self, name, call, argument):
-    """A row: under jit, vmap and inject_hyperparams it is a tracer."""
-
-    self.row(
-      name,
-      f'{argument} is a tracer, which passes',
-      lambda: under_jit(call, argument, 0.5) is None,
-    )
-
-  def reals(self, call, not_real=NOT_REAL, traced=True, **bad):
-    """Rows for real parameters: values out of range, and what is no number."""
-    name = call.__name__
-    for argument, values in bad.items():
-      for value in (*values, *not_real):
-        try:
-          outside = np.issubdtype(np.asarray(value).dtype, np.floating)
-        except (TypeError, ValueError):
-          outside = False
-        outside &= not isinstance(value, list)
-        self.row(
-          name,
-          f'{argument}={value!r}',
-          functools.partial(call, **{argument: value}),
-          ValueError if outside else TypeError,
-          rf'\b{argument}(\[\d\])? must be'
-          rf' {"in" if outside else "a real number"}'
-          rf'.*got {re.escape(repr(value))}',
-        )
-      if traced:
-        self.accepts(name, call, argument)
-
   def counts(self, call, minimum=1, not_integer=NOT_INTEGER, **bad):
     """Rows for integers that give shapes: too small, no integer, a tracer."""
     name = call.__name__
@@ -128,19 +87,6 @@ class Table:
         TypeError,
         rf'{argument} must be an integer.*pass a Python integer',
       )
-
-  def functions(self, call, optional=(), **expected):
-    """Rows for arguments that must be functions; the signature is named."""
-    for argument, signature in expected.items():
-      for value in (1.0, 'f') if argument in optional else (1.0, 'f', None):
-        self.row(
-          call.__name__,
-          f'{argument}={value!r}',
-          functools.partial(call, **{argument: value}),
-          TypeError,
-          rf'{argument} must be a function .*{re.escape(signature)}.*'
-          rf'got {re.escape(repr(value))}',
-        )
 
 
 GOOD: dict[str, Callable[..., Any]] = {}
@@ -200,10 +146,6 @@ BLOCKS = np.arange(2, dtype=np.int32)
 DATA = np.ones((2, 2), np.float32)
 TABLE_OF_4 = np.ones((4, 2), np.float32)
 INDEFINITE = np.diag([1.0, -2.0]).astype(np.float32)
-NOT_ESTIMATOR = (
-  r'estimator must be a GradientEstimator .*init and estimate; got'
-)
-NOT_TX = 'must be an optax transformation .*with init and update; got'
 
 
 def loss(x, batch):

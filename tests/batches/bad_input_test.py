@@ -19,13 +19,7 @@ from tests.inputs import losses
 from tests.inputs import traced
 
 table = inputs.Table()
-row, reals, counts, functions = (
-  table.row,
-  table.reals,
-  table.counts,
-  table.functions,
-)
-accepts = table.accepts
+row, counts = table.row, table.counts
 
 sizes = {
   'test': optlab.norm_test(0.5),

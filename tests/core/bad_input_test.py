@@ -12,8 +12,6 @@ from tests import inputs
 from tests.inputs import BLOCKS
 from tests.inputs import DATA
 from tests.inputs import NAN
-from tests.inputs import NOT_ESTIMATOR
-from tests.inputs import NOT_TX
 from tests.inputs import ROWS
 from tests.inputs import TABLE_OF_4
 from tests.inputs import X
@@ -24,19 +22,13 @@ from tests.inputs import losses
 from tests.inputs import traced
 
 table = inputs.Table()
-row, reals, counts, functions = (
-  table.row,
-  table.reals,
-  table.counts,
-  table.functions,
-)
-accepts = table.accepts
+row = table.row
 
 # Estimators, training.
 
 value_and_grad = family('value_and_grad', fun=loss)
-stateless = family('stateless', estimate=lambda params, batch: None)
-with_curvature = family(
+family('stateless', estimate=lambda params, batch: None)
+family(
   'with_curvature',
   estimator=optlab.value_and_grad(loss),
   curvature=optlab.hessian(loss),
@@ -63,26 +55,6 @@ minimize = family(
   tx=optax.sgd(0.1),
   max_steps=1,
 )
-functions(stateless, estimate='(params, batch) -> Estimate')
-functions(with_curvature, curvature='(params, batch) -> operator')
-for make in (with_curvature, init, train_step):
-  for bad in (None, optax.sgd(0.1), loss):
-    row(
-      make.__name__,
-      f'estimator={type(bad).__name__}',
-      functools.partial(make, estimator=bad),
-      TypeError,
-      f'{NOT_ESTIMATOR} {type(bad).__name__}',
-    )
-for make in (init, train_step, minimize):
-  for bad in (None, 0.1, optlab.value_and_grad(loss), optax.sgd):
-    row(
-      make.__name__,
-      f'tx={type(bad).__name__}',
-      functools.partial(make, tx=bad),
-      TypeError,
-      f'tx {NOT_TX} {type(bad).__name__}',
-    )
 for wrong, params, error, match in (
   (
     'integer params',

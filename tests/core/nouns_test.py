@@ -90,11 +90,11 @@ def test_check_int_of_what_gives_no_shape():
 
 
 def test_check_fields_says_what_it_needs():
-  checks.check_estimator(
-    base.GradientEstimator(lambda p: (), lambda p, s, b: 1)
+  checks.ESTIMATOR.check(
+    'estimator', base.GradientEstimator(lambda p: (), lambda p, s, b: 1)
   )
   with pytest.raises(TypeError, match='estimate; got EmptyState'):
-    checks.check_estimator(optax.EmptyState())
+    checks.ESTIMATOR.check('estimator', optax.EmptyState())
   with pytest.raises(TypeError, match='tx must be an optax .*got NoneType'):
     checks.check_transformation('tx', None)
 

@@ -15,13 +15,7 @@ from tests.inputs import update
 from tests.inputs import zero
 
 table = inputs.Table()
-row, reals, counts, functions = (
-  table.row,
-  table.reals,
-  table.counts,
-  table.functions,
-)
-accepts = table.accepts
+row = table.row
 
 # Transformations.
 
