@@ -44,7 +44,7 @@ class BSVRBState(NamedTuple):
   upper=_blocks.OBJECTIVE,
   lower=_blocks.OBJECTIVE,
   num_blocks=checks.Integer(),
-  inner_lr=checks.NON_NEGATIVE._replace(schedule=True),
+  inner_lr=checks.NON_NEGATIVE._replace(schedule=True, optional=True),
   alpha=tracking.RATE._replace(schedule=True),
   beta=checks.FRACTION._replace(schedule=True),
   gamma=checks.NON_NEGATIVE._replace(schedule=True, optional=True),
@@ -57,7 +57,7 @@ def bsvrb(
   lower: _blocks.BlockObjective,
   num_blocks: int,
   *,
-  inner_lr: base.ScalarOrSchedule = 0.1,
+  inner_lr: base.ScalarOrSchedule | None = 0.1,
   alpha: base.ScalarOrSchedule = 0.1,
   beta: base.ScalarOrSchedule = 0.1,
   gamma: base.ScalarOrSchedule | None = None,
@@ -89,8 +89,9 @@ def bsvrb(
       convex in ``inner_i``.
     num_blocks: The number of blocks :math:`m`.
     inner_lr: How far a block moves between two visits, on average:
-      :math:`\tau = \text{step\_size} \cdot I / m` in each step. A scalar, or a
-      schedule over steps.
+      :math:`\tau = \text{inner\_lr} \cdot I / m` in each step. A scalar, or a
+      schedule over steps. ``None``: half of what the block's own curvature can
+      bear, measured at its first visit, and now and then again.
     alpha: Rate of the trackers of the lower problems, in (0, 1).
     beta: Rate of the hypergradient, in (0, 1].
     gamma: The paper's :math:`\gamma`; ``None`` is `msvr_gamma`.
@@ -114,9 +115,9 @@ def bsvrb(
       ``num_blocks`` or ``blocks`` are not integers, or a leaf of ``params`` or
       ``inner`` is not a real floating array.
     ValueError: ``num_blocks`` is below 1, ``alpha`` outside (0, 1), ``beta``
-      outside (0, 1], ``inner_lr`` negative, ``inner`` or the batch lacks its
-      leading axis, or ``blocks`` has a negative entry or more than
-      ``num_blocks`` of them.
+      outside (0, 1], ``inner_lr`` negative, or ``None`` without the guard,
+      ``inner`` or the batch lacks its leading axis, or ``blocks`` is empty, has
+      a negative entry or more than ``num_blocks`` of them.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -177,11 +178,19 @@ def bsvrb(
   """
   checks.enforce(bsvrb, locals())
   dual = _dual.track_products() if dual is None else dual
+  if inner_lr is None and not guarded:
+    raise ValueError(
+      'inner_lr must be a number where guarded is False, got None; the guard'
+      ' measures the curvature that would set it.'
+    )
   levels = _blocks.objectives(upper, lower, has_aux)
+  lr_of = functools.partial(
+    trees.at_step, LONGEST if inner_lr is None else inner_lr
+  )
   sample = functools.partial(_points.sample, *levels, dual, num_blocks)
 
   def stable(step, count):
-    lr, rate = trees.at_step(inner_lr, step), trees.at_step(alpha, step)
+    lr, rate = lr_of(step), trees.at_step(alpha, step)
     fraction = count / num_blocks
     return _guard.stable_curvature(lr, dual.lr_ratio, rate, fraction)
 
@@ -233,7 +242,7 @@ def bsvrb(
       state, sampled, accepted, trees.at_step(beta, step)
     )
     # An empty batch neither moves a block nor ages one.
-    length = trees.at_step(inner_lr, step) * count / num_blocks
+    length = lr_of(step) * count / num_blocks
     clock = jnp.stack([_clock.add(state.clock[0], length), state.clock[0]])
     estimate, new = estimators.accept(
       accepted > 0,
@@ -255,6 +264,7 @@ def bsvrb(
   return base.GradientEstimator(init, estimate)
 
 
+LONGEST = 1e3  # The step size of blocks whose own curvature sets it.
 CHUNK = 1024  # Blocks of the first pass that are in memory at once.
 
 

@@ -88,7 +88,7 @@ def rsvrb(
     lower: ``(params, inner_i, batch_i) -> scalar``, :math:`g_i`, strongly
       convex in ``inner_i``.
     num_blocks: The number of blocks :math:`m`.
-    inner_lr: As in `bsvrb`: :math:`\tau = \text{step\_size} \cdot I / m`.
+    inner_lr: As in `bsvrb`: :math:`\tau = \text{inner\_lr} \cdot I / m`.
     beta: Rate of all trackers, in (0, 1).
     floor: The smallest eigenvalue that a tracked Hessian is given.
     has_aux: As in `bsvrb`.

@@ -239,6 +239,27 @@ def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
   assert states[0].info.stiffest_block == STIFF
 
 
+def test_step_sizes_from_own_curvature():
+  """Curvatures over five decades, and no rate to choose."""
+  curvatures = jnp.logspace(-2, 3, BLOCKS)
+
+  def inner_error(name, **kwargs):
+    state, _ = run(
+      name, quadratic, lambda step, blocks: curvatures[blocks], **kwargs
+    )
+    inner = optlab.multi_block.inner_variables(state.estimator_state)
+    return jnp.max(jnp.abs(inner - state.params)), state.params
+
+  for name in ('v1', 'v2'):
+    error, params = inner_error(name, lr=None)
+    assert error < 0.01
+    np.testing.assert_allclose(params, 1.0, atol=0.01)
+  slow, _ = inner_error('v2', lr=0.1)
+  assert slow > 0.05
+  with pytest.raises(ValueError, match='inner_lr must be a number where'):
+    optlab.bsvrb(upper, quadratic, BLOCKS, inner_lr=None, guarded=False)
+
+
 # Tables on many devices.
 
 
