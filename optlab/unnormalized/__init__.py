@@ -4,6 +4,12 @@ from optlab.unnormalized._contrastive import ContrastiveDivergenceInfo
 from optlab.unnormalized._contrastive import ContrastiveDivergenceState
 from optlab.unnormalized._contrastive import contrastive_divergence
 from optlab.unnormalized._coverage import Coverage
+from optlab.unnormalized._discrete import Bernoulli
+from optlab.unnormalized._discrete import Categorical
+from optlab.unnormalized._discrete import Product
+from optlab.unnormalized._discrete import bernoulli
+from optlab.unnormalized._discrete import categorical
+from optlab.unnormalized._discrete import product
 from optlab.unnormalized._flow import Flow
 from optlab.unnormalized._flow import fit_flow
 from optlab.unnormalized._flow import init_flow
@@ -38,9 +44,17 @@ from optlab.unnormalized._noise import lattice
 from optlab.unnormalized._noise_mixture import Mixture
 from optlab.unnormalized._noise_mixture import defensive
 from optlab.unnormalized._noise_mixture import mixture
+from optlab.unnormalized._samplers import Moved
+from optlab.unnormalized._samplers import Sampler
+from optlab.unnormalized._samplers import discrete_langevin_sampler
+from optlab.unnormalized._samplers import gibbs_sampler
+from optlab.unnormalized._samplers import kernel_sampler
+from optlab.unnormalized._samplers import langevin_sampler
 
 __all__ = [
   'Adapted',
+  'Bernoulli',
+  'Categorical',
   'ContrastiveDivergenceInfo',
   'ContrastiveDivergenceState',
   'Coverage',
@@ -54,28 +68,38 @@ __all__ = [
   'MecoInfo',
   'MecoState',
   'Mixture',
+  'Moved',
   'NceInfo',
   'NceParams',
   'NceState',
   'Noise',
   'NoiseBatch',
+  'Product',
+  'Sampler',
   'agree',
+  'bernoulli',
+  'categorical',
   'contrastive_divergence',
   'defensive',
+  'discrete_langevin_sampler',
   'ence',
   'fit_flow',
   'fit_gaussian',
   'follow',
   'gaussian',
   'gaussian_mixture',
+  'gibbs_sampler',
   'grid_log_partition',
   'init_flow',
+  'kernel_sampler',
   'langevin',
+  'langevin_sampler',
   'lattice',
   'log_partition',
   'meco',
   'mixture',
   'nce',
   'noise_batch',
+  'product',
   'with_log_normalizer',
 ]

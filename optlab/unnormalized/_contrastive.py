@@ -3,7 +3,7 @@
 The baseline of `meco` that needs no noise distribution.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.unnormalized import _langevin
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _samplers
 
 
 class ContrastiveDivergenceInfo(NamedTuple):
@@ -27,6 +27,8 @@ class ContrastiveDivergenceInfo(NamedTuple):
   total_rejected: jax.Array  # shape (), int32
   held: jax.Array  # shape (), bool, whether the step gave no gradient
   total_held: jax.Array  # shape (), int32
+  restarted: jax.Array  # shape (), int32, chains that started anew
+  total_restarted: jax.Array  # shape (), int32
 
 
 class ContrastiveDivergenceState(NamedTuple):
@@ -34,6 +36,7 @@ class ContrastiveDivergenceState(NamedTuple):
 
   key: jax.Array  # PRNG key
   chains: jax.Array  # shape [chains, ...], where the persistent chains stand
+  sampler_state: Any  # the sampler's memory: the step size, say
   info: ContrastiveDivergenceInfo
 
 
@@ -41,16 +44,18 @@ class ContrastiveDivergenceState(NamedTuple):
   log_density=_likelihood.LOG_DENSITY,
   step_size=checks.POSITIVE,
   num_steps=checks.Integer(),
+  sampler=_samplers.SAMPLER._replace(optional=True),
   restart=checks.Real(low=0.0, high=1.0),
 )
 def contrastive_divergence(
   log_density: _likelihood.LogDensity,
-  step_size: float | jax.Array,
-  num_steps: int,
+  step_size: float | jax.Array = 0.1,
+  num_steps: int = 10,
   *,
+  sampler: _samplers.Sampler | None = None,
   persistent: bool = True,
   restart: float | jax.Array = 0.05,
-  adjust: bool = False,
+  adjust: bool = True,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""The likelihood's gradient with samples of the model from short chains.
@@ -63,16 +68,20 @@ def contrastive_divergence(
     g = -\tfrac{1}{n} \sum_i \nabla \log p_0(\theta, x_i)
       + \tfrac{1}{c} \sum_j \nabla \log p_0(\theta, y_j)
 
-  with :math:`y_j` the ends of Langevin chains: persistent ones, which go on
-  where they stood, or ones that start at the data of each batch.
+  with :math:`y_j` the ends of chains: persistent ones, which go on where they
+  stood, or ones that start at the data of each batch.
 
   Args:
     log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
-    step_size: Of `langevin`, positive.
+    step_size: Of the Langevin chains, at the start: it follows their
+      acceptance.
     num_steps: Langevin steps per training step, a Python integer.
+    sampler: What moves the chains; ``None`` is ``langevin_sampler(step_size,
+      num_steps, adjust=adjust)``. Zeros and ones need a discrete one, such as
+      `gibbs_sampler`.
     persistent: Whether chains go on; else they start at the batch's data.
     restart: Probability that a persistent chain starts anew at a noise row.
-    adjust: Whether to use Metropolis tests.
+    adjust: Whether to use Metropolis tests; without, samples are biased.
     has_aux: Whether ``log_density`` returns auxiliary output beside the log
       densities: `Estimate.aux`, of data rows and chains together.
 
@@ -84,11 +93,11 @@ def contrastive_divergence(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``step_size`` or ``restart``
-      not a real number, ``num_steps`` no integer, or the batch not a
-      `NoiseBatch`.
+      not a real number, ``num_steps`` no integer, ``sampler`` none, or the
+      batch not a `NoiseBatch`.
     ValueError: ``step_size`` is not positive, ``num_steps`` below one, or
-      ``restart`` not in [0, 1]; the batch has no rows, or shapes that do not
-      match.
+      ``restart`` not in [0, 1]; the batch has no rows, shapes that do not
+      match, or zeros and ones where the sampler is not discrete.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -117,18 +126,33 @@ def contrastive_divergence(
 
   Notes:
     A data row whose log density is not finite is dropped and counted; so is a
-    chain outside the model's support. Cost per step: ``num_steps`` gradients
+    chain outside the model's support, or ten times further out than data and
+    noise, which starts anew at the next step. Data of zeros and ones with
+    Langevin chains: the step is held and its value NaN, where the error cannot
+    be raised (under ``jit``). Cost per step: ``num_steps`` gradients
     with respect to rows, and one over data and chains together.
   """
   checks.enforce(contrastive_divergence, locals())
+  moves = sampler
+  if moves is None:
+    moves = _samplers.langevin_sampler(
+      step_size,
+      num_steps,
+      adjust=adjust,
+      target_acceptance=0.57 if adjust else 0.98,
+    )
 
   def init(params, key, chains):
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
       key=key,
-      chains=jnp.array(chains, copy=True),
+      chains=trees.own(chains),
+      sampler_state=moves.init(chains),
       info=ContrastiveDivergenceInfo(
-        acceptance=jnp.zeros((), dtype), **_likelihood.zero_tally()
+        acceptance=jnp.zeros((), dtype),
+        restarted=jnp.zeros((), jnp.int32),
+        total_restarted=jnp.zeros((), jnp.int32),
+        **_likelihood.zero_tally(),
       ),
     )
 
@@ -137,21 +161,27 @@ def contrastive_divergence(
     dtype = state.info.acceptance.dtype
     model = _likelihood.with_aux(log_density, has_aux)
     key, restart_key, chain_key = jax.random.split(state.key, 3)
-    run = _langevin.langevin(
+    refused = _check_bits(batch.data, moves.discrete)
+    near = _near(batch)
+    start, restarted = _start(
+      state.chains, batch, restart_key, persistent, restart, near
+    )
+    run = moves.step(
       lambda rows: model(params, rows)[0],
       chain_key,
-      _start(state.chains, batch, restart_key, persistent, restart),
-      step_size,
-      num_steps,
-      adjust=adjust,
+      start,
+      state.sampler_state,
     )
     joined = _likelihood.aligned(
       _likelihood.NoiseBatch(batch.data, run.rows, jnp.zeros(run.rows.shape[0]))
     )
 
     def rule(log_p_data, log_p_chains):
-      goods = jnp.isfinite(log_p_data), jnp.isfinite(log_p_chains)
-      usable = jnp.any(goods[0]) & jnp.any(goods[1])
+      goods = (
+        jnp.isfinite(log_p_data),
+        jnp.isfinite(log_p_chains) & near(run.rows),
+      )
+      usable = jnp.any(goods[0]) & jnp.any(goods[1]) & ~refused
       signs = jnp.asarray([-1, 1], dtype)
       cotangents = (
         _likelihood.mean_cotangent(sign, good & usable)
@@ -160,6 +190,7 @@ def contrastive_divergence(
       value = _likelihood.mean_of(log_p_chains, goods[1]) - _likelihood.mean_of(
         log_p_data, goods[0]
       )
+      value = jnp.where(refused, jnp.nan, value)
       return cotangents, (value, _likelihood.tally(state.info, goods, ~usable))
 
     grads, (value, tally), aux = _likelihood.joint_gradient(
@@ -168,16 +199,52 @@ def contrastive_divergence(
     for name in ('rejected', 'total_rejected'):
       tally[name] += run.rejected
     info = ContrastiveDivergenceInfo(
-      acceptance=run.acceptance.astype(dtype), **tally
+      acceptance=run.acceptance.astype(dtype),
+      restarted=restarted,
+      total_restarted=state.info.total_restarted + restarted,
+      **tally,
     )
-    state = ContrastiveDivergenceState(key=key, chains=run.rows, info=info)
+    state = ContrastiveDivergenceState(key, run.rows, run.state, info)
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
 
 
-def _start(chains, batch, key, persistent, restart):
-  """Where the chains of a step start."""
+def _check_bits(data, discrete):
+  """Whether data are zeros and ones that the sampler cannot move on."""
+  if discrete:
+    return jnp.asarray(False)
+  remedy = (
+    'contrastive_divergence: Langevin chains leave {}; pass a sampler that'
+    ' moves on them, such as sampler=optlab.unnormalized.gibbs_sampler().'
+  )
+  if not jnp.issubdtype(data.dtype, jnp.floating):
+    raise ValueError(remedy.format(f'data of dtype {data.dtype}'))
+  zero, one = data == 0, data == 1
+  bits = jnp.all(zero | one) & jnp.any(zero) & jnp.any(one)
+  if not isinstance(bits, jax.core.Tracer) and bits:
+    raise ValueError(remedy.format('data of zeros and ones'))
+  return bits
+
+
+def _near(batch):
+  """Tells rows that are not ten times further out than data and noise."""
+  rows = batch.data, batch.noise
+  low = jnp.minimum(*(jnp.min(part, 0) for part in rows))
+  high = jnp.maximum(*(jnp.max(part, 0) for part in rows))
+  middle, reach = (low + high) / 2, 10 * (high - low)
+
+  def near(rows):
+    axes = tuple(range(1, rows.ndim))
+    # NaN is not near; without a spread everything is.
+    inside = (jnp.abs(rows - middle) <= reach) | (reach == 0)
+    return jnp.all(inside, axes)
+
+  return near
+
+
+def _start(chains, batch, key, persistent, restart, near):
+  """Where the chains of a step start, and how many start anew."""
   if batch.noise.shape[1:] != chains.shape[1:]:
     raise ValueError(
       'contrastive_divergence: chains must have the shape of the rows of'
@@ -185,13 +252,14 @@ def _start(chains, batch, key, persistent, restart):
     )
   num, m = chains.shape[0], batch.noise.shape[0]
   if persistent:
-    anew = jax.random.uniform(key, (num,)) < restart
+    anew = (jax.random.uniform(key, (num,)) < restart) | ~near(chains)
     fresh = jnp.concatenate([batch.noise] * -(-num // m))[:num]
-    return trees.where(anew, fresh, chains)
+    restarted = jnp.sum(anew).astype(jnp.int32)
+    return trees.where(anew, fresh, chains), restarted
   start = batch.data.astype(chains.dtype)
   if start.shape != chains.shape:
     raise ValueError(
       'contrastive_divergence: without persistent chains, init takes as'
       f' many as a batch of data, {start.shape}, got {chains.shape}.'
     )
-  return start
+  return start, jnp.zeros((), jnp.int32)

@@ -55,7 +55,8 @@ def langevin(
     log_density: The model at its parameters, ``rows -> [rows]``.
     key: PRNG key.
     rows: Where the chains start, ``[chains, ...]``.
-    step_size: :math:`\epsilon`, positive.
+    step_size: :math:`\epsilon`, positive; or an array of them that broadcasts
+      to ``rows``, one a column, say.
     num_steps: Steps, a Python integer.
     adjust: Whether to correct by Metropolis tests.
 
@@ -65,7 +66,8 @@ def langevin(
   Raises:
     TypeError: ``log_density`` is not a function, ``step_size`` not a real
       number, ``num_steps`` no integer, or ``rows`` are not floating.
-    ValueError: ``step_size`` is not positive, or ``num_steps`` below one.
+    ValueError: ``step_size`` is not positive or does not fit ``rows``, or
+      ``num_steps`` below one.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -81,7 +83,9 @@ def langevin(
     <https://doi.org/10.2307/3318418>`_, Bernoulli 1996
 
   Notes:
-    Cost per step: one gradient of the model with respect to its rows.
+    A drift longer than three kicks is cut to that, in the tests too: an
+    unstable chain walks where it would explode. Cost per step: one gradient of
+    the model with respect to its rows.
   """
   checks.enforce(langevin, locals())
   dtype = getattr(rows, 'dtype', None)
@@ -90,18 +94,53 @@ def langevin(
       f'rows must be a floating array, got {type(rows).__name__} of dtype'
       f' {dtype}.'
     )
+  run = chains(log_density, key, rows, step_size, num_steps, adjust=adjust)
+  return LangevinResult(run.rows, run.acceptance, run.rejected)
+
+
+class Run(NamedTuple):
+  """What chains did."""
+
+  rows: jax.Array  # shape [chains, ...]
+  acceptance: jax.Array  # shape (), the share of proposals accepted
+  probability: jax.Array  # shape (), with which a test would accept, on average
+  rejected: jax.Array  # shape (), int32, proposals that were not finite
+
+
+def chains(
+  log_density: Callable[[jax.Array], jax.Array],
+  key: jax.Array,
+  rows: jax.Array,
+  step_size: float | jax.Array,
+  num_steps: int,
+  *,
+  adjust: bool,
+) -> Run:
+  """Runs chains, see `langevin`."""
   step_size = jnp.asarray(step_size, rows.dtype)
+  try:
+    fits = jnp.broadcast_shapes(step_size.shape, rows.shape) == rows.shape
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+      'step_size must be a number, or an array that broadcasts to rows,'
+      f' {rows.shape}, got shape {step_size.shape}.'
+    )
 
-  def step(chains, key):
-    return _step(log_density, chains, key, step_size, adjust)
+  def step(carry, key):
+    return _step(log_density, carry, key, step_size, adjust)
 
-  log_p, slope = _score(log_density, rows)
+  log_p, slope = score(log_density, rows)
   start = _Chains(rows, log_p, jnp.where(jnp.isfinite(slope), slope, 0))
-  chains, (acceptance, rejected) = jax.lax.scan(
+  last, (acceptance, probability, rejected) = jax.lax.scan(
     step, start, jax.random.split(key, num_steps)
   )
-  return LangevinResult(
-    chains.rows, jnp.mean(acceptance), jnp.sum(rejected).astype(jnp.int32)
+  return Run(
+    last.rows,
+    jnp.mean(acceptance),
+    jnp.mean(probability),
+    jnp.sum(rejected).astype(jnp.int32),
   )
 
 
@@ -111,7 +150,7 @@ class _Chains(NamedTuple):
   slope: jax.Array  # the gradient of log_p with respect to rows
 
 
-def _score(log_density, rows):
+def score(log_density, rows):
   """Log density of the rows, and its gradient with respect to them."""
 
   def total(rows):
@@ -123,12 +162,26 @@ def _score(log_density, rows):
   return log_p.astype(trees.accumulator_dtype(rows)), slope.astype(rows.dtype)
 
 
+def _drift(slope, step_size):
+  """Half a step along the slope, and never longer than three kicks."""
+  axes = tuple(range(1, slope.ndim))
+  drift = 0.5 * step_size * slope
+  top = jnp.max(jnp.abs(drift), axes, keepdims=True, initial=0)
+  unit = drift / jnp.where(top > 0, top, 1)  # Squares do not overflow.
+  length = top * jnp.sqrt(jnp.sum(unit**2, axes, keepdims=True))
+  kick = jnp.sqrt(
+    jnp.sum(jnp.broadcast_to(step_size, slope.shape), axes, keepdims=True)
+  )
+  short = length <= 3 * kick
+  return jnp.where(short, drift, unit * (3 * kick * top / length))
+
+
 def _log_proposal(to, start, slope, step_size):
   """Log density of a proposal, up to what is the same in both directions."""
   wide = trees.accumulator_dtype(start)
-  gap = (to - start - 0.5 * step_size * slope).astype(wide)
+  gap = (to - start - _drift(slope, step_size)).astype(wide)
   axes = tuple(range(1, start.ndim))
-  return -jnp.sum(gap**2, axes) / (2 * step_size.astype(wide))
+  return -jnp.sum(gap**2 / (2 * step_size.astype(wide)), axes)
 
 
 def _step(log_density, chains, key, step_size, adjust):
@@ -136,23 +189,26 @@ def _step(log_density, chains, key, step_size, adjust):
   here, log_p, slope = chains
   move_key, test_key = jax.random.split(key)
   kick = jax.random.normal(move_key, here.shape, here.dtype)
-  there = here + 0.5 * step_size * slope + jnp.sqrt(step_size) * kick
-  moved = _Chains(there, *_score(log_density, there))
+  there = here + _drift(slope, step_size) + jnp.sqrt(step_size) * kick
+  moved = _Chains(there, *score(log_density, there))
   finite = jnp.isfinite(moved.log_p) & jnp.all(
     jnp.isfinite(moved.slope), tuple(range(1, here.ndim))
   )
+  log_ratio = (
+    moved.log_p
+    - log_p
+    + _log_proposal(here, there, moved.slope, step_size)
+    - _log_proposal(there, here, slope, step_size)
+  )
+  # A chain that starts outside the support takes the first way in.
+  log_ratio = jnp.where(jnp.isfinite(log_p), log_ratio, 0)
+  probability = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0)), 0)
   accept = finite
   if adjust:
-    log_ratio = (
-      moved.log_p
-      - log_p
-      + _log_proposal(here, there, moved.slope, step_size)
-      - _log_proposal(there, here, slope, step_size)
-    )
     uniform = jax.random.uniform(test_key, log_p.shape, log_p.dtype)
-    # A chain that starts outside the support takes the first way in.
-    lost = ~jnp.isfinite(log_p)
-    accept = finite & ((jnp.log(uniform) < log_ratio) | lost)
-  acceptance = jnp.mean(accept.astype(log_p.dtype))
-  rejected = jnp.sum(~finite).astype(jnp.int32)
-  return trees.where(accept, moved, chains), (acceptance, rejected)
+    accept = finite & (uniform < probability)
+  return trees.where(accept, moved, chains), (
+    jnp.mean(accept.astype(log_p.dtype)),
+    jnp.mean(probability),
+    jnp.sum(~finite).astype(jnp.int32),
+  )

@@ -148,6 +148,33 @@ for make in (meco, nce, ence):
       and got[1].info.rejected == 8
     ),
   )
+langevin_sampler = family('langevin_sampler', step_size=0.1, num_steps=1)
+gibbs_sampler = family('gibbs_sampler', num_sweeps=1)
+discrete_langevin_sampler = family(
+  'discrete_langevin_sampler', step_size=0.1, num_steps=1
+)
+kernel_sampler = family('kernel_sampler', make=lambda log_p: None, num_steps=1)
+bernoulli = family('bernoulli', rates=np.full(2, 0.5))
+categorical = family('categorical', weights=np.ones((2, 3)))
+product = family('product', x=optlab.unnormalized.gaussian(X, np.eye(2)))
+for make, argument, bad, error, match in (
+  (bernoulli, 'rates', [0.5, 1.0], ValueError, r'rates must be in \(0.0, 1.0'),
+  (bernoulli, 'rates', [0.5, NAN], ValueError, r'rates must be in \(0.0, 1.0'),
+  (bernoulli, 'rates', 0.5, ValueError, r'rates must have shape \[d\], got \('),
+  (bernoulli, 'rates', 'ab', TypeError, 'rates must be an array of numbers'),
+  (categorical, 'weights', X, ValueError, r'weights must have shape \[d, k\]'),
+  (categorical, 'weights', [[0.0]], ValueError, 'weights must be in'),
+  (categorical, 'weights', None, TypeError, 'weights must be an array of num'),
+  (product, 'x', 1.0, TypeError, 'x must be a distribution such as'),
+):
+  row(
+    make.__name__,
+    f'{argument}={bad}',
+    functools.partial(make, **{argument: bad}),
+    error,
+    match,
+  )
+row('product', 'no part', optlab.unnormalized.product, ValueError, 'one part')
 for bad in ({'model': X}, X, None):
   row(
     'NceParams',

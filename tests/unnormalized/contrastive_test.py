@@ -1,5 +1,7 @@
 """Langevin chains and contrastive divergence where the answer is known."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,13 +54,18 @@ def test_a_chain_that_meets_nan_stays_where_it_was():
     assert result.rejected > 0
 
 
-def train(persistent, num_steps=10, restart=0.05):
+def train(persistent, num_steps=10, restart=0.05, sampler=None):
   rng = np.random.default_rng(0)
   data = (2.0 + rng.normal(size=(256, 1))).astype(np.float32)
   noise = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
   batch = optlab.noise_batch(noise, jax.random.key(0), data, 256)
   estimator = optlab.contrastive_divergence(
-    natural, 0.3, num_steps, persistent=persistent, restart=restart
+    natural,
+    0.3,
+    num_steps,
+    sampler=sampler,
+    persistent=persistent,
+    restart=restart,
   )
   tx = optax.sgd(0.2)
   state = optlab.init(
@@ -85,7 +92,8 @@ def test_persistent_chains_move_and_restart():
   chains = state.estimator_state.chains
   np.testing.assert_allclose(np.mean(chains), state.params, atol=0.3)
   # Always restarted and moved one short step, chains stand near the noise.
-  state, _ = train(True, num_steps=1, restart=1.0)
+  short = optlab.unnormalized.langevin_sampler(0.3, 1, target_acceptance=None)
+  state, _ = train(True, restart=1.0, sampler=short)
   assert np.mean(state.estimator_state.chains) < state.params - 0.5
 
 
@@ -105,6 +113,282 @@ def test_a_bad_data_row_is_left_out():
   got, after = estimate(theta, state, batch._replace(data=bad))
   np.testing.assert_allclose(got.grads, want.grads, atol=1e-5)
   assert after.info.rejected == 1
+
+
+GRID = jnp.linspace(-5.0, 5.0, 2001)[:, None]
+TOYS = {
+  # The log density, the truth, and starts from which it must be found.
+  'quartic': (
+    lambda p, x: -jnp.exp(p[0]) * x[:, 0] ** 4,
+    [0.0],
+    [[1.0], [-2.0]],
+  ),
+  'Gaussian': (
+    lambda p, x: -jnp.exp(p[0]) * x[:, 0] ** 2 / 2,
+    [0.0],
+    [[2.0], [-2.0]],
+  ),
+  'two wells': (
+    lambda p, x: -jnp.exp(p[0]) * (x[:, 0] ** 2 - 1) ** 2 + p[1] * x[:, 0],
+    [0.7, 0.3],
+    [[0.0, 0.0], [1.5, -1.0]],
+  ),
+}
+
+
+@pytest.mark.parametrize('toy', TOYS)
+@pytest.mark.parametrize('step_size', [None, 100.0])
+def test_toys_are_right_within_five_percent_whatever_the_step(toy, step_size):
+  model, truth, starts = TOYS[toy]
+  weights = jax.nn.softmax(model(jnp.asarray(truth), GRID))
+  data = jax.random.choice(jax.random.key(0), GRID, (4000,), p=weights)
+  noise = optlab.fit_gaussian(data, inflate=2.0)
+
+  def likelihood(params):
+    log_z = jax.nn.logsumexp(model(params, GRID))
+    return log_z - jnp.mean(model(params, data))
+
+  exact = optlab.minimize(
+    likelihood, jnp.asarray(truth), optax.lbfgs(), max_steps=100, grad_tol=1e-4
+  ).params
+  steps = {} if step_size is None else {'step_size': step_size}
+  estimator = optlab.contrastive_divergence(model, **steps)
+  tx = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+  step = optlab.train_step(estimator, tx)
+
+  def advance(state, key):
+    rows = jax.random.choice(key, data, (256,))
+    key = jax.random.fold_in(key, 1)
+    return step(state, optlab.noise_batch(noise, key, rows, 256))
+
+  def fit(start):
+    chains = noise.sample(jax.random.key(1), 256)
+    state = optlab.init(start, estimator, tx, jax.random.key(2), chains)
+    keys = jax.random.split(jax.random.key(3), 1500)
+    return jax.lax.scan(advance, state, keys)[0]
+
+  state = jax.jit(jax.vmap(fit))(jnp.asarray(starts))
+  # Of the precision, and of the slope up to the noise of the rows.
+  for params in state.params:
+    np.testing.assert_allclose(params[0], exact[0], atol=0.05)
+    np.testing.assert_allclose(params[1:], exact[1:], atol=0.02)
+  info = state.estimator_state.info
+  assert np.all(abs(info.acceptance - 0.57) < 0.1)
+  assert np.all(info.total_held == 0)
+
+
+def test_exploded_chains_start_anew():
+  model = lambda theta, x: -jnp.exp(theta) * x[:, 0] ** 4
+  data = jax.random.normal(jax.random.key(0), (64, 1))
+  batch = optlab.NoiseBatch(data, data[::-1], jnp.zeros(64))
+  estimator = optlab.contrastive_divergence(model, restart=0.0)
+  theta = jnp.zeros(())
+  bad = jnp.asarray([1e9, -1e30, jnp.inf, jnp.nan])[:, None]
+  chains = data.at[:4].set(bad)
+  state = estimator.init(theta, jax.random.key(1), chains)
+  estimate, state = jax.jit(estimator.estimate)(theta, state, batch)
+  assert state.info.restarted == 4
+  assert np.all(np.abs(state.chains) < 10)
+  assert np.abs(estimate.value) < 10
+  assert np.isfinite(estimate.grads)
+
+
+def test_an_unstable_chain_walks_where_it_would_explode():
+  quartic = lambda x: -(x[:, 0] ** 4)
+  for adjust in (True, False):
+    result = optlab.unnormalized.langevin(
+      quartic,
+      jax.random.key(0),
+      jnp.linspace(-10.0, 10.0, 64)[:, None],
+      0.1,
+      300,
+      adjust=adjust,
+    )
+    assert np.all(np.abs(result.rows) < 3)
+
+
+def test_a_step_size_for_each_column():
+  scales = jnp.asarray([1.0, 100.0])
+  model = lambda x: -0.5 * jnp.sum((x / scales) ** 2, -1)
+  run = lambda step_size: optlab.unnormalized.langevin(
+    model, jax.random.key(0), jnp.zeros((2000, 2)), step_size, 60
+  )
+  result = jax.jit(run)(scales**2)
+  np.testing.assert_allclose(np.std(result.rows, 0), scales, rtol=0.06)
+  assert result.acceptance > 0.5
+  for wrong in (jnp.ones(3), jnp.ones((2, 2, 2))):
+    with pytest.raises(ValueError, match='step_size must be a number, or an'):
+      run(wrong)
+
+
+# Zeros and ones.
+
+
+def every_row(size):
+  return jnp.asarray(
+    [[i >> j & 1 for j in range(size)] for i in range(2**size)], jnp.float32
+  )
+
+
+def ising(params, x):
+  """Ten spins in a ring with fields."""
+  spins = 2 * x - 1
+  bonds = jnp.sum(params['bonds'] * spins * jnp.roll(spins, 1, -1), -1)
+  return bonds + spins @ params['fields']
+
+
+def rbm(params, x):
+  """Four hidden units, summed out."""
+  hidden = jax.nn.softplus(x @ params['w'] + params['c'])
+  return x @ params['b'] + jnp.sum(hidden, -1)
+
+
+def discrete_problem(name):
+  """A model, a start, and rows drawn from a truth."""
+  key = jax.random.key(7)
+  if name == 'ising':
+    model, size = ising, 10
+    truth = {
+      'bonds': 0.5 * jax.random.normal(key, (10,)),
+      'fields': jnp.linspace(-0.3, 0.3, 10),
+    }
+  else:
+    model, size = rbm, 6
+    truth = {
+      'w': 1.5 * jax.random.normal(key, (6, 4)),
+      'b': jnp.linspace(-0.5, 0.5, 6),
+      'c': jnp.zeros(4),
+    }
+  rows = every_row(size)
+  weights = jax.nn.softmax(model(truth, rows))
+  data = jax.random.choice(jax.random.key(8), rows, (2000,), p=weights)
+  start = jax.tree.map(lambda leaf: 0.1 * leaf, truth)
+
+  def likelihood(params):
+    log_z = jax.nn.logsumexp(model(params, rows))
+    return log_z - jnp.mean(model(params, data))
+
+  fit = optlab.minimize(likelihood, start, optax.lbfgs(), max_steps=300)
+  return model, start, data, likelihood, fit.value
+
+
+@pytest.mark.parametrize('name', ['ising', 'rbm'])
+@pytest.mark.parametrize('method', ['meco', 'gibbs', 'discrete_langevin'])
+def test_discrete_models_come_near_the_maximum_of_likelihood(name, method):
+  model, start, data, likelihood, best = discrete_problem(name)
+  noise = optlab.unnormalized.bernoulli(0.9 * data.mean(0) + 0.05)
+  inner = ()
+  if method == 'meco':
+    estimator = optlab.meco(model)
+  else:
+    sampler = {
+      'gibbs': optlab.unnormalized.gibbs_sampler,
+      'discrete_langevin': optlab.unnormalized.discrete_langevin_sampler,
+    }[method]()
+    estimator = optlab.contrastive_divergence(model, sampler=sampler)
+    inner = (jax.random.key(0), noise.sample(jax.random.key(1), 256))
+  tx = optax.adam(optax.cosine_decay_schedule(0.05, 1000))
+  step = optlab.train_step(estimator, tx)
+
+  def advance(state, key):
+    rows = jax.random.choice(key, data, (256,))
+    key = jax.random.fold_in(key, 1)
+    return step(state, optlab.noise_batch(noise, key, rows, 256))
+
+  state = optlab.init(start, estimator, tx, *inner)
+  keys = jax.random.split(jax.random.key(3), 1000)
+  state, _ = jax.jit(lambda s: jax.lax.scan(advance, s, keys))(state)
+  assert best - 1e-3 < likelihood(state.params) < best + 0.05
+  if inner:
+    chains = state.estimator_state.chains
+    assert np.all((chains == 0) | (chains == 1))
+
+
+@pytest.mark.parametrize('sampler', ['gibbs', 'discrete_langevin', 'kernel'])
+def test_discrete_samplers_keep_the_model(sampler):
+  params = {
+    'bonds': jnp.linspace(-0.6, 0.6, 4),
+    'fields': jnp.linspace(-0.3, 0.4, 4),
+  }
+  rows = every_row(4)
+  model = lambda x: ising(params, x)
+  truth = jax.nn.softmax(model(rows))
+
+  class Flip:  # A kernel in the form of blackjax's.
+    class State(NamedTuple):
+      position: jax.Array
+      logdensity: jax.Array
+
+    def __init__(self, log_density):
+      self.log_density = log_density
+
+    def init(self, position):
+      return self.State(position, self.log_density(position))
+
+    def step(self, key, state):
+      place, test = jax.random.split(key)
+      i = jax.random.randint(place, (), 0, 4)
+      moved = self.init(state.position.at[i].set(1 - state.position[i]))
+      accept = jnp.log(jax.random.uniform(test)) < (
+        moved.logdensity - state.logdensity
+      )
+      state = jax.tree.map(
+        lambda new, old: jnp.where(accept, new, old), moved, state
+      )
+      return state, ()
+
+  moves = {
+    'gibbs': lambda: optlab.unnormalized.gibbs_sampler(40),
+    'discrete_langevin': lambda: optlab.unnormalized.discrete_langevin_sampler(
+      0.5, 60
+    ),
+    'kernel': lambda: optlab.unnormalized.kernel_sampler(
+      Flip, 100, discrete=True
+    ),
+  }[sampler]()
+  start = jnp.zeros((20_000, 4))
+  moved = jax.jit(lambda key: moves.step(model, key, start, moves.init(start)))(
+    jax.random.key(0)
+  )
+  index = np.asarray(moved.rows @ 2 ** jnp.arange(4)).astype(int)
+  counts = np.bincount(index, minlength=16) / len(index)
+  np.testing.assert_allclose(counts, truth, atol=0.012)
+  assert 0 < moved.acceptance <= 1
+
+
+def test_zeros_and_ones_need_a_discrete_sampler():
+  data = (jax.random.uniform(jax.random.key(0), (16, 3)) < 0.5) * 1.0
+  batch = optlab.NoiseBatch(data, data[::-1], jnp.zeros(16))
+  model = lambda theta, x: x @ theta
+  estimator = optlab.contrastive_divergence(model)
+  theta = jnp.zeros(3)
+  state = estimator.init(theta, jax.random.key(0), data)
+  with pytest.raises(ValueError, match='zeros and ones; pass a sampler.*gibbs'):
+    estimator.estimate(theta, state, batch)
+  estimate, state = jax.jit(estimator.estimate)(theta, state, batch)
+  assert np.isnan(estimate.value)
+  np.testing.assert_array_equal(estimate.grads, 0)
+  assert state.info.held
+  whole = jax.tree.map(lambda leaf: leaf.astype(int), batch)
+  with pytest.raises(ValueError, match='data of dtype int32; pass a sampler'):
+    jax.eval_shape(estimator.estimate, theta, state, whole)
+
+
+@pytest.mark.parametrize('kernel', ['hmc', 'mala', 'nuts'])
+def test_a_kernel_of_blackjax(kernel):
+  blackjax = pytest.importorskip('blackjax')
+  make = {
+    'hmc': lambda log_p: blackjax.hmc(log_p, 0.5, jnp.ones(2), 5),
+    'mala': lambda log_p: blackjax.mala(log_p, 0.5),
+    'nuts': lambda log_p: blackjax.nuts(log_p, 0.5, jnp.ones(2)),
+  }[kernel]
+  moves = optlab.unnormalized.kernel_sampler(make, 30)
+  start = jnp.full((1000, 2), 2.0)
+  moved = jax.jit(lambda key: moves.step(quadratic, key, start, ()))(
+    jax.random.key(0)
+  )
+  np.testing.assert_allclose(np.mean(moved.rows), 0.0, atol=0.1)
+  np.testing.assert_allclose(np.var(moved.rows), 1.0, atol=0.1)
 
 
 def test_bad_arguments():
