@@ -11,6 +11,8 @@ from optlab.bilevel._implicit import implicit
 from optlab.bilevel._maps import proximal_map
 from optlab.bilevel._problem import BilevelAux
 from optlab.bilevel._problem import Objective
+from optlab.bilevel._rates import RatesReport
+from optlab.bilevel._rates import suggest_rates
 from optlab.bilevel._saba import IndexedBatch
 from optlab.bilevel._saba import SabaMemory
 from optlab.bilevel._saba import SagaMemory
@@ -29,6 +31,7 @@ __all__ = [
   'F2saMemory',
   'IndexedBatch',
   'Objective',
+  'RatesReport',
   'SabaMemory',
   'SagaMemory',
   'TtsaMemory',
@@ -40,6 +43,7 @@ __all__ = [
   'saba',
   'soba',
   'stocbio',
+  'suggest_rates',
   'ttsa',
   'unrolled',
 ]

@@ -122,6 +122,15 @@ row(
   ),
 )
 
+suggest_rates = family(
+  'suggest_rates',
+  upper=upper,
+  lower=lower,
+  params=X,
+  state=soba().init(X, X),
+  batch=SAMPLE,
+  key=KEY,
+)
 proximal_map = family(
   'proximal_map', lower=lower, prox=lambda x, y, rate: y, learning_rate=0.1
 )
