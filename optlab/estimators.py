@@ -145,12 +145,15 @@ class Loss(NamedTuple):
     has_aux: Whether it returns auxiliary output.
     has_state: Whether it takes and returns model state.
     has_key: Whether it takes a key, last.
+    part: Where the model state is a tuple of several losses, the place of the
+      part that this one returns.
   """
 
   fun: Callable[..., Any]
   has_aux: bool = False
   has_state: bool = False
   has_key: bool = False
+  part: int | None = None
 
   def __call__(
     self, params: base.Params, model_state: Any, batch: base.Batch, key: Any
@@ -162,7 +165,7 @@ class Loss(NamedTuple):
     out = self.fun(*jax.tree.map(lambda leaf: leaf, args))
     if not (self.has_aux or self.has_state):
       _check_value(out)
-      return out, ((), ())
+      return out, (self.own(model_state), ())
     if not (isinstance(out, tuple) and len(out) == 2):
       raise ValueError(
         f'the loss must return {self.returns()}, got {type(out).__name__}'
@@ -171,7 +174,7 @@ class Loss(NamedTuple):
       )
     value, rest = out
     if not self.has_state:
-      return value, ((), rest)
+      return value, (self.own(model_state), rest)
     new, aux = rest, ()
     if self.has_aux:
       if not (isinstance(rest, tuple) and len(rest) == 2):
@@ -180,11 +183,16 @@ class Loss(NamedTuple):
           ' beside the value.'
         )
       new, aux = rest
+    own = self.own(model_state)
     checks.check_same_tree(
       'the model state that the loss returned', new, 'the one given to init',
-      model_state,
+      own,
     )  # fmt: skip
-    return value, (trees.cast_like(new, model_state), aux)
+    return value, (trees.cast_like(new, own), aux)
+
+  def own(self, model_state):
+    """The part of the model state that this loss returns."""
+    return model_state if self.part is None else model_state[self.part]
 
   def returns(self) -> str:
     """What the loss must return, in words."""

@@ -71,7 +71,7 @@ def init(
   checks.enforce(init, locals())
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
+    params=trees.strong(params),
     opt_state=tx.init(params),
     estimator_state=estimator.init(params, *inner),
   )

@@ -250,6 +250,16 @@ def rounded(tree: base.Params) -> base.Params:
   return jax.tree.map(leaf, tree)
 
 
+def strong(tree: Any) -> Any:
+  """Without weak types, which a step would lose and be compiled anew."""
+  return jax.tree.map(
+    lambda leaf: (
+      leaf.astype(leaf.dtype) if getattr(leaf, 'weak_type', False) else leaf
+    ),
+    tree,
+  )
+
+
 def own(tree: Any) -> Any:
   """A copy without weak types, so that state in equals state out.
 

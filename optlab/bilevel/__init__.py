@@ -9,6 +9,8 @@ from optlab.bilevel._f2sa import F2saMemory
 from optlab.bilevel._f2sa import f2sa
 from optlab.bilevel._implicit import implicit
 from optlab.bilevel._maps import proximal_map
+from optlab.bilevel._models import ModelsState
+from optlab.bilevel._models import with_models
 from optlab.bilevel._problem import BilevelAux
 from optlab.bilevel._problem import Objective
 from optlab.bilevel._rates import RatesReport
@@ -30,6 +32,7 @@ __all__ = [
   'BilevelState',
   'F2saMemory',
   'IndexedBatch',
+  'ModelsState',
   'Objective',
   'RatesReport',
   'SabaMemory',
@@ -46,4 +49,5 @@ __all__ = [
   'suggest_rates',
   'ttsa',
   'unrolled',
+  'with_models',
 ]
