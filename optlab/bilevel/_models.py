@@ -107,7 +107,7 @@ def with_models(
     _level('upper', upper, 0, has_aux, has_state, has_key),
     _level('lower', lower, 1, has_aux, has_state, has_key),
   )
-  checks.check_estimator(estimator)
+  checks.ESTIMATOR.check('make(upper, lower)', estimator)
 
   def init(params, *inner):
     if len(inner) <= len(names):

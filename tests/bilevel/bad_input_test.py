@@ -28,6 +28,12 @@ SAMPLE = optlab.BilevelBatch(X, X, np.ones((5, 2), np.float32))
 LEVELS = {'upper': upper, 'lower': lower, 'lower_optimizer': optax.sgd(0.1)}
 bo_rep = family('bo_rep', **LEVELS, dual_lr=0.1)
 soba = family('soba', **LEVELS, dual_lr=0.1)
+with_models = family(
+  'with_models',
+  make=lambda f, g: optlab.soba(f, g, optax.sgd(0.1), 0.1, has_aux=True),
+  upper=upper,
+  lower=lower,
+)
 implicit = family('implicit', **LEVELS)
 stocbio = family('stocbio', **LEVELS, neumann_lr=0.1)
 ttsa = family('ttsa', **LEVELS, neumann_lr=0.1)

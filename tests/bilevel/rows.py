@@ -46,12 +46,12 @@ def bilevel_shard(batch):
   )
 
 
-def bilevel_row(name, make, *, steps=2, key=False, **fields):
+def bilevel_row(name, make, *, steps=2, rest=lambda: (), **fields):
   """A row for a hypergradient estimator, with plain gradient descent above."""
 
   def inner(dtype):
     start = jnp.full((4,), 0.25, dtype)
-    return (start, jax.random.key(7)) if key else (start,)
+    return (start, *rest())
 
   return Row(
     name,
@@ -72,6 +72,17 @@ def indexed_batch(key, dtype=jnp.float32):
 
 
 LEVELS = (bilevel_upper, bilevel_lower)
+
+
+def with_state(level, part):
+  """A level that counts its steps, and whose loss a key scales a little."""
+
+  def objective(x, y, seen, batch, key):
+    scale = 1.0 + 0.01 * jax.random.uniform(key, (), jnp.float32)
+    value = level(x, y, batch)
+    return value * scale.astype(value.dtype), seen[part] + 1
+
+  return objective
 
 
 ROWS = [
@@ -97,7 +108,21 @@ ROWS = [
     'ttsa',
     lambda rate: optlab.bilevel.ttsa(*LEVELS, optax.sgd(rate), rate),
     steps=1,
-    key=True,
+    rest=lambda: (jax.random.key(7),),
+  ),
+  bilevel_row(
+    'with_models',
+    lambda rate: optlab.bilevel.with_models(
+      lambda f, g: optlab.soba(f, g, optax.sgd(rate), rate, has_aux=True),
+      with_state(bilevel_upper, 0),
+      with_state(bilevel_lower, 1),
+      has_state=True,
+      has_key=True,
+    ),
+    rest=lambda: (
+      (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+      jax.random.key(7),
+    ),
   ),
   bilevel_row(
     'implicit',
