@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _implicit
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -24,6 +25,7 @@ class MinimizeResult(NamedTuple):
     status: int32 scalar, one of the constants below.
     trace: What ``trace`` returned before each step and at the end, stacked on a
       leading axis of ``max_steps + 1``; rows beyond ``steps`` are zero.
+    aux: Auxiliary output of ``fun`` at ``params``; ``()`` where there is none.
   """
 
   params: base.Params
@@ -33,9 +35,28 @@ class MinimizeResult(NamedTuple):
   steps: jax.Array
   status: jax.Array
   trace: Any
+  aux: Any = ()
+
+  @property
+  def success(self) -> jax.Array:
+    """Whether a tolerance was met: `GRAD_TOL` or `TARGET_VALUE`."""
+    return (self.status == GRAD_TOL) | (self.status == TARGET_VALUE)
+
+  @property
+  def message(self) -> str:
+    """Why it stopped, in words; of a result of one run, outside of jit."""
+    return MESSAGES[int(self.status)]
 
 
 MAX_STEPS, GRAD_TOL, TARGET_VALUE, STALLED, NON_FINITE, REJECTED = range(6)
+MESSAGES = (
+  'max_steps were taken.',
+  'The norm of the gradient is at most grad_tol.',
+  'The value is at most target_value.',
+  'No more progress: rounding, or stall_steps, ended the descent.',
+  'The value or the gradient is not finite.',
+  'All that the transformation tried was rejected.',
+)
 
 
 class _Run(NamedTuple):
@@ -52,7 +73,7 @@ class _Run(NamedTuple):
   trace: Callable[[MinimizeResult], Any] | None
 
 
-class _Loop(NamedTuple):
+class _LoopState(NamedTuple):
   result: MinimizeResult
   grad: base.Updates  # as jax.grad makes it
   best: jax.Array  # shape (), the lowest value seen
@@ -61,14 +82,14 @@ class _Loop(NamedTuple):
 
 
 @checks.domains(
-  fun=checks.Function('params -> scalar'),
+  fun=checks.Function('(params, *args) -> scalar'),
   tx=checks.TRANSFORMATION,
   max_steps=checks.Integer(0),
   grad_tol=checks.NON_NEGATIVE,
   target_value=checks.Real(),
   stall_steps=checks.Integer(1, optional=True),
   stall_tol=checks.NON_NEGATIVE,
-  curvature=checks.Function('params -> operator', optional=True),
+  curvature=checks.Function('(params, *args) -> operator', optional=True),
   trace=checks.Function('MinimizeResult -> row', optional=True),
 )
 def minimize(
@@ -77,6 +98,8 @@ def minimize(
   tx: optax.GradientTransformation,
   *,
   max_steps: int,
+  args: tuple[Any, ...] = (),
+  has_aux: bool = False,
   grad_tol: float | jax.Array = 0.0,
   target_value: float | jax.Array = -jnp.inf,
   stall_steps: int | None = None,
@@ -94,17 +117,20 @@ def minimize(
   Pure; jit it, or vmap it over starting points, where each stops on its own.
 
   Args:
-    fun: The objective, ``params -> scalar``.
+    fun: The objective, ``(params, *args) -> scalar``.
     params: The start; complex leaves descend along the conjugate of `jax.grad`.
     tx: Any optax transformation; it gets ``value``, ``grad`` and ``value_fn``.
     max_steps: The most steps, a Python integer.
+    args: Further arguments of ``fun`` and ``curvature``, data for example.
+    has_aux: Whether ``fun`` returns ``(scalar, aux)``; that of the last point
+      is in the result.
     grad_tol: Stop where the Euclidean norm of the gradient is at most this.
     target_value: Stop where the value is at most this.
     stall_steps: Stop after so many steps in a row that do not lower the best
       value by more than ``stall_tol * |value|``; ``None`` never does.
     stall_tol: Relative decrease that counts as progress.
-    curvature: ``params -> operator``, called once a step and handed to the
-      transformation as ``curvature``, for example ``hessian(fun)``.
+    curvature: ``(params, *args) -> operator``, called once a step and handed to
+      the transformation as ``curvature``, for example ``hessian(fun)``.
     opt_state: State of ``tx`` at ``params``, to go on where an earlier result
       stopped; ``None`` starts afresh.
     trace: Called on the `MinimizeResult` so far (with ``trace=None``) before
@@ -123,26 +149,67 @@ def minimize(
     ValueError: A tolerance is negative or NaN.
 
   Examples:
-    >>> import jax.numpy as jnp, optax, optlab
+    >>> import jax, jax.numpy as jnp, optax, optlab
     >>> fun = lambda x: jnp.sum((x - 1.0) ** 2)
     >>> result = optlab.minimize(
     ...     fun, jnp.zeros(3), optax.lbfgs(), max_steps=100, grad_tol=1e-6)
     >>> print(result.params, int(result.status) == optlab.training.GRAD_TOL)
     [1. 1. 1.] True
+
+    What the objective depends on may be differentiated with respect to:
+
+    >>> centre = lambda c: optlab.minimize(
+    ...     lambda x: jnp.sum((x - c) ** 4 + (x - c) ** 2), jnp.zeros(2),
+    ...     optax.lbfgs(), max_steps=100, grad_tol=1e-5).params.sum()
+    >>> print(jax.grad(centre)(jnp.ones(2)).round(3))
+    [1. 1.]
+
+  Notes:
+    ``params`` and ``value`` have derivatives, forward and backward, by the
+    implicit function theorem: one linear system with the Hessian, formed for at
+    most 256 parameters, else conjugate gradients. They are NaN where the point
+    is no minimizer: the Hessian is not positive definite there (as far as
+    products with a few vectors tell, beyond 256 parameters), or the run neither
+    met ``grad_tol`` nor reduced the gradient's norm a thousandfold.
+    What else is in the result (``trace``, ``opt_state``) and the start count as
+    constants; complex parameters have no derivatives.
   """
   checks.enforce(minimize, locals())
   checks.check_params('params', params)
+  args = args if isinstance(args, tuple) else (args,)
+  whole = lambda params: fun(params, *args)
+  value_fn = (lambda params: whole(params)[0]) if has_aux else whole
+  bound = None
+  if curvature is not None:
+    bound = lambda params: curvature(params, *args)
   run = _Run(
-    takes_extras(tx), fun, max_steps, grad_tol, target_value, stall_steps,
-    stall_tol, curvature, trace,
+    takes_extras(tx), value_fn, max_steps, grad_tol, target_value, stall_steps,
+    stall_tol, bound, trace,
   )  # fmt: skip
   params = trees.own(params)
-  loop = _start(
-    run, params, tx.init(params) if opt_state is None else opt_state
+  found = _implicit.run_constant(
+    lambda params: _loop(run, params, opt_state), params
   )
-  return jax.lax.while_loop(
+  result, start_norm = found
+  if not any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+    ok = result.status == GRAD_TOL
+    ok |= result.grad_norm <= 1e-3 * start_norm
+    last, value = _implicit.minimizer(value_fn, result.params, result.value, ok)
+    result = result._replace(params=last, value=value)
+  if has_aux:
+    result = result._replace(aux=whole(result.params)[1])
+  return result
+
+
+def _loop(run, params, opt_state):
+  """The result, and the norm of the gradient at the start."""
+  opt_state = run.tx.init(params) if opt_state is None else opt_state
+  loop = _start(run, params, opt_state)
+  start_norm = loop.result.grad_norm
+  loop = jax.lax.while_loop(
     lambda loop: loop.running, lambda loop: _step(run, loop), loop
-  ).result
+  )
+  return loop.result, start_norm
 
 
 def _start(run, params, opt_state):
@@ -157,7 +224,7 @@ def _start(run, params, opt_state):
     status=jnp.zeros((), jnp.int32),
     trace=None,
   )
-  loop = _Loop(
+  loop = _LoopState(
     result=_record(run, result),
     grad=grad,
     best=value,
@@ -199,7 +266,7 @@ def _step(run, loop):
     stalled |= since_best >= run.stall_steps
   return _stop(
     run,
-    _Loop(
+    _LoopState(
       result=_record(run, result),
       grad=grad,
       best=jnp.minimum(loop.best, value),

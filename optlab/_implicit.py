@@ -1,0 +1,138 @@
+"""Derivatives of a minimizer by the implicit function theorem."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+
+from optlab import base
+from optlab import trees
+
+DENSE = 256  # The most parameters whose Hessian is formed.
+
+
+def run_constant(
+  function: Callable[[base.Params], Any], params: base.Params
+) -> Any:
+  """Calls a function on what it is given and what it closes over, as constants.
+
+  Nothing inside is differentiated, forward or backward.
+  """
+  closed, constants = jax.closure_convert(function, params)
+  return closed(*jax.lax.stop_gradient((params, *constants)))
+
+
+def minimizer(
+  fun: Callable[[base.Params], jax.Array],
+  params: base.Params,
+  value: jax.Array,
+  ok: jax.Array,
+) -> tuple[base.Params, jax.Array]:
+  r"""A minimizer and its value, with their derivatives.
+
+  With respect to whatever ``fun`` closes over,
+
+  .. math:: \dot x = -(\nabla^2 f)^{-1}\, \partial_\theta \nabla f\,
+    \dot \theta, \quad \dot f = \partial_\theta f\, \dot \theta +
+    \langle \nabla f, \dot x \rangle
+
+  Args:
+    fun: The objective.
+    params: Where it is least, a constant.
+    value: The objective there, a constant.
+    ok: Whether ``params`` may be taken for a minimizer.
+
+  Returns:
+    ``params`` and ``value``. The derivatives are NaN unless ``ok`` and the
+    Hessian is positive definite as far as the solver sees.
+  """
+  closed, constants = jax.closure_convert(fun, params)
+  if not constants:
+    return params, value
+
+  @jax.custom_jvp
+  def attach(params, value, constants):
+    del constants
+    return params, value
+
+  @attach.defjvp
+  def rule(primals, tangents):
+    constants, moves = primals[2], tangents[2]
+    # Its own derivative: that of the minimizer, where it is differentiated.
+    params, value = attach(*primals)
+    grad = lambda params, constants: jax.grad(closed)(params, *constants)
+    shift = jax.jvp(lambda c: grad(params, c), (constants,), (moves,))[1]
+    product = jax.linearize(lambda p: grad(p, constants), params)[1]
+    step = jax.lax.custom_linear_solve(
+      product, shift, lambda _, b: _solve(product, b, ok), symmetric=True
+    )
+    step = jax.tree.map(jnp.negative, step)
+    change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
+    return (params, value), (step, change.astype(value.dtype))
+
+  return attach(params, value, constants)
+
+
+def _solve(product, b, ok):
+  """``H x = b`` for a positive definite operator; NaN where it is not."""
+  flat, unravel = ravel_pytree(b)
+  if flat.size <= DENSE:
+    columns = lambda unit: ravel_pytree(product(unravel(unit)))[0]
+    matrix = jax.vmap(columns)(jnp.eye(flat.size, dtype=flat.dtype))
+    lower = jax.lax.linalg.cholesky(matrix)  # NaN where it fails.
+    pivots = jnp.diagonal(lower) ** 2
+    scale = jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0.0)
+    ok &= jnp.all(pivots > flat.size * jnp.finfo(flat.dtype).eps * scale)
+    x = unravel(jax.scipy.linalg.cho_solve((lower, True), flat))
+  else:
+    x, found, definite = conjugate_gradient(product, b)
+    # The right side may not reach a direction of negative curvature.
+    probe = unravel(jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2))
+    ok &= found & definite & conjugate_gradient(product, probe, 20)[2]
+  return jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
+
+
+def conjugate_gradient(
+  product: base.Operator, b: base.ArrayTree, max_steps: int = 1000
+) -> tuple[base.ArrayTree, jax.Array, jax.Array]:
+  """Solves a positive definite system on trees, to near the last digit.
+
+  Args:
+    product: The operator.
+    b: The right side, a tree.
+    max_steps: The most products.
+
+  Returns:
+    The solution, whether its residual is small, and whether all directions met
+    are of positive curvature.
+  """
+  dot = lambda x, y: sum(
+    jax.tree.leaves(jax.tree.map(jnp.vdot, x, y)), start=jnp.zeros(())
+  )
+  add = lambda x, by, y: jax.tree.map(lambda a, c: a + by * c, x, y)
+  dtype = trees.accumulator_dtype(b)
+  tol = jnp.finfo(dtype).eps ** 0.75
+
+  def step(carry):
+    x, residual, direction, square, ok, k = carry
+    image = product(direction)
+    bend = dot(direction, image)
+    ok &= bend > 0
+    length = square / jnp.where(ok, bend, 1.0)
+    x = add(x, jnp.where(ok, length, 0.0), direction)
+    residual = add(residual, -length, image)
+    fresh = dot(residual, residual)
+    direction = add(residual, fresh / square, direction)
+    return x, residual, direction, fresh, ok, k + 1
+
+  def unfinished(carry):
+    *_, square, ok, k = carry
+    return ok & (square > (tol * norm) ** 2) & (k < max_steps)
+
+  norm = trees.norm(b)
+  zero = jax.tree.map(jnp.zeros_like, b)
+  start = (zero, b, b, dot(b, b), jnp.asarray(True), jnp.zeros((), jnp.int32))
+  x, *_, square, ok, _ = jax.lax.while_loop(unfinished, step, start)
+  return x, square <= (100 * tol * norm) ** 2, ok

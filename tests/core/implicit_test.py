@@ -1,0 +1,157 @@
+"""Derivatives of what `minimize` finds; its arguments and its words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+from optlab import training
+
+THETA = {'a': jnp.array([0.3, -0.2]), 'b': jnp.array(0.7)}
+
+
+def fun(params, theta):
+  u, v = params['u'], params['v']
+  return (
+    jnp.sum(jnp.cosh(u - theta['a'])) + jnp.sum((v - theta['b'] * u[0]) ** 4)
+    + jnp.sum((v - theta['b']) ** 2) + 0.3 * u[0] * v[1]
+  )  # fmt: skip
+
+
+def start():
+  return {'u': jnp.zeros(2), 'v': jnp.zeros((3,))}
+
+
+TX = {'gns_newton': optlab.gns_newton(), 'lbfgs': optax.lbfgs()}
+over_tx = pytest.mark.parametrize('tx', TX.values(), ids=TX.keys())
+
+
+def argmin(theta, tx, **arguments):
+  arguments = {'max_steps': 200, 'grad_tol': 1e-9, 'args': (theta,)} | arguments
+  return optlab.minimize(fun, start(), tx, **arguments)
+
+
+def numeric(of, theta, eps=1e-5):
+  flat, unravel = jax.flatten_util.ravel_pytree(theta)
+  ends = flat + eps * jnp.stack([jnp.eye(flat.size), -jnp.eye(flat.size)])
+  above, below = jax.jit(jax.vmap(jax.vmap(lambda x: of(unravel(x)))))(ends)
+  return unravel((above - below) / (2 * eps))
+
+
+def score(run):
+  return jnp.sin(run.params['u']).sum() + jnp.vdot(
+    run.params['v'], run.params['v']
+  )
+
+
+def theta64():
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), THETA)
+
+
+def assert_trees_close(actual, expected, atol):
+  for a, b in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=atol)
+
+
+@over_tx
+def test_the_gradient_is_that_of_finite_differences(x64, tx):
+  of = lambda theta: score(argmin(theta, tx))
+  assert_trees_close(
+    jax.jit(jax.grad(of))(theta64()), numeric(of, theta64()), 1e-6
+  )
+
+
+def test_forward_vmap_value_and_closures(x64):
+  tx, theta = optlab.gns_newton(), theta64()
+  of = lambda theta: score(argmin(theta, tx))
+  grad = jax.jit(jax.grad(of))(theta)
+  forward = jax.jit(jax.jacfwd(of))(theta)
+  assert_trees_close(forward, grad, 1e-9)
+  many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), theta)
+  lanes = jax.jit(jax.vmap(jax.grad(of)))(many)
+  assert_trees_close(jax.tree.map(lambda leaf: leaf[0], lanes), grad, 1e-9)
+  value = lambda theta: argmin(theta, tx).value
+  assert_trees_close(
+    jax.jit(jax.grad(value))(theta), numeric(value, theta), 1e-6
+  )
+  closed = lambda theta: score(
+    optlab.minimize(
+      lambda x: fun(x, theta), start(), tx, max_steps=200, grad_tol=1e-9,
+      curvature=optlab.hessian(lambda x: fun(x, theta)),
+    )
+  )  # fmt: skip
+  assert_trees_close(jax.jit(jax.grad(closed))(theta), grad, 1e-9)
+
+
+def test_second_derivatives(x64):
+  tx, theta = optlab.gns_newton(), theta64()
+  of = lambda theta: score(argmin(theta, tx))
+  slope = lambda theta: jax.grad(of)(theta)['b']
+  assert_trees_close(
+    jax.jit(jax.grad(slope))(theta), numeric(slope, theta), 1e-5
+  )
+
+
+def test_many_parameters_by_conjugate_gradients(x64):
+  scales = jnp.geomspace(1e-3, 1.0, 400)
+
+  def of(theta):
+    loss = lambda x: x @ (scales * x) / 2 - theta * x.sum() + jnp.sum(x**4) / 40
+    return optlab.minimize(
+      loss, jnp.zeros(400), optlab.gns_newton(optlab.lanczos(400)),
+      max_steps=100, grad_tol=1e-9,
+    ).params.sum()  # fmt: skip
+
+  theta = jnp.asarray(0.5, jnp.float64)
+  np.testing.assert_allclose(
+    jax.jit(jax.grad(of))(theta), numeric(of, theta), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('n', [2, 300])
+def test_no_minimizer_no_derivative(x64, n):
+  saddle = lambda x, theta: (x[0] - theta) ** 2 - jnp.sum(x[1:] ** 2)
+  stays = lambda theta: optlab.minimize(
+    saddle, jnp.zeros(n), optax.sgd(0.1), max_steps=300, args=(theta,),
+    grad_tol=1e-8,
+  ).params[1]  # fmt: skip
+  assert jnp.isnan(jax.jit(jax.grad(stays))(1.0))
+  early = lambda theta: optlab.minimize(
+    lambda x: jnp.sum((x - theta) ** 2), jnp.zeros(n), optax.sgd(1e-3),
+    max_steps=3,
+  ).params[0]  # fmt: skip
+  assert jnp.isnan(jax.grad(early)(1.0))
+
+
+def test_the_start_is_a_constant(x64):
+  run = lambda x: optlab.minimize(
+    lambda y: jnp.sum((y - 1.0) ** 2), x, optax.lbfgs(), max_steps=20,
+    grad_tol=1e-9,
+  )  # fmt: skip
+  of = lambda x: run(x).params.sum()
+  np.testing.assert_array_equal(jax.grad(of)(jnp.zeros(2)), 0.0)
+
+
+def test_args_aux_success_and_words():
+  data = jnp.arange(3.0)
+
+  def loss(x, data):
+    residual = x - data
+    return jnp.sum(residual**2), {'residual': residual}
+
+  run = optlab.minimize(
+    loss, jnp.zeros(3), optlab.gns_newton(), max_steps=20, args=(data,),
+    has_aux=True, grad_tol=1e-5,
+    curvature=optlab.hessian(lambda x, data: loss(x, data)[0]),
+  )  # fmt: skip
+  assert run.success and run.status == training.GRAD_TOL
+  assert 'grad_tol' in run.message
+  np.testing.assert_allclose(run.aux['residual'], 0.0, atol=1e-5)
+  short = optlab.minimize(
+    lambda x: jnp.sum(x**2), jnp.ones(3), optax.sgd(1e-3), max_steps=2
+  )
+  assert not short.success and short.message == 'max_steps were taken.'
