@@ -16,8 +16,9 @@ from optlab.batches._host_loader import HostLoader
 from optlab.batches._host_loader import LoaderState
 from optlab.batches._host_loader import bucket_sizes
 from optlab.batches._host_loader import host_loader
+from optlab.batches._independence import check_losses
+from optlab.batches._losses import Losses
 from optlab.batches._moments import InnerProducts
-from optlab.batches._moments import Losses
 from optlab.batches._moments import Moments
 from optlab.batches._moments import Route
 from optlab.batches._moments import jvp_inner_products
@@ -53,6 +54,7 @@ __all__ = [
   'adadagrad',
   'augmented_inner_product_test',
   'bucket_sizes',
+  'check_losses',
   'coordinate_norm_test',
   'ghost_norms',
   'ghost_sq_norms',

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab.batches import _ghost_walk
+from optlab.batches import _independence
 from optlab.batches import _layout
+from optlab.batches import _losses
 from optlab.batches import _moments
 
 
@@ -106,7 +108,7 @@ def ghost_sq_norms(
     >>> print(optlab.batches.ghost_sq_norms(losses, jnp.ones(2), rows))
     [25.  1.]
   """
-  length = _moments.batch_length(examples)
+  length = _losses.batch_length(examples)
   real = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
   mask = _layout.like_rows(jnp.ones(length, real.dtype), examples)
   return _backward(losses, params, examples, mask)[2]
@@ -118,16 +120,17 @@ def _backward(losses, params, examples, mask) -> Any:
   wide = mask.dtype
   # Zeros, laid out over devices as the losses are, which not every version of
   # jax promises of zeros_like; jit removes the evaluation.
-  values = _moments.checked(losses, params, examples, mask)
+  values = _losses.checked(losses, params, examples, mask)
   zeros = (jnp.isnan(values) & False).astype(wide)
   slots = jax.tree.map(lambda leaf: zeros, params)
+  _independence.check_program(losses, params, examples)
   if _layout.explicit(examples) is None:
     one = jax.tree.map(lambda leaf: leaf[0], examples)
   else:  # Where rows are split by type, one of them is nowhere.
     one = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), examples
     )
-  tapped = _ghost_walk.tap(_moments.single(losses), params, one, wide)
+  tapped = _ghost_walk.tap(_losses.single(losses), params, one, wide)
 
   def mapped(params, slots):
     return jax.vmap(tapped, (None, 0, 0))(params, examples, slots)

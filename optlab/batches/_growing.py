@@ -20,7 +20,7 @@ from optlab.batches._growth import next_size
 from optlab.batches._growth import rules_of
 from optlab.batches._layout import Layout
 from optlab.batches._layout import layout_of
-from optlab.batches._moments import batch_length
+from optlab.batches._losses import batch_length
 from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import vary
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optlab import base
 from optlab import checks
 from optlab import trees
-
-Losses = Callable[[base.Params, base.Batch], jax.Array]
+from optlab.batches._independence import check_program
+from optlab.batches._losses import Losses
+from optlab.batches._losses import checked
+from optlab.batches._losses import single
 
 
 class Moments(NamedTuple):
@@ -145,34 +146,6 @@ def centred(moments: Moments) -> Moments:
 # example counts, and sums are divided by its sum.
 
 
-def single(losses: Losses) -> Callable[[base.Params, Any], jax.Array]:
-  """The loss of one example, from the losses of a batch of one."""
-
-  def loss(params, example):
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
-    return losses(fresh(params), batch)[0]
-
-  return loss
-
-
-def fresh(tree: base.ArrayTree) -> base.ArrayTree:
-  """The same leaves in new containers, which a user's model may write into."""
-  return jax.tree.map(lambda leaf: leaf, tree)
-
-
-def checked(
-  losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
-) -> jax.Array:
-  """The losses, one an example; anything else is an error."""
-  values = losses(fresh(params), fresh(examples))
-  if jnp.shape(values) != mask.shape:
-    raise ValueError(
-      f'losses must return one loss per example, shape {mask.shape}, got shape'
-      f' {jnp.shape(values)}: leave out the mean over the batch.'
-    )
-  return values
-
-
 def check_route(params: base.Params, mask: jax.Array) -> None:
   """Raises a ``TypeError`` for what a route can't differentiate or sum."""
   checks.check_params('params', params)
@@ -276,6 +249,7 @@ def vmap_grads(
   """
   check_route(params, mask)
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
+  check_program(losses, params, examples)
   wide = mask.dtype
   values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
     params, examples
@@ -363,6 +337,7 @@ def vmap_inner_products(
   check_route(params, mask)
   wide = mask.dtype
   jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
+  check_program(losses, params, examples)
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
   rows, grads = trees.conjugate(rows), trees.conjugate(grads)
 
@@ -375,27 +350,3 @@ def vmap_inner_products(
   products = jax.tree.leaves(jax.tree.map(product, rows, grads))
   deviations = sum(products, start=jnp.zeros_like(mask))
   return jnp.where(mask > 0.0, deviations, 0.0)
-
-
-def batch_length(batch: base.ArrayTree) -> int:
-  """The common length of the leading axes of ``batch``.
-
-  Args:
-    batch: Pytree of arrays with examples on the leading axis.
-
-  Returns:
-    The number of examples.
-
-  Raises:
-    ValueError: There is no array, a scalar among them, or lengths differ.
-  """
-  lengths = {
-    jax.tree_util.keystr(path): (np.shape(leaf) or (-1,))[0]
-    for path, leaf in jax.tree.leaves_with_path(batch)
-  }
-  if len(set(lengths.values())) != 1 or -1 in lengths.values():
-    raise ValueError(
-      'Every array of a batch must have the examples on its leading axis, got'
-      f' lengths {lengths}.'
-    )
-  return next(iter(lengths.values()))

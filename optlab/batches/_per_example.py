@@ -12,6 +12,7 @@ from optlab import checks
 from optlab import estimators
 from optlab import trees
 from optlab.batches import _layout
+from optlab.batches import _losses
 from optlab.batches import _moments
 
 
@@ -87,10 +88,10 @@ def _groups(batch, microbatch_size, wide, axis_name, in_order=False):
         ' of one step of the loop that passes over it.'
       )
   elif isinstance(batch, PaddedBatch):
-    length, start = _moments.batch_length(batch.examples), 0
+    length, start = _losses.batch_length(batch.examples), 0
     size = batch.size
   else:
-    length, start = _moments.batch_length(batch), 0
+    length, start = _losses.batch_length(batch), 0
     size = length
   width = min(microbatch_size or length, length)
   shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)

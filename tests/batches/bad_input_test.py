@@ -152,6 +152,22 @@ for name in ROUTES + PRODUCTS:
     '(real- or complex-valued|must be floating|float or complex|tangent)',
   )
 row(
+  'check_losses',
+  'losses that mix their examples',
+  lambda: optlab.batches.check_losses(
+    lambda x, rows: (rows - rows.mean(0)) @ x, X, ROWS
+  ),
+  ValueError,
+  'loss i must depend on example i alone: reduce_sum takes the examples',
+)
+row(
+  'check_losses',
+  'losses=None',
+  lambda: optlab.batches.check_losses(None, X, ROWS),
+  TypeError,
+  'losses must be a function',
+)
+row(
   'ghost_sq_norms',
   'a mean in the loss',
   lambda: traced(lambda: optlab.batches.ghost_sq_norms(loss, X, ROWS)),

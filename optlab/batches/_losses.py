@@ -1,0 +1,64 @@
+"""The losses of a batch, one an example, and of one example."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optlab import base
+
+Losses = Callable[[base.Params, base.Batch], jax.Array]
+
+
+def single(losses: Losses) -> Callable[[base.Params, Any], jax.Array]:
+  """The loss of one example, from the losses of a batch of one."""
+
+  def loss(params, example):
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
+    return losses(fresh(params), batch)[0]
+
+  return loss
+
+
+def fresh(tree: base.ArrayTree) -> base.ArrayTree:
+  """The same leaves in new containers, which a user's model may write into."""
+  return jax.tree.map(lambda leaf: leaf, tree)
+
+
+def checked(
+  losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
+) -> jax.Array:
+  """The losses, one an example; anything else is an error."""
+  values = losses(fresh(params), fresh(examples))
+  if jnp.shape(values) != mask.shape:
+    raise ValueError(
+      f'losses must return one loss per example, shape {mask.shape}, got shape'
+      f' {jnp.shape(values)}: leave out the mean over the batch.'
+    )
+  return values
+
+
+def batch_length(batch: base.ArrayTree) -> int:
+  """The common length of the leading axes of ``batch``.
+
+  Args:
+    batch: Pytree of arrays with examples on the leading axis.
+
+  Returns:
+    The number of examples.
+
+  Raises:
+    ValueError: There is no array, a scalar among them, or lengths differ.
+  """
+  lengths = {
+    jax.tree_util.keystr(path): (np.shape(leaf) or (-1,))[0]
+    for path, leaf in jax.tree.leaves_with_path(batch)
+  }
+  if len(set(lengths.values())) != 1 or -1 in lengths.values():
+    raise ValueError(
+      'Every array of a batch must have the examples on its leading axis, got'
+      f' lengths {lengths}.'
+    )
+  return next(iter(lengths.values()))
