@@ -256,15 +256,38 @@ def of_file(path: str) -> Problem:
 BATCH, MAX_BATCH = 32, 512
 
 
-def images() -> Problem:
-  """A perceptron on the digits; rates by validation loss, test loss shown."""
+def _perceptron():
+  """A model of the digits, and the parts to train, tune and test on."""
   whole = image_classifiers.load('digits', '', 360, np.float32)
   inner = image_classifiers.hold_out(*whole.train, 287, 'valid', whole.classes)
-  data, valid, test = jax.tree.map(
-    jnp.asarray, (inner.train, inner.held, whole.held)
-  )
+  parts = jax.tree.map(jnp.asarray, (inner.train, inner.held, whole.held))
   side = whole.train[0].shape[1]
   model = image_classifiers.model('mlp', side, whole.classes, jnp.float32)
+  return model, *parts
+
+
+def digits_mlp() -> Problem:
+  """The perceptron as a function of parameters, with a batch in each step."""
+  model, data, valid, test = _perceptron()
+
+  def loss(params, key):
+    rows = jax.random.randint(key, (BATCH,), 0, len(data[1]))
+    return jnp.mean(model.losses(params, (data[0][rows], data[1][rows])))
+
+  def measure(params):
+    mean = lambda part: jnp.mean(model.losses(params, part))
+    return {'tuning': mean(valid), 'value': mean(test)}
+
+  return of_function(
+    model.start, loss, measure, methods=('sgd', 'adam', 'diffgrad'),
+    learning_rates=(1e-3, 1e-2, 1e-1, 1.0), budget=400, value='test loss',
+    target=0.2,
+  )  # fmt: skip
+
+
+def images() -> Problem:
+  """A perceptron on the digits; rates by validation loss, test loss shown."""
+  model, data, valid, test = _perceptron()
   estimator = optlab.per_example(
     model.losses, optlab.ghost_norms, microbatch_size=BATCH
   )
@@ -519,7 +542,7 @@ CLASSIC: dict[str, Callable[[], Problem]] = {
   'chebyshev': _equations('chebyshev'),
   'linear': _equations('linear'),
   'log_sum_exp': of_smooth(lambda: smooth.log_sum_exp(50, 20)),
-  'digits_mlp': images,
+  'digits_mlp': digits_mlp,
   **{
     f'cutest_{name.lower()}': of_smooth(
       functools.partial(smooth.cutest, name), 'exact'

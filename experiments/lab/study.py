@@ -177,7 +177,8 @@ def run(
     })  # fmt: skip
     return {**values, **counts, 'learning_rate': rates}
 
-  begin = jax.jit(jax.vmap(start))(
+  # Also the start one after the other: not all functions can be batched.
+  begin = jax.jit(lambda *args: jax.lax.map(lambda lane: start(*lane), args))(
     jnp.asarray(seeds), jnp.asarray(rates, float)
   )
   session.run(
@@ -311,10 +312,16 @@ def study(session: Session, plan: Plan, methods: Sequence[str]) -> list[dict]:
   reference: np.ndarray | None = None
   rows = []
   for method in methods:
-    choice = tune(session, plan, method)
-    lanes = [(seed, choice.rate) for seed in range(plan.seeds)]
-    label = f'{plan.name}: {method}'
-    ends = run(session, plan, choice.entry, label, lanes, algorithm=method)
+    try:
+      choice = tune(session, plan, method)
+      lanes = [(seed, choice.rate) for seed in range(plan.seeds)]
+      label = f'{plan.name}: {method}'
+      ends = run(session, plan, choice.entry, label, lanes, algorithm=method)
+    except (TypeError, ValueError, NotImplementedError) as error:
+      reason = ' '.join(str(error).split())[:300]
+      raise flags.UserError(
+        f'{method} does not run on {plan.name}: {reason}'
+      ) from error
     values = np.array([row['value'] for row in ends])
     values[np.isnan(values)] = np.inf
     reference = values if reference is None else reference

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -22,6 +23,8 @@ from experiments.lab import tables
 from experiments.methods import bilevel
 from experiments.methods import optimizers
 import optlab
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -307,6 +310,24 @@ def test_a_bad_file_is_one_line(tmp_path, text, match):
   path.write_text(text)
   with pytest.raises(flags.UserError, match=f'--problem=.*{match}'):
     contests.of_file(str(path))
+
+
+def test_the_page_on_comparing_runs(tmp_path, monkeypatch):
+  """Its problem and its method, with a search space, beside two peers."""
+  page = (ROOT / 'docs' / 'comparing.md').read_text()
+  source = page.split(':caption: mine.py\n')[1].split('```')[0]
+  (tmp_path / 'mine.py').write_text(source)
+  monkeypatch.chdir(tmp_path)
+  methods = launch_lib._split(page.split("--methods='")[2].split("'")[0])
+  assert methods[0] == 'mine:signs(decay=[0.5,0.9])'
+  config = compare.Config(
+    problem='mine.py', methods=(methods[0], 'adam'), seeds=2, tuning_seeds=1,
+    precision='float32', budget=60.0,
+  )  # fmt: skip
+  compare.main(config)
+  signs, adam = record.select(record.read('results/compare')[1], 'summary')
+  assert signs['variant'].startswith('mine:signs(decay=0.')
+  assert adam['median'] < 3.7  # Where it started.
 
 
 def test_a_set_of_problems_has_a_profile(tmp_path, capsys, monkeypatch):
