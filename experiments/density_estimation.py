@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy import stats
 
 import optlab
 
@@ -29,6 +28,7 @@ from .lab import devices
 from .lab import flags
 from .lab import launch
 from .lab import plots
+from .lab import study
 from .lab import tables
 from .lab.session import Session
 from .methods import unnormalized
@@ -223,20 +223,16 @@ def best_rate(rows: Sequence[dict], label: str) -> float:
 
 
 def verdict(differences: Sequence[float] | np.ndarray) -> tuple[str, str]:
-  """A paired t test at 95 %: the interval of the mean, and what it says.
+  """The interval of the mean difference, and what it says of the first method.
 
-  A win is the first method's.
   A tie is an interval that holds zero, no proof that the two are equal: read
   the interval's width beside it.
   """
-  values = np.asarray(differences)
-  if len(values) < 2 or not np.all(np.isfinite(values)):
+  found = study.paired(differences)
+  if found.said == '-':
     return '-', '-'
-  error = np.std(values, ddof=1) / math.sqrt(len(values))
-  half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-  low, high = np.mean(values) - half, np.mean(values) + half
-  said = 'win' if low > 0 else 'loss' if high < 0 else 'tie'
-  return f'{low:+.1e} to {high:+.1e}', said
+  said = {'worse': 'win', 'better': 'loss', 'tie': 'tie'}[found.said]
+  return f'{found.low:+.1e} to {found.high:+.1e}', said
 
 
 def report_plane(rows: Sequence[dict], config: Config) -> None:

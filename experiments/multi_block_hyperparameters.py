@@ -3,8 +3,8 @@
 python -m experiments.multi_block_hyperparameters --data_dir=DIR
     [--dataset=w8a] [--keep_positive=0.3 --flip=0.2] [--train_rows=400] ...
 
-Every method gets the same grid of rates, tuned by the validation loss on a seed
-that is used for nothing else, and is then run on the other seeds. `frozen` is
+Every method gets the same grid of rates, tuned by the validation loss on seeds
+that are used for nothing else, and is then run on the other seeds. `frozen` is
 the control: the weights stay as they are and only the lower problems are
 solved. RSVRB keeps a cross Jacobian for each block and is left out, with a
 word, where that does not fit --max_numbers.
@@ -58,6 +58,7 @@ class Config(devices.Config):
   learning_rates: tuple[float, ...] = flags.flag(
     (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
   )
+  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1, grows=True)
   inner_lrs: tuple[float, ...] = flags.flag(
     (0.3, 1.0, 3.0),
     'Grid of steps of a block between two visits.',
@@ -231,25 +232,38 @@ def run_lanes(
 
 
 def tune(session, config: Config, problem: Problem, name: str) -> tuple:
-  """The rates with the least validation loss on the tuning seed."""
-  label = f'tuning {name}'
+  """The rates with the least validation loss on the tuning seeds."""
+  inner: dict[float, float] = {}
+
+  def measure(new, grid):
+    label = f'tuning {name}, grid {grid}'
+    lanes = [
+      (study.TUNING_SEED + i, upper, lower)
+      for i in range(config.tuning_seeds)
+      for upper in new
+      for lower in config.inner_lrs
+    ]
+    seeds, upper, lower = zip(*lanes, strict=True)
+    run_lanes(
+      session, config, problem, label, name, upper, lower, seeds,
+      config.tuning_steps,
+    )  # fmt: skip
+    losses: dict[tuple[float, float], list[float]] = {}
+    for row in study.last(session.rows, label):
+      place = row['learning_rate'], row['inner_lr']
+      loss = row['validation']
+      losses.setdefault(place, []).append(np.inf if np.isnan(loss) else loss)
+    # Each rate of the weights with the rate of the lower problems it likes.
+    for rate in new:
+      inner[rate] = min(
+        config.inner_lrs, key=lambda lower: np.median(losses[rate, lower])
+      )
+      for loss in losses[rate, inner[rate]]:
+        yield rate, loss
+
   uppers = (0.0,) if name == 'frozen' else config.learning_rates
-  grid = np.meshgrid(uppers, config.inner_lrs, indexing='ij')
-  upper, lower = (axis.ravel() for axis in grid)
-  seeds = [study.TUNING_SEED] * len(upper)
-  run_lanes(
-    session, config, problem, label, name, upper, lower, seeds,
-    config.tuning_steps,
-  )  # fmt: skip
-  rows = session.select('eval', method=label)
-  last = [row for row in rows if row['step'] == rows[-1]['step']]
-  best = min(
-    last,
-    key=lambda row: (
-      row['validation'] if np.isfinite(row['validation']) else np.inf
-    ),
-  )
-  return best['learning_rate'], best['inner_lr']
+  best = study.search(uppers, measure).rate
+  return best, inner[best]
 
 
 def compare(session, config: Config, problem: Problem) -> None:

@@ -63,6 +63,7 @@ class Config(devices.Config):
   learning_rates: tuple[float, ...] = flags.flag(
     (0.001, 0.003, 0.01, 0.03), 'Grid of rates of Adam.', low=0.0
   )
+  tuning_seeds: int = flags.flag(2, 'Seeds that pick rates.', low=1, grows=True)
   inner_lr: float = flags.flag(
     0.3, 'Step of a threshold between two visits.', low=0.0
   )
@@ -306,18 +307,24 @@ def run_lanes(
 
 
 def compare(session, config: Config, data: Data, name: str) -> None:
-  """Tunes a method on its own seed, and runs it on the others."""
-  label = f'tuning {name}'
-  seeds = [study.TUNING_SEED] * len(config.learning_rates)
+  """Tunes a method on seeds of its own, and runs it on the others."""
+
+  def measure(new, grid):
+    label = f'tuning {name}, grid {grid}'
+    lanes = [(study.TUNING_SEED + i, rate)
+             for i in range(config.tuning_seeds) for rate in new]  # fmt: skip
+    seeds, rates = zip(*lanes, strict=True)
+    run_lanes(
+      session, config, data, label, name, rates, seeds, config.tuning_steps
+    )
+    return [
+      (row['learning_rate'], -row[f'validation{CUTS[-1]}'])
+      for row in study.last(session.rows, label)
+    ]
+
+  best = study.search(config.learning_rates, measure).rate
   run_lanes(
-    session, config, data, label, name, config.learning_rates, seeds,
-    config.tuning_steps,
-  )  # fmt: skip
-  rows = session.select('eval', method=label)
-  last = [row for row in rows if row['step'] == rows[-1]['step']]
-  best = max(last, key=lambda row: np.nan_to_num(row[f'validation{CUTS[-1]}']))
-  run_lanes(
-    session, config, data, name, name, [best['learning_rate']] * config.seeds,
+    session, config, data, name, name, [best] * config.seeds,
     list(range(config.seeds)), config.steps,
   )  # fmt: skip
 

@@ -206,6 +206,51 @@ def continued(rates: list[float], best: float, count: int) -> list[float]:
   ]
 
 
+class Found(NamedTuple):
+  """What a search found.
+
+  Attributes:
+    rate: The best rate.
+    values: The median value of each rate, by rate, sorted.
+    edge: Whether it is at an edge of all that were tried.
+  """
+
+  rate: float
+  values: dict[float, float]
+  edge: bool
+
+
+def search(
+  rates: Sequence[float],
+  measure: Callable[[list[float], int], Iterable[tuple[float, float]]],
+) -> Found:
+  """The rate of the least value, of a grid that goes on past its edges.
+
+  Args:
+    rates: The first grid.
+    measure: ``(rates, number of the grid) -> pairs`` of a rate and a value, one
+      for each tuning seed. What is not a number counts as infinite.
+
+  Returns:
+    `Found`, by medians over the seeds; of equal ones the least rate.
+  """
+  tried: dict[float, list[float]] = {}
+  best, new = rates[0], sorted(rates)
+  medians: dict[float, float] = {}
+  for grid in range(1 + EXTENSIONS):
+    for rate, value in measure(new, grid):
+      tried.setdefault(rate, []).append(
+        math.inf if math.isnan(value) else value
+      )
+    medians = {rate: float(np.median(tried[rate])) for rate in sorted(tried)}
+    best = min(medians, key=lambda rate: medians[rate])
+    new = continued(list(medians), best, len(rates))
+    if not new:
+      break
+  edge = len(medians) > 1 and best in (min(medians), max(medians))
+  return Found(best, medians, edge)
+
+
 class Choice(NamedTuple):
   """What tuning found: a variant of a method, and its learning rate."""
 
@@ -237,29 +282,22 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
 
 
 def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
-  new = sorted(plan.learning_rates) if entry.tuned else [1.0]
+  rates = sorted(plan.learning_rates) if entry.tuned else [1.0]
   if plan.tuning_seeds == 0:
-    return Choice(name, entry, new[0], 0.0, False)
-  values: dict[float, list[float]] = {}
-  best = new[0]
-  for grid in range(1 + EXTENSIONS):
+    return Choice(name, entry, rates[0], 0.0, False)
+
+  def measure(new, grid):
     label = f'{plan.name}: {name}: tuning, grid {grid}'
     # A run for each seed: with as many rates as seeds in the runs that are
     # reported, nothing is compiled for them again.
     for seed in range(TUNING_SEED, TUNING_SEED + plan.tuning_seeds):
       lanes = [(seed, rate) for rate in new]
       run(session, plan, entry, label, lanes, algorithm=name)
-    for row in last(session.rows, label):
-      value = row['tuning']
-      values.setdefault(row['learning_rate'], []).append(
-        math.inf if math.isnan(value) else value
-      )
-    best = min(sorted(values), key=lambda rate: np.median(values[rate]))
-    new = continued(sorted(values), best, len(plan.learning_rates))
-    if not new:
-      break
-  edge = len(values) > 1 and best in (min(values), max(values))
-  return Choice(name, entry, best, float(np.median(values[best])), edge)
+    rows = last(session.rows, label)
+    return [(row['learning_rate'], row['tuning']) for row in rows]
+
+  found = search(rates, measure)
+  return Choice(name, entry, found.rate, found.values[found.rate], found.edge)
 
 
 class Paired(NamedTuple):

@@ -322,10 +322,10 @@ def tune(
   problem: Problem,
   program: Program,
   choice: Choice,
-) -> float:
+) -> study.Found:
   """The upper rate of the least validation loss, a median over tuning seeds."""
-  new, best = sorted(config.learning_rates), config.learning_rates[0]
-  for grid in range(1 + study.EXTENSIONS):
+
+  def measure(new, grid):
     label = f'{choice.label}: tuning, grid {grid}'
     # A run for each seed: with as many rates as seeds in the runs that are
     # reported, nothing is compiled for them again.
@@ -334,30 +334,10 @@ def tune(
     ):
       lanes = [(seed, rate) for rate in new]
       run(session, config, problem, program, choice, label, lanes, finish=False)
-    losses = tuning_losses(session.rows, choice, grid + 1)
-    best = min(losses, key=lambda rate: losses[rate])
-    new = study.continued(sorted(losses), best, len(config.learning_rates))
-    if not new:
-      break
-  return best
+    rows = study.last(session.rows, label)
+    return [(row['learning_rate'], row['valid_loss']) for row in rows]
 
-
-def tuning_losses(
-  rows: list[dict], choice: Choice, grids: int = 1 + study.EXTENSIONS
-) -> dict[float, float]:
-  """The median validation loss at the end of tuning, by rate.
-
-  Of the first ``grids`` grids: a run that was killed has rows of one more, that
-  must not decide whether it is needed.
-  """
-  losses: dict[float, list[float]] = {}
-  for grid in range(grids):
-    for row in study.last(rows, f'{choice.label}: tuning, grid {grid}'):
-      loss = row['valid_loss']
-      losses.setdefault(row['learning_rate'], []).append(
-        np.inf if np.isnan(loss) else loss
-      )
-  return {rate: float(np.median(values)) for rate, values in losses.items()}
+  return study.search(config.learning_rates, measure)
 
 
 def compare(
@@ -382,40 +362,39 @@ def compare(
   programs = {
     name: make_program(config, problem, name) for name in config.methods
   }
+  found: dict[Choice, study.Found] = {}
   for choice in choices(config, group):
     context = (session, config, problem, programs[choice.estimator], choice)
-    best = tune(*context)
-    lanes = [(seed, best) for seed in range(config.seeds)]
+    found[choice] = tune(*context)
+    lanes = [(seed, found[choice].rate) for seed in range(config.seeds)]
     run(*context, choice.label, lanes, finish=True)
-  return summarize(session, config, problem, group)
+  return summarize(session, problem, found)
 
 
 def summarize(
-  session: Session, config: Config, problem: Problem, group: str
+  session: Session, problem: Problem, found: dict[Choice, study.Found]
 ) -> list[dict]:
   """One summary row a choice: medians over seeds, and pairs with the first."""
   first, rows = problem.reported[0], []
   sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
   reference = None
-  for choice in choices(config, group):
+  for choice, tuned in found.items():
     ends = study.last(session.rows, choice.label)
-    rate, tried = ends[0]['learning_rate'], tuning_losses(session.rows, choice)
     worse = np.array([sign * row[first] for row in ends])
     worse[np.isnan(worse)] = np.inf
     reference = worse if reference is None else reference
     # Positive where the first choice of the table is better.
     with np.errstate(invalid='ignore'):
-      gaps = worse - reference
+      gaps = study.paired(worse - reference)
     row: dict[str, Any] = {
       **choice._asdict(),
-      'learning_rate': rate,
-      'edge': rate in (min(tried), max(tried)),
+      'learning_rate': tuned.rate,
+      'edge': tuned.edge,
       'steps': ends[0]['step'],
       'calls': ends[0]['gradients'] + ends[0]['products'],
-      'gap': float(np.mean(gaps)),
-      'gap_error': float(np.std(gaps, ddof=1) / np.sqrt(len(gaps)))
-      if len(gaps) > 1 and np.all(np.isfinite(gaps))
-      else None,
+      'gap': gaps.mean,
+      'gap_low': gaps.low,
+      'gap_high': gaps.high,
       'wins': int(np.sum(worse < reference)),
       'losses': int(np.sum(worse > reference)),
     }
@@ -437,13 +416,14 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
     return f'{row[name]:.4g} ({low:.4g} to {high:.4g})'
 
   def gap(row):
-    error = row['gap_error']
     text = f'{row["gap"]:+.4f}'
-    return text if error is None else f'{text} ± {error:.4f}'
+    if np.isnan(row['gap_low']):
+      return text
+    return f'{text} ({row["gap_low"]:+.4f} to {row["gap_high"]:+.4f})'
 
   tables.show(
     f'{title}; medians (and ranges) over seeds; gap: how much worse than the'
-    f' first line in {problem.reported[0]}, by seed, with its standard error',
+    f' first line in {problem.reported[0]}, by seed, with its 95 % interval',
     (
       'method, upper step, schedule',
       'rate',

@@ -122,18 +122,21 @@ def test_a_grid_goes_on_where_its_best_rate_is_at_the_edge():
 
 
 def test_a_run_that_diverged_is_never_picked():
-  choice = tuning.Choice('', 'soba', 'plain', 'cosine')
-  losses = [(0.1, 2.0), (0.1, 3.0), (1.0, 1.0), (1.0, np.inf), (3.0, np.nan)]
-  rows = [
-    {'kind': 'eval', 'method': f'{choice.label}: tuning, grid 0', 'step': 5,
-     'learning_rate': rate, 'valid_loss': loss}
-    for rate, loss in losses
-  ]  # fmt: skip
-  assert tuning.tuning_losses(rows, choice) == {
-    0.1: 2.5,
-    1.0: np.inf,
-    3.0: np.inf,
-  }
+  values = [(0.1, 2.0), (0.1, 3.0), (1.0, 1.0), (1.0, np.inf), (3.0, np.nan)]
+  grids = []
+
+  def measure(new, grid):
+    grids.append(new)
+    return values if grid == 0 else [(rate, np.nan) for rate in new]
+
+  found = study.search([0.1, 1.0, 3.0], measure)
+  assert found.rate == 0.1
+  assert found.values[0.1] == 2.5
+  assert found.values[1.0] == found.values[3.0] == np.inf
+  # It went on below, where all diverged, and there was no need of more.
+  assert len(grids) == 2
+  assert max(grids[1]) < 0.1
+  assert not found.edge
 
 
 @pytest.mark.parametrize(
