@@ -120,7 +120,7 @@ def run(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
 
 def views(eqn: Any, values: Sequence[Value]) -> list[View | None]:
   """How the results hold the numbers of a leaf."""
-  nothing = [None] * len(eqn.outvars)
+  nothing: list[View | None] = [None] * len(eqn.outvars)
   view = values[0].view
   if len(values) != 1 or view is None:
     return nothing
@@ -194,14 +194,16 @@ def plan(aval: Any, meetings: Sequence[Meeting]) -> Plan:
   if len(meetings) == 1 or _are_disjoint(meetings):
     return made('direct')
   shape = aval.shape[1:] if meetings[0].frame else aval.shape
-  kinds = [meeting.kind for meeting in meetings]
-  fit = all(
-    kind is not None
-    and kind.axis is not None
+  kinds = [
+    meeting.kind
+    for meeting in meetings
+    if meeting.kind is not None
+    and meeting.kind.axis is not None
+    and meeting.view is not None
     and meeting.view.box is None
     and meeting.level == meetings[0].level
-    for kind, meeting in zip(kinds, meetings, strict=True)
-  )
+  ]
+  fit = len(kinds) == len(meetings)
   fit = fit and jnp.issubdtype(aval.dtype, jnp.floating) and len(shape) == 2
   if not fit:
     return made('sum')
