@@ -10,6 +10,7 @@ from optlab.newton._gns import gns_newton
 from optlab.newton._gns import gns_newton_paper
 from optlab.newton._krylov import cg
 from optlab.newton._krylov import lanczos
+from optlab.newton._least_squares import least_squares
 from optlab.newton._linear import cholesky
 from optlab.newton._linear import eigh
 from optlab.newton._linear import woodbury
@@ -52,6 +53,7 @@ __all__ = [
   'hessian',
   'hold',
   'lanczos',
+  'least_squares',
   'linear_gauss_newton',
   'measured',
   'sparse_matrix',

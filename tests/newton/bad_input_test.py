@@ -135,6 +135,7 @@ for name in ('cholesky', 'eigh', 'woodbury', 'cg', 'lanczos'):
     ),
   )
 
+family('least_squares', residuals=lambda x: x - 1.0, params=X)
 for name in ('adaptive', 'double', 'hold', 'measured'):
   family(name)
 gns_newton = family('gns_newton')

@@ -373,6 +373,23 @@ def test_the_gain_ratio_saves_most_of_the_evaluations_on_rosenbrock(x64):
   assert without.opt_state.info.total_trials > 60
 
 
+@pytest.mark.parametrize('metric', [1.0, 1e3])
+def test_least_squares_fits_a_curve(x64, metric):
+  times = jnp.linspace(0.0, 2.0, 20)
+  truth = {'rate': jnp.array(1.3 / metric), 'height': jnp.array(0.7)}
+  curve = lambda p, times: p['height'] * jnp.exp(-metric * p['rate'] * times)
+  data = curve(truth, times)
+  run = optlab.newton.least_squares(
+    lambda p, times, data: {'fit': curve(p, times) - data},
+    {'rate': jnp.array(0.1 / metric), 'height': jnp.array(2.0)},
+    args=(times, data),
+    grad_tol=1e-9,
+  )
+  assert run.success and run.steps < 20
+  for name, value in truth.items():
+    np.testing.assert_allclose(run.params[name], value, rtol=1e-6)
+
+
 def test_no_point_is_evaluated_where_no_system_was_solved(x64):
   calls = []
 
