@@ -26,6 +26,10 @@ from optlab.batches._moments import microbatch_means
 from optlab.batches._moments import plain_grads
 from optlab.batches._moments import vmap_grads
 from optlab.batches._moments import vmap_inner_products
+from optlab.batches._noise_scale import NoiseScaleInfo
+from optlab.batches._noise_scale import NoiseScaleState
+from optlab.batches._noise_scale import noise_scale
+from optlab.batches._noise_scale import size_schedule
 from optlab.batches._per_example import PaddedBatch
 from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import per_example
@@ -47,6 +51,8 @@ __all__ = [
   'LoaderState',
   'Losses',
   'Moments',
+  'NoiseScaleInfo',
+  'NoiseScaleState',
   'PaddedBatch',
   'ResidentBatch',
   'Route',
@@ -67,9 +73,11 @@ __all__ = [
   'jvp_inner_products',
   'microbatch_means',
   'next_size',
+  'noise_scale',
   'norm_test',
   'per_example',
   'plain_grads',
+  'size_schedule',
   'vmap_grads',
   'vmap_inner_products',
 ]

@@ -118,6 +118,9 @@ row(
   'norm_test needs the extra arguments sum_sq_diff_norm, sample_size',
 )
 
+noise_scale = family('noise_scale')
+size_schedule = family('size_schedule', schedule=optax.constant_schedule(8))
+
 # Per-example moments, growing batches.
 
 ONES = np.ones(4, np.float32)

@@ -1,0 +1,115 @@
+"""Tests with a memory: the noise scale, averages, schedules of the size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optlab
+
+D, TRUTH = 1e7, 10_000.0  # Of a network of ten million parameters.
+
+
+def chi_squared(key, degrees):
+  return degrees + np.sqrt(2 * degrees) * jax.random.normal(key)
+
+
+def run(test, batch, steps):
+  """Requests on gradients with a known mean of norm 1 and trace `TRUTH`.
+
+  Isotropic noise in D dimensions, of which the part along the mean and the
+  length across it are drawn by their own distributions.
+  """
+  rule = optlab.grow_batch(test, 2, 2**30)
+  variance = TRUTH / D
+
+  def step(state, key):
+    along, across, spread = jax.random.split(key, 3)
+    along = 1 + np.sqrt(variance / batch) * jax.random.normal(along)
+    across = jnp.sqrt(variance / batch * chi_squared(across, D - 1))
+    _, state = rule.update(
+      jnp.stack([along, across]),
+      state,
+      sum_sq_diff_norm=variance * chi_squared(spread, (batch - 1) * D),
+      sample_size=batch,
+    )
+    return state, state.info.requested_size
+
+  keys = jax.random.split(jax.random.key(0), steps)
+  start = rule.init(jnp.zeros(2))
+  return jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
+
+
+@pytest.mark.parametrize('batch', [8, 64])
+def test_averages_do_not_saturate(batch):
+  """A single batch of b requests about b; averages request the noise scale."""
+  _, requests = run(optlab.norm_test(1.0), batch, 20)
+  np.testing.assert_allclose(requests, batch, rtol=0.1)
+  for make in (optlab.batches.noise_scale, optlab.norm_test):
+    test = make(1.0, decay=0.995)
+    state, requests = run(test, batch, 200)
+    np.testing.assert_allclose(requests[-1], TRUTH, rtol=0.2)
+  np.testing.assert_allclose(
+    run(optlab.batches.noise_scale(0.5, decay=0.995), batch, 200)[1][-1],
+    4 * TRUTH, rtol=0.2,
+  )  # fmt: skip
+  assert np.all(np.isfinite(jax.tree.leaves(state)[0]))
+
+
+def test_layers_and_masks_have_scales_of_their_own():
+  rng = np.random.default_rng(0)
+  rows = jnp.asarray(rng.normal(size=(64, 5)) + 1.0, jnp.float32)
+  params = {'a': jnp.zeros(3), 'b': jnp.zeros(2)}
+  losses = lambda p, r: (r @ jnp.concatenate([p['a'], p['b']]) - 1.0) ** 2
+  estimate, _ = optlab.per_example(
+    losses, optlab.ghost_norms, layers=True
+  ).estimate(params, (), rows)
+  alone = {}
+  for name, part in params.items():
+    only = lambda q, r, name=name: losses(params | {name: q}, r)
+    found, _ = optlab.per_example(only).estimate(part, (), rows)
+    v = found.extras['sum_sq_diff_norm'] / 63
+    alone[name] = v / (jnp.sum(found.grads**2) - v / 64)
+  test = optlab.batches.noise_scale(layers=True)
+  _, state = test.update(estimate.grads, test.init(params), **estimate.extras)
+  for name, expected in alone.items():
+    np.testing.assert_allclose(state.info.layers[name], expected, 1e-4)
+  masked = optlab.batches.noise_scale(mask={'a': False, 'b': True})
+  request, _ = masked.update(
+    estimate.grads, masked.init(params), **estimate.extras
+  )
+  np.testing.assert_allclose(request, alone['b'], 1e-4)
+  with pytest.raises(ValueError, match=r'sum_sq_diff_norms.*layers=True'):
+    masked.update(estimate.grads, masked.init(params), sample_size=64)
+
+
+def test_a_nan_leaves_no_trace_in_the_averages():
+  rule = optlab.grow_batch(optlab.batches.noise_scale(), 2, 100)
+  grads = jnp.ones(4)
+  extras = {'sum_sq_diff_norm': jnp.float32(140.0), 'sample_size': 8}
+  _, before = rule.update(grads, rule.init(grads), **extras)
+  _, after = rule.update(grads * jnp.nan, before, **extras)
+  for a, b in zip(
+    *map(jax.tree.leaves, (after.test, before.test)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  assert after.batch_size == before.batch_size
+
+
+def test_schedules_follow_the_samples():
+  ramp = optlab.batches.size_schedule(
+    optax.exponential_decay(4, 100, 2.0, staircase=True), unit=10
+  )
+  rule = optlab.grow_batch(ramp, 4, 32)
+  state, sizes = rule.init(jnp.ones(2)), []
+  for _ in range(9):
+    _, state = rule.update(jnp.ones(2), state)
+    sizes.append(int(state.batch_size))
+  assert sizes == sorted(sizes)
+  assert sizes[:4] == [4, 4, 4, 8]
+  falling = optlab.batches.size_schedule(optax.linear_schedule(32, 2, 10))
+  rule = optlab.grow_batch(falling, 32, 32)
+  _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
+  _, state = rule.update(jnp.ones(2), state)
+  assert state.batch_size == 32
