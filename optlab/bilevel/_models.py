@@ -146,8 +146,10 @@ def with_models(
 
 def _with_models(batch, loss, has_key):
   """The batch, with model state and keys for each of its samples."""
-  key = jax.random.fold_in(loss.key, loss.step) if has_key else None
-  keys = [jax.random.fold_in(key, i) if has_key else () for i in range(3)]
+  keys: Any = ((),) * 3
+  if has_key:
+    key = jax.random.fold_in(loss.key, loss.step)
+    keys = [jax.random.fold_in(key, i) for i in range(3)]
   samples = batch.step_samples
   if jax.tree.leaves(samples):
     steps = jnp.shape(jax.tree.leaves(samples)[0])[0]
