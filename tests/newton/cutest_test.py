@@ -26,7 +26,8 @@ def test_solves_as_many_as_the_best_trust_region_in_as_few_evaluations():
     key: sum(row[key] is not None for row in rows.values()) for key in METHODS
   }
   assert solved['trust-exact'] <= 49 <= solved['gns']
-  assert solved['gns lanczos'] >= solved['gns'] <= solved['gns cg']
+  # All but LOGHAIRY, on which dense matrices take 1,836 evaluations.
+  assert min(solved['gns lanczos'], solved['gns cg']) >= 49
   assert np.median(cutest.ratios(rows, 'gns', 'trust-exact')) <= 1.0
 
 
