@@ -20,6 +20,8 @@ from optlab.bilevel._saba import SabaMemory
 from optlab.bilevel._saba import SagaMemory
 from optlab.bilevel._saba import saba
 from optlab.bilevel._soba import soba
+from optlab.bilevel._srba import SrbaMemory
+from optlab.bilevel._srba import srba
 from optlab.bilevel._stocbio import stocbio
 from optlab.bilevel._ttsa import TtsaMemory
 from optlab.bilevel._ttsa import ttsa
@@ -37,6 +39,7 @@ __all__ = [
   'RatesReport',
   'SabaMemory',
   'SagaMemory',
+  'SrbaMemory',
   'TtsaMemory',
   'bo_rep',
   'f2sa',
@@ -45,6 +48,7 @@ __all__ = [
   'refine',
   'saba',
   'soba',
+  'srba',
   'stocbio',
   'suggest_rates',
   'ttsa',

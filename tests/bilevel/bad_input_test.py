@@ -40,7 +40,8 @@ ttsa = family('ttsa', **LEVELS, neumann_lr=0.1)
 unrolled = family('unrolled', **LEVELS)
 saba = family('saba', **LEVELS, dual_lr=0.1, upper_blocks=3, lower_blocks=3)
 f2sa = family('f2sa', **LEVELS, penalty=10.0)
-BILEVEL = (bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba, f2sa)
+srba = family('srba', **LEVELS, dual_lr=0.1, full=SAMPLE, period=3)
+BILEVEL = (bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba, f2sa, srba)
 for make in BILEVEL:
   name = make.__name__
   inner = (X, KEY) if make is ttsa else (X,)
@@ -55,7 +56,7 @@ for make in BILEVEL:
       'batch must be a BilevelBatch, with upper and lower and step_samples;'
       f' got {type(bad).__name__}',
     )
-  if make not in (soba, saba):
+  if make not in (soba, saba, srba):
     steps = 1 if make is ttsa else 5
     for wrong, samples in (('scalar', 1.0), ('too few', np.ones((3, 2)))):
       row(

@@ -371,6 +371,60 @@ def test_saba_converges_at_a_constant_rate_where_soba_stays_noisy(x64):
   assert errors[1] > 1e-3
 
 
+def test_srba_follows_its_recursion_and_converges_at_a_constant_rate(x64):
+  blocks, rate = 5, 0.1
+  upper, lower, data = finite_sum(blocks, jax.random.key(0))
+  mean = lambda f: (
+    lambda x, y, data: jnp.mean(jax.vmap(f, (None, None, 0))(x, y, data))
+  )
+  full = optlab.BilevelBatch(data, data)
+  estimator = optlab.bilevel.srba(
+    mean(upper), mean(lower), optax.sgd(rate), rate, full, period=4
+  )
+  tx = optax.sgd(0.03)
+
+  def sampled(index):
+    one = jax.tree.map(lambda leaf: leaf[index][None], data)
+    return optlab.BilevelBatch(one, one)
+
+  # By its equations, with dense derivatives.
+  def directions(x, y, z, data):
+    f, g = mean(upper), mean(lower)
+    grad_x, grad_y = jax.grad(f, (0, 1))(x, y, data)
+    cross, hessian = jax.jacobian(jax.grad(g, 1), (0, 1))(x, y, data)
+    return (
+      grad_x - cross.T @ z, jax.grad(g, 1)(x, y, data), hessian @ z - grad_y,
+    )  # fmt: skip
+
+  step = jax.jit(optlab.train_step(estimator, tx))
+  state = optlab.init(jnp.ones(4), estimator, tx, jnp.zeros(4))
+  before = point = (jnp.ones(4), jnp.zeros(4), jnp.zeros(4))
+  v = None
+  for t, index in enumerate((0, 3, 1, 4, 2, 2, 0, 1, 3)):
+    state, _ = step(state, sampled(index))
+    if t % 4 == 0:
+      v = directions(*point, data)
+    else:
+      fresh = directions(*point, sampled(index).upper)
+      old = directions(*before, sampled(index).upper)
+      v = jax.tree.map(lambda v, a, b: v + a - b, v, fresh, old)
+    before = point
+    rates = 0.03, rate, rate
+    point = tuple(u - r * d for u, r, d in zip(point, rates, v, strict=True))
+    np.testing.assert_allclose(state.params, point[0], atol=1e-13)
+    np.testing.assert_allclose(state.estimator_state.dual, point[2], atol=1e-13)
+
+  shifts, targets, scales = data
+  shift = jnp.sum(scales * shifts, 0) / jnp.sum(scales, 0)
+  indices = jax.random.randint(jax.random.key(1), (4000,), 0, blocks)
+  end = jax.jit(
+    lambda s: jax.lax.scan(lambda s, i: step(s, sampled(i)), s, indices)[0]
+  )(state)
+  solution = (targets.mean(0) - shift) / 1.2
+  np.testing.assert_allclose(end.params, solution, atol=1e-9)
+  assert end.estimator_state.info.total_not_ok == 0
+
+
 def test_saba_holds_its_memory_where_a_block_is_not_finite(x64):
   upper, lower, data = finite_sum(3, jax.random.key(0))
   estimator = optlab.saba(

@@ -85,6 +85,8 @@ def with_state(level, part):
   return objective
 
 
+FULL = bilevel_batch(1)(jax.random.key(3))
+
 ROWS = [
   bilevel_row(
     'bo_rep',
@@ -131,6 +133,12 @@ ROWS = [
   bilevel_row(
     'unrolled',
     lambda rate: optlab.unrolled(*LEVELS, optax.sgd(rate), lower_steps=2),
+  ),
+  bilevel_row(
+    'srba',
+    lambda rate: optlab.bilevel.srba(
+      *LEVELS, optax.sgd(rate), rate, FULL, period=3
+    ),
   ),
   bilevel_row(
     'f2sa',
