@@ -12,8 +12,6 @@ from optlab import newton
 from optlab import tracking
 from optlab import training
 from optlab import unnormalized
-from optlab._argmin import ArgminResult
-from optlab._argmin import argmin
 from optlab.aliases import adadagrad_norm
 from optlab.base import Estimate
 from optlab.base import GradientEstimator
@@ -56,8 +54,10 @@ from optlab.newton import hessian
 from optlab.newton import lanczos
 from optlab.newton import linear_gauss_newton
 from optlab.newton import sparse_matrix
+from optlab.training import ArgminResult
 from optlab.training import MinimizeResult
 from optlab.training import TrainState
+from optlab.training import argmin
 from optlab.training import init
 from optlab.training import minimize
 from optlab.training import report

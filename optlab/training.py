@@ -10,6 +10,8 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab._argmin import ArgminResult
+from optlab._argmin import argmin
 from optlab._minimize import GRAD_TOL
 from optlab._minimize import MAX_STEPS
 from optlab._minimize import NON_FINITE
@@ -27,8 +29,10 @@ __all__ = [
   'REJECTED',
   'STALLED',
   'TARGET_VALUE',
+  'ArgminResult',
   'MinimizeResult',
   'TrainState',
+  'argmin',
   'init',
   'minimize',
   'report',

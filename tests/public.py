@@ -3,6 +3,7 @@
 import optlab
 from optlab import base
 from optlab import estimators
+from optlab import losses
 
 HOMES = (
   optlab,
@@ -14,6 +15,7 @@ HOMES = (
   optlab.unnormalized,
   base,
   estimators,
+  losses,
   optlab.tracking,
   optlab.training,
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from optlab import base
 from optlab import checks
-from optlab import estimators
+from optlab import losses as loss_lib
 from optlab import trees
 from optlab.batches import _layout
 from optlab.batches import _losses
@@ -258,7 +258,7 @@ def per_example(
       ' size.'
     )
 
-  loss = estimators.Loss(losses, has_aux, has_state, has_key)
+  loss = loss_lib.Loss(losses, has_aux, has_state, has_key)
 
   def estimate(params, state, batch):
     wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
@@ -380,7 +380,7 @@ def per_example(
 class _Over(NamedTuple):
   """A loss over the groups of a batch."""
 
-  loss: estimators.Loss
+  loss: loss_lib.Loss
   count: Any
   get: Callable[..., Any]
   key: Any

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
-from optlab import estimators
+from optlab import losses
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _problem
@@ -23,7 +23,7 @@ class ModelsState(NamedTuple):
   """
 
   estimator_state: Any
-  loss: estimators.LossState
+  loss: losses.LossState
 
 
 class _Sample(NamedTuple):
@@ -119,7 +119,7 @@ def with_models(
     given = dict(zip(names, inner[cut:], strict=True))
     return ModelsState(
       estimator.init(params, *inner[:cut]),
-      estimators.LossState(
+      losses.LossState(
         step=jnp.zeros((), jnp.int32),
         model_state=trees.own(given.get('model_state', ((), ()))),
         key=checks.as_key('key', given['key']) if has_key else (),
@@ -168,7 +168,7 @@ def _with_models(batch, loss, has_key):
 
 def _level(name, fun, part, has_aux, has_state, has_key):
   """A level as ``(x, y, sample) -> (value, (model state, aux))``."""
-  loss = estimators.Loss(
+  loss = losses.Loss(
     lambda pair, *rest: fun(*pair, *rest), has_aux, has_state, has_key, part
   )
 
