@@ -120,7 +120,7 @@ def noise_scale(
   return Test(init, update)
 
 
-def _total(tree, mask):
+def _total(tree: Any, mask: Any) -> Any:
   if mask is None:
     return sum(jax.tree.leaves(tree))
   chosen = jax.tree.map(
