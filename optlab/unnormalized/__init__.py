@@ -50,6 +50,7 @@ from optlab.unnormalized._samplers import discrete_langevin_sampler
 from optlab.unnormalized._samplers import gibbs_sampler
 from optlab.unnormalized._samplers import kernel_sampler
 from optlab.unnormalized._samplers import langevin_sampler
+from optlab.unnormalized._tempered import tempered_smc
 
 __all__ = [
   'Adapted',
@@ -101,5 +102,6 @@ __all__ = [
   'nce',
   'noise_batch',
   'product',
+  'tempered_smc',
   'with_log_normalizer',
 ]

@@ -6,7 +6,7 @@ be worth printing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class LogPartition(NamedTuple):
   max_share=checks.POSITIVE,
   max_k_hat=checks.Real(),
   walk_steps=checks.Integer(),
+  method=checks.Function('such as tempered_smc returns', optional=True),
 )
 def log_partition(
   log_density: Callable[[base.ArrayTree], jax.Array],
@@ -65,6 +66,7 @@ def log_partition(
   max_share: float | jax.Array = 0.1,
   max_k_hat: float | jax.Array = 0.7,
   walk_steps: int = 50,
+  method: Callable[..., Any] | None = None,
 ) -> LogPartition:
   r"""Estimates log Z by importance sampling with fresh draws.
 
@@ -94,6 +96,9 @@ def log_partition(
     max_k_hat: The largest tail index that is not refused; with few draws it is
       ``1 - 1 / log10(num)``, if that is less.
     walk_steps: Steps of the walk of ``min(num, chunk, 2000)`` rows.
+    method: ``None`` is importance sampling. `tempered_smc` is for ten to a
+      hundred dimensions; the arguments above after ``key`` are then not used,
+      and k-hat is minus infinity.
 
   Returns:
     A `LogPartition`.
@@ -134,6 +139,8 @@ def log_partition(
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
 
   noise = _likelihood.as_noise('noise', noise)
+  if method is not None:
+    return _tempered(method(log_density, noise, key))
   draws, reservoir, layout = _draw(log_density, noise, key, num, chunk)
   log_w, rejected = draws
   weights = _likelihood.importance_weights(log_w)
@@ -154,7 +161,7 @@ def log_partition(
     layout,
     walk_steps,
   )
-  change, second_error = _change(
+  change, second_error = _walk.change_of(
     value, reservoir.log_w, walked.log_w, weights.ess
   )
   rejected += walked.infinite
@@ -177,6 +184,22 @@ def log_partition(
     largest_share=share,
     k_hat=k_hat,
     second=value + change,
+    second_error=second_error,
+    rejected=rejected,
+    ok=ok,
+  )
+
+
+def _tempered(found):
+  """The result of tempering in the form of the others."""
+  value, error, second, second_error, runs, rejected, ok = found
+  return LogPartition(
+    value=jnp.where(ok, value, jnp.nan),
+    standard_error=error,
+    ess=jnp.min(runs.smallest_ess),
+    largest_share=1 / jnp.min(runs.smallest_ess),
+    k_hat=jnp.full((), -jnp.inf, value.dtype),
+    second=second,
     second_error=second_error,
     rejected=rejected,
     ok=ok,
@@ -214,19 +237,6 @@ def _draw(log_density, noise, key, num, chunk):
     add, (start, jnp.zeros((), jnp.int32)), keys
   )
   return (log_w.reshape(num), rejected), reservoir, layout
-
-
-def _change(value, before, after, ess):
-  """By how much the walk moves log Z, and the standard error of that."""
-  f_before, f_after = (
-    jax.nn.sigmoid(value - log_w) for log_w in (before, after)
-  )
-  means = jnp.mean(f_before), jnp.mean(f_after)
-  change = jnp.log(means[0]) - jnp.log(means[1])
-  pairs = f_after / means[1] - f_before / means[0]
-  # Rows of few draws are copies of each other.
-  num = pairs.size * ess / (pairs.size + ess)
-  return change, jnp.std(pairs) / jnp.sqrt(jnp.maximum(num, 1))
 
 
 ESTIMATE = checks.Pair(LogPartition._fields, 'a result of log_partition')

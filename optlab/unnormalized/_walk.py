@@ -166,3 +166,16 @@ def walk(
   )
   infinite = jnp.sum(infinite).astype(jnp.int32)
   return Walked(weigh(rows, log_p), infinite, escaped)
+
+
+def change_of(value, before, after, ess):
+  """By how much the walk moves log Z, and the standard error of that."""
+  f_before, f_after = (
+    jax.nn.sigmoid(value - log_w) for log_w in (before, after)
+  )
+  means = jnp.mean(f_before), jnp.mean(f_after)
+  change = jnp.log(means[0]) - jnp.log(means[1])
+  pairs = f_after / means[1] - f_before / means[0]
+  # Rows of few draws are copies of each other.
+  num = pairs.size * ess / (pairs.size + ess)
+  return change, jnp.std(pairs) / jnp.sqrt(jnp.maximum(num, 1))

@@ -233,6 +233,7 @@ log_partition = family(
   chunk=2,
 )
 mixture = family('mixture')
+tempered_smc = family('tempered_smc')
 defensive = family('defensive', noise=NOISE, wide=NOISE)
 NOT_NOISE = (
   'must be a distribution such as optlab.unnormalized.gaussian makes, with'
