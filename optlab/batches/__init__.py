@@ -30,8 +30,6 @@ from optlab.batches._noise_scale import NoiseScaleInfo
 from optlab.batches._noise_scale import NoiseScaleState
 from optlab.batches._noise_scale import noise_scale
 from optlab.batches._noise_scale import size_schedule
-from optlab.batches._per_example import PaddedBatch
-from optlab.batches._per_example import ResidentBatch
 from optlab.batches._per_example import per_example
 from optlab.batches._statistics import AveragesState
 from optlab.batches._statistics import Test
@@ -39,6 +37,8 @@ from optlab.batches._tests import augmented_inner_product_test
 from optlab.batches._tests import coordinate_norm_test
 from optlab.batches._tests import inner_product_test
 from optlab.batches._tests import norm_test
+from optlab.batches._windows import PaddedBatch
+from optlab.batches._windows import ResidentBatch
 
 __all__ = [
   'AveragesState',

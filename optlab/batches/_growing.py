@@ -21,8 +21,8 @@ from optlab.batches._growth import rules_of
 from optlab.batches._layout import Layout
 from optlab.batches._layout import layout_of
 from optlab.batches._losses import batch_length
-from optlab.batches._per_example import ResidentBatch
-from optlab.batches._per_example import vary
+from optlab.batches._windows import ResidentBatch
+from optlab.batches._windows import vary
 
 
 class EpochState(NamedTuple):

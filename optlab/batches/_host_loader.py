@@ -12,7 +12,7 @@ import numpy as np
 
 from optlab import base
 from optlab import checks
-from optlab.batches._per_example import PaddedBatch
+from optlab.batches._windows import PaddedBatch
 
 
 class LoaderState(NamedTuple):

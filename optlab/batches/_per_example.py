@@ -1,6 +1,5 @@
 """An estimator that knows how much the gradients of its examples differ."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,139 +10,8 @@ from optlab import base
 from optlab import checks
 from optlab import losses as loss_lib
 from optlab import trees
-from optlab.batches import _layout
-from optlab.batches import _losses
 from optlab.batches import _moments
-
-
-class PaddedBatch(NamedTuple):
-  """A batch of which only the first ``size`` examples count.
-
-  Attributes:
-    examples: Pytree of arrays with a leading axis of at least ``size``.
-    size: int32 scalar, may be traced: one program serves every size.
-  """
-
-  examples: base.Batch
-  size: jax.Array | np.ndarray
-
-
-class ResidentBatch(NamedTuple):
-  """A batch that lies in a data set on the device, as a window of an order.
-
-  It holds the examples ``data[order[start : start + size]]``; nothing is
-  gathered before a microbatch is needed.
-
-  Attributes:
-    data: Pytree of arrays with a leading axis of N.
-    order: int32, shape (N,), a permutation.
-    start: int32 scalar, may be traced.
-    size: int32 scalar, may be traced; ``start + size <= N``.
-  """
-
-  data: base.Batch
-  order: jax.Array
-  start: jax.Array
-  size: jax.Array | int
-  layout: _layout.Layout | None = None  # of the data over devices
-
-
-@base.rows_of.register
-def _(batch: PaddedBatch):
-  size = _static(batch.size)
-  return jax.tree.map(lambda leaf: leaf[:size], batch.examples)
-
-
-@base.rows_of.register
-def _(batch: ResidentBatch):
-  index = jax.lax.dynamic_slice_in_dim(
-    batch.order, batch.start, _static(batch.size)
-  )
-  return jax.tree.map(lambda leaf: leaf[index], batch.data)
-
-
-def _static(size):
-  if isinstance(size, jax.core.Tracer):
-    raise ValueError(
-      'the size of the batch must be known when the step is compiled where a'
-      ' loss or a curvature sees all its rows at once, got a traced size. In'
-      ' growing_step take the estimator per_example, which reads them in'
-      ' microbatches; without with_curvature, gns_newton takes the exact'
-      ' Hessian of its value_fn.'
-    )
-  return int(size)
-
-
-def _groups(batch, microbatch_size, wide, axis_name, in_order=False):
-  """Number of groups, size, and ``k -> (examples, mask, index)``.
-
-  The index of an example is its place in the data set, or in the batch where
-  that is all there is: it does not depend on the groups.
-  """
-  if isinstance(batch, ResidentBatch):
-    length, start, size = len(batch.order), batch.start, batch.size
-    if microbatch_size is None:
-      raise ValueError(
-        'per_example needs a microbatch_size to read a ResidentBatch: the size'
-        ' of one step of the loop that passes over it.'
-      )
-  elif isinstance(batch, PaddedBatch):
-    length, start = _losses.batch_length(batch.examples), 0
-    size = batch.size
-  else:
-    length, start = _losses.batch_length(batch), 0
-    size = length
-  width = min(microbatch_size or length, length)
-  shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-
-  def get(k):
-    # The last window slides back over examples that its mask leaves out.
-    first = start + k * width
-    begin = jnp.minimum(first, length - width)
-    position = begin + jnp.arange(width)
-    mask = (position >= first) & (position < start + size)
-    if isinstance(batch, ResidentBatch):
-      index = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
-      examples = _layout.take(batch.data, index, batch.layout)
-    else:
-      index = position
-      examples = batch.examples if isinstance(batch, PaddedBatch) else batch
-      if width < length and _layout.explicit(examples) is not None:
-        examples = _layout.take(examples, index, None)
-      elif width < length:
-        examples = jax.tree.map(
-          lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
-          examples,
-        )
-    mask = _layout.like_rows(mask.astype(wide), examples)
-    return examples, mask, index + shard * length
-
-  def get_strided(k):
-    groups = length // width
-    examples = jax.tree.map(
-      lambda leaf: _layout.strided(leaf, k, groups), batch
-    )
-    return (
-      examples,
-      _layout.like_rows(jnp.ones(width, wide), examples),
-      jnp.arange(width) * groups + k + shard * length,
-    )
-
-  count = 1 if width == length else -(-size // width)
-  whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
-  if whole and not in_order and width < length and length % width == 0:
-    get = get_strided
-  return count, size, get
-
-
-def vary(tree: Any, axis_name: Any) -> Any:
-  """Makes arrays count as different on each device.
-
-  Else `jax.shard_map` would sum gradients over the devices too early. XLA
-  removes the selection; `jax.lax.pcast` would fail on what varies already.
-  """
-  here = jax.lax.axis_index(axis_name) >= 0
-  return jax.tree.map(lambda leaf: jnp.where(here, leaf, leaf), tree)
+from optlab.batches import _windows
 
 
 @checks.domains(
@@ -258,104 +126,144 @@ def per_example(
       ' size.'
     )
 
-  loss = loss_lib.Loss(losses, has_aux, has_state, has_key)
+  method = _Method(
+    loss_lib.Loss(losses, has_aux, has_state, has_key),
+    moments,
+    inner_products,
+    microbatch_size,
+    axis_name,
+  )
+  loss, value_fn = method.loss, _value_fn(method)
 
   def estimate(params, state, batch):
-    wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, size, get = _groups(
-      batch, microbatch_size, wide, axis_name, has_state
-    )
+    model_state, key, state = loss.begin(state)
+    over, size, wide = _over(method, params, batch, key)
     if is_means:
       _check_means(size, microbatch_size)
-    model_state, key, state = loss.begin(state)
-    over = _Over(loss, count, get, key, axis_name)
-    local = over.vary(params)
-
-    def group(k, model_state):
-      examples, mask = over.group(k)
-      result = moments(over.bind(model_state), local, examples, mask)
-      aux, model_state = over.rest(local, model_state, examples, mask)
-      # Sizes alone don't vary over devices; the merged groups do.
-      return over.vary((result, aux)), over.vary(model_state)
-
-    (result, aux), new_state = over.add_up(
-      group,
-      lambda a, b: (
-        _moments.merge(a[0], b[0]),
-        jax.tree.map(jnp.add, a[1], b[1]),
-      ),
-      over.vary(model_state),
-    )
-    if axis_name is not None:
-      result = _moments.merge_over(result, axis_name)
-      aux = jax.lax.psum(aux, axis_name)
-      new_state = _average(new_state, axis_name)
-    result = _moments.centred(result)
-    # What K units say about the sum over n examples.
-    spread = (result.count - 1.0) / (result.units - 1.0)
-    extras = {
-      'sum_sq_diff_grads': result.sum_sq_diff_grads,
-      'sum_sq_diff_norms': result.sum_sq_diff_norm,
-    }
-    extras = jax.tree.map(lambda leaf: spread * leaf, extras)
-    norms = extras['sum_sq_diff_norms']
-    if norms is not None:
-      extras['sum_sq_diff_norm'] = sum(
-        jax.tree.leaves(norms), start=jnp.zeros((), wide)
-      )
-    if not layers:
-      del extras['sum_sq_diff_norms']
-
+    result, aux, new_state = _first_pass(method, over, params, model_state)
+    extras = _spread(result, wide, layers)
     if inner_products is not None:
-      direction = over.vary(result.grads)
-
-      def sums(k, model_state):
-        rest = inner_products(
-          over.bind(model_state), local, direction, *over.group(k)
-        )
-        return (jnp.sum(rest), jnp.sum(jnp.square(rest))), model_state
-
-      total, _ = over.add_up(
-        sums, lambda a, b: jax.tree.map(jnp.add, a, b), over.vary(model_state)
+      extras['sum_sq_diff_inner'] = _second_pass(
+        method, over, params, model_state, result
       )
-      if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
-      # The first is 0 but for the rounding of the mean gradient.
-      excess = jnp.square(total[0]) / jnp.maximum(result.count, 1.0)
-      extras['sum_sq_diff_inner'] = total[1] - excess
-
-    extras = {name: leaf for name, leaf in extras.items() if leaf is not None}
     extras['sample_size'] = result.count.astype(jnp.int32)
     if axis_name is None:  # Else it holds one device's part of the batch.
       extras['value_fn'] = jax.tree_util.Partial(
         value_fn, (batch, model_state, key)
       )
     aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(result.count, 1), aux)
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), result.grads, params)
-    return base.Estimate(
-      result.value, trees.conjugate(grads), extras, aux
-    ), loss.end(state, new_state)
+    grads = trees.conjugate(trees.cast_like(result.grads, params))
+    estimate = base.Estimate(result.value, grads, extras, aux)
+    return estimate, loss.end(state, new_state)
+
+  return base.GradientEstimator(loss.init, estimate)
+
+
+class _Method(NamedTuple):
+  """The arguments of `per_example`."""
+
+  loss: loss_lib.Loss
+  moments: _moments.Route
+  inner_products: Any
+  microbatch_size: int | None
+  axis_name: Any
+
+
+def _over(method, params, batch, key):
+  """The groups of a batch, its size, and the dtype of its statistics."""
+  wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
+  # A model with state sees the examples in their order.
+  count, size, get = _windows.groups(
+    batch,
+    method.microbatch_size,
+    wide,
+    method.axis_name,
+    method.loss.has_state,
+  )
+  return (
+    _windows.Over(method.loss, count, get, key, method.axis_name),
+    size,
+    wide,
+  )
+
+
+def _first_pass(method, over, params, model_state):
+  """The moments of the batch, sums of auxiliary output, the model state."""
+  local = over.vary(params)
+
+  def group(k, model_state):
+    examples, mask = over.group(k)
+    result = method.moments(over.bind(model_state), local, examples, mask)
+    aux, model_state = over.rest(local, model_state, examples, mask)
+    # Sizes alone don't vary over devices; the merged groups do.
+    return over.vary((result, aux)), over.vary(model_state)
+
+  (result, aux), model_state = over.add_up(
+    group,
+    lambda a, b: (
+      _moments.merge(a[0], b[0]),
+      jax.tree.map(jnp.add, a[1], b[1]),
+    ),
+    over.vary(model_state),
+  )
+  if method.axis_name is not None:
+    result = _moments.merge_over(result, method.axis_name)
+    aux = jax.lax.psum(aux, method.axis_name)
+    model_state = _average(model_state, method.axis_name)
+  return _moments.centred(result), aux, model_state
+
+
+def _spread(result, wide, layers):
+  """The extra arguments on second moments, those that the route knows."""
+  # What K units say about the sum over n examples.
+  spread = (result.count - 1.0) / (result.units - 1.0)
+  extras = {
+    'sum_sq_diff_grads': result.sum_sq_diff_grads,
+    'sum_sq_diff_norms': result.sum_sq_diff_norm,
+  }
+  extras = jax.tree.map(lambda leaf: spread * leaf, extras)
+  norms = extras['sum_sq_diff_norms']
+  if norms is not None:
+    extras['sum_sq_diff_norm'] = sum(
+      jax.tree.leaves(norms), start=jnp.zeros((), wide)
+    )
+  if not layers:
+    del extras['sum_sq_diff_norms']
+  return {name: leaf for name, leaf in extras.items() if leaf is not None}
+
+
+def _second_pass(method, over, params, model_state, result):
+  """The variance of the inner products with the mean gradient, a sum."""
+  local, direction = over.vary(params), over.vary(result.grads)
+
+  def sums(k, model_state):
+    rest = method.inner_products(
+      over.bind(model_state), local, direction, *over.group(k)
+    )
+    return (jnp.sum(rest), jnp.sum(jnp.square(rest))), model_state
+
+  total, _ = over.add_up(
+    sums, lambda a, b: jax.tree.map(jnp.add, a, b), over.vary(model_state)
+  )
+  if method.axis_name is not None:
+    total = jax.lax.psum(total, method.axis_name)
+  # The first is 0 but for the rounding of the mean gradient.
+  return total[1] - jnp.square(total[0]) / jnp.maximum(result.count, 1.0)
+
+
+def _value_fn(method):
+  """``(what is bound, params) -> mean loss``, for line searches.
+
+  Its gradient is a loop over the groups, which reverse mode would not pass.
+  """
 
   @jax.custom_vjp
   def mean(bound, params):
     return mean_and_grads(bound, params)[0]
 
-  # The names let optax's line searches pass them on, which refuse others.
-  def value_fn(
-    bound, params, *, sample_size=None, sum_sq_diff_grads=None,
-    sum_sq_diff_norm=None, sum_sq_diff_norms=None, sum_sq_diff_inner=None,
-    curvature=None,
-  ):  # fmt: skip
-    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_norms
-    del sum_sq_diff_inner, curvature
-    return mean(bound, params)
-
   def mean_and_grads(bound, params):
-    """The mean loss by a loop that reverse mode would not pass."""
     batch, model_state, key = bound
-    wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-    count, _, get = _groups(batch, microbatch_size, wide, None, has_state)
-    over = _Over(loss, count, get, key, None)
+    over, _, _ = _over(method, params, batch, key)
 
     def group(k, model_state):
       examples, mask = over.group(k)
@@ -367,75 +275,22 @@ def per_example(
     result, _ = over.add_up(group, _moments.merge, model_state)
     return result.value, trees.cast_like(result.grads, params)
 
-  mean.defvjp(
-    mean_and_grads,
-    lambda grads, tangent: (
-      None, jax.tree.map(lambda g: (tangent * g).astype(g.dtype), grads)
-    ),
-  )  # fmt: skip
+  def backward(grads, tangent):
+    return None, jax.tree.map(lambda g: (tangent * g).astype(g.dtype), grads)
 
-  return base.GradientEstimator(loss.init, estimate)
+  mean.defvjp(mean_and_grads, backward)
 
+  # The names let optax's line searches pass them on, which refuse others.
+  def value_fn(
+    bound, params, *, sample_size=None, sum_sq_diff_grads=None,
+    sum_sq_diff_norm=None, sum_sq_diff_norms=None, sum_sq_diff_inner=None,
+    curvature=None,
+  ):  # fmt: skip
+    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_norms
+    del sum_sq_diff_inner, curvature
+    return mean(bound, params)
 
-class _Over(NamedTuple):
-  """A loss over the groups of a batch."""
-
-  loss: loss_lib.Loss
-  count: Any
-  get: Callable[..., Any]
-  key: Any
-  axis_name: Any
-
-  def vary(self, tree):
-    return tree if self.axis_name is None else vary(tree, self.axis_name)
-
-  def group(self, k):
-    """The examples of a group, with their keys, and the mask."""
-    examples, mask, index = self.get(k)
-    if not self.loss.has_key:
-      return (examples, ()), mask
-    return (
-      examples,
-      jax.vmap(jax.random.fold_in, (None, 0))(self.key, index),
-    ), mask
-
-  def bind(self, model_state):
-    """One loss an example, of parameters and of examples with their keys."""
-    return lambda params, pair: self.loss(params, model_state, *pair)[0]
-
-  def rest(self, params, model_state, examples, mask):
-    """The sums of the auxiliary output, and the model state after the group."""
-    if not (self.loss.has_aux or self.loss.has_state):
-      return (), model_state
-    _, (model_state, aux) = self.loss(params, model_state, *examples)
-
-    def total(leaf):
-      if jnp.shape(leaf)[:1] != mask.shape:
-        raise ValueError(
-          'aux must have one row an example, a leading axis of'
-          f' {mask.shape[0]}, got shape {jnp.shape(leaf)}: per_example takes'
-          ' its mean over the examples.'
-        )
-      wide = leaf.astype(jnp.promote_types(leaf.dtype, mask.dtype))
-      return jnp.tensordot(mask.astype(wide.dtype), wide, 1)
-
-    return jax.tree.map(total, aux), model_state
-
-  def add_up(self, function, merge, model_state):
-    """Merges ``function`` over the groups; the model state goes through."""
-    if isinstance(self.count, int) and self.count == 1:
-      return function(0, model_state)
-    shapes, _ = jax.eval_shape(function, 0, model_state)
-    start = jax.tree.map(jnp.zeros_like, shapes)
-
-    def body(k, carry):
-      total, model_state = carry
-      new, model_state = function(k, model_state)
-      return merge(total, new), model_state
-
-    return jax.lax.fori_loop(
-      0, self.count, body, (self.vary(start), model_state)
-    )
+  return value_fn
 
 
 def _check_means(size, microbatch_size):

@@ -1,0 +1,204 @@
+"""Batches that only name their examples, and passes over them in groups."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optlab import base
+from optlab import losses as loss_lib
+from optlab.batches import _layout
+from optlab.batches import _losses
+
+
+class PaddedBatch(NamedTuple):
+  """A batch of which only the first ``size`` examples count.
+
+  Attributes:
+    examples: Pytree of arrays with a leading axis of at least ``size``.
+    size: int32 scalar, may be traced: one program serves every size.
+  """
+
+  examples: base.Batch
+  size: jax.Array | np.ndarray
+
+
+class ResidentBatch(NamedTuple):
+  """A batch that lies in a data set on the device, as a window of an order.
+
+  It holds the examples ``data[order[start : start + size]]``; nothing is
+  gathered before a microbatch is needed.
+
+  Attributes:
+    data: Pytree of arrays with a leading axis of N.
+    order: int32, shape (N,), a permutation.
+    start: int32 scalar, may be traced.
+    size: int32 scalar, may be traced; ``start + size <= N``.
+  """
+
+  data: base.Batch
+  order: jax.Array
+  start: jax.Array
+  size: jax.Array | int
+  layout: _layout.Layout | None = None  # of the data over devices
+
+
+@base.rows_of.register
+def _(batch: PaddedBatch):
+  size = _static(batch.size)
+  return jax.tree.map(lambda leaf: leaf[:size], batch.examples)
+
+
+@base.rows_of.register
+def _(batch: ResidentBatch):
+  index = jax.lax.dynamic_slice_in_dim(
+    batch.order, batch.start, _static(batch.size)
+  )
+  return jax.tree.map(lambda leaf: leaf[index], batch.data)
+
+
+def _static(size):
+  if isinstance(size, jax.core.Tracer):
+    raise ValueError(
+      'the size of the batch must be known when the step is compiled where a'
+      ' loss or a curvature sees all its rows at once, got a traced size. In'
+      ' growing_step take the estimator per_example, which reads them in'
+      ' microbatches; without with_curvature, gns_newton takes the exact'
+      ' Hessian of its value_fn.'
+    )
+  return int(size)
+
+
+def groups(batch, microbatch_size, wide, axis_name, in_order=False):
+  """Number of groups, size, and ``k -> (examples, mask, index)``.
+
+  The index of an example is its place in the data set, or in the batch where
+  that is all there is: it does not depend on the groups.
+  """
+  if isinstance(batch, ResidentBatch):
+    length, start, size = len(batch.order), batch.start, batch.size
+    if microbatch_size is None:
+      raise ValueError(
+        'per_example needs a microbatch_size to read a ResidentBatch: the size'
+        ' of one step of the loop that passes over it.'
+      )
+  elif isinstance(batch, PaddedBatch):
+    length, start = _losses.batch_length(batch.examples), 0
+    size = batch.size
+  else:
+    length, start = _losses.batch_length(batch), 0
+    size = length
+  width = min(microbatch_size or length, length)
+  shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+  def get(k):
+    # The last window slides back over examples that its mask leaves out.
+    first = start + k * width
+    begin = jnp.minimum(first, length - width)
+    position = begin + jnp.arange(width)
+    mask = (position >= first) & (position < start + size)
+    if isinstance(batch, ResidentBatch):
+      index = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
+      examples = _layout.take(batch.data, index, batch.layout)
+    else:
+      index = position
+      examples = batch.examples if isinstance(batch, PaddedBatch) else batch
+      if width < length and _layout.explicit(examples) is not None:
+        examples = _layout.take(examples, index, None)
+      elif width < length:
+        examples = jax.tree.map(
+          lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
+          examples,
+        )
+    mask = _layout.like_rows(mask.astype(wide), examples)
+    return examples, mask, index + shard * length
+
+  def get_strided(k):
+    groups = length // width
+    examples = jax.tree.map(
+      lambda leaf: _layout.strided(leaf, k, groups), batch
+    )
+    return (
+      examples,
+      _layout.like_rows(jnp.ones(width, wide), examples),
+      jnp.arange(width) * groups + k + shard * length,
+    )
+
+  count = 1 if width == length else -(-size // width)
+  whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
+  if whole and not in_order and width < length and length % width == 0:
+    get = get_strided
+  return count, size, get
+
+
+def vary(tree: Any, axis_name: Any) -> Any:
+  """Makes arrays count as different on each device.
+
+  Else `jax.shard_map` would sum gradients over the devices too early. XLA
+  removes the selection; `jax.lax.pcast` would fail on what varies already.
+  """
+  here = jax.lax.axis_index(axis_name) >= 0
+  return jax.tree.map(lambda leaf: jnp.where(here, leaf, leaf), tree)
+
+
+class Over(NamedTuple):
+  """A loss over the groups of a batch."""
+
+  loss: loss_lib.Loss
+  count: Any
+  get: Callable[..., Any]
+  key: Any
+  axis_name: Any
+
+  def vary(self, tree):
+    return tree if self.axis_name is None else vary(tree, self.axis_name)
+
+  def group(self, k):
+    """The examples of a group, with their keys, and the mask."""
+    examples, mask, index = self.get(k)
+    if not self.loss.has_key:
+      return (examples, ()), mask
+    return (
+      examples,
+      jax.vmap(jax.random.fold_in, (None, 0))(self.key, index),
+    ), mask
+
+  def bind(self, model_state):
+    """One loss an example, of parameters and of examples with their keys."""
+    return lambda params, pair: self.loss(params, model_state, *pair)[0]
+
+  def rest(self, params, model_state, examples, mask):
+    """The sums of the auxiliary output, and the model state after the group."""
+    if not (self.loss.has_aux or self.loss.has_state):
+      return (), model_state
+    _, (model_state, aux) = self.loss(params, model_state, *examples)
+
+    def total(leaf):
+      if jnp.shape(leaf)[:1] != mask.shape:
+        raise ValueError(
+          'aux must have one row an example, a leading axis of'
+          f' {mask.shape[0]}, got shape {jnp.shape(leaf)}: per_example takes'
+          ' its mean over the examples.'
+        )
+      wide = leaf.astype(jnp.promote_types(leaf.dtype, mask.dtype))
+      return jnp.tensordot(mask.astype(wide.dtype), wide, 1)
+
+    return jax.tree.map(total, aux), model_state
+
+  def add_up(self, function, merge, model_state):
+    """Merges ``function`` over the groups; the model state goes through."""
+    if isinstance(self.count, int) and self.count == 1:
+      return function(0, model_state)
+    shapes, _ = jax.eval_shape(function, 0, model_state)
+    start = jax.tree.map(jnp.zeros_like, shapes)
+
+    def body(k, carry):
+      total, model_state = carry
+      new, model_state = function(k, model_state)
+      return merge(total, new), model_state
+
+    return jax.lax.fori_loop(
+      0, self.count, body, (self.vary(start), model_state)
+    )
