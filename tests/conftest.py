@@ -46,6 +46,14 @@ def pytest_configure(config):
     shutil.rmtree(CACHE)
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+  """A test that sets the precision of its process gives it back."""
+  before = jax.config.jax_enable_x64
+  yield
+  jax.config.update('jax_enable_x64', before)
+
+
 @pytest.fixture
 def x64():
   """Runs the test in float64."""

@@ -270,12 +270,16 @@ def _run(main, config_type, argv) -> None:
         )
   else:
     config = _from_flags(config_type, argv[1:])
+  before = jax.config.jax_enable_x64
   if isinstance(config, flags.Config):
     jax.config.update('jax_enable_x64', config.precision == 'float64')
-  if isinstance(config, devices.Config):
-    peers.connect(config)
-  with peers.together():
-    main(config)
+  try:
+    if isinstance(config, devices.Config):
+      peers.connect(config)
+    with peers.together():
+      main(config)
+  finally:  # Whoever called this in a process of their own has theirs back.
+    jax.config.update('jax_enable_x64', before)
   folder = session.last_folder()
   if earlier is not None and folder is not None:
     _check_repeated(earlier, record.read(folder)[1])
