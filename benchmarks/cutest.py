@@ -7,11 +7,6 @@ lines are a performance profile: the part of all problems that a method solves
 within a factor of the evaluations of the best one.
 """
 
-import importlib
-import importlib.metadata
-import pathlib
-import sys
-import types
 from typing import Any, NamedTuple
 import warnings
 
@@ -21,6 +16,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
+from experiments.problems import cutest
 import optlab
 
 LIST = """
@@ -33,7 +29,6 @@ PALMER7C PALMER8C PRICE3 ROSENBR S308 SISSER TRIGON1 VANDANMSLS WAYSEA2
 """
 NAMES = tuple(LIST.split())
 MODULES = {'EXP2': 'exp_scipy'}
-KIND = 'cutest._unconstrained_minimisation'
 LIMIT = 2000
 FACTORS = (1.0, 1.5, 2.0, 4.0, 8.0)
 
@@ -54,28 +49,10 @@ class Problem(NamedTuple):
   tol: float
 
 
-def _module(name: str, kind: str = KIND):
-  """A module of sif2jax without the package, which takes a minute to import."""
-  try:
-    found = importlib.metadata.distribution('sif2jax')
-  except importlib.metadata.PackageNotFoundError:
-    sys.exit('error: this needs sif2jax: pip install sif2jax')
-  folder = pathlib.Path(str(found.locate_file('sif2jax')))
-  package = 'sif2jax'
-  for part in ('', *kind.split('.')):
-    folder = folder / part
-    package = f'{package}.{part}' if part else package
-    if package not in sys.modules:
-      stub = types.ModuleType(package)
-      stub.__path__ = [str(folder)]
-      sys.modules[package] = stub
-  return importlib.import_module(f'sif2jax.{kind}.{name}')
-
-
 def load(name: str) -> Problem:
   """A problem by its name in CUTEst; needs float64."""
   module = MODULES.get(name, name.lower())
-  problem = getattr(_module(module), name)()
+  problem = getattr(cutest.module(module), name)()
   flat, unravel = jax.flatten_util.ravel_pytree(problem.y0)
   fun = lambda x: problem.objective(unravel(x), problem.args)
   grad = jax.jit(jax.grad(fun))(flat)

@@ -1,7 +1,6 @@
 """Smooth problems of the Newton experiments, with the curvatures they have."""
 
 from collections.abc import Callable
-import importlib
 from typing import Any, NamedTuple
 
 import chex
@@ -12,6 +11,7 @@ import numpy as np
 import optlab
 
 from ..lab import flags
+from . import cutest as cutest_modules
 from . import data as data_lib
 
 
@@ -325,13 +325,10 @@ def cutest(name: str) -> Problem:
   Raises:
     UserError: sif2jax is not installed, or has no such problem.
   """
-  try:
-    home = 'sif2jax.cutest._unconstrained_minimisation'
-    own = getattr(importlib.import_module(f'{home}.{name.lower()}'), name)()
-  except (ImportError, AttributeError) as error:
-    raise flags.UserError(
-      f'cutest_{name.lower()}: {error}; pip install sif2jax'
-    ) from error
+  module = cutest_modules.module(name.lower())
+  if not hasattr(module, name):
+    raise flags.UserError(f'cutest_{name.lower()}: sif2jax has no {name}')
+  own = getattr(module, name)()
   first = np.asarray(own.y0, np.float64)
   fun = lambda x, data: own.objective(x, own.args)
   value = own.expected_objective_value
