@@ -243,7 +243,9 @@ class Loop(NamedTuple):
     if 'num_carry' in params:
       consts, carry = params['num_consts'], params['num_carry']
     else:
-      consts, carry = (len(part) for part in list(params['ft_in'])[:2])
+      # From jax 0.12 on: trees of what goes in, one a kind.
+      parts = params['ft_in'].unpack()
+      consts, carry = (len(list(part)) for part in parts[:2])
     jaxpr = params['jaxpr']
     if not hasattr(jaxpr, 'consts'):
       jaxpr = jax.extend.core.ClosedJaxpr(jaxpr, ())
