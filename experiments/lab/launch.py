@@ -25,6 +25,7 @@ from absl import app
 from absl import flags as absl_flags
 from absl import logging
 import jax
+import jax.numpy as jnp
 
 from . import devices
 from . import flags
@@ -270,7 +271,7 @@ def _run(main, config_type, argv) -> None:
         )
   else:
     config = _from_flags(config_type, argv[1:])
-  before = jax.config.jax_enable_x64
+  before = bool(jnp.result_type(float) == jnp.float64)
   if isinstance(config, flags.Config):
     jax.config.update('jax_enable_x64', config.precision == 'float64')
   try:
