@@ -288,6 +288,7 @@ def joint_gradient(
   check_rows(log_p, total)
   wide = log_p.astype(dtype)
   cotangents, aux = rule(wide[:n], wide[n:])
+  cotangents = map(_laid_like, cotangents, (wide[:n], wide[n:]))
   cotangent = jnp.concatenate(tuple(cotangents)).astype(log_p.dtype)
   (grads,) = pullback(cotangent)
 
@@ -334,6 +335,14 @@ def with_aux(log_density: Callable[..., Any], has_aux: bool) -> Callable:
     return out if has_aux else (out, ())
 
   return model
+
+
+def _laid_like(array, like):
+  """Laid out as ``like``, where the types of an explicit mesh differ."""
+  sharding = jax.typeof(like).sharding
+  if jax.typeof(array).sharding == sharding:
+    return array
+  return jax.sharding.reshard(array, sharding)
 
 
 def aligned(batch: NoiseBatch) -> NoiseBatch:
