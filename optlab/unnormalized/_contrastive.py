@@ -129,7 +129,9 @@ def contrastive_divergence(
     chain outside the model's support, or ten times further out than data and
     noise, which starts anew at the next step. Data of zeros and ones with
     Langevin chains: the step is held and its value NaN, where the error cannot
-    be raised (under ``jit``). Cost per step: ``num_steps`` gradients
+    be raised (under ``jit``). A chain that starts
+    anew counts at once, and must cross from well to well within ``num_steps``:
+    raise it where wells are apart. Cost per step: ``num_steps`` gradients
     with respect to rows, and one over data and chains together.
   """
   checks.enforce(contrastive_divergence, locals())

@@ -152,6 +152,8 @@ def test_toys_are_right_within_five_percent_whatever_the_step(toy, step_size):
     likelihood, jnp.asarray(truth), optax.lbfgs(), max_steps=100, grad_tol=1e-4
   ).params
   steps = {} if step_size is None else {'step_size': step_size}
+  if toy == 'two wells':  # With ten, the slope is 7 % off: see the docstring.
+    steps |= {'num_steps': 40}
   estimator = optlab.contrastive_divergence(model, **steps)
   tx = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
   step = optlab.train_step(estimator, tx)
