@@ -81,6 +81,8 @@ def per_example(
       through the microbatches one after the other. Losses that see it change
       within a batch (batch normalization that trains) are those of
       microbatches, which `microbatch_means` and `plain_grads` take.
+      Where a batch is no multiple of ``microbatch_size``, the last one is
+      filled up with rows that the mean leaves out and the model state sees.
     has_key: Whether the losses are random. ``losses`` gets an array of n keys
       last, folded with the step and with each example's index in the data, so
       that neither the microbatches nor the devices change the numbers.
