@@ -1,5 +1,6 @@
 """Unnormalized models: MECO and its peers, noise, scores."""
 
+from optlab.unnormalized._conditional import conditional_batch
 from optlab.unnormalized._contrastive import ContrastiveDivergenceInfo
 from optlab.unnormalized._contrastive import ContrastiveDivergenceState
 from optlab.unnormalized._contrastive import contrastive_divergence
@@ -80,6 +81,7 @@ __all__ = [
   'agree',
   'bernoulli',
   'categorical',
+  'conditional_batch',
   'contrastive_divergence',
   'defensive',
   'discrete_langevin_sampler',

@@ -13,6 +13,7 @@ from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _samplers
+from optlab.unnormalized import _trackers
 
 
 class ContrastiveDivergenceInfo(NamedTuple):
@@ -160,6 +161,10 @@ def contrastive_divergence(
 
   def estimate(params, state, batch):
     _likelihood.check_batch('contrastive_divergence', batch)
+    _trackers.refuse(
+      'contrastive_divergence', batch, 'its chains would move from one context'
+      ' to another; use meco with contexts.'
+    )  # fmt: skip
     dtype = state.info.acceptance.dtype
     model = _likelihood.with_aux(log_density, has_aux)
     key, restart_key, chain_key = jax.random.split(state.key, 3)

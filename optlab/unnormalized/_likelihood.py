@@ -108,12 +108,17 @@ class NoiseBatch(NamedTuple):
     data_log_prob: ``[n]``, the noise distribution's log density of ``data``;
       `nce` and `ence` need it, `meco` tells by it whether the noise covers the
       data.
+    contexts: int ``[n]``, the context of each row of data, for ``meco(...,
+      contexts=...)``; what is not below the number of contexts is padding.
+    noise_contexts: int ``[m]``, that of each row of noise.
   """
 
   data: Any
   noise: Any
   noise_log_prob: jax.Array
   data_log_prob: jax.Array | None = None
+  contexts: jax.Array | None = None
+  noise_contexts: jax.Array | None = None
 
 
 @checks.domains(noise=NOISE, num=checks.Integer())
@@ -369,14 +374,16 @@ def aligned(batch: NoiseBatch) -> NoiseBatch:
 
 def _replace_bad(rows: Any, good: jax.Array) -> Any:
   """The rows, the first good one in place of every bad one."""
-  first_good = jnp.arange(good.size) == jnp.argmax(good)
+  first_good = _laid_like(jnp.arange(good.size) == jnp.argmax(good), good)
   # A sum, because an index into a sharded axis is not allowed.
   row = jax.tree.map(
     lambda leaf: jnp.sum(leaf, 0, leaf.dtype, keepdims=True),
     trees.where(first_good, rows, jax.tree.map(jnp.zeros_like, rows)),
   )
   row = jax.tree.map(
-    lambda leaf, like: jnp.broadcast_to(leaf, like.shape), row, rows
+    lambda leaf, like: _laid_like(jnp.broadcast_to(leaf, like.shape), like),
+    row,
+    rows,
   )
   return trees.where(good, rows, row)
 

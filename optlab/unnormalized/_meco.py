@@ -16,6 +16,7 @@ from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _coverage
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _trackers
 
 
 class MecoInfo(NamedTuple):
@@ -33,8 +34,10 @@ class MecoState(NamedTuple):
   """State of `meco`; the floats are float32, or wider where params are."""
 
   step: jax.Array  # shape (), int32, steps so far
-  log_normalizer: jax.Array  # shape (), log u, the tracked log of E_q[p0 / q]
-  weight: jax.Array  # shape (), total weight of the moving average so far
+  # Shape (), or (contexts,): log u, the tracked log of E_q[p0 / q], and the
+  # total weight of the moving average so far.
+  log_normalizer: jax.Array
+  weight: jax.Array
   previous: Any  # params of the step before, or None without ratio correction
   info: MecoInfo
 
@@ -42,6 +45,7 @@ class MecoState(NamedTuple):
 @checks.domains(
   log_density=_likelihood.LOG_DENSITY,
   gamma=checks.FRACTION._replace(schedule=True),
+  contexts=checks.Integer(optional=True),
 )
 def meco(
   log_density: _likelihood.LogDensity,
@@ -49,6 +53,7 @@ def meco(
   *,
   ratio_correction: bool = False,
   debias: bool = True,
+  contexts: int | None = None,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""Compositional estimate of the log-likelihood's gradient.
@@ -81,6 +86,9 @@ def meco(
       few noise rows.
     debias: Whether to correct the first steps of the average. Without it the
       first batch counts like the past, from then on ``gamma`` is used as it is.
+    contexts: How many contexts (classes, queries, rows) a conditional model
+      has; each gets a tracker, and batches name theirs (`conditional_batch`).
+      ``None`` is for a model with one normalizer.
     has_aux: Whether ``log_density`` returns auxiliary output beside the log
       densities: `Estimate.aux`, of data and noise rows together.
 
@@ -94,9 +102,12 @@ def meco(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``gamma`` neither a real
-      number nor a schedule, or the batch not a `NoiseBatch`.
-    ValueError: ``gamma`` is not in (0, 1]; the batch has no rows, shapes that
-      do not match, or one array in data and noise.
+      number nor a schedule, ``contexts`` or what the batch names not integers,
+      or the batch not a `NoiseBatch`.
+    ValueError: ``gamma`` is not in (0, 1], or ``contexts`` below one or beside
+      ``ratio_correction``; the batch has no rows, shapes that do not match, one
+      array in data and noise, or contexts where ``meco`` has none, and none
+      where it has.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -139,7 +150,14 @@ def meco(
     A conditional model p(y given x) has a normalizer for every x, and one
     tracker is the log of their mean: where data and noise share a column of
     distinct numbers, row by row, the step is held, its value is NaN, and
-    ``info.coverage.conditional`` says so.
+    ``info.coverage.conditional`` says so. With ``contexts`` the update above is
+    made for each context that the noise of the batch names, the likelihood is
+    the mean over the rows of data, and other contexts are left alone. A row of
+    data without a good row of noise of its context, or of a context without any
+    weight so far, is dropped and counted. A tracker does not follow between
+    visits: where contexts are seldom seen raise ``gamma``; where they never
+    come again, ``gamma=1`` with the row's number in the batch as its context.
+    ``info.ess`` is then the mean over the contexts seen.
 
     Cost per step: one gradient over n + m rows, as for `nce`; with
     ``ratio_correction`` also one forward pass over m rows and a copy of the
@@ -154,13 +172,20 @@ def meco(
     well.
   """
   checks.enforce(meco, locals())
+  if contexts is not None and ratio_correction:
+    raise ValueError(
+      'meco: contexts and ratio_correction do not go together, the correction'
+      " reaches back one step and not to a context's last visit; drop"
+      ' ratio_correction, and raise gamma where contexts are seldom visited.'
+    )
 
   def init(params):
     dtype = trees.accumulator_dtype(params)
+    shape = () if contexts is None else (contexts,)
     return MecoState(
       step=jnp.zeros((), jnp.int32),
-      log_normalizer=jnp.zeros((), dtype),
-      weight=jnp.zeros((), dtype),
+      log_normalizer=jnp.zeros(shape, dtype),
+      weight=jnp.zeros(shape, dtype),
       # A copy: params and state may both be donated.
       previous=trees.own(params) if ratio_correction else None,
       info=MecoInfo(
@@ -171,56 +196,51 @@ def meco(
     )
 
   def estimate(params, state, batch):
-    _likelihood.check_batch('meco', batch)
-    _coverage.check_apart('meco', batch)
+    n, m = _likelihood.check_batch('meco', batch)
+    if contexts is None:
+      _coverage.check_apart('meco', batch)
+      _trackers.refuse('meco', batch, 'give meco the number of contexts.')
+    else:
+      _trackers.check('meco', batch, n, m)
     batch = _likelihood.aligned(batch)
-    conditional = _coverage.is_conditional(batch)
+    conditional = jnp.zeros((), bool)
+    if contexts is None:
+      conditional = _coverage.is_conditional(batch)
     dtype = state.log_normalizer.dtype
     log_q = batch.noise_log_prob.astype(dtype)
     gamma_now = gamma(state.step) if callable(gamma) else gamma
-    gamma_now = jnp.asarray(gamma_now, dtype)
+    rate = _trackers.Rate(jnp.asarray(gamma_now, dtype), debias)
     log_p_before = None
     if ratio_correction:
       model = _likelihood.with_aux(log_density, has_aux)
       log_p_before = model(state.previous, batch.noise)[0].astype(dtype)
 
     def rule(log_p_data, log_p_noise):
-      data_good = jnp.isfinite(log_p_data)
-      noise_good = _likelihood.good_noise(log_p_noise, log_q)
-      noise_good &= ~conditional
+      noise_good = _likelihood.good_noise(log_p_noise, log_q) & ~conditional
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
-      weights = _likelihood.importance_weights(log_w)
-      m = _likelihood.num_good(noise_good, dtype)
-      log_g = weights.log_scale + jnp.log(weights.total) - jnp.log(m)
       drift = jnp.zeros((), dtype)
       if ratio_correction:
         drift = _drift(log_w, log_p_before, log_q, noise_good)
-      log_u, weight, held = _average(state, log_g, gamma_now, drift, debias)
-
-      usable = jnp.any(data_good) & jnp.any(noise_good)
-      share = jnp.where(usable, jnp.exp(weights.log_scale - log_u) / m, 0)
-      cotangents = (
-        _likelihood.mean_cotangent(jnp.asarray(-1, dtype), data_good & usable),
-        weights.scaled * share,
-      )
-      value = log_u - _likelihood.mean_of(log_p_data, data_good)
-      value = jnp.where(conditional, jnp.nan, value)
-      goods = (data_good, noise_good)
-      tally = _likelihood.tally(state.info, goods, held)
+      rows = (log_p_data, log_w, noise_good)
+      if contexts is None:
+        new = _trackers.one(state, rate, *rows, drift)
+      else:
+        new = _trackers.many(state, rate, *rows, batch)
       new_state = MecoState(
         step=state.step + 1,
-        log_normalizer=log_u,
-        weight=weight,
+        log_normalizer=new.log_normalizer,
+        weight=new.weight,
         previous=params if ratio_correction else None,
         info=MecoInfo(
-          ess=weights.ess,
+          ess=new.ess,
           coverage=_coverage.coverage(
-            batch, log_p_data, data_good, noise_good, conditional
+            batch, log_p_data, new.data_good, noise_good, conditional
           ),
-          **tally,
+          **_likelihood.tally(state.info, new.goods, new.held),
         ),
       )
-      return cotangents, (value, new_state)
+      value = jnp.where(conditional, jnp.nan, new.value)
+      return new.cotangents, (value, new_state)
 
     grads, (value, state), aux = _likelihood.joint_gradient(
       log_density, params, batch, rule, dtype, has_aux
@@ -237,22 +257,3 @@ def _drift(log_w, log_p_before, log_q, noise_good):
     jnp.where(both, log_w, -jnp.inf)
   ) - special.logsumexp(jnp.where(both, log_p_before - log_q, -jnp.inf))
   return jnp.where(jnp.isfinite(drift), drift, 0)
-
-
-def _average(state, log_g, gamma, drift, debias):
-  """The tracker, its weight, and whether a batch without weight held it."""
-  has_weight = log_g > -jnp.inf
-  # 1 - (1 - gamma)^t, in a form that a schedule may drive.
-  weight = (1 - gamma) * state.weight + gamma
-  gamma_t = gamma / weight
-  if not debias:
-    weight = jnp.ones_like(weight)
-  log_u = jnp.where(
-    has_weight,
-    jnp.logaddexp(
-      jnp.log1p(-gamma_t) + state.log_normalizer + drift,
-      jnp.log(gamma_t) + log_g,
-    ),
-    state.log_normalizer,
-  )
-  return log_u, jnp.where(has_weight, weight, state.weight), ~has_weight

@@ -13,6 +13,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _trackers
 
 
 class NceParams(NamedTuple):
@@ -244,6 +245,10 @@ def _contrastive(
 
   def estimate(params, state, batch):
     n, m = _likelihood.check_batch(method, batch, needs_data_log_prob=True)
+    _trackers.refuse(
+      method, batch, 'add a normalizer for each to the model, learned, and'
+      ' leave the contexts out of the batch.'
+    )  # fmt: skip
     batch = _likelihood.aligned(batch)
     dtype = trees.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)

@@ -224,6 +224,15 @@ row(
 )
 
 noise_batch = family('noise_batch', noise=NOISE, key=KEY, data=ROWS, num=4)
+conditional_batch = family(
+  'conditional_batch',
+  noise=NOISE,
+  key=KEY,
+  conditions=X,
+  data=ROWS,
+  contexts=np.arange(4),
+  num=2,
+)
 log_partition = family(
   'log_partition',
   log_density=lambda rows: -jnp.sum(rows**2, -1),

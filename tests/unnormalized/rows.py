@@ -30,13 +30,21 @@ def noise_batch(key, dtype=jnp.float32):
   return optlab.NoiseBatch(data, noise, log_prob(noise), log_prob(data))
 
 
-def likelihood_row(name, make, hyper, **fields):
+def contexts_batch(key, dtype=jnp.float32):
+  """The same rows, each of one of six contexts."""
+  contexts = jnp.arange(16, dtype=jnp.int32) % 6
+  return noise_batch(key, dtype)._replace(
+    contexts=contexts, noise_contexts=contexts[::-1]
+  )
+
+
+def likelihood_row(name, make, hyper, batch=noise_batch, **fields):
   """A row for an estimator over `NoiseBatch`, with SGD behind it."""
   return Row(
     name,
     lambda hyper: (make(hyper), optax.sgd(0.05)),
     hyper,
-    batch=noise_batch,
+    batch=batch,
     **fields,
   )
 
@@ -47,6 +55,12 @@ ROWS = [
     'meco_ratio_corrected',
     lambda gamma: optlab.meco(energy, gamma, ratio_correction=True),
     0.5,
+  ),
+  likelihood_row(
+    'meco_contexts',
+    lambda gamma: optlab.meco(energy, gamma, contexts=6),
+    0.5,
+    contexts_batch,
   ),
   likelihood_row('nce', lambda nu: optlab.nce(energy, nu), 1.0),
   likelihood_row(

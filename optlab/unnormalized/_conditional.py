@@ -1,0 +1,76 @@
+"""Batches for conditional models: noise beside each row, of its context."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optlab import checks
+from optlab.unnormalized import _likelihood
+
+
+@checks.domains(noise=_likelihood.NOISE, num=checks.Integer())
+def conditional_batch(
+  noise: _likelihood.Noise,
+  key: jax.Array,
+  conditions: Any,
+  data: jax.Array,
+  contexts: jax.Array,
+  num: int,
+) -> _likelihood.NoiseBatch:
+  """Draws noise beside each row of data, for ``meco(..., contexts=...)``.
+
+  For a model of y given x, ``(params, (x, y)) -> [rows]``, and noise for y.
+
+  Args:
+    noise: The noise distribution of y, the same for every x; see `noise_batch`.
+      One that depends on x is for a `NoiseBatch` of your own.
+    key: PRNG key.
+    conditions: x, array ``[n, ...]`` or a pytree of them.
+    data: y, array ``[n, ...]``.
+    contexts: int ``[n]``, which context each x is.
+    num: Rows of noise for each row of data, a Python integer.
+
+  Returns:
+    A `NoiseBatch` whose rows are pairs (x, y), with n rows of data and
+    ``n * num`` of noise. Rows of one context share their noise.
+
+  Raises:
+    TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
+      ``log_prob``.
+    ValueError: ``num`` is below one, or ``noise`` a batch of distributions.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optlab
+    >>> from optlab import unnormalized
+    >>> # y given x is N(theta x, e^x): its normalizer varies with x.
+    >>> x = jnp.linspace(-1.0, 1.0, 50)
+    >>> y = x + jnp.exp(x / 2) * jax.random.normal(jax.random.key(0), (50,))
+    >>> model = lambda theta, rows: -(
+    ...     rows[1][:, 0] - theta * rows[0])**2 / 2 / jnp.exp(rows[0])
+    >>> noise = optlab.fit_gaussian(y[:, None], inflate=2.0)
+    >>> estimator, tx = optlab.meco(model, contexts=50), optax.adam(0.03)
+    >>> state = optlab.init(jnp.zeros(()), estimator, tx)
+    >>> step = optlab.train_step(estimator, tx)
+    >>> def advance(state, key):
+    ...   return step(state, unnormalized.conditional_batch(
+    ...       noise, key, x, y[:, None], jnp.arange(50), 8))
+    >>> keys = jax.random.split(jax.random.key(1), 300)
+    >>> state, _ = jax.jit(jax.lax.scan, static_argnums=0)(
+    ...     advance, state, keys)
+    >>> mle = jnp.sum(x * y / jnp.exp(x)) / jnp.sum(x * x / jnp.exp(x))
+    >>> print(abs(state.params - mle) < 0.1)
+    True
+  """
+  checks.enforce(conditional_batch, locals())
+  noise = _likelihood.as_noise('noise', noise)
+  repeat = lambda leaf: jnp.repeat(jnp.asarray(leaf), num, axis=0)
+  rows = noise.sample(key, jnp.shape(data)[0] * num)
+  return _likelihood.NoiseBatch(
+    data=(conditions, data),
+    noise=(jax.tree.map(repeat, conditions), rows),
+    noise_log_prob=_likelihood.scores('noise', noise, rows),
+    data_log_prob=_likelihood.scores('noise', noise, data),
+    contexts=contexts,
+    noise_contexts=repeat(contexts),
+  )
