@@ -43,6 +43,11 @@ SET_METHODS = (
 class Config(flags.Config):
   """Flags."""
 
+  QUICK = {
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
+
   problem: str = flags.flag(
     'logistic',
     f'What is solved: {", ".join(contests.PROBLEMS)}, one of the set classic,'

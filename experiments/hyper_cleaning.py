@@ -1,6 +1,6 @@
 """Which training sentences have wrong labels: a weight for each, learned.
 
-python -m experiments.hyper_cleaning --data_dir=... [--dataset=trec]
+python -m experiments.hyper_cleaning [--data_dir=DIR --dataset=trec]
 
 Upper level: the weights' logits, against clean validation sentences. Lower
 level: a classifier of bags of words, trained on the weighted sentences, of
@@ -34,7 +34,19 @@ REPORTED = ('test_loss', 'test_accuracy', 'auroc', 'refitted_accuracy')
 class Config(tuning.Config):
   """Flags."""
 
-  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  QUICK = {
+    'flipped': (0.4,),
+    'methods': ('bo_rep', 'soba'),
+    'upper_steps': ('normalized',),
+    'steps': 500,
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
+
+  dataset: str = flags.flag(
+    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
+    choices=text.NAMES,
+  )  # fmt: skip
   min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
@@ -193,7 +205,7 @@ def main(config: Config) -> None:
       problem, baselines = make_problem(config, sentences, share)
       session.write('baseline', flipped=share, **baselines)
       rows = tuning.compare(session, config, problem, f'{share:.0%} flipped')
-      title = f'{config.dataset}, {share:.0%} of the labels flipped'
+      title = f'{sentences.name}, {share:.0%} of the labels flipped'
       tuning.show(title, problem, rows)
       tables.show(
         'Test accuracy of the same classifier without cleaning',

@@ -1,6 +1,6 @@
 """A recurrent encoder that makes few-shot tasks easy for a linear head.
 
-python -m experiments.hyper_representation --data_dir=... [--dataset=trec]
+python -m experiments.hyper_representation [--data_dir=DIR --dataset=trec]
 
 Each pair of classes is a task. Lower level: one linear head a task, on support
 sentences; upper level: the encoder (an embedding and a GRU or LSTM, from
@@ -28,7 +28,18 @@ from .problems import text
 class Config(tuning.Config):
   """Flags."""
 
-  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  QUICK = {
+    'methods': ('bo_rep', 'soba'),
+    'upper_steps': ('normalized',),
+    'steps': 100,
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
+
+  dataset: str = flags.flag(
+    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
+    choices=text.NAMES,
+  )  # fmt: skip
   min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
@@ -230,7 +241,7 @@ def main(config: Config) -> None:
   program = 'hyper_representation'
   with Session(program, config, show='valid_loss') as session:
     rows = tuning.compare(session, config, problem)
-    tuning.show(f'{config.dataset}, {config.cell} encoder', problem, rows)
+    tuning.show(f'{sentences.name}, {config.cell} encoder', problem, rows)
     tuning.draw(session, config, problem.reported[0], program)
     print(session.folder)
 

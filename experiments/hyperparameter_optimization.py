@@ -29,10 +29,20 @@ START = -7.0
 class Config(tuning.Config):
   """Flags."""
 
+  QUICK = {
+    'methods': ('bo_rep', 'soba', 'stocbio'),
+    'steps': 1000,
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
+
   problem: str = flags.flag(
     'ridge', 'What is regularized.', choices=('ridge', 'logistic', 'text')
   )
-  dataset: str = flags.flag('trec', 'Sentences.', choices=text.NAMES)
+  dataset: str = flags.flag(
+    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
+    choices=text.NAMES,
+  )  # fmt: skip
   min_count: int = flags.flag(
     2, 'Words seen less often in training are unknown.', low=1
   )
@@ -142,7 +152,7 @@ def main(config: Config) -> None:
   with Session(program, config, show='valid_loss') as session:
     if config.problem == 'text':
       problem = text_problem(config)
-      title = f'{config.dataset}, penalties of a {config.cell} classifier'
+      title = f'{config.dataset} text, penalties of a {config.cell} classifier'
     else:
       problem, best, least = penalties.linear(
         config.problem, config.batch, config.precision

@@ -37,6 +37,11 @@ SHOWN = 40
 class Config(tilted.Config):
   """Flags of the program."""
 
+  QUICK = {
+    'steps': 300,
+    'seeds': 1,
+  }
+
   chain_steps: int = flags.flag(200, 'Langevin steps of a chain.', low=1)
   step_size: float = flags.flag(0.03, 'Of the chains, in whitened pixels.')
   seeds: int = flags.flag(

@@ -1,7 +1,8 @@
 """Weights of training rows, tuned by a hundred lower problems at once.
 
-python -m experiments.multi_block_hyperparameters --data_dir=DIR
-    [--dataset=w8a] [--keep_positive=0.3 --flip=0.2] [--train_rows=400] ...
+python -m experiments.multi_block_hyperparameters
+    [--data_dir=DIR --dataset=w8a] [--keep_positive=0.3 --flip=0.2]
+    [--train_rows=400] ...
 
 Every method gets the same grid of rates, tuned by the validation loss on seeds
 that are used for nothing else, and is then run on the other seeds. `frozen` is
@@ -39,7 +40,20 @@ METHODS = (*multi_block.METHODS, 'frozen')
 class Config(devices.Config):
   """Flags."""
 
-  dataset: str = flags.flag('a8a', 'Data set: a name or a file.')
+  QUICK = {
+    'methods': ('bsvrb_v2', 'frozen'),
+    'num_blocks': 20,
+    'blocks': 5,
+    'steps': 600,
+    'tuning_steps': 200,
+    'seeds': 2,
+    'tuning_seeds': 1,
+    'looks': 10,
+  }
+
+  dataset: str = flags.flag(
+    'auto', 'A name or a file; auto: a8a in data_dir, or else mushrooms.'
+  )
   data_dir: str = flags.flag('', 'Folder with data files.')
   train_rows: int = flags.flag(0, 'Training rows to use; 0 is all.', low=0)
   keep_positive: float = flags.flag(

@@ -34,6 +34,11 @@ from .lab.session import Session
 class Config(tilted.Config):
   """Flags of the program."""
 
+  QUICK = {
+    'steps': 300,
+    'seeds': 2,
+  }
+
   seeds: int = flags.flag(
     5, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True
   )

@@ -45,6 +45,16 @@ CUTS = (5, 10)
 class Config(devices.Config):
   """Flags."""
 
+  QUICK = {
+    'methods': ('bsvrb_v2', 'pointwise'),
+    'queries': 60,
+    'steps': 400,
+    'tuning_steps': 200,
+    'seeds': 2,
+    'tuning_seeds': 1,
+    'looks': 10,
+  }
+
   queries: int = flags.flag(200, 'Training queries, m.', low=1)
   documents: int = flags.flag(40, 'Documents of a query, n.', low=2)
   features: int = flags.flag(20, 'Features of a document.', low=2)

@@ -78,6 +78,10 @@ def optimizer(name: str, config: Any) -> optax.GradientTransformation:
 class Config(flags.Config):
   """Flags."""
 
+  QUICK = {
+    'seeds': 5,
+  }
+
   functions: tuple[str, ...] = flags.flag(
     tuple(FUNCTIONS), 'Functions.', choices=tuple(FUNCTIONS)
   )

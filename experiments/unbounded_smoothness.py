@@ -37,6 +37,14 @@ NEAR = 0.05  # What counts as solved; the least value is zero.
 class Config(flags.Config):
   """Flags."""
 
+  QUICK = {
+    'methods': ('bo_rep', 'soba', 'ttsa'),
+    'upper_steps': ('plain', 'normalized'),
+    'learning_rates': (0.03, 0.1, 0.3),
+    'steps': 1000,
+    'seeds': 2,
+  }
+
   problem: str = flags.flag(
     'cosh', 'The upper level.', choices=('cosh', 'quartic')
   )

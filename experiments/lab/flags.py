@@ -13,7 +13,7 @@ A program declares its configuration once::
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 
 class UserError(Exception):
@@ -70,7 +70,19 @@ class BareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config(BareConfig):
-  """What every experiment has."""
+  """What every experiment has.
+
+  Attributes:
+    QUICK: What ``--quick`` puts in the place of defaults, by the flag's name.
+      A flag that was given another value than its default keeps it.
+    MINUTES: Those that a run takes on two cores, with ``--quick`` and with the
+      defaults, as measured.
+  """
+
+  QUICK: ClassVar[dict[str, Any]] = {}
+  MINUTES: ClassVar[tuple[float, float] | None] = None
+
+  quick: bool = flag(False, 'A budget of one to two minutes: a first look.')
 
   output_dir: str = flag(
     '', 'Folder of results; the next results/PROGRAM/NUMBER if empty.'
@@ -85,6 +97,24 @@ class Config(BareConfig):
   checkpoint_every: float = flag(
     30.0, 'Seconds of work between checkpoints.', low=0.0
   )
+
+  def __post_init__(self):
+    if self.quick:
+      for field in dataclasses.fields(self):
+        given = getattr(self, field.name)
+        if field.name in self.QUICK and given == field.default:
+          object.__setattr__(self, field.name, self.QUICK[field.name])
+    super().__post_init__()
+
+  def is_default(self) -> bool:
+    """Whether no flag but those of where and how changes what a run costs."""
+    free = {'output_dir', 'resume', 'checkpoint_every'}
+    plain = type(self)(quick=self.quick)
+    return all(
+      getattr(self, field.name) == getattr(plain, field.name)
+      for field in dataclasses.fields(self)
+      if field.name not in free
+    )
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:

@@ -92,6 +92,7 @@ class Session:
     if devices.is_first():
       folders.point(self.folder)
     _opened.append(self.folder)
+    _warn(f'{program}: {_expected(config)}results go to {self.folder}')
 
   def _open_folder(self, program: str) -> None:
     """Finds the folder, and keeps other runs out of it."""
@@ -445,6 +446,17 @@ class _Task(NamedTuple):
   keep_state: bool
   prefix: bool
   folder: pathlib.Path  # Of its checkpoints.
+
+
+def _expected(config: flags.Config) -> str:
+  """What a run will take, where that was measured."""
+  if config.MINUTES is None or not config.is_default():
+    return ''
+  quick, whole = config.MINUTES
+  minutes = quick if config.quick else whole
+  shorter = '' if config.quick else f' (with --quick {quick:g})'
+  unit = 'minute' if minutes == 1 else 'minutes'
+  return f'about {minutes:g} {unit} on two cores{shorter}; '
 
 
 def _check_precision(config: flags.Config) -> None:

@@ -79,7 +79,8 @@ def load(
   """A data set of two classes, split 64 / 16 / 20 or by its test file.
 
   Args:
-    name: A name that `data.load` takes.
+    name: A name that `data.load` takes; ``auto`` is a8a if there is a
+      ``data_dir``, else mushrooms.
     data_dir: The folder with it.
     keep_positive: Fraction of the positive training rows to keep.
     flip: Fraction of the training labels to turn over after that.
@@ -92,6 +93,8 @@ def load(
   Raises:
     UserError: The data are missing or have not two classes.
   """
+  if name == 'auto':
+    name = 'a8a' if data_dir else 'mushrooms'
   full = data_lib.load(name, data_dir)
   rows = _signed(data_lib.dense(full), data_lib.signs(full))
   test = _test_file(name, data_dir, rows.shape[1] - 1)

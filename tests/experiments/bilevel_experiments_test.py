@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import naive_bayes
 
 from experiments import hyper_cleaning
 from experiments import hyper_representation
@@ -57,6 +58,20 @@ def test_loads_padded_latin_1_sentences(trec):
   longer = text.load('trec', str(trec), max_length=9)
   np.testing.assert_array_equal(longer.train.tokens[:, 5:], text.PAD)
   np.testing.assert_array_equal(longer.train.tokens[:, :4], data.train.tokens)
+
+
+def test_sentences_are_generated_where_no_folder_is_named(trec):
+  data = text.load('auto', '')
+  assert data.name == 'generated'
+  assert data.classes == 6
+  assert text.load('auto', str(trec)).name == 'trec'
+  again = text.load('generated', '')
+  np.testing.assert_array_equal(data.train.tokens, again.train.tokens)
+  # The words tell the topics apart, but not all of them.
+  bags = text.bags_of_words(data.train.tokens).matrix(len(data.vocabulary))
+  test = text.bags_of_words(data.test.tokens).matrix(len(data.vocabulary))
+  model = naive_bayes.MultinomialNB().fit(bags, data.train.labels)
+  assert 0.7 < model.score(test, data.test.labels) < 0.97
 
 
 def test_a_bad_line_or_folder_is_named(trec, tmp_path):
@@ -157,7 +172,7 @@ def test_a_run_that_diverged_is_never_picked():
     (hyperparameter_optimization, {'batch': 7}, '--batch=7: must divide 40'),
     (
       hyperparameter_optimization,
-      {'problem': 'text', 'data_dir': ''},
+      {'problem': 'text', 'dataset': 'trec', 'data_dir': ''},
       '--data_dir=: no such folder',
     ),
   ],
@@ -226,6 +241,14 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   first = record.select(rows, 'eval', step=0)[0]['regret']
   (row,) = record.select(rows, 'summary')
   assert row['regret'] < 0.2 * first
+
+
+def test_quick_takes_the_place_of_defaults_alone():
+  config = unbounded_smoothness.Config(quick=True)
+  assert config.steps == config.QUICK['steps']
+  assert unbounded_smoothness.Config(quick=True, steps=2000).steps == 2000
+  assert config.is_default()
+  assert not unbounded_smoothness.Config(seeds=9).is_default()
 
 
 @pytest.mark.parametrize('where', ['tuning, grid 1', '"eval"'])
