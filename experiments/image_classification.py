@@ -194,7 +194,10 @@ def run(
 
   def lane(state, rate, train):
     step = optlab.growing_step(
-      estimator, make(rate), batch_size=None if rule.grows else rule.size
+      estimator,
+      make(rate),
+      batch_size=None if rule.grows else rule.size,
+      rest=optlab.batches.keep,  # Equally many samples in every epoch.
     )
     last = state.epochs.epoch + 1
     return jax.lax.while_loop(

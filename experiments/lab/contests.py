@@ -319,12 +319,9 @@ def images() -> Problem:
       return run(state, data)[0]
 
     def calls(before, after):
-      # The last batch of an epoch is what is left of it.
-      left = len(data[1]) - before.epochs.position
-      asked: Any = size
-      if size is None:
-        asked = optax.tree.get(before.train.opt_state, 'batch_size')
-      return jnp.minimum(asked, left)
+      epochs = after.epochs.epoch - before.epochs.epoch
+      moved = after.epochs.position - before.epochs.position
+      return len(data[1]) * epochs + moved
 
     return Entry(start, step, calls)
 

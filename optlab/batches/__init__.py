@@ -31,6 +31,10 @@ from optlab.batches._noise_scale import NoiseScaleState
 from optlab.batches._noise_scale import noise_scale
 from optlab.batches._noise_scale import size_schedule
 from optlab.batches._per_example import per_example
+from optlab.batches._rest import Rest
+from optlab.batches._rest import drop
+from optlab.batches._rest import keep
+from optlab.batches._rest import wrap
 from optlab.batches._statistics import AveragesState
 from optlab.batches._statistics import Test
 from optlab.batches._tests import augmented_inner_product_test
@@ -55,6 +59,7 @@ __all__ = [
   'NoiseScaleState',
   'PaddedBatch',
   'ResidentBatch',
+  'Rest',
   'Route',
   'Test',
   'adadagrad',
@@ -62,6 +67,7 @@ __all__ = [
   'bucket_sizes',
   'check_losses',
   'coordinate_norm_test',
+  'drop',
   'ghost_norms',
   'ghost_sq_norms',
   'grow_batch',
@@ -71,6 +77,7 @@ __all__ = [
   'host_loader',
   'inner_product_test',
   'jvp_inner_products',
+  'keep',
   'microbatch_means',
   'next_size',
   'noise_scale',
@@ -80,4 +87,5 @@ __all__ = [
   'size_schedule',
   'vmap_grads',
   'vmap_inner_products',
+  'wrap',
 ]

@@ -21,6 +21,10 @@ from optlab.batches._growth import rules_of
 from optlab.batches._layout import Layout
 from optlab.batches._layout import layout_of
 from optlab.batches._losses import batch_length
+from optlab.batches._rest import REST
+from optlab.batches._rest import Rest
+from optlab.batches._rest import order_after
+from optlab.batches._rest import wrap
 from optlab.batches._windows import ResidentBatch
 from optlab.batches._windows import vary
 
@@ -31,7 +35,7 @@ class EpochState(NamedTuple):
   key: jax.Array  # shape (), typed PRNG key, never changes
   order: jax.Array  # shape (N,), int32, this epoch's permutation
   epoch: jax.Array  # shape (), int32
-  position: jax.Array  # shape (), int32, examples of this epoch that are used
+  position: jax.Array  # shape (), int32, where in it the next batch begins
   layout: Layout | None = None  # of the data over devices, no array
 
 
@@ -82,8 +86,9 @@ def growing_init(
     TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
       transformation, or ``num_shards`` not an integer.
     ValueError: The data have no common leading axis, are fewer than the
-      ``max_batch_size`` of `grow_batch`, are not divisible by ``num_shards``,
-      or the first batch is too small for the estimator.
+      ``max_batch_size`` of `grow_batch`; they or the first batch are not
+      divisible by ``num_shards``; or the first batch is too small for the
+      estimator.
   """
   checks.enforce(growing_init, locals())
   length = batch_length(data)
@@ -104,7 +109,7 @@ def growing_init(
       )
   size = next_size(state.opt_state) if rules else None
   if size is not None and is_static(size):
-    first = int(np.min(size)) // num_shards
+    first = int(np.min(_local(size, num_shards, 'num_shards')))
     local = length // num_shards
     if num_shards == 1:
       # Nothing runs: the estimator sees a size that it can refuse.
@@ -139,12 +144,14 @@ def growing_init(
   estimator=checks.ESTIMATOR,
   tx=checks.TRANSFORMATION,
   batch_size=checks.Integer(traced=True, optional=True),
+  rest=REST,
 )
 def growing_step(
   estimator: base.GradientEstimator,
   tx: optax.GradientTransformation,
   *,
   batch_size: int | jax.Array | None = None,
+  rest: Rest = wrap,
   axis_name: str | None = None,
 ) -> Callable[[GrowingState, base.Batch], tuple[GrowingState, jax.Array]]:
   r"""A training step whose batch size lies in the optimizer's state.
@@ -152,8 +159,8 @@ def growing_step(
   It takes the next examples of the epoch's permutation, as many as the rule in
   ``tx`` asks for, and passes over them in microbatches: a loop whose number of
   rounds is traced, so that one compilation serves the whole run from the first
-  batch size to N. The last batch of an epoch is what is left of it. Pure: jit
-  it with the state donated, scan it, vmap it over seeds.
+  batch size to N. Pure: jit it with the state donated, scan it, vmap it over
+  seeds.
 
   Args:
     estimator: From `per_example`, with a ``microbatch_size``.
@@ -161,6 +168,9 @@ def growing_step(
       ``batch_size``.
     batch_size: A constant size, which may be traced; ``None`` reads
       ``batch_size`` from the state of ``tx``.
+    rest: What becomes of the end of an epoch that is less than a batch:
+      `batches.wrap` goes on in the next epoch, `batches.keep` makes a smaller
+      batch of it, `batches.drop` leaves it out.
     axis_name: Axis of `jax.shard_map` over which data and permutation are
       split; each device takes an equal part of the batch. The estimator needs
       the same, and `grow_batch` a ``multiple_of`` the number of devices.
@@ -172,7 +182,8 @@ def growing_step(
     TypeError: ``estimator`` is not a `GradientEstimator`, ``tx`` not an optax
       transformation, or ``batch_size`` not an integer.
     ValueError: Neither ``tx`` nor the argument gives a batch size; in the step,
-      ``data`` of another length than `growing_init` saw.
+      ``data`` of another length than `growing_init` saw, or fewer than
+      ``batch_size``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -197,7 +208,7 @@ def growing_step(
     a permutation is drawn only in steps where one of them ends its epoch.
 
     The number of samples so far is ``epoch * N + position``, in Python integers
-    where it may pass 2^31.
+    where it may pass 2^31, and with `batches.drop` counts those left out.
   """
   checks.enforce(growing_step, locals())
   train_step = training.train_step(estimator, tx)
@@ -221,32 +232,52 @@ def growing_step(
     shard = 0
     if axis_name is not None:
       shard = jax.lax.axis_index(axis_name)
-      size = size // jax.lax.axis_size(axis_name)
-    size = jnp.minimum(jnp.asarray(size, jnp.int32), length - epochs.position)
-    batch = ResidentBatch(
-      data, epochs.order, epochs.position, size, epochs.layout
-    )
-    train, value = train_step(train, batch)
-
-    def at_end(epochs):
-      return epochs.position >= length
-
-    def reshuffle(epochs):
-      epoch = epochs.epoch + 1
-      order = _order(epochs.key, epoch, shard, length)
-      return epochs._replace(
-        order=order if axis_name is None else vary(order, axis_name),
-        epoch=epoch,
-        position=jnp.zeros_like(epochs.position),
+      size = _local(size, jax.lax.axis_size(axis_name), 'axis_name')
+    if is_static(size) and np.max(size) > length:
+      raise ValueError(
+        f'batch_size must be at most the {length} examples of data, got'
+        f' {np.max(size)}.'
       )
+    # What is traced and larger takes all examples.
+    size = jnp.minimum(jnp.asarray(size, jnp.int32), length)
+    taken, skipped = rest(size, length - epochs.position)
+    first = epochs.position + skipped
+    end = first + taken
+
+    def draw(carry):
+      order = _order(epochs.key, epochs.epoch + 1, shard, length)
+      order = order_after(order, epochs.order, first, end - length)
+      return order if axis_name is None else vary(order, axis_name), False
 
     # A loop of at most one round, because vmap turns lax.cond into a select
     # that would draw a permutation in every step.
-    epochs = epochs._replace(position=epochs.position + size)
-    epochs = jax.lax.while_loop(at_end, reshuffle, epochs)
+    ends = end >= length
+    order, _ = jax.lax.while_loop(
+      lambda carry: carry[1], draw, (epochs.order, ends)
+    )
+    # The batch goes on where the next order begins.
+    window = jnp.where(jnp.arange(length) < first, order, epochs.order)
+    batch = ResidentBatch(data, window, first, taken, epochs.layout)
+    train, value = train_step(train, batch)
+    epochs = epochs._replace(
+      order=order,
+      epoch=epochs.epoch + ends,
+      position=jnp.where(ends, end - length, end),
+    )
     return GrowingState(train, epochs), value
 
   return step
+
+
+def _local(size, devices, name):
+  """A device's part of a batch."""
+  if is_static(size) and np.any(np.asarray(size) % devices):
+    raise ValueError(
+      f'the batch size must be a multiple of the {devices} devices of {name},'
+      f' got {size}: take {size + -size % devices}, and multiple_of={devices}'
+      ' in grow_batch.'
+    )
+  return size // devices
 
 
 def growing_specs(axis_name: str) -> GrowingState:

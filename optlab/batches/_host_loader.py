@@ -12,15 +12,20 @@ import numpy as np
 
 from optlab import base
 from optlab import checks
+from optlab.batches._rest import REST
+from optlab.batches._rest import Rest
+from optlab.batches._rest import order_after
+from optlab.batches._rest import wrap
 from optlab.batches._windows import PaddedBatch
 
 
 class LoaderState(NamedTuple):
-  """Where a `host_loader` stands: three integers that a checkpoint holds."""
+  """Where a `host_loader` stands; a checkpoint holds it."""
 
   seed: np.ndarray  # shape (), int64
   epoch: np.ndarray  # shape (), int64
-  position: np.ndarray  # shape (), int64, examples of this epoch that are used
+  position: np.ndarray  # shape (), int64, where in it the next batch begins
+  order: np.ndarray  # shape (N,), int64, this epoch's permutation
 
 
 class HostLoader(NamedTuple):
@@ -74,32 +79,37 @@ def bucket_sizes(
 @checks.domains(
   gather=checks.Function('indices -> examples'),
   num_examples=checks.Integer(),
+  rest=REST,
 )
 def host_loader(
   gather: Callable[[np.ndarray], base.Batch],
   num_examples: int,
   buckets: Sequence[int],
+  *,
+  rest: Rest = wrap,
 ) -> HostLoader:
   """Epochs of shuffled batches from the host, padded to a few sizes.
 
   For data that don't fit on the device. Each batch has the size of the smallest
   bucket that holds it, so that a jitted step compiles once a bucket; what is
-  padded repeats the batch's first example and doesn't count. The permutation
-  follows from seed and epoch: a run restarts exactly from its `LoaderState`.
+  padded repeats the batch's first example and doesn't count. A run restarts
+  exactly from its `LoaderState`.
 
   Args:
     gather: ``(n,) int64 indices -> examples``, a pytree of arrays with n
       examples on the leading axes; index an `numpy.memmap`, or read files.
     num_examples: The number N of examples.
     buckets: Increasing sizes, from `bucket_sizes`.
+    rest: The end of an epoch, see `growing_step`.
 
   Returns:
     A `HostLoader`.
 
   Raises:
-    TypeError: ``gather`` is not a function.
+    TypeError: ``gather`` or ``rest`` is not a function.
     ValueError: ``num_examples`` is below 1, or ``buckets`` not increasing and
-      positive; in ``take``, a batch size below 1 or above the last bucket.
+      positive; in ``take``, a batch size below 1 or above the last bucket, and
+      a state of another number of examples.
 
   Examples:
     >>> import numpy as np, optlab
@@ -111,8 +121,8 @@ def host_loader(
     (4,) 3
 
   Notes:
-    The permutation, 8 bytes an example, is drawn again when the epoch changes
-    and kept no longer than the loader.
+    The state holds the permutation, 8 bytes an example. For data in an order of
+    their own, or so many that this is too much, see `stream`.
   """
   checks.enforce(host_loader, locals())
   if not isinstance(buckets, Sequence):
@@ -123,39 +133,44 @@ def host_loader(
     checks.check_int('buckets', size, 1)
   if not buckets or any(b <= a for a, b in itertools.pairwise(buckets)):
     raise ValueError(f'buckets must be increasing, got {tuple(buckets)}.')
-  drawn = {}  # A cache of one permutation; no part of the state.
 
   def order(seed, epoch):
-    if (seed, epoch) not in drawn:
-      drawn.clear()
-      drawn[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(
-        num_examples
-      )
-    return drawn[seed, epoch]
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
   def init(seed):
     checks.check_int('seed', seed, 0)
-    return LoaderState(*(np.asarray(n, np.int64) for n in (seed, 0, 0)))
+    return _state(seed, 0, 0, order(seed, 0))
 
   def take(state, batch_size):
     checks.check_int('batch_size', batch_size, 1, traced=True)
-    batch_size = int(batch_size)
-    if batch_size > buckets[-1]:
+    size = int(batch_size)
+    if size > buckets[-1]:
       raise ValueError(
-        f'batch_size must be at most the last bucket {buckets[-1]}, got'
-        f' {batch_size}.'
+        f'batch_size must be at most the last bucket {buckets[-1]}, got {size}.'
       )
-    seed, epoch, position = map(int, state)
-    size = min(batch_size, num_examples - position)
+    if len(state.order) != num_examples:
+      raise ValueError(
+        f'state must be that of a loader of {num_examples} examples, got one of'
+        f' {len(state.order)}: start again by init.'
+      )
+    seed, epoch, position = map(int, state[:3])
+    size, skipped = rest(min(size, num_examples), num_examples - position)
+    first, now = position + skipped, state.order
+    rows = now[first : first + size]
+    position = first + size
+    if position >= num_examples:
+      epoch, position = epoch + 1, position - num_examples
+      now = order_after(order(seed, epoch), now, first, position, np)
+      rows = np.concatenate([rows, now[:position]])
     bucket = next(bucket for bucket in buckets if bucket >= size)
-    rows = order(seed, epoch)[position : position + size]
     padded = np.concatenate([rows, np.repeat(rows[:1], bucket - size)])
-    position += size
-    if position == num_examples:
-      epoch, position = epoch + 1, 0
-    state = LoaderState(
-      *(np.asarray(n, np.int64) for n in (seed, epoch, position))
-    )
-    return PaddedBatch(gather(padded), np.asarray(size, np.int32)), state
+    batch = PaddedBatch(gather(padded), np.asarray(size, np.int32))
+    return batch, _state(seed, epoch, position, now)
 
   return HostLoader(init, take)
+
+
+def _state(seed, epoch, position, order):
+  return LoaderState(
+    *(np.asarray(leaf, np.int64) for leaf in (seed, epoch, position, order))
+  )

@@ -28,14 +28,15 @@ class PaddedBatch(NamedTuple):
 class ResidentBatch(NamedTuple):
   """A batch that lies in a data set on the device, as a window of an order.
 
-  It holds the examples ``data[order[start : start + size]]``; nothing is
-  gathered before a microbatch is needed.
+  It holds the examples ``data[order[start : start + size]]``, and goes on at
+  the beginning of the order where that ends; nothing is gathered before a
+  microbatch is needed.
 
   Attributes:
     data: Pytree of arrays with a leading axis of N.
     order: int32, shape (N,), a permutation.
     start: int32 scalar, may be traced.
-    size: int32 scalar, may be traced; ``start + size <= N``.
+    size: int32 scalar, may be traced; at most N.
   """
 
   data: base.Batch
@@ -53,10 +54,12 @@ def _(batch: PaddedBatch):
 
 @base.rows_of.register
 def _(batch: ResidentBatch):
-  index = jax.lax.dynamic_slice_in_dim(
-    batch.order, batch.start, _static(batch.size)
-  )
+  index = _around(batch, batch.start + jnp.arange(_static(batch.size)))
   return jax.tree.map(lambda leaf: leaf[index], batch.data)
+
+
+def _around(batch, positions):
+  return batch.order[positions % len(batch.order)]
 
 
 def _static(size):
@@ -94,15 +97,17 @@ def groups(batch, microbatch_size, wide, axis_name, in_order=False):
   shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
   def get(k):
-    # The last window slides back over examples that its mask leaves out.
     first = start + k * width
-    begin = jnp.minimum(first, length - width)
-    position = begin + jnp.arange(width)
-    mask = (position >= first) & (position < start + size)
     if isinstance(batch, ResidentBatch):
-      index = jax.lax.dynamic_slice_in_dim(batch.order, begin, width)
+      position = first + jnp.arange(width)
+      mask = position < start + size
+      index = _around(batch, position)
       examples = _layout.take(batch.data, index, batch.layout)
     else:
+      # The last window slides back over examples that its mask leaves out.
+      begin = jnp.minimum(first, length - width)
+      position = begin + jnp.arange(width)
+      mask = (position >= first) & (position < start + size)
       index = position
       examples = batch.examples if isinstance(batch, PaddedBatch) else batch
       if width < length and _layout.explicit(examples) is not None:

@@ -296,6 +296,13 @@ for bad in (None, 0, ('data',)):
     r'axis_name must be the name of a mesh axis, got ',
   )
 
+for name in ('wrap', 'keep', 'drop'):
+  row(
+    name,
+    'a batch that ends with its epoch',
+    lambda name=name: getattr(optlab.batches, name)(4, 4) == (4, 0),
+  )
+
 bucket_sizes = family('bucket_sizes', batch_size=2, max_batch_size=8)
 host_loader = family(
   'host_loader', gather=lambda rows: rows, num_examples=4, buckets=(2, 4)

@@ -52,7 +52,10 @@ def equal(a, b):
 def test_one_program_from_the_first_size_to_all():
   """It takes the steps of plain batches gathered by hand."""
   state, data = start()
-  step = jax.jit(optlab.growing_step(ESTIMATOR, GROWING), donate_argnums=0)
+  step = jax.jit(
+    optlab.growing_step(ESTIMATOR, GROWING, rest=optlab.batches.keep),
+    donate_argnums=0,
+  )
   plain = optlab.per_example(losses, optlab.batches.vmap_grads)
   by_hand = jax.jit(optlab.train_step(plain, GROWING))
   expected = optlab.init(jax.tree.map(jnp.asarray, PARAMS), plain, GROWING)
@@ -95,13 +98,77 @@ def test_constant_sizes_share_the_program():
     step = optlab.growing_step(ESTIMATOR, tx, batch_size=size)
     return step(step(state, data)[0], data)[0].epochs
 
-  for size, position in ((3, 6), (20, 0), (30, 0)):
+  for size, position in ((3, 6), (20, 0), (30, 20), (50, 0)):
     epochs = two_steps(jnp.int32(size))
-    # 30 and then the 10 that are left.
+    # 30, the 10 that are left with 20 of the next epoch; what is more than
+    # the data is all of them.
     assert epochs.position == position
   assert two_steps._cache_size() == 1
   with pytest.raises(ValueError, match='needs a batch size'):
     optlab.growing_step(ESTIMATOR, tx)(state, data)
+
+
+SIZES = (4, 3, 11, 5, 9, 11, 2, 10, 8, 1, 7, 11, 6, 3)
+
+
+def counts_of(rest, sizes=SIZES, length=11, seeds=2):
+  """How often each batch has each example; a run with one program a rule."""
+  estimator = optlab.per_example(
+    lambda x, rows: (rows @ x, rows),
+    optlab.batches.plain_grads,
+    microbatch_size=4,
+    has_aux=True,
+  )
+  tx, data = optax.sgd(0.1), jnp.eye(length)
+
+  def run(key):
+    state = optlab.growing_init(jnp.zeros(length), estimator, tx, data, key)
+
+    def body(state, size):
+      step = optlab.growing_step(estimator, tx, batch_size=size, rest=rest)
+      before = state.epochs
+      state, (_, share) = step(state, data)
+      moved = length * (state.epochs.epoch - before.epoch)
+      return state, (share, moved + state.epochs.position - before.position)
+
+    return jax.lax.scan(body, state, jnp.asarray(sizes))[1]
+
+  keys = jax.random.split(jax.random.key(0), seeds)
+  shares, moved = jax.jit(jax.vmap(run))(keys)
+  seen = [[np.round(s / s[s > 0].min()) for s in lane] for lane in shares]
+  return np.array(seen), np.asarray(moved)
+
+
+def test_a_batch_that_wraps_takes_every_example_equally_often():
+  seen, moved = counts_of(optlab.batches.wrap)
+  np.testing.assert_array_equal(seen.sum(-1), np.tile(SIZES, (2, 1)))
+  np.testing.assert_array_equal(moved, np.tile(SIZES, (2, 1)))
+  # Of no batch twice; of no two examples one more than once more often.
+  assert seen.max() == 1
+  total = seen.cumsum(1)
+  assert np.all(total.max(-1) - total.min(-1) <= 1)
+  assert not np.array_equal(*seen)
+
+
+def test_a_rest_that_is_kept_or_dropped():
+  seen, moved = counts_of(optlab.batches.keep)
+  sizes = [4, 3, 4, 5, 6, 11, 2, 9, 8, 1, 2, 11, 6, 3]
+  np.testing.assert_array_equal(seen.sum(-1), [sizes, sizes])
+  np.testing.assert_array_equal(moved, [sizes, sizes])
+  ends = np.flatnonzero(np.cumsum(sizes) % 11 == 0)
+  np.testing.assert_array_equal(
+    seen.cumsum(1)[:, ends], np.tile(np.arange(1, 7)[:, None], (2, 1, 11))
+  )
+  seen, moved = counts_of(optlab.batches.drop)
+  np.testing.assert_array_equal(seen.sum(-1), np.tile(SIZES, (2, 1)))
+  assert seen.max() == 1
+  np.testing.assert_array_equal(
+    moved[0] - SIZES, [0, 0, 4, 0, 6, 2, 0, 9, 1, 0, 2, 4, 0, 0]
+  )
+  # 101 examples at batch 10: never one alone at the full rate.
+  for rest in (optlab.batches.wrap, optlab.batches.drop):
+    seen, _ = counts_of(rest, (10,) * 12, 101, 1)
+    assert np.all(seen.sum(-1) == 10)
 
 
 def test_seeds_under_vmap_are_the_seeds_alone():
@@ -174,19 +241,24 @@ def test_over_two_devices_the_union_of_their_windows():
   place = lambda spec: jax.NamedSharding(mesh, spec)
   state = jax.device_put(state, jax.tree.map(place, specs))
   data = jax.device_put(data, place(jax.P('data')))
-  sizes = []
+  sizes, wrapped = [], False
   for _ in range(6):
-    first = int(state.epochs.position)
-    half = min(read(state) // 2, N // 2 - first)
-    orders = np.asarray(state.epochs.order).reshape(2, N // 2)
+    first, half = int(state.epochs.position), read(state) // 2
+    before = np.asarray(state.epochs.order).reshape(2, N // 2)
+    state, value = step(state, data)
+    after = np.asarray(state.epochs.order).reshape(2, N // 2)
     rows = np.concatenate(
       [
-        shard * N // 2 + order[first : first + half]
-        for shard, order in enumerate(orders)
+        shard * N // 2 + rows
+        for shard in range(2)
+        for rows in (
+          before[shard][first : first + half],
+          after[shard][: max(first + half - N // 2, 0)],
+        )
       ]
     )
-    sizes.append(len(rows))
-    state, value = step(state, data)
+    sizes.append(len(set(rows)))
+    wrapped |= first + half > N // 2
     expected, expected_value = by_hand(
       expected, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
     )
@@ -195,6 +267,7 @@ def test_over_two_devices_the_union_of_their_windows():
     assert read(state) % 2 == 0
   assert sizes[0] == 6
   assert sizes[-1] > 6
+  assert wrapped
   assert len(traces) == 1
 
 
@@ -219,6 +292,11 @@ def test_bad_input_of_the_loop():
     start(big)
   with pytest.raises(ValueError, match='num_shards=3, got 40.*leave out 1'):
     start(num_shards=3)
+  with pytest.raises(ValueError, match='multiple of the 4 devices.*6: take 8'):
+    start(num_shards=4)
+  with pytest.raises(ValueError, match='at most the 40 examples.*got 41'):
+    step = optlab.growing_step(ESTIMATOR, GROWING, batch_size=41)
+    jax.eval_shape(step, *start())
   # The rule starts with 6 examples: one microbatch of 4, and a half.
   means = optlab.per_example(
     losses, optlab.batches.microbatch_means, microbatch_size=4
@@ -269,19 +347,30 @@ def test_the_host_loader_compiles_once_a_bucket_and_restarts(tmp_path):
   equal(again, state)
 
 
-def test_the_host_loader_passes_over_every_example_once_an_epoch():
-  loader = optlab.host_loader(lambda rows: rows, N, (8, 16))
-  state = loader.init(1)
-  epochs = []
-  for _ in range(2):
-    rows = []
-    while not rows or int(state.position):
-      batch, state = loader.take(state, 11)
-      rows.append(batch.examples[: int(batch.size)])
-    epochs.append(np.concatenate(rows))
-    np.testing.assert_array_equal(np.sort(epochs[-1]), np.arange(N))
-  assert not np.array_equal(*epochs)
-  assert state.epoch == 2
+@pytest.mark.parametrize('rest', ['wrap', 'keep', 'drop'])
+def test_the_host_loader_passes_over_every_example_equally_often(rest):
+  rule = getattr(optlab.batches, rest)
+  loader = optlab.host_loader(lambda rows: rows, 11, (4, 11), rest=rule)
+  seen, _ = counts_of(rule, seeds=1)
+  state, counts = loader.init(1), []
+  for size, alike in zip(SIZES, seen[0].sum(-1), strict=True):
+    batch, state = loader.take(state, size)
+    assert int(batch.size) == alike  # As the resident loop.
+    rows = batch.examples[: int(batch.size)]
+    counts.append(np.bincount(rows, minlength=11))
+  assert np.max(counts) == 1
+  total = np.cumsum(counts, 0)
+  if rest != 'drop':
+    assert np.all(total.max(-1) - total.min(-1) <= 1)
+  np.testing.assert_array_equal(np.sort(state.order), np.arange(11))
+  assert not np.array_equal(state.order, loader.init(1).order)
+  # From a checkpoint: no part of a run is in the loader.
+  again = optlab.host_loader(lambda rows: rows, 11, (4, 11), rest=rule)
+  for a, b in zip(
+    *(jax.tree.leaves(one.take(state, 9)) for one in (loader, again)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input_of_the_loader():
@@ -298,6 +387,9 @@ def test_bad_input_of_the_loader():
       loader.take(loader.init(0), size)
   with pytest.raises(ValueError, match='seed must be at least 0'):
     loader.init(-1)
+  other = optlab.host_loader(lambda rows: rows, N + 1, (8, 16)).init(0)
+  with pytest.raises(ValueError, match='of 40 examples, got one of 41: start'):
+    loader.take(other, 8)
   with pytest.raises(ValueError, match='max_batch_size must be at least 8'):
     optlab.batches.bucket_sizes(8, 4)
   assert optlab.batches.bucket_sizes(6, 50, multiple_of=4) == (
