@@ -21,11 +21,31 @@ def data(binary, seed=0):
   return filled * values
 
 
+def one_hot(binary, seed=0):
+  """Two groups that sum to one, an intercept, and columns that do neither."""
+  rng = np.random.default_rng(seed)
+  group = lambda classes: np.eye(classes)[rng.integers(classes, size=30)]
+  plain = data(binary)
+  some = group(3) * (np.arange(30) > 0)[:, None]  # One row has none of them.
+  parts = [some, group(4), np.ones((30, 1)), plain, group(2), some]
+  return np.concatenate(parts, axis=1)
+
+
+CASES = {
+  'plain': data,
+  'one-hot': one_hot,
+  'intercept alone': lambda binary: np.ones((30, 1)) * (1 if binary else 2),
+  'empty': lambda binary: np.zeros((30, 2)),
+}
+
+
+@pytest.mark.parametrize('kind', CASES)
 @pytest.mark.parametrize('binary', [True, False])
-def test_products_derivatives_and_gram(binary):
-  dense = data(binary)
+def test_products_derivatives_and_gram(kind, binary):
+  dense = CASES[kind](binary)
+  d = dense.shape[1]
   matrix = optlab.sparse_matrix(scipy.sparse.csr_array(dense), gram=True)
-  x, w = jnp.linspace(-1.0, 2.0, 9), jnp.linspace(-1.0, 3.0, 30)
+  x, w = jnp.linspace(-1.0, 2.0, d), jnp.linspace(-1.0, 3.0, 30)
   loss = lambda u: jnp.sum(w * jnp.sin(u))
 
   @jax.jit
@@ -46,8 +66,22 @@ def test_products_derivatives_and_gram(binary):
     dense.T @ np.diag(w) @ dense,
   )
   assert matrix.shape == dense.shape
-  for actual, wanted in zip(everything(matrix), expected, strict=True):
+  found = everything(matrix)
+  for actual, wanted in zip(found, expected, strict=True):
     np.testing.assert_allclose(actual, wanted, rtol=1e-10, atol=1e-12)
+  np.testing.assert_array_equal(found[-1], found[-1].T)
+
+
+def test_the_fullest_column_of_a_group_is_not_stored():
+  dense = one_hot(True)
+  matrix = optlab.sparse_matrix(scipy.sparse.csr_array(dense), gram=True)
+  assert matrix.one_hot is not None
+  left_out = np.asarray(matrix.one_hot.left_out)
+  assert len(left_out) == 3  # The intercept is a group of its own.
+  fullest = 3 + np.argmax(dense[:, 3:7].sum(0))
+  assert fullest in left_out
+  stored = np.sum(np.asarray(matrix.rows.index) < dense.shape[1])
+  assert stored == np.count_nonzero(dense) - dense[:, left_out].sum()
 
 
 @pytest.mark.parametrize('narrow', [None, jnp.float32])
@@ -72,6 +106,8 @@ def test_what_is_missing_or_wrong_is_named():
   matrix = optlab.sparse_matrix(scipy.sparse.eye_array(3))
   with pytest.raises(ValueError, match='gram=True'):
     matrix.gram(jnp.ones(3))
+  with pytest.raises(ValueError, match='at most 46,340 columns, got 50,000'):
+    optlab.sparse_matrix(scipy.sparse.csr_array((3, 50_000)), gram=True)
   with pytest.raises(TypeError, match='must be a scipy sparse matrix'):
     optlab.sparse_matrix(np.eye(3))
 
