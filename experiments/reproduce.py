@@ -185,18 +185,16 @@ def _newton_steps(rows: Rows) -> tuple[str, str]:
 
 
 def _newton_approximate(rows: Rows) -> tuple[str, str]:
-  exact, gauss, fisher = (
+  exact, *others = (
     summary(rows, method=f'gns, {name}')
-    for name in ('exact', 'gauss_newton', 'fisher')
+    for name in ('exact', 'gauss_newton', 'fisher', 'empirical_fisher')
   )
   numbers = (
-    f'steps: exact {exact["step"]}, Gauss-Newton {gauss["step"]},'
-    f' Fisher {fisher["step"]}'
+    'steps: exact {}, Gauss-Newton {}, Fisher {}, empirical Fisher {}'.format(
+      *(row['step'] for row in (exact, *others))
+    )
   )
-  good = [
-    row['reached'] and row['step'] <= 2 * exact['step']
-    for row in (gauss, fisher)
-  ]
+  good = [row['reached'] and row['step'] <= 2 * exact['step'] for row in others]
   return numbers, grade(all(good), any(good))
 
 

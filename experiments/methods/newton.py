@@ -19,7 +19,7 @@ OPTIMIZERS = (
   'gradient_descent',
   *(f'sklearn_{solver.replace("-", "_")}' for solver in SKLEARN),
 )
-CURVATURES = ('exact', 'gauss_newton', 'fisher')
+CURVATURES = ('exact', 'gauss_newton', 'fisher', 'empirical_fisher')
 
 
 class Method(NamedTuple):

@@ -71,16 +71,26 @@ DENSE_LIMIT = 2000
 
 def _regression_curvatures(
   row_loss: Callable[[jax.Array, jax.Array], jax.Array],
+  labels: Any,
   l2: float,
   size: int,
 ) -> dict[str, Curvature]:
-  """Curvatures of the mean of ``row_loss(a @ params, y)`` plus the penalty."""
+  """Curvatures of the mean of ``row_loss(a @ params, y)`` plus the penalty.
+
+  The loss is minus the log-probability of a label, one of ``labels``.
+  """
 
   def outputs_loss(outputs, data):
     return jnp.mean(jax.vmap(row_loss)(outputs, data[1]))
 
   def example_loss(params, features, label):
     return row_loss(features @ params, label)
+
+  def log_probs(params, features):
+    outputs = features @ params
+    return -jax.vmap(lambda label: row_loss(outputs, label))(
+      jnp.asarray(labels)
+    )
 
   def ridge(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the penalty's curvature to a factory's operators."""
@@ -98,18 +108,24 @@ def _regression_curvatures(
   model = lambda params, data: data[0] @ params
   matrix_free = ridge(optlab.gauss_newton(model, outputs_loss))
   inputs = lambda data: data[0]
-  empirical = optlab.empirical_fisher(example_loss)
   # Rows are those of a dense matrix, which comes last.
   rows = lambda data: data[2] if len(data) > 2 else data[0]
-  fisher = ridge(lambda params, data: empirical(params, rows(data), data[1]))
+  own = optlab.fisher(log_probs)
+  fisher = ridge(lambda params, data: own(params, rows(data)))
+  labelled = optlab.empirical_fisher(example_loss)
+  empirical = ridge(lambda params, data: labelled(params, rows(data), data[1]))
   curvatures = {'gauss_newton': Curvature(matrix_free)}
   if size <= DENSE_LIMIT:
     exact = optlab.linear_gauss_newton(inputs, outputs_loss, l2)
     curvatures['exact'] = Curvature(exact, columns=size)
     curvatures['fisher'] = Curvature(optlab.dense(fisher), columns=size)
+    curvatures['empirical_fisher'] = Curvature(
+      optlab.dense(empirical), columns=size
+    )
   else:
+    # The Fisher matrix is the Gauss-Newton one, with a factor that is too big.
     curvatures['exact'] = curvatures['gauss_newton']
-    curvatures['fisher'] = Curvature(fisher)
+    curvatures['empirical_fisher'] = Curvature(empirical)
   return curvatures
 
 
@@ -142,7 +158,7 @@ def logistic(dataset: data_lib.Dataset, l2: float) -> Problem:
     fun=fun,
     data=data,
     start=_start((size,)),
-    curvatures=_regression_curvatures(row_loss, l2, size),
+    curvatures=_regression_curvatures(row_loss, (-1.0, 1.0), l2, size),
     regression=(dataset.features, labels, l2),
   )
 
@@ -170,7 +186,9 @@ def softmax(dataset: data_lib.Dataset, l2: float) -> Problem:
     fun=fun,
     data=(features, labels),
     start=_start(shape),
-    curvatures=_regression_curvatures(row_loss, l2, shape[0] * shape[1]),
+    curvatures=_regression_curvatures(
+      row_loss, np.arange(shape[1]), l2, shape[0] * shape[1]
+    ),
     regression=(dataset.features, labels, l2),
   )
 
@@ -306,7 +324,7 @@ def equations(kind: str, power: int, dimension: int) -> Problem:
     curvatures={
       'exact': Curvature(form(optlab.hessian(fun)), columns),
       'gauss_newton': Curvature(form(gauss_newton), columns),
-      'fisher': Curvature(rank_one),
+      'empirical_fisher': Curvature(rank_one),
     },
     metric=metric,
     least=0.0,

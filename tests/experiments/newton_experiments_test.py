@@ -19,6 +19,7 @@ from experiments.lab import newton
 from experiments.lab import record
 from experiments.problems import data
 from experiments.problems import smooth
+import optlab
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,6 +104,23 @@ def test_softmax_regression(tmp_path, x64, load):
   assert [row['reached'] for row in summaries] == [True, True]
 
 
+@pytest.mark.parametrize('make', [smooth.logistic, smooth.softmax])
+def test_curvatures_called_exact_gauss_newton_and_fisher_are_one(x64, make):
+  rng = np.random.default_rng(0)
+  labels = np.arange(12) % 2
+  rows = data.Dataset('rows', rng.normal(size=(12, 3)), labels, np.arange(2))
+  problem = newton._cast(make(rows, 0.1), np.float64)
+  x = jax.numpy.asarray(problem.start(1))
+  exact, *same = (
+    optlab.dense(problem.curvatures[name].factory)(x, problem.data).matrix
+    for name in ('exact', 'gauss_newton', 'fisher')
+  )
+  for matrix in same:
+    np.testing.assert_allclose(matrix, exact, rtol=1e-10, atol=1e-12)
+  empirical = problem.curvatures['empirical_fisher'].factory(x, problem.data)
+  assert abs(empirical.matrix - exact).max() > 1e-3
+
+
 def solve_equations(folder, problem):
   config = nonlinear_equations.Config(
     output_dir=str(folder), problem=problem, dimension=10, power=3,
@@ -132,7 +150,7 @@ def test_the_rank_one_curvature_is_the_papers(x64):
   jacobian = jax.jacobian(lambda x: smooth._chebyshev(x, ()))(x)
   u = smooth._chebyshev(x, ())
   expected = 2.0 * np.outer(jacobian.T @ u, jacobian.T @ u)
-  operator = problem.curvatures['fisher'].factory(x, ())
+  operator = problem.curvatures['empirical_fisher'].factory(x, ())
   actual = operator.factor.T @ operator.factor
   np.testing.assert_allclose(actual, expected, rtol=1e-10)
   expected += u @ u * jacobian.T @ jacobian
