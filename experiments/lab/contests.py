@@ -19,12 +19,14 @@ import optax
 import optlab
 
 from ..methods import bilevel
+from ..methods import label_sets as label_methods
 from ..methods import multi_block
 from ..methods import optimizers
 from ..methods import unnormalized
 from ..problems import data as data_lib
 from ..problems import densities
 from ..problems import image_classifiers
+from ..problems import label_sets
 from ..problems import penalties
 from ..problems import plane_noise
 from ..problems import quadratic
@@ -514,6 +516,8 @@ PROBLEMS = {
   'ridge': ridge,
   'blocks': blocks,
   'density': density,
+  'labels': lambda: label_methods.problem(label_sets.synthetic),
+  'next_word': lambda: label_methods.problem(label_sets.next_words),
 }
 CUTEST = (
   'AKIVA', 'BOX3', 'BROWNDEN', 'CHWIRUT1LS', 'CLIFF', 'DENSCHNC', 'EXPFIT',

@@ -51,6 +51,9 @@ from optlab.unnormalized._samplers import discrete_langevin_sampler
 from optlab.unnormalized._samplers import gibbs_sampler
 from optlab.unnormalized._samplers import kernel_sampler
 from optlab.unnormalized._samplers import langevin_sampler
+from optlab.unnormalized._score_matching import DenoisingScoreMatchingInfo
+from optlab.unnormalized._score_matching import DenoisingScoreMatchingState
+from optlab.unnormalized._score_matching import denoising_score_matching
 from optlab.unnormalized._tempered import tempered_smc
 
 __all__ = [
@@ -60,6 +63,8 @@ __all__ = [
   'ContrastiveDivergenceInfo',
   'ContrastiveDivergenceState',
   'Coverage',
+  'DenoisingScoreMatchingInfo',
+  'DenoisingScoreMatchingState',
   'Flow',
   'Gaussian',
   'GaussianMixture',
@@ -84,6 +89,7 @@ __all__ = [
   'conditional_batch',
   'contrastive_divergence',
   'defensive',
+  'denoising_score_matching',
   'discrete_langevin_sampler',
   'ence',
   'fit_flow',

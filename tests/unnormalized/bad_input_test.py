@@ -52,6 +52,40 @@ langevin = family(
   step_size=0.1,
   num_steps=1,
 )
+denoising_score_matching = family(
+  'denoising_score_matching', log_density=log_density, noise_scale=0.1
+)
+for wrong, bad, error, match in (
+  ('integers', np.ones((4, 2), int), TypeError, 'floating array.*int64'),
+  ('a list', [[0.0]], TypeError, 'floating array, got list'),
+  ('no rows', ROWS[:0], ValueError, 'needs rows, one leading axis'),
+  ('a scalar', np.float32(1.0), ValueError, 'needs rows, one leading axis'),
+):
+  row(
+    'denoising_score_matching',
+    f'rows that are {wrong}',
+    lambda bad=bad: estimate(denoising_score_matching(), bad, inner=(KEY,)),
+    error,
+    match,
+  )
+row(
+  'denoising_score_matching',
+  'a key that is none',
+  lambda: denoising_score_matching().init(X, 0.5),
+  TypeError,
+  'key must be a PRNG key such as',
+)
+row(
+  'denoising_score_matching',
+  'log_density returns a scalar',
+  lambda: estimate(
+    denoising_score_matching(log_density=lambda p, rows: jnp.sum(rows * p)),
+    ROWS,
+    inner=(KEY,),
+  ),
+  ValueError,
+  r'log_density must return one number a row, shape \(\d,\), got \(',
+)
 with_log_normalizer = family('with_log_normalizer', log_density=log_density)
 for make in (meco, nce, ence, contrastive_divergence):
   name = make.__name__

@@ -7,6 +7,7 @@ import optax
 import optlab
 from tests.contract import Row
 from tests.contract import flat
+from tests.contract import rows
 
 
 def energy(params, x):
@@ -71,5 +72,12 @@ ROWS = [
     lambda rate: optlab.contrastive_divergence(energy, rate, 3),
     0.1,
     inner=lambda dtype: (jax.random.key(7), jnp.zeros((16, 8), dtype)),
+  ),
+  likelihood_row(
+    'denoising_score_matching',
+    lambda scale: optlab.unnormalized.denoising_score_matching(energy, scale),
+    1.0,  # The noise of the value cancels.
+    rows,
+    inner=lambda dtype: (jax.random.key(7),),
   ),
 ]
