@@ -57,7 +57,7 @@ def loss(params: Any, pairs: jax.Array) -> jax.Array:
   return jnp.mean(rows)
 
 
-def sampled_softmax(params: Any, batch: optlab.NoiseBatch) -> jax.Array:
+def sampled_softmax(params: Any, batch: Any) -> jax.Array:
   """The softmax over a row's label and its noise, each less its log q."""
   n = batch.data_log_prob.shape[0]
   data = score(params, batch.data) - batch.data_log_prob
@@ -122,7 +122,7 @@ def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
     def step(state, key, rate):
       keys = jax.random.split(key)
       rows = train[jax.random.randint(keys[0], (ROWS,), 0, len(train))]
-      batch = rows
+      batch: Any = rows
       if name != 'softmax':
         batch = optlab.unnormalized.conditional_batch(
           noise, keys[1], rows[:, 0], rows[:, 1], rows[:, 0], DRAWN

@@ -76,5 +76,5 @@ def next_words(name: str = 'mr') -> Pairs:
     return pairs[(pairs != text.PAD).all(1)].astype(np.int32)
 
   size = len(data.vocabulary)
-  held_out = [pairs(part)[:HELD_OUT] for part in (data.valid, data.test)]
-  return Pairs(pairs(data.train), *held_out, size, size)
+  valid, test = (pairs(part)[:HELD_OUT] for part in (data.valid, data.test))
+  return Pairs(pairs(data.train), valid, test, size, size)

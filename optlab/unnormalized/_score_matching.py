@@ -113,11 +113,12 @@ def denoising_score_matching(
     dtype = trees.accumulator_dtype(params)
     key, noise_key = jax.random.split(state.key)
     epsilon = jax.random.normal(noise_key, batch.shape, batch.dtype)
-    rows = _likelihood.aligned(
-      _likelihood.NoiseBatch((batch, epsilon), None, None)
-    ).data
-    joined = _likelihood.NoiseBatch(
-      rows, jax.tree.map(lambda leaf: leaf[:0], rows), None
+    joined = _likelihood.aligned(
+      _likelihood.NoiseBatch(
+        data=(batch, epsilon),
+        noise=(batch[:0], epsilon[:0]),
+        noise_log_prob=jnp.zeros(0, dtype),
+      )
     )
 
     def rule(losses, none):
