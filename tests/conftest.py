@@ -39,6 +39,11 @@ for name, value in (
   jax.config.update(name, value)
 
 
+# A user's program for the type checkers; as a module with doctests it would run
+# in every worker.
+collect_ignore = ['typing/user.py']
+
+
 def pytest_configure(config):
   """Empties the store when it is large; what is old in it has no reader."""
   size = sum(entry.stat().st_size for entry in CACHE.glob('*'))

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -120,8 +121,10 @@ row(
   'soba',
   'data with NaN: a zero gradient, the state held and counted',
   lambda: (
-    (start := soba().init(X, X))
-    and (got := soba().estimate(X, start, optlab.BilevelBatch(X, X * NAN)))
+    (start := jax.jit(soba().init)(X, X))
+    and (
+      got := jax.jit(soba().estimate)(X, start, optlab.BilevelBatch(X, X * NAN))
+    )
     and zero(got[0].grads)
     and got[1].info.rejected
     and got[1].info.total_rejected == 1
@@ -134,7 +137,7 @@ suggest_rates = family(
   upper=upper,
   lower=lower,
   params=X,
-  state=soba().init(X, X),
+  state=jax.jit(soba().init)(X, X),
   batch=SAMPLE,
   key=KEY,
 )

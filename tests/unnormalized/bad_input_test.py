@@ -3,6 +3,7 @@
 import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def log_density(params, rows):
 LOG_Q = np.zeros(4, np.float32)
 NOISY = optlab.NoiseBatch(ROWS, ROWS, LOG_Q, LOG_Q)
 gaussian = family('gaussian', mean=X, covariance=np.eye(2))
-NOISE = optlab.unnormalized.gaussian(X, np.eye(2))
+NOISE = jax.jit(optlab.unnormalized.gaussian)(X, np.eye(2))
 lattice = family('lattice', key=KEY, num=4, size=2)
 meco = family('meco', log_density=log_density)
 nce = family('nce', log_density=log_density)
@@ -173,9 +174,11 @@ for make in (meco, nce, ence):
     'no good row: a zero gradient, held and counted',
     lambda make=make: (
       (
-        got := make().estimate(
-          X, make().init(X), NOISY._replace(data=ROWS * NAN, noise=ROWS * NAN)
-        )
+        got := jax.jit(
+          lambda: make().estimate(
+            X, make().init(X), NOISY._replace(data=ROWS * NAN, noise=ROWS * NAN)
+          )
+        )()
       )
       and zero(got[0].grads)
       and got[1].info.total_held == 1
@@ -190,7 +193,7 @@ discrete_langevin_sampler = family(
 kernel_sampler = family('kernel_sampler', make=lambda log_p: None, num_steps=1)
 bernoulli = family('bernoulli', rates=np.full(2, 0.5))
 categorical = family('categorical', weights=np.ones((2, 3)))
-product = family('product', x=optlab.unnormalized.gaussian(X, np.eye(2)))
+product = family('product', x=NOISE)
 for make, argument, bad, error, match in (
   (bernoulli, 'rates', [0.5, 1.0], ValueError, r'rates must be in \(0.0, 1.0'),
   (bernoulli, 'rates', [0.5, NAN], ValueError, r'rates must be in \(0.0, 1.0'),
@@ -334,7 +337,11 @@ row(
   'log_partition',
   'a model that is NaN: not ok, and NaN',
   lambda: (
-    (got := log_partition(log_density=lambda rows: rows[:, 0] * NAN))
+    (
+      got := jax.jit(
+        lambda: log_partition(log_density=lambda rows: rows[:, 0] * NAN)
+      )()
+    )
     and not got.ok
     and np.isnan(got.value)
     and got.rejected == 4
@@ -377,7 +384,10 @@ row(
   ValueError,
   r'log_density must return one number a row, shape \(1,\), got \(1, 1\)',
 )
-ESTIMATE = optlab.log_partition(lambda rows: rows[:, 0], NOISE, KEY, 1, chunk=1)
+# What every worker makes while it collects is compiled in one piece.
+ESTIMATE = jax.jit(
+  lambda: optlab.log_partition(lambda rows: rows[:, 0], NOISE, KEY, 1, chunk=1)
+)()
 agree = family('agree', first=ESTIMATE, second=ESTIMATE)
 
 # Noise.
@@ -480,11 +490,11 @@ for wrong, arguments, error, match in (
 row(
   'follow',
   'rows that are all NaN: the noise is held',
-  lambda: same(follow(rows=ROWS * NAN), NOISE),
+  lambda: same(jax.jit(lambda: follow(rows=ROWS * NAN))(), NOISE),
 )
 
 init_flow = family('init_flow', key=KEY, rows=ROWS, num_layers=1, hidden=1)
-FLOW = optlab.unnormalized.init_flow(KEY, ROWS, 1, 1)
+FLOW = jax.jit(lambda: optlab.unnormalized.init_flow(KEY, ROWS, 1, 1))()
 fit_flow = family('fit_flow', flow=FLOW, key=KEY, rows=ROWS, num_steps=1)
 for wrong, rows in (
   ('one column', ROWS[:, :1]),
