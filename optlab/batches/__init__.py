@@ -31,6 +31,9 @@ from optlab.batches._noise_scale import NoiseScaleState
 from optlab.batches._noise_scale import noise_scale
 from optlab.batches._noise_scale import size_schedule
 from optlab.batches._per_example import per_example
+from optlab.batches._rates import BatchRate
+from optlab.batches._rates import BatchRateState
+from optlab.batches._rates import batch_learning_rate
 from optlab.batches._rest import Rest
 from optlab.batches._rest import drop
 from optlab.batches._rest import keep
@@ -46,6 +49,8 @@ from optlab.batches._windows import ResidentBatch
 
 __all__ = [
   'AveragesState',
+  'BatchRate',
+  'BatchRateState',
   'EpochState',
   'GrowBatchInfo',
   'GrowBatchState',
@@ -64,6 +69,7 @@ __all__ = [
   'Test',
   'adadagrad',
   'augmented_inner_product_test',
+  'batch_learning_rate',
   'bucket_sizes',
   'check_losses',
   'coordinate_norm_test',

@@ -203,7 +203,7 @@ def grow_batch(
     last = state.info.requested_size
     return updates, GrowBatchState(
       step=jnp.asarray(optax.safe_increment(state.step)),
-      samples=_add_samples(state.samples, seen),
+      samples=add_samples(state.samples, seen),
       batch_size=jnp.where(tested, size, state.batch_size).astype(jnp.int32),
       max_batch_size=limit,
       test=trees.where(finite, memory, state.test),
@@ -254,7 +254,8 @@ def samples_seen(samples: jax.Array, dtype: Any) -> jax.Array:
   return units * 2.0**30 + rest
 
 
-def _add_samples(samples, more):
+def add_samples(samples: jax.Array, more: Any) -> jax.Array:
+  """The count of samples after so many more, which may pass int32."""
   # The rest is below 2^30 and a batch below 2^31: as unsigned no overflow.
   rest = samples[1].astype(jnp.uint32) + jnp.asarray(more, jnp.uint32)
   units = samples[0] + (rest >> 30).astype(jnp.int32)

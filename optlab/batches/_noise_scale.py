@@ -182,15 +182,19 @@ def size_schedule(schedule: optax.Schedule, *, unit: Any = 1.0) -> Test:
     >>> ramp = optlab.batches.size_schedule(optax.linear_schedule(8, 64, 100))
     >>> rule = optlab.grow_batch(ramp, 8, 64)
     >>> state = rule.init(jnp.ones(2))
-    >>> for _ in range(5):
+    >>> for _ in range(3):
     ...   _, state = rule.update(jnp.ones(2), state)
-    >>> print(state.batch_size)
-    34
+    ...   print(state.batch_size)
+    13
+    20
+    31
   """
   checks.enforce(size_schedule, locals())
 
-  def update(grads, state, *, samples, **extras):
+  def update(grads, state, *, samples, batch_size, sample_size=None, **extras):
     del grads, extras
-    return schedule(samples * unit), state
+    # The request is that of the next step.
+    seen = batch_size if sample_size is None else sample_size
+    return schedule((samples + seen) * unit), state
 
   return Test(lambda params: (), update)

@@ -119,6 +119,7 @@ row(
 )
 
 noise_scale = family('noise_scale')
+family('batch_learning_rate', learning_rate=0.1, batch_size=8)
 size_schedule = family('size_schedule', schedule=optax.constant_schedule(8))
 
 # Per-example moments, growing batches.

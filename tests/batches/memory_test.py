@@ -107,9 +107,81 @@ def test_schedules_follow_the_samples():
     _, state = rule.update(jnp.ones(2), state)
     sizes.append(int(state.batch_size))
   assert sizes == sorted(sizes)
-  assert sizes[:4] == [4, 4, 4, 8]
+  assert sizes[:4] == [4, 4, 8, 16]
   falling = optlab.batches.size_schedule(optax.linear_schedule(32, 2, 10))
   rule = optlab.grow_batch(falling, 32, 32)
   _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
   _, state = rule.update(jnp.ones(2), state)
   assert state.batch_size == 32
+
+
+def rates(rate, rule, steps, optimizer=optax.sgd):
+  """Sizes, rates and samples before each step of a run in one program."""
+  x = jnp.zeros(2)
+  tx = optax.chain(rule, optax.inject_hyperparams(optimizer)(rate))
+
+  def step(carry, _):
+    state, samples = carry
+    size = optlab.batches.next_size(state)
+    moved, new = tx.update(jnp.ones(2), state, x, sample_size=size)
+    rate = new[1].hyperparams['learning_rate']
+    return (new, samples + size), (size, rate, samples, moved[0])
+
+  start = (tx.init(x), jnp.int32(0))
+  return jax.jit(lambda: jax.lax.scan(step, start, length=steps)[1])()
+
+
+@pytest.mark.parametrize('power', [0.5, 1.0, -0.5])
+def test_the_rate_follows_the_batch(power):
+  ramp = optlab.batches.size_schedule(optax.linear_schedule(8, 64, 400))
+  size, rate, samples, moved = rates(
+    optlab.batches.batch_learning_rate(0.1, 8, power=power),
+    optlab.grow_batch(ramp, 8, 48),
+    20,
+  )
+  np.testing.assert_array_equal(
+    size, np.minimum(np.ceil(8 + 56 * samples / 400), 48)
+  )
+  assert (size[0], size[-1]) == (8, 48)
+  np.testing.assert_allclose(rate, 0.1 * (size / 8.0) ** power, 1e-6)
+  np.testing.assert_allclose(moved, -rate, 1e-6)
+
+
+def test_seesaw_and_schedules_by_samples():
+  """Halvings become doublings at a rate over sqrt 2, up to the largest size."""
+  halved = optax.exponential_decay(0.4, 160, 0.5, staircase=True)
+  sizes = optlab.batches.size_schedule(lambda n: 8 * 0.4 / halved(n))
+  size, rate, samples, _ = rates(
+    optlab.batches.batch_learning_rate(halved, 8),
+    optlab.grow_batch(sizes, 8, 32),
+    60,
+  )
+  cuts = samples // 160
+  assert cuts[-1] > 3
+  np.testing.assert_array_equal(size, 8 * 2 ** np.minimum(cuts, 2))
+  np.testing.assert_allclose(
+    rate, 0.4 * 2.0 ** np.where(cuts < 2, -cuts / 2, 1 - cuts), 1e-6
+  )
+  cosine = optax.cosine_decay_schedule(0.1, 1000 * 16)
+  _, rate, samples, _ = rates(
+    optlab.batches.batch_learning_rate(cosine, unit=16),
+    optlab.grow_batch(sizes, 8, 32),
+    60,
+    optax.scale_by_learning_rate,
+  )
+  np.testing.assert_allclose(
+    rate, 0.05 * (1 + np.cos(np.pi * np.minimum(samples / 1000, 1))), 1e-5
+  )
+
+
+def test_a_rate_in_bfloat16_keeps_the_state_and_needs_the_size():
+  rate = optlab.batches.batch_learning_rate(0.1, 8)
+  tx = optax.inject_hyperparams(optax.sgd)(rate)
+  x = jnp.zeros(2, jnp.bfloat16)
+  state = tx.init(x)
+  updates, after = tx.update(jnp.ones_like(x), state, x, sample_size=32)
+  assert updates.dtype == x.dtype
+  np.testing.assert_allclose(updates.astype(float), -0.2, 1e-2)
+  assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+  with pytest.raises(ValueError, match='batch_learning_rate needs.*sample_siz'):
+    tx.update(jnp.ones_like(x), state, x)
