@@ -1,12 +1,15 @@
 """Arithmetic on pytrees of mixed dtypes, in float32 or wider."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optlab import base
+
+_SMALL = 1 << 14  # Numbers of a leaf.
 
 
 def at_step(value: base.ScalarOrSchedule, step: jax.Array) -> Any:
@@ -76,21 +79,64 @@ def norm(tree: base.Params) -> jax.Array:
   largest magnitude.
   """
   dtype = real_dtype(tree)
-  info = jnp.finfo(dtype)
   plain = jnp.sqrt(sq_norm(tree, dtype))
+  return jax.lax.cond(
+    _is_accurate(plain), lambda: plain, lambda: _scaled_norm(tree)
+  )
 
-  def scaled():
-    top = largest(tree)
-    usual = (top > 0) & jnp.isfinite(top)
-    divisor = jnp.where(usual, top, 1)
-    small = jax.tree.map(
-      lambda leaf: leaf.astype(accumulator_dtype(leaf)) / divisor, tree
-    )
-    # The largest is NaN where a number is NaN, infinite where one is infinite.
-    return jnp.where(usual, top * jnp.sqrt(sq_norm(small, dtype)), top)
 
-  safe = (plain > info.tiny**0.25) & (plain < info.max)
-  return jax.lax.cond(safe, lambda: plain, scaled)
+def norms(
+  *trees: base.Params, product: tuple[base.Params, base.Params]
+) -> tuple[jax.Array, ...]:
+  """The norm of each tree, and an inner product, all in one look.
+
+  Args:
+    *trees: Real trees of one structure.
+    product: Two more of them.
+
+  Returns:
+    What `norm` returns of each, and the inner product of the last two.
+  """
+  # Small leaves are stacked: there, a reduction costs what its launch does.
+  pairs = [*((tree, tree) for tree in trees), product]
+  sums = [jnp.zeros((), accumulator_dtype(pairs))] * len(pairs)
+  columns = [
+    list(zip(*(jax.tree.leaves(side) for side in sides), strict=True))
+    for sides in zip(*pairs, strict=True)
+  ]
+  for left, right in zip(*columns, strict=True):
+    if left[0].size <= _SMALL:
+      product_of = jnp.stack(wide(left)) * jnp.stack(wide(right))
+      parts = list(jnp.sum(product_of, tuple(range(1, product_of.ndim))))
+    else:
+      parts = [inner_product(a, b) for a, b in zip(left, right, strict=True)]
+    sums = [total + part for total, part in zip(sums, parts, strict=True)]
+  *squares, last = sums
+  plain = tuple(map(jnp.sqrt, squares))
+  accurate = functools.reduce(jnp.logical_and, map(_is_accurate, plain))
+  lengths = jax.lax.cond(
+    accurate,
+    lambda: plain,
+    lambda: tuple(_scaled_norm(tree).astype(last.dtype) for tree in trees),
+  )
+  return *lengths, last
+
+
+def _is_accurate(plain: jax.Array) -> jax.Array:
+  """Whether no square that matters left the range of its dtype."""
+  info = jnp.finfo(plain.dtype)
+  return (plain > info.tiny**0.25) & (plain < info.max)
+
+
+def _scaled_norm(tree: base.Params) -> jax.Array:
+  top = largest(tree)
+  usual = (top > 0) & jnp.isfinite(top)
+  divisor = jnp.where(usual, top, 1)
+  small = jax.tree.map(
+    lambda leaf: leaf.astype(accumulator_dtype(leaf)) / divisor, tree
+  )
+  # The largest is NaN where a number is NaN, infinite where one is infinite.
+  return jnp.where(usual, top * jnp.sqrt(sq_norm(small, top.dtype)), top)
 
 
 def dot(a: base.ArrayTree, b: base.ArrayTree) -> jax.Array:

@@ -194,6 +194,7 @@ def accept(
   estimate: base.Estimate,
   old: BilevelState,
   *others: base.Params,
+  dual_seen: bool = False,
   ok: Any = True,
   constrained: Any = False,
   lower_grad_norm: Any = (),
@@ -209,6 +210,7 @@ def accept(
     estimate: The estimate.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
+    dual_seen: Whether z is finite where ``others`` are.
     ok: For `BilevelInfo`, whether the linear system is.
     constrained: For `BilevelInfo`.
     lower_grad_norm: For `BilevelInfo`.
@@ -227,7 +229,8 @@ def accept(
     total_not_ok=old.info.total_not_ok + (~ok).astype(jnp.int32),
   )
   new = old._replace(step=old.step + 1, info=info, **fields)
-  finite = trees.is_finite(estimate.grads, new.inner, new.dual, others)
+  dual = () if dual_seen else new.dual
+  finite = trees.is_finite(estimate.grads, new.inner, dual, others)
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(
     rejected=~finite,
@@ -290,15 +293,20 @@ def estimator(
       hypergradient(grad_x, cross),
       aux=aux_of(problem, upper_aux, lower.aux),
     )
+    # A norm is finite where all numbers are: these need no second look.
+    looked, dual_seen = solution.looked, len(solution.looked) == 2
+    if not dual_seen:
+      looked = (lower.grad, trees.norm(lower.grad))
     return accept(
       result,
       state,
-      lower.grad,
+      looked,
+      dual_seen=dual_seen,
       inner=inner,
       dual=solution.dual,
       lower_opt_state=lower_opt_state,
       dual_state=solution.dual_state,
-      lower_grad_norm=trees.norm(lower.grad),
+      lower_grad_norm=looked[-1],
       dual_residual=solution.residual,
       ok=solution.ok,
       constrained=held,

@@ -34,6 +34,7 @@ class Solution(NamedTuple):
   residual: jax.Array  # shape (), norm of g_yy z - f_y
   ok: jax.Array  # shape (), bool, no sign of an indefinite or too steep g_yy
   dual_state: Any = ()
+  looked: Any = ()  # norms of z before its ball and of the lower gradient
 
 
 def init(dual: Dual, z: base.Params) -> DualState:
@@ -55,8 +56,9 @@ def advance(
   if dual.steps == 1 and dual.optimizer is None:
     lower, cross, product = _problem.multiply(problem, point, state.dual)
     solution = step(
-      dual, state.dual, product, grad_y, state.dual_state, state.step
-    )
+      dual, state.dual, product, grad_y, state.dual_state, state.step,
+      beside=lower.grad,
+    )  # fmt: skip
     if fresh:
       _, cross, _ = _problem.multiply(problem, point, solution.dual)
     return solution, cross, lower
@@ -104,6 +106,7 @@ def step(
   products: Any = None,
   *,
   convex: bool = True,
+  beside: base.Params | None = None,
 ) -> Solution:
   r"""One step on ``z' g_yy z / 2 - f_y' z``.
 
@@ -112,14 +115,14 @@ def step(
   norm of ``f_y``. The sum of these is the ball, twice as wide, that holds ``z``
   where the caller gave none: it cuts only what would diverge. ``convex`` asks
   for the sign of ``z' g_yy z`` too, which means something for a true product.
+  The norm of ``beside``, the lower gradient, is taken with the others: in small
+  problems looking costs as much as computing.
   """
   residual = residual_of(z, product, grad_y)
-  length, size = trees.norm(residual), trees.norm(grad_y)
+  rate: Any = None
   if dual.optimizer is None:
     rate = trees.at_step(dual.lr, count)
     moved, opt_state = subtract(z, rate, residual), state.opt_state
-    reach = state.reach + (rate * size).astype(state.reach.dtype)
-    bound = 2 * reach
   else:
 
     def value(z, product):
@@ -130,19 +133,29 @@ def step(
       residual, state.opt_state, z, value=value(z, product), grad=residual,
       value_fn=lambda z: value(z, products(z)[1]),
     )  # fmt: skip
-    moved, reach, bound = optax.apply_updates(z, updates), state.reach, jnp.inf
-  moved, ok, norm = hold(moved, bound if dual.radius is None else dual.radius)
+    moved = optax.apply_updates(z, updates)
+  looked = (residual, grad_y, moved, *(() if beside is None else (beside,)))
+  length, size, reached, *rest, along = trees.norms(
+    *looked, product=(z, product)
+  )
+  reach, bound = state.reach, dual.radius
+  if rate is not None:
+    reach += (rate * size).astype(reach.dtype)
+    bound = 2 * reach if bound is None else bound
+  moved, ok, _ = hold(moved, jnp.inf if bound is None else bound, reached)
   if convex:
     # At least the norm of g_yy z, times about that of z.
-    ok &= is_convex(z, product, norm * (length + size))
-  return Solution(moved, length, ok, DualState(opt_state, reach))
+    ok &= is_convex(along, reached * (length + size))
+  return Solution(
+    moved, length, ok, DualState(opt_state, reach), (reached, *rest)
+  )
 
 
 def hold(
-  z: base.Params, radius: Any
+  z: base.Params, radius: Any, length: Any = None
 ) -> tuple[base.Params, jax.Array, jax.Array]:
   """``z`` in a ball around zero, whether it was there, and its norm before."""
-  length = trees.norm(z)
+  length = trees.norm(z) if length is None else length
   inside = ~(length > radius)
   scale = jnp.where(inside, 1, radius / jnp.where(inside, 1, length))
   z = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), z)
@@ -155,6 +168,6 @@ def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
   return own if radius is None else jnp.minimum(own, radius)
 
 
-def is_convex(z: base.Params, product: base.Params, scale: Any) -> jax.Array:
+def is_convex(along: jax.Array, scale: Any) -> jax.Array:
   """Whether ``z' g_yy z`` is not negative, but for rounding at this scale."""
-  return ~(trees.inner_product(z, product) < -1e-3 * scale)
+  return ~(along < -1e-3 * scale)

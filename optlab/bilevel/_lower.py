@@ -89,8 +89,9 @@ def step(
 def _holds_some(updates, grad, before):
   held = moved = jnp.asarray(False)
   for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True):
-    held |= jnp.any((u == 0) & (g != 0))
-    moved |= jnp.any(u != 0)
+    seen = jnp.stack([(u == 0) & (g != 0), u != 0])
+    seen = jnp.any(seen, tuple(range(1, seen.ndim)))
+    held, moved = held | seen[0], moved | seen[1]
   # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
   # is news.
   return held & (before | moved)

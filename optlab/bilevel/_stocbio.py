@@ -123,7 +123,9 @@ def stocbio(
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))
     size = trees.norm(grad_y)
     ok = inside & (residual <= 1.01 * size)
-    ok &= _dual.is_convex(dual, product, length * (residual + size))
+    ok &= _dual.is_convex(
+      trees.inner_product(dual, product), length * (residual + size)
+    )
     return _dual.Solution(dual, residual, ok), cross, lower
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)

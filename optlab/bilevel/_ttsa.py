@@ -157,7 +157,10 @@ def ttsa(
       inner=inner,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(lower.grad),
-      ok=inside & _dual.is_convex(dual, product, length * trees.norm(product)),
+      ok=inside
+      & _dual.is_convex(
+        trees.inner_product(dual, product), length * trees.norm(product)
+      ),
       constrained=held,
       memory=TtsaMemory(key, power),
     )
