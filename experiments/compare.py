@@ -14,21 +14,17 @@ reported seeds until it has used up the same budget of oracle calls. What a call
 is depends on the problem, and is printed.
 """
 
-from collections.abc import Sequence
 import dataclasses
-import math
 import pathlib
-from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from .lab import contests
 from .lab import flags
 from .lab import launch
 from .lab import plots
 from .lab import study
-from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 
 PIECES = study.PIECES
@@ -121,7 +117,10 @@ def main(config: Config) -> None:
     for name, problem in chosen.items():
       own = plan(config, name, problem)
       rows = study.study(session, own, methods[name])
-      show(own, rows)
+      verdicts.show(
+        f'{name}, {own.budget:,.0f} {problem.unit}, {own.seeds} seeds',
+        problem.value, rows, target=own.target,
+      )  # fmt: skip
   print()
   for name, problem in chosen.items():
     picture = session.folder / f'{name if len(chosen) > 1 else "compare"}.png'
@@ -129,65 +128,12 @@ def main(config: Config) -> None:
     print(f'picture: {picture}')
   if len(chosen) > 1:
     summaries = session.select('summary')
-    show_profile(summaries, methods[name])
-    draw_profile(summaries, methods[name], session.folder / 'profile.png')
+    verdicts.show_profile(summaries, methods[name])
+    verdicts.draw_profile(
+      summaries, methods[name], session.folder / 'profile.png'
+    )
     print(f'picture: {session.folder / "profile.png"}')
   print(f'record:  {session.folder / "record.jsonl"}')
-
-
-def show(plan: study.Plan, rows: Sequence[dict]) -> None:
-  """Prints the table of a problem."""
-  first = rows[0]['method']
-
-  def rate(row):
-    if row['learning_rate'] is None:
-      return '-'
-    return f'{row["learning_rate"]:g}{" *" if row["edge"] else ""}'
-
-  def gap(row):
-    if row['verdict'] == '-':
-      return '-'
-    return f'{row["gap_low"]:+.1e} to {row["gap_high"]:+.1e}'
-
-  columns = ['method', 'rate', 'median', 'low', 'high', 'updates']
-  columns += ['95 % of the gap', 'verdict']
-  lines = [
-    [
-      row['variant'], rate(row), row['median'], row['low'], row['high'],
-      row['updates'], gap(row), row['verdict'],
-    ]
-    for row in rows
-  ]  # fmt: skip
-  target = ''
-  if plan.target is not None:
-    columns.append('to target')
-    target = f'; calls to a value of {plan.target:g} or less'
-    for row, line in zip(rows, lines, strict=True):
-      there = math.isfinite(row['reached'])
-      line.append(row['reached'] if there else 'not reached')
-  tables.show(
-    f'{plan.name}: {plan.problem.value} after {plan.budget:,.0f}'
-    f' {plan.problem.unit}, {plan.seeds} seeds; an asterisk is a rate at the'
-    f' edge of the grid; gap: the mean of the differences from {first} by seed,'
-    f' with its 95 % interval{target}',
-    columns,
-    lines,
-  )
-
-
-def show_profile(rows: Sequence[dict], methods: Sequence[str]) -> None:
-  """Prints the aggregate over the problems."""
-  ratios = study.profile(rows, methods)
-  share = lambda method, most: float(np.mean(ratios[method] <= most))
-  tables.show(
-    f'{len(next(iter(ratios.values())))} problems: the share on which a method'
-    ' reaches the target within so many times the calls of the best one',
-    ['method', 'best', '2 times', '10 times', 'at all'],
-    [
-      [method, *(f'{share(method, m):.2f}' for m in (1.0, 2.0, 10.0, 1e300))]
-      for method in sorted(methods, key=lambda name: -share(name, 2.0))
-    ],
-  )
 
 
 def draw(rows, name, methods, problem, path) -> None:
@@ -203,25 +149,6 @@ def draw(rows, name, methods, problem, path) -> None:
   axes.set(xlabel=problem.unit, ylabel=problem.value)
   axes.legend(fontsize=8)
   plots.save(figure, path, title=name)
-
-
-def draw_profile(rows, methods, path: Any) -> None:
-  """The performance profile."""
-  ratios = study.profile(rows, methods)
-  finite = [r for v in ratios.values() for r in v if math.isfinite(r)]
-  end = 1.1 * max(finite, default=2.0)
-  figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-  for method, values in ratios.items():
-    x = np.append(values[np.isfinite(values)], end)
-    y = np.minimum(np.arange(1, len(x) + 1), len(x) - 1) / len(values)
-    axes.step(np.append(1.0, x), np.append(0.0, y), where='post', label=method)
-  axes.set(
-    xscale='log', ylim=(0, 1.05), ylabel='share of the problems',
-    xlabel='calls to the target, times those of the best method',
-  )  # fmt: skip
-  axes.legend(fontsize=8)
-  axes.grid(alpha=0.3)
-  plots.save(figure, path)
 
 
 if __name__ == '__main__':

@@ -35,6 +35,7 @@ from .lab import launch
 from .lab import plots
 from .lab import study
 from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 from .methods import images
 from .problems import image_classifiers
@@ -280,7 +281,7 @@ def tune(
   seeds = range(study.TUNING_SEED, study.TUNING_SEED + config.tuning_seeds)
   lanes = list(itertools.product(seeds, config.learning_rates))
   run(session, config, task, choice, label, lanes)
-  rows = study.last(session.rows, label)
+  rows = verdicts.last(session.rows, label)
   losses = {}
   for rate in config.learning_rates:
     values = [row['valid_loss'] for row in rows if row['learning_rate'] == rate]
@@ -298,7 +299,7 @@ def summarize(
   session: Session, choice: Choice, rate: float, valid_loss: float
 ) -> dict:
   """The summary row of a choice: means and deviations over the seeds."""
-  ends = study.last(session.rows, choice.label)
+  ends = verdicts.last(session.rows, choice.label)
   row: dict[str, Any] = {
     **choice._asdict(), 'learning_rate': rate, 'valid_loss': valid_loss,
   }  # fmt: skip
@@ -350,7 +351,9 @@ def compare(
   """Differences within the seeds, which share start and first permutation."""
   rows = []
   for choice, word, other in pairs:
-    ours, theirs = (study.last(session.rows, c.label) for c in (choice, other))
+    ours, theirs = (
+      verdicts.last(session.rows, c.label) for c in (choice, other)
+    )
     gaps = np.array(
       [
         a['test_accuracy'] - b['test_accuracy']

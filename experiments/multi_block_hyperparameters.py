@@ -29,6 +29,7 @@ from .lab import plots
 from .lab import record
 from .lab import study
 from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 from .methods import multi_block
 from .problems import scaled_logistic as logistic
@@ -263,7 +264,7 @@ def tune(session, config: Config, problem: Problem, name: str) -> tuple:
       config.tuning_steps,
     )  # fmt: skip
     losses: dict[tuple[float, float], list[float]] = {}
-    for row in study.last(session.rows, label):
+    for row in verdicts.last(session.rows, label):
       place = row['learning_rate'], row['inner_lr']
       loss = row['validation']
       losses.setdefault(place, []).append(np.inf if np.isnan(loss) else loss)

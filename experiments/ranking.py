@@ -34,6 +34,7 @@ from .lab import plots
 from .lab import record
 from .lab import study
 from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 from .methods import multi_block
 
@@ -329,7 +330,7 @@ def compare(session, config: Config, data: Data, name: str) -> None:
     )
     return [
       (row['learning_rate'], -row[f'validation{CUTS[-1]}'])
-      for row in study.last(session.rows, label)
+      for row in verdicts.last(session.rows, label)
     ]
 
   best = study.search(config.learning_rates, measure).rate

@@ -17,14 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import density_estimation
 from .lab import flags
 from .lab import launch
 from .lab import record
 from .lab import stopping
-from .lab import study
 from .lab import tables
-from .problems import distant_mean
+from .lab import verdicts
 
 GNS, DIFFGRAD, ADADAGRAD, BO_REP, BSVRB, MECO = (
   'Semenov, Jaggi, Doikov', 'Dubey et al.', 'Lau, Liu, Kolar',
@@ -154,7 +152,7 @@ class Config(flags.BareConfig):
 
 def ends(rows: Rows, method: str, field: str) -> np.ndarray:
   """A field at the end of a method's runs, one a seed; not a number is inf."""
-  values = [row[field] for row in study.last(rows, method)]
+  values = [row[field] for row in verdicts.last(rows, method)]
   return np.nan_to_num(np.array(values, float), nan=np.inf, posinf=np.inf)
 
 
@@ -338,21 +336,23 @@ def _cleaning(rows: Rows) -> tuple[str, str]:
   )
 
 
+def _times_fewer(rows: Rows, few: str, many: str) -> float:
+  """Steps of one cell over those of another; 0 where one is not there."""
+  found = [
+    summary(rows, method=name)['steps_to_target'] for name in (few, many)
+  ]
+  return found[0] / found[1] if np.all(np.isfinite(found)) else 0.0
+
+
 def _speedup_blocks(rows: Rows) -> tuple[str, str]:
-  few, many = (
-    summary(rows, method=f'I={blocks} B=1')['steps'] for blocks in (10, 100)
-  )
-  ratio = few / many if few and many else 0.0
+  ratio = _times_fewer(rows, 'I=10 B=1', 'I=100 B=1')
   return f'{ratio:.1f} times fewer for I = 100 than 10', grade(
     ratio >= 5, ratio > 1.5
   )
 
 
 def _speedup_rows(rows: Rows) -> tuple[str, str]:
-  few, many = (
-    summary(rows, method=f'I=10 B={count}')['steps'] for count in (1, 8)
-  )
-  ratio = few / many if few and many else 0.0
+  ratio = _times_fewer(rows, 'I=10 B=1', 'I=10 B=8')
   return f'{ratio:.1f} times fewer for B = 8 than 1', grade(
     ratio >= 1.5, ratio > 1
   )
@@ -375,32 +375,24 @@ def _ranking(rows: Rows) -> tuple[str, str]:
   return f'NDCG@10 {numbers}', grade(all(better), any(better))
 
 
-def _divergences(rows: Rows, place: str, method: str) -> np.ndarray:
-  label = f'{place}/{method}'
-  best = density_estimation.best_rate(rows, label)
-  found = density_estimation.final_kls(rows, label)[best]
-  return np.array([found[seed] for seed in sorted(found)])
-
-
 def _plane(rows: Rows) -> tuple[str, str]:
-  parts, said = [], []
-  for name in RUNS['plane'].flags['sets'].split(','):
-    ours, theirs = (
-      _divergences(rows, f'{name}/mixture/lattice', method)
-      for method in ('meco', 'nce')
-    )
-    said.append(density_estimation.verdict(theirs - ours)[1])
-    parts.append(f'{name} {np.median(theirs - ours):+.4f} ({said[-1]})')
-  return f'NCE minus MECO: {"; ".join(parts)}', grade(
-    all(word == 'win' for word in said), 'loss' not in said and 'win' in said
+  found = {
+    row['problem']: row for row in record.select(rows, 'summary', method='nce')
+  }
+  said = [row['verdict'] for row in found.values()]
+  numbers = '; '.join(
+    f'{name} {row["gap"]:+.4f} ({row["verdict"]})'
+    for name, row in found.items()
+  )
+  return f'NCE minus MECO: {numbers}', grade(
+    all(word == 'worse' for word in said),
+    'better' not in said and 'worse' in said,
   )
 
 
 def _few_noise(rows: Rows) -> tuple[str, str]:
-  place = '8gaussians/gaussian/independent'
   ours, alone = (
-    float(np.median(_divergences(rows, place, method)))
-    for method in ('meco', 'snis')
+    summary(rows, method=method)['median'] for method in ('meco', 'snis')
   )
   return (
     f'{ours:.3f}, gamma = 1 {alone:.3f}: {alone / ours:.0f} times',
@@ -410,7 +402,7 @@ def _few_noise(rows: Rows) -> tuple[str, str]:
 
 def _far_mean(rows: Rows) -> tuple[str, str]:
   found = {
-    method: float(np.median(distant_mean.best_errors(rows, 16.0, method)[1]))
+    method: summary(rows, method=method)['median']
     for method in ('meco_ratio', 'meco', 'nce')
   }
   numbers = ', '.join(f'{name} {value:.2g}' for name, value in found.items())

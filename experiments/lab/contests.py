@@ -7,7 +7,6 @@ of parameters, every optimizer of optlab and optax is a method, by its name.
 
 from collections.abc import Callable
 import functools
-import math
 import runpy
 from typing import Any
 
@@ -24,11 +23,10 @@ from ..methods import multi_block
 from ..methods import optimizers
 from ..methods import unnormalized
 from ..problems import data as data_lib
-from ..problems import densities
 from ..problems import image_classifiers
 from ..problems import label_sets
 from ..problems import penalties
-from ..problems import plane_noise
+from ..problems import plane
 from ..problems import quadratic
 from ..problems import smooth
 from . import flags
@@ -91,13 +89,12 @@ def of_function(
         after, 'num_linesearch_steps'
       )
     else:
-      counted = count(one)
-      calls = lambda before, after: counted
+      calls = count(one)
 
-    def begin(key, rate):
+    def begin(key, rate, *_):
       return optlab.init(start(key), own, one.make(rate))
 
-    def step(state, key, rate):
+    def step(state, key, rate, *_):
       return optlab.train_step(own, one.make(rate))(state, key)[0]
 
     return Entry(begin, step, calls, one.tuned)
@@ -117,7 +114,7 @@ def of_function(
       )
     return max(found.gradients + found.products, 1)
 
-  def measure_state(state):
+  def measure_state(state, _):
     return measure(state.params)
 
   unit = fields.pop('unit', 'gradients and Hessian-vector products')
@@ -310,12 +307,12 @@ def images() -> Problem:
 
   def of_batches(make, size):
 
-    def start(key, rate):
+    def start(key, rate, *_):
       keys = jax.random.split(key)
       params = model.start(keys[0])
       return optlab.growing_init(params, estimator, make(rate), data, keys[1])
 
-    def step(state, key, rate):
+    def step(state, key, rate, *_):
       del key
       run = optlab.growing_step(estimator, make(rate), batch_size=size)
       return run(state, data)[0]
@@ -327,7 +324,7 @@ def images() -> Problem:
 
     return Entry(start, step, calls)
 
-  def measure(state):
+  def measure(state, _):
     loss = lambda part: jnp.mean(model.losses(state.train.params, part))
     return {'tuning': loss(valid), 'value': loss(test)}
 
@@ -369,17 +366,17 @@ def ridge() -> Problem:
         return batches
       return tuple(batch.data for batch in batches)
 
-    def start(key, rate):
+    def start(key, rate, *_):
       x, y = problem.start(key, problem.data)
       return method.init(estimator, make(rate), x, y, key)
 
-    def step(state, key, rate):
+    def step(state, key, rate, *_):
       batch = bilevel.draw(key, sample, method.step_samples)
       return optlab.train_step(estimator, make(rate))(state, batch)[0]
 
-    return Entry(start, step, lambda before, after: method.calls)
+    return Entry(start, step, method.calls)
 
-  def measure(state):
+  def measure(state, _):
     values = problem.measure(
       state.params, state.estimator_state.inner, problem.data
     )
@@ -414,12 +411,12 @@ def blocks() -> Problem:
     method = table[name]
     estimator = method.make(*levels, 0.5)
 
-    def start(key, rate):
+    def start(key, rate, *_):
       x = jnp.full(data.b.shape[-1], 3.0)
       inner = jnp.zeros_like(data.c)
       return optlab.init(x, estimator, optax.sgd(rate), inner)
 
-    def step(state, key, rate):
+    def step(state, key, rate, *_):
       keys = jax.random.split(key, 3)
       chosen = optlab.sample_blocks(keys[0], count, sampled)
       drawn = noise * jax.random.normal(keys[1], (2, sampled, dim))
@@ -429,9 +426,9 @@ def blocks() -> Problem:
       batch = method.batch(*parts)
       return optlab.train_step(estimator, optax.sgd(rate))(state, batch)[0]
 
-    return Entry(start, step, lambda before, after: sampled)
+    return Entry(start, step, sampled)
 
-  def measure(state):
+  def measure(state, _):
     gap = jnp.maximum(quadratic.objective(state.params, data) - least, 0.0)
     return {'tuning': gap, 'value': gap}
 
@@ -449,65 +446,13 @@ def blocks() -> Problem:
 # A density without its normalizer.
 
 
-# Contrastive divergence needs chains beside the batch.
-NOISE_METHODS = tuple(name for name in unnormalized.METHODS if name != 'cd')
-
-
 def density() -> Problem:
-  """MECO and its peers on eight Gaussians; the same noise for all seeds."""
-  rows = 256
-  plane = jax.tree.map(
-    lambda leaf: leaf[0], plane_noise.plane('8gaussians', 'mixture', 1)
-  )
-  make = functools.partial(
-    unnormalized.estimator_and_start, log_density=densities.log_density,
-    log_z=math.log(8 * math.pi), gamma=0.1,
+  """MECO and its peers on eight Gaussians; the same rows for all seeds."""
+  config = unnormalized.Config(
+    sets=('8gaussians',), methods=('meco', 'snis', 'nce', 'ence'), steps=600,
+    learning_rates=(0.003, 0.01, 0.03), seeds=1, tuning_seeds=1,
   )  # fmt: skip
-
-  def entry(name):
-    if name not in NOISE_METHODS:
-      raise flags.UserError(
-        f'--methods={name}: not one of {", ".join(NOISE_METHODS)}'
-      )
-
-    def start(key, rate):
-      estimator, params, _ = make(name, params=densities.init_mlp(key))
-      return optlab.init(params, estimator, optax.adam(rate))
-
-    def step(state, key, rate):
-      estimator, _, _ = make(name, params=None)
-      keys = jax.random.split(key)
-      index = jax.random.randint(keys[0], (rows,), 0, len(plane.train))
-      drawn = plane.noise.sample_lattice(keys[1], rows)
-      batch = optlab.NoiseBatch(
-        plane.train[index],
-        drawn,
-        plane.noise.log_prob(drawn),
-        plane.noise_of_train[index],
-      )
-      return optlab.train_step(estimator, optax.adam(rate))(state, batch)[0]
-
-    return Entry(start, step, lambda before, after: 2 * rows)
-
-  def measure(state):
-    params = state.params
-    if isinstance(params, optlab.unnormalized.NceParams):
-      params = params.model
-    model = functools.partial(densities.log_density, params)
-    corner = np.full(2, 7.0)
-    log_z = optlab.unnormalized.grid_log_partition(model, -corner, corner, 200)
-    gap = plane.negative_entropy + log_z.value - jnp.mean(model(plane.test))
-    return {'tuning': gap, 'value': gap}
-
-  return Problem(
-    entry,
-    ('meco', 'snis', 'nce', 'ence'),
-    (0.003, 0.01, 0.03),
-    2 * rows * 600,
-    'rows of data and noise',
-    measure,
-    'held-out divergence, nats',
-  )
+  return plane.problem(config, '8gaussians', watched=True)
 
 
 PROBLEMS = {

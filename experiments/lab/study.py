@@ -1,10 +1,10 @@
-"""What every comparison does alike: tuning, lanes, statistics.
+"""What every comparison does alike: tuning, lanes, equal budgets.
 
 A problem makes an `Entry` of a method's name. Each method is tuned on seeds
 that are used for nothing else, over one grid of learning rates that goes on
 while the best one is at its edge, and over the search space of its own
 arguments; and it then runs on the reported seeds, the same for all, to an equal
-budget of oracle calls.
+budget of oracle calls. What is said of the numbers is in `verdicts`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,34 +14,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from . import flags
-from . import record
+from . import verdicts
 from .session import Session
+from .verdicts import last
 
 TUNING_SEED = 10_000
 EXTENSIONS = 2  # How often a grid is continued, by its own length.
-PIECES = 20  # Evaluations of a run.
+PIECES = 20  # Looks at a run.
 
 
 class Entry(NamedTuple):
   """A method on a problem.
 
   Attributes:
-    start: ``(key, rate) -> state``.
-    step: ``(state, key, rate) -> state``.
-    calls: ``(state before, state after) -> calls`` of the step between, in the
-      problem's unit.
+    start: ``(key, rate, seed, data) -> state``; of a problem with inner rates
+      the rate is an array of both.
+    step: ``(state, key, rate, data) -> state``.
+    calls: Oracle calls of a step in the problem's unit: a number, or ``(state
+      before, state after) -> calls`` of the step between.
     tuned: Whether it has a learning rate.
     variants: What is tuned in its place, by name, if it has a search space.
+    spent: Oracle calls of the start.
   """
 
   start: Callable[..., Any]
   step: Callable[..., Any]
-  calls: Callable[[Any, Any], Any]
+  calls: float | Callable[[Any, Any], Any]
   tuned: bool = True
   variants: dict[str, 'Entry'] | None = None
+  spent: float = 0.0
 
 
 class Problem(NamedTuple):
@@ -53,10 +56,21 @@ class Problem(NamedTuple):
     learning_rates: The default grid of rates.
     budget: The default budget of calls.
     unit: What a call is.
-    measure: ``state -> dict`` of scalars: ``tuning``, which rates are picked
-      by, and ``value``, which is reported; less is better.
+    measure: ``(state, data) -> dict`` of scalars, at every look; with
+      ``tuning``, which rates are picked by, less is better, and ``value``,
+      which is reported.
     value: What the value is.
     target: The value that counts as solved, or ``None``.
+    more: Whether more of the value is better.
+    reported: Other fields of the table.
+    finish: ``(state, seed) -> dict`` of numbers, on the host, once at the end
+      of what is reported; of tuning too if ``measure`` has no ``tuning``.
+    data: Arrays that ``start``, ``step`` and ``measure`` are given.
+    batched: Whether lanes are computed together, where their steps cost alike;
+      else one after the other.
+    tables: Length of the block tables in a state, see `Session.run`.
+    inner_lrs: Rates of the lower level; each learning rate is tried with all of
+      them, and has the one that it likes best.
   """
 
   entry: Callable[[str], Entry]
@@ -64,22 +78,30 @@ class Problem(NamedTuple):
   learning_rates: tuple[float, ...]
   budget: float
   unit: str
-  measure: Callable[[Any], dict[str, jax.Array]]
+  measure: Callable[..., dict[str, Any]]
   value: str
   target: float | None = None
+  more: bool = False
+  reported: tuple[str, ...] = ()
+  finish: Callable[..., dict[str, Any]] | None = None
+  data: Any = None
+  batched: bool = False
+  tables: int | None = None
+  inner_lrs: tuple[float, ...] = ()
 
 
 class Plan(NamedTuple):
   """How a problem is studied.
 
   Attributes:
-    name: The problem's name, in the record.
+    name: The problem's name, in the record; empty if there is but one.
     problem: The problem.
     budget: Oracle calls of a run.
     learning_rates: Where the grid begins; one alone is not tuned.
     seeds: Number of reported seeds.
     tuning_seeds: Number of seeds that pick the rates; 0 takes defaults.
     target: What counts as solved, or ``None``.
+    pieces: Looks at a run.
   """
 
   name: str
@@ -88,7 +110,12 @@ class Plan(NamedTuple):
   learning_rates: tuple[float, ...]
   seeds: int
   tuning_seeds: int
-  target: float | None
+  target: float | None = None
+  pieces: int = PIECES
+
+  def label(self, method: str) -> str:
+    """A method's name in the record."""
+    return f'{self.name}: {method}' if self.name else method
 
 
 class Lane(NamedTuple):
@@ -99,100 +126,140 @@ class Lane(NamedTuple):
   rate: jax.Array
   steps: jax.Array
   calls: jax.Array
-  least: jax.Array  # The least value so far, at the looks.
   reached: jax.Array  # Calls at the first look at or below the target.
+  values: dict[str, jax.Array]  # At the last look.
+
+
+class Program(NamedTuple):
+  """A method's functions of lanes: compiled once for tuning and for report."""
+
+  start: Callable[..., Any]  # (seeds, rates, data)
+  advance: Callable[..., Any]  # ((piece, lanes), data)
+
+
+def program(plan: Plan, entry: Entry) -> Program:
+  """The functions that start lanes, and advance them from look to look."""
+  problem, calls = plan.problem, entry.calls
+  sign = -1.0 if problem.more else 1.0
+  target = -np.inf if plan.target is None else sign * plan.target
+  together = problem.batched and not callable(calls)
+
+  def each(function, *lanes):
+    if together:
+      return jax.vmap(function)(*lanes)
+    # One after the other: each takes as many steps as it needs, and not all
+    # functions can be batched.
+    return jax.lax.map(lambda lane: function(*lane), lanes)
+
+  def look(lane, data):
+    values = problem.measure(lane.state, data)
+    value = sign * jnp.asarray(values.get('value', jnp.inf), float)
+    now = (value <= target) & jnp.isinf(lane.reached)
+    reached = jnp.where(now, lane.calls, lane.reached)
+    return lane._replace(values=values, reached=reached)
+
+  def start(seeds, rates, data=None):
+    def one(seed, rate):
+      start_key, key = jax.random.split(jax.random.key(seed))
+      state = entry.start(start_key, rate, seed, data)
+      spent, infinite = jnp.full((), entry.spent), jnp.full((), jnp.inf)
+      zero = jnp.zeros((), jnp.int32)
+      return look(Lane(state, key, rate, zero, spent, infinite, {}), data)
+
+    return each(one, seeds, rates)
+
+  def step(lane, data):
+    key = jax.random.fold_in(lane.key, lane.steps)
+    state = entry.step(lane.state, key, lane.rate, data)
+    cost = calls(lane.state, state) if callable(calls) else calls
+    # A step that costs nothing, as of a method that stands still, costs some.
+    total = jnp.maximum(lane.calls + cost, lane.calls + 1e-3)
+    total = jnp.asarray(total, lane.calls.dtype)
+    return lane._replace(state=state, steps=lane.steps + 1, calls=total)
+
+  def advance(carry, data=None):
+    piece, lanes = carry
+    due = (piece + 1) * (plan.budget / plan.pieces)
+    if callable(calls):
+      run = lambda lane: jax.lax.while_loop(
+        lambda lane: lane.calls < due, lambda lane: step(lane, data), lane
+      )
+    else:
+      # The same for all lanes.
+      until = jnp.ceil((due - entry.spent) / calls - 1e-3).astype(jnp.int32)
+      count = jnp.maximum(until - lanes.steps[0], 0)
+      run = lambda lane: jax.lax.fori_loop(
+        0, count, lambda _, lane: step(lane, data), lane
+      )
+    return piece + 1, each(lambda lane: look(run(lane), data), lanes)
+
+  return Program(jax.jit(start), advance)
+
+
+def steps_of(budget: float, calls: float, spent: float = 0.0) -> int:
+  """Steps of constant cost that a budget allows: where a schedule ends."""
+  return max(1, math.ceil((budget - spent) / calls - 1e-3))
 
 
 def run(
   session: Session,
   plan: Plan,
-  entry: Entry,
+  program: Program,
   label: str,
-  lanes: list[tuple[int, float]],
+  lanes: list[tuple[int, Any]],
+  *,
+  reported: bool = False,
+  keep_state: bool = False,
   **fields: Any,
-) -> list[dict]:
-  """Runs lanes of (seed, rate) to the budget; their last rows.
+) -> Any:
+  """Runs lanes to the budget, and records them.
 
   Args:
     session: The open session.
     plan: The plan.
-    entry: The method.
+    program: The method's.
     label: Its name in the record.
-    lanes: Pairs of a seed and a rate.
+    lanes: Pairs of a seed and its rates.
+    reported: Whether these are the runs that are reported.
+    keep_state: See `Session.run`.
     **fields: More fields of its rows.
 
   Returns:
-    The last row of each lane.
+    What `Session.run` returns.
   """
+  problem = plan.problem
   seeds = tuple(seed for seed, _ in lanes)
   rates = np.array([rate for _, rate in lanes])
-  target = -np.inf if plan.target is None else plan.target
-
-  def look(lane, values):
-    value = jnp.asarray(values['value'], lane.least.dtype)
-    now = (value <= target) & jnp.isinf(lane.reached)
-    return lane._replace(
-      least=jnp.fmin(lane.least, value),
-      reached=jnp.where(now, lane.calls, lane.reached),
-    )
-
-  def start(seed, rate):
-    start_key, key = jax.random.split(jax.random.key(seed))
-    state = entry.start(start_key, rate)
-    zero, infinite = jnp.zeros(()), jnp.full((), jnp.inf)
-    lane = Lane(
-      state, key, rate, jnp.zeros((), jnp.int32), zero, infinite, infinite
-    )
-    return look(lane, plan.problem.measure(state))
-
-  def advance_lane(lane, due):
-    def step(lane):
-      key = jax.random.fold_in(lane.key, lane.steps)
-      state = entry.step(lane.state, key, lane.rate)
-      calls = lane.calls + entry.calls(lane.state, state)
-      calls = jnp.asarray(calls, lane.calls.dtype)
-      return lane._replace(state=state, steps=lane.steps + 1, calls=calls)
-
-    # A step that costs nothing, as of a method that stands still, is one call.
-    def at_least_one(lane):
-      new = step(lane)
-      return new._replace(calls=jnp.maximum(new.calls, lane.calls + 1e-3))
-
-    lane = jax.lax.while_loop(lambda lane: lane.calls < due, at_least_one, lane)
-    return look(lane, plan.problem.measure(lane.state))
-
-  def advance(carry):
-    piece, lanes = carry
-    due = (piece + 1) * (plan.budget / PIECES)
-    # One lane after the other: each takes as many steps as it needs.
-    return piece + 1, jax.lax.map(lambda lane: advance_lane(lane, due), lanes)
-
-  measure = jax.jit(lambda states: jax.lax.map(plan.problem.measure, states))
 
   def evaluate(carry):
     lanes = carry[1]
-    values = jax.device_get(measure(lanes.state))
+    values = jax.device_get(lanes.values)
+    finish = problem.finish if int(carry[0]) == plan.pieces else None
+    if finish and (reported or 'tuning' not in values):
+      ends = [
+        finish(jax.tree.map(lambda leaf, i=i: leaf[i], lanes.state), s)
+        for i, s in enumerate(seeds)
+      ]
+      values |= {
+        name: np.array([end[name] for end in ends]) for name in ends[0]
+      }
     counts = jax.device_get({
       'updates': lanes.steps, 'calls': lanes.calls, 'reached': lanes.reached,
     })  # fmt: skip
-    return {**values, **counts, 'learning_rate': rates}
+    used = {'learning_rate': rates}
+    if rates.ndim > 1:
+      used = {'learning_rate': rates[:, 0], 'inner_lr': rates[:, 1]}
+    return {**values, **counts, **used}
 
-  # Also the start one after the other: not all functions can be batched.
-  begin = jax.jit(lambda *args: jax.lax.map(lambda lane: start(*lane), args))(
-    jnp.asarray(seeds), jnp.asarray(rates, float)
-  )
-  session.run(
-    label, (jnp.zeros(()), begin), advance, evaluate, steps=PIECES,
-    seeds=seeds, problem=plan.name, **fields,
+  data = () if problem.data is None else (problem.data,)
+  begin = program.start(jnp.asarray(seeds), jnp.asarray(rates, float), *data)
+  if plan.name:
+    fields['problem'] = plan.name
+  return session.run(
+    label, (jnp.zeros(()), begin), program.advance, evaluate,
+    steps=plan.pieces, seeds=seeds, data=problem.data, tables=problem.tables,
+    keep_state=keep_state, **fields,
   )  # fmt: skip
-  return last(session.rows, label)
-
-
-def last(rows: Iterable[dict], method: str) -> list[dict]:
-  """The rows of a method's last evaluation."""
-  found = record.select(rows, 'eval', method=method)
-  step = max((row['step'] for row in found), default=0)
-  return [row for row in found if row['step'] == step]
 
 
 def continued(rates: list[float], best: float, count: int) -> list[float]:
@@ -252,13 +319,27 @@ def search(
 
 
 class Choice(NamedTuple):
-  """What tuning found: a variant of a method, and its learning rate."""
+  """What tuning found: a variant of a method, and its rates.
+
+  Attributes:
+    variant: Its name.
+    entry: It.
+    program: Its functions.
+    found: The learning rate, and how it was found.
+    inner_lr: The rate of the lower level, or ``None``.
+  """
 
   variant: str
   entry: Entry
-  rate: float
-  value: float
-  edge: bool
+  program: Program
+  found: Found
+  inner_lr: float | None
+
+  @property
+  def rates(self) -> Any:
+    """What a lane has."""
+    rate = self.found.rate
+    return rate if self.inner_lr is None else (rate, self.inner_lr)
 
 
 def tune(session: Session, plan: Plan, method: str) -> Choice:
@@ -278,147 +359,96 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
     _tune_rate(session, plan, name, variant)
     for name, variant in variants.items()
   ]
-  return min(found, key=lambda choice: choice.value)
+  return min(found, key=lambda choice: choice.found.values[choice.found.rate])
 
 
 def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
   rates = sorted(plan.learning_rates) if entry.tuned else [1.0]
+  inner = plan.problem.inner_lrs
+  made = program(plan, entry)
+  best: dict[float, float | None] = {rates[0]: inner[0] if inner else None}
   if plan.tuning_seeds == 0:
-    return Choice(name, entry, rates[0], 0.0, False)
+    found = Found(rates[0], {rates[0]: 0.0}, edge=False)
+    return Choice(name, entry, made, found, best[rates[0]])
 
   def measure(new, grid):
-    label = f'{plan.name}: {name}: tuning, grid {grid}'
+    label = f'{plan.label(name)}: tuning, grid {grid}'
+    grid = [(rate, lower) for rate in new for lower in inner] if inner else new
     # A run for each seed: with as many rates as seeds in the runs that are
     # reported, nothing is compiled for them again.
     for seed in range(TUNING_SEED, TUNING_SEED + plan.tuning_seeds):
-      lanes = [(seed, rate) for rate in new]
-      run(session, plan, entry, label, lanes, algorithm=name)
-    rows = last(session.rows, label)
-    return [(row['learning_rate'], row['tuning']) for row in rows]
+      lanes = [(seed, rates) for rates in grid]
+      run(session, plan, made, label, lanes, algorithm=name)
+    values: dict[float, dict[float | None, list[float]]] = {}
+    for row in last(session.rows, label):
+      own = values.setdefault(row['learning_rate'], {})
+      value = math.inf if math.isnan(row['tuning']) else row['tuning']
+      own.setdefault(row.get('inner_lr'), []).append(value)
+    for rate, own in values.items():
+      best[rate] = min(own, key=lambda lower: np.median(own[lower]))
+      yield from ((rate, value) for value in own[best[rate]])
 
   found = search(rates, measure)
-  return Choice(name, entry, found.rate, found.values[found.rate], found.edge)
+  return Choice(name, entry, made, found, best[found.rate])
 
 
-class Paired(NamedTuple):
-  """Differences within the seeds: their mean, an interval, and what it says.
-
-  A tie is an interval that holds zero, and no proof that the two are equal.
-  """
-
-  mean: float
-  low: float
-  high: float
-  said: str
-
-
-def paired(differences: Sequence[float] | np.ndarray) -> Paired:
-  """The mean of differences with its 95 % interval, by Student's t.
-
-  Args:
-    differences: Of a method from the first one, by seed; more is worse.
-
-  Returns:
-    `Paired`, which says ``better``, ``worse`` or ``tie``, and nothing of fewer
-    than two seeds or of numbers that are not finite.
-  """
-  values = np.asarray(differences, float)
-  if len(values) < 2 or not np.all(np.isfinite(values)):
-    mean = float(np.mean(values)) if len(values) else math.nan
-    return Paired(mean, math.nan, math.nan, '-')
-  mean = float(np.mean(values))
-  error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-  half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-  low, high = mean - half, mean + half
-  # What is below the rounding of the values is no difference.
-  small = 1e-12 * float(np.max(np.abs(values), initial=0.0))
-  said = 'worse' if low > small else 'better' if high < -small else 'tie'
-  return Paired(mean, low, high, said)
-
-
-def study(session: Session, plan: Plan, methods: Sequence[str]) -> list[dict]:
+def study(
+  session: Session,
+  plan: Plan,
+  methods: Sequence[str],
+  after: Callable[[str, Choice, Any], None] | None = None,
+) -> list[dict]:
   """Tunes and runs every method on a problem.
 
   Args:
     session: The open session.
     plan: The plan.
     methods: The methods; the first is the one that others are compared with.
+    after: Called with a method, its `Choice` and the last states of the lanes
+      that are reported.
 
   Returns:
     A summary row a method, which is in the record too.
   """
-  reference: np.ndarray | None = None
+  first: list[dict] = []
   rows = []
   for method in methods:
     try:
       choice = tune(session, plan, method)
-      lanes = [(seed, choice.rate) for seed in range(plan.seeds)]
-      label = f'{plan.name}: {method}'
-      ends = run(session, plan, choice.entry, label, lanes, algorithm=method)
+      lanes = [(seed, choice.rates) for seed in range(plan.seeds)]
+      found = run(
+        session, plan, choice.program, plan.label(method), lanes,
+        reported=True, keep_state=after is not None, algorithm=method,
+      )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
       reason = ' '.join(str(error).split())[:300]
       raise flags.UserError(
-        f'{method} does not run on {plan.name}: {reason}'
+        f'{method} does not run on {plan.name or "this problem"}: {reason}'
       ) from error
-    values = np.array([row['value'] for row in ends])
-    values[np.isnan(values)] = np.inf
-    reference = values if reference is None else reference
-    with np.errstate(invalid='ignore'):
-      gaps = paired(values - reference)
-    reached = np.array([row['reached'] for row in ends])
+    if after is not None:
+      after(method, choice, found[1].state)
+    ends = last(session.rows, plan.label(method))
+    first = first or ends
     row = {
       'problem': plan.name,
       'method': method,
       'variant': choice.variant,
-      'learning_rate': choice.rate if choice.entry.tuned else None,
-      'edge': choice.edge,
-      'median': float(np.median(values)),
-      'low': float(np.min(values)),
-      'high': float(np.max(values)),
-      'gap': gaps.mean,
-      'gap_low': gaps.low,
-      'gap_high': gaps.high,
-      'verdict': '-' if method == methods[0] else gaps.said,
-      'wins': int(np.sum(values < reference)),
-      'losses': int(np.sum(values > reference)),
-      'reached': float(np.median(reached)),
-      'reached_share': float(np.mean(np.isfinite(reached))),
-      'updates': int(np.median([row['updates'] for row in ends])),
-      'calls': float(np.median([row['calls'] for row in ends])),
+      'learning_rate': choice.found.rate if choice.entry.tuned else None,
+      'inner_lr': choice.inner_lr,
+      'edge': choice.found.edge,
+      **verdicts.summary(ends, first, 'value', more=plan.problem.more),
+      'reached': float(np.median([end['reached'] for end in ends])),
+      'updates': int(np.median([end['updates'] for end in ends])),
+      'calls': float(np.median([end['calls'] for end in ends])),
+      'seconds': float(np.median([end['seconds'] for end in ends])),
     }
+    if method == methods[0]:
+      row['verdict'] = '-'
+    for name in plan.problem.reported:
+      row |= verdicts.spread(ends, name)
     session.write('summary', **row)
     rows.append(row)
   return rows
-
-
-def profile(
-  rows: Iterable[dict], methods: Sequence[str]
-) -> dict[str, np.ndarray]:
-  """How many times the calls of the best a method takes to the target.
-
-  Args:
-    rows: Summary rows of several problems.
-    methods: The methods.
-
-  Returns:
-    By method one ratio a problem, at least 1, sorted; infinite where it does
-    not get there. The share of those below tau is its performance profile
-    (Dolan and More, 2002).
-  """
-  calls: dict[str, dict[str, float]] = {}
-  for row in rows:
-    calls.setdefault(row['problem'], {})[row['method']] = row['reached']
-  found: dict[str, list[float]] = {method: [] for method in methods}
-  for by_method in calls.values():
-    best = min(by_method.values())
-    for method in methods:
-      own = by_method.get(method, math.inf)
-      solved = math.isfinite(own) and math.isfinite(best)
-      # A start that is at the target already took nothing.
-      found[method].append(
-        max(own, 1.0) / max(best, 1.0) if solved else math.inf
-      )
-  return {method: np.sort(ratios) for method, ratios in found.items()}
 
 
 def check_methods(problem: Problem, methods: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from . import flags
 from . import plots
 from . import study
 from . import tables
+from . import verdicts
 from .session import Session
 
 PIECES = 5
@@ -334,7 +335,7 @@ def tune(
     ):
       lanes = [(seed, rate) for rate in new]
       run(session, config, problem, program, choice, label, lanes, finish=False)
-    rows = study.last(session.rows, label)
+    rows = verdicts.last(session.rows, label)
     return [(row['learning_rate'], row['valid_loss']) for row in rows]
 
   return study.search(config.learning_rates, measure)
@@ -379,13 +380,13 @@ def summarize(
   sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
   reference = None
   for choice, tuned in found.items():
-    ends = study.last(session.rows, choice.label)
+    ends = verdicts.last(session.rows, choice.label)
     worse = np.array([sign * row[first] for row in ends])
     worse[np.isnan(worse)] = np.inf
     reference = worse if reference is None else reference
     # Positive where the first choice of the table is better.
     with np.errstate(invalid='ignore'):
-      gaps = study.paired(worse - reference)
+      gaps = verdicts.paired(worse - reference)
     row: dict[str, Any] = {
       **choice._asdict(),
       'learning_rate': tuned.rate,

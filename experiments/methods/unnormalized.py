@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,9 @@ class Config(devices.Config):
     choices=('independent', 'lattice'),
   )
   learning_rates: tuple[float, ...] = flags.flag(
-    (0.01, 0.02, 0.04), 'The grid; every method gets all of it.', low=0.0
+    (0.01, 0.02, 0.04),
+    'Where the grid begins; every method gets all of it.',
+    low=0.0,
   )
   optimizer: str = flags.flag(
     'auto',
@@ -77,11 +79,14 @@ class Config(devices.Config):
   gamma: float = flags.flag(
     0.1, 'Weight of the newest batch in MECO.', low=1e-6
   )
-  steps: int = flags.flag(2000, 'Steps.', low=1, grows=True)
+  steps: int = flags.flag(2000, 'Steps.', low=1)
   data_rows: int = flags.flag(256, 'Rows of data in a batch.', low=1)
   noise_rows: int = flags.flag(256, 'Rows of noise in a batch.', low=1)
   seeds: int = flags.flag(
     5, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True
+  )
+  tuning_seeds: int = flags.flag(
+    2, 'Seeds that pick rates, with data of their own.', low=1, grows=True
   )
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
@@ -117,37 +122,33 @@ def parse_method(method: str, gamma: float) -> tuple[str, float]:
     raise flags.UserError(f'--methods={method}: {error}') from error
 
 
-class Lane(NamedTuple):
-  """One seed at one learning rate."""
-
-  train: optlab.TrainState
-  key: jax.Array
-  learning_rate: jax.Array
-  noise: Any  # What the noise distribution has adapted to, or None.
-  ess: jax.Array  # Sum of the effective sample sizes of a piece.
-
-
 def estimator_and_start(
   method: str, log_density: Callable, params: Any, log_z: float, gamma: float
-) -> tuple[optlab.GradientEstimator, Any, Callable[[Any], Any]]:
-  """An estimator, its starting parameters, and how to find the model's."""
+) -> tuple[optlab.GradientEstimator, Any]:
+  """An estimator, and its starting parameters."""
   method, gamma = parse_method(method, gamma)
   if method == 'cd':
     estimator = optlab.contrastive_divergence(
       log_density, CHAIN_STEP_SIZE, CHAIN_STEPS
     )
-    return estimator, params, lambda params: params
+    return estimator, params
   if method in ('nce', 'ence'):
     make = getattr(optlab.unnormalized, method)
     start = optlab.unnormalized.NceParams(params, jnp.asarray(log_z, float))
-    estimator = make(optlab.unnormalized.with_log_normalizer(log_density))
-    return estimator, start, lambda params: params.model
+    return make(optlab.unnormalized.with_log_normalizer(log_density)), start
   estimator = optlab.meco(
     log_density,
     1.0 if method == 'snis' else gamma,
     ratio_correction=method == 'meco_ratio',
   )
-  return estimator, params, lambda params: params
+  return estimator, params
+
+
+def model_params(params: Any) -> Any:
+  """The model's parameters, of a method that has a normalizer or has none."""
+  if isinstance(params, optlab.unnormalized.NceParams):
+    return params.model
+  return params
 
 
 def optimizer(

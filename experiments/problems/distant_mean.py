@@ -4,20 +4,15 @@ The problem ``mean`` of ``experiments.density_estimation``.
 """
 
 from collections.abc import Sequence
-import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import optlab
 
 from ..lab import plots
-from ..lab import record
-from ..lab import tables
-from ..lab.session import Session
+from ..lab import study
 from ..methods import unnormalized
 
 
@@ -48,113 +43,60 @@ class Bridge(NamedTuple):
     )
 
 
-def run(session: Session, config: unnormalized.Config) -> None:
-  """Trains every method at every distance, with adaptive noise."""
-  rates = jnp.repeat(jnp.asarray(config.learning_rates), config.seeds)
-  seeds = tuple(range(config.seeds)) * len(config.learning_rates)
-  every = math.gcd(config.steps, 50)
-  for distance, method in itertools.product(config.distances, config.methods):
+class State(NamedTuple):
+  """One lane."""
 
-    def parts(learning_rate, method=method):
-      estimator, params, model_of = unnormalized.estimator_and_start(
+  train: optlab.TrainState
+  bridge: Bridge
+  ess: jax.Array  # Of the last step.
+
+
+def problem(config: unnormalized.Config, distance: float) -> study.Problem:
+  """The error of the mean at a distance, by the flags of the program."""
+  rows = config.data_rows + config.noise_rows
+
+  def entry(method):
+
+    def parts(rate):
+      estimator, params = unnormalized.estimator_and_start(
         method, natural, jnp.zeros(()), unnormalized.HALF_LOG_2PI, config.gamma
       )
-      tx = unnormalized.optimizer(method, learning_rate, config)
-      return estimator, tx, params, model_of
+      return estimator, unnormalized.optimizer(method, rate, config), params
 
-    def begin(seed, learning_rate, parts=parts):
-      estimator, tx, params, _ = parts(learning_rate)
+    def start(key, rate, *_):
+      del key
+      estimator, tx, params = parts(rate)
       standard = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
-      return unnormalized.Lane(
-        optlab.init(params, estimator, tx),
-        jax.random.key(seed),
-        learning_rate,
-        Bridge(standard, standard, standard),
-        jnp.zeros(()),
+      bridge = Bridge(standard, standard, standard)
+      return State(optlab.init(params, estimator, tx), bridge, jnp.zeros(()))
+
+    def step(state, key, rate, *_):
+      estimator, tx, _ = parts(rate)
+      row_key, noise_key = jax.random.split(key)
+      data = distance + jax.random.normal(row_key, (config.data_rows, 1))
+      noise = state.bridge.mixture()
+      lattice = config.sampling[0] == 'lattice'
+      draw = noise.sample_lattice if lattice else noise.sample
+      drawn = draw(noise_key, config.noise_rows)
+      batch = optlab.NoiseBatch(
+        data, drawn, noise.log_prob(drawn), noise.log_prob(data)
       )
+      theta = unnormalized.model_params(state.train.params)
+      train, _ = optlab.train_step(estimator, tx)(state.train, batch)
+      ess = jnp.asarray(unnormalized.ess_of(train.estimator_state), float)
+      return State(train, state.bridge.adapt(theta, batch), ess)
 
-    def advance_lane(lane, parts=parts, distance=distance):
-      estimator, tx, _, model_of = parts(lane.learning_rate)
-      step = optlab.train_step(estimator, tx)
+    return study.Entry(start, step, rows)
 
-      def body(carry, _):
-        state, key, bridge, _ = carry
-        key, row_key, noise_key = jax.random.split(key, 3)
-        data = distance + jax.random.normal(row_key, (config.data_rows, 1))
-        noise = bridge.mixture()
-        lattice = config.sampling[0] == 'lattice'
-        draw = noise.sample_lattice if lattice else noise.sample
-        drawn = draw(noise_key, config.noise_rows)
-        batch = optlab.NoiseBatch(
-          data, drawn, noise.log_prob(drawn), noise.log_prob(data)
-        )
-        bridge = bridge.adapt(model_of(state.params), batch)
-        state, _ = step(state, batch)
-        ess = jnp.asarray(unnormalized.ess_of(state.estimator_state), float)
-        return (state, key, bridge, ess), None
+  def measure(state, _):
+    theta = unnormalized.model_params(state.train.params)
+    error = jnp.abs(theta - distance)
+    return {'theta': theta, 'tuning': error, 'value': error, 'ess': state.ess}
 
-      carry = (lane.train, lane.key, lane.noise, lane.ess)
-      (state, key, bridge, ess), _ = jax.lax.scan(body, carry, length=every)
-      return unnormalized.Lane(state, key, lane.learning_rate, bridge, ess)
-
-    def evaluate(lanes, parts=parts, distance=distance):
-      model_of = parts(0.0)[-1]
-      theta = model_of(lanes.train.params)
-      step = int(lanes.train.step[0])
-      return {
-        'learning_rate': lanes.learning_rate,
-        'theta': theta,
-        'error': jnp.abs(theta - distance),
-        'ess': lanes.ess,
-        'gradients': step,
-        'samples': step * (config.data_rows + config.noise_rows),
-      }
-
-    session.run(
-      f'distance {distance:g}: {method}',
-      jax.jit(jax.vmap(begin))(jnp.asarray(seeds), rates),
-      jax.vmap(advance_lane),
-      evaluate,
-      steps=config.steps,
-      every=every,
-      seeds=seeds,
-      show='error',
-      distance=distance,
-      algorithm=method,
-    )
-
-
-def best_errors(
-  rows: Sequence[dict], distance: float, method: str
-) -> tuple[float, list[float]]:
-  """The learning rate of the least median error at the end, and its errors."""
-  found = record.select(rows, 'eval', distance=distance, algorithm=method)
-  by_rate: dict[float, list[float]] = {}
-  for row in found:
-    if row['step'] == found[-1]['step']:
-      rate = float(f'{row["learning_rate"]:.6g}')
-      by_rate.setdefault(rate, []).append(
-        row['error'] if np.isfinite(row['error']) else math.inf
-      )
-  best = min(by_rate, key=lambda rate: np.median(by_rate[rate]))
-  return best, by_rate[best]
-
-
-def show(rows: Sequence[dict], config: unnormalized.Config) -> None:
-  """Error of the last parameter, at the learning rate that did best."""
-  table = []
-  for distance, method in itertools.product(config.distances, config.methods):
-    best, errors = best_errors(rows, distance, method)
-    table.append([
-      f'{distance:g}', method, best,
-      float(np.median(errors)), min(errors), max(errors),
-    ])  # fmt: skip
-  tables.show(
-    f'|theta - mean| after {config.steps} steps, {config.seeds} seeds, natural'
-    ' parametrization, adaptive noise from N(0, 1)',
-    ['distance', 'method', 'rate', 'median', 'low', 'high'],
-    table,
-  )
+  return study.Problem(
+    entry, config.methods, config.learning_rates, rows * config.steps,
+    'rows of data and noise', measure, '|theta - mean|', batched=True,
+  )  # fmt: skip
 
 
 def draw(
@@ -163,12 +105,20 @@ def draw(
   """The error over training, a panel a distance."""
   figure, panels = unnormalized.panels(config, sharey=True)
   for axes, distance in zip(panels, config.distances, strict=True):
-    mine = [row for row in rows if row.get('distance') == distance]
+    mine = [
+      row | {'method': row['algorithm']}
+      for row in rows
+      if row.get('problem') == f'distance {distance:g}'
+      and row['kind'] == 'eval'
+      and 'tuning' not in row['method']
+    ]
     plots.draw_lines(
-      axes, [('', mine)], 'step', 'error', log_x=False, floor=1e-4
+      axes, [('', mine)], 'updates', 'value', log_x=False, floor=1e-4
     )
-    axes.set(title=f'distance {distance:g}', ylabel='|theta - mean|')
-    axes.legend(fontsize=6)
+    axes.set(
+      title=f'distance {distance:g}', ylabel='|theta - mean|', xlabel='steps'
+    )
     axes.label_outer()
+  panels[0].legend(fontsize=8)
   plots.save(figure, folder / 'mean.png')
   return ['mean.png']

@@ -29,7 +29,7 @@ class Plane(NamedTuple):
 
 
 @functools.cache
-def plane(name: str, kind: str, seeds: int) -> Plane:
+def plane(name: str, kind: str, seeds: tuple[int, ...]) -> Plane:
   """Draws the rows of every seed and fits the noise to them."""
   distribution = densities.distribution(name)
 
@@ -47,7 +47,7 @@ def plane(name: str, kind: str, seeds: int) -> Plane:
     return Plane(train, test, entropy, noise, noise.log_prob(train))
 
   return jax.tree.map(
-    lambda *leaves: jnp.stack(leaves), *(one(seed) for seed in range(seeds))
+    lambda *leaves: jnp.stack(leaves), *(one(seed) for seed in seeds)
   )
 
 

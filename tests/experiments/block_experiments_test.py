@@ -9,6 +9,8 @@ from experiments import parallel_speedup
 from experiments import ranking
 from experiments.lab import flags
 from experiments.lab import record
+from experiments.lab import study
+from experiments.lab import verdicts
 from experiments.problems import quadratic
 from experiments.problems import scaled_logistic as logistic
 
@@ -38,17 +40,27 @@ def test_quadratic_starts_where_it_was_recorded(x64):
   assert np.linalg.norm(grad) < 1e-14
 
 
-@pytest.mark.slow
 def test_parallel_speedup_end_to_end(x64, tmp_path):
   config = parallel_speedup.Config(
-    output_dir=str(tmp_path), num_blocks=20, blocks=(10, 20), rows=(8,),
-    learning_rates=(0.3,), inner_lrs=(0.3,), steps=200, seeds=2, target=0.1,
+    output_dir=str(tmp_path), num_blocks=20, blocks=(20,), rows=(8,),
+    learning_rates=(0.1, 0.3), inner_lrs=(0.03, 0.3), steps=200, seeds=4,
+    target=0.03, tuning_seeds=1,
   )  # fmt: skip
   parallel_speedup.main(config)
   rows = record.read(tmp_path)[1]
   summaries = record.select(rows, 'summary')
-  assert len(summaries) == 2
-  assert all(row['steps'] > 0 for row in summaries)
+  assert [row['method'] for row in summaries] == ['I=20 B=8']
+  for row in summaries:
+    assert 0 < row['steps_to_target_low'] <= row['steps_to_target'] < 200
+    # The rates are those of the seed of their own, which is not reported.
+    tuned = [
+      r for grid in range(3) for r in verdicts.last(
+        rows, f'{row["method"]}: tuning, grid {grid}')
+    ]  # fmt: skip
+    best = min(tuned, key=lambda r: (r['tuning'], r['learning_rate']))
+    for name in ('learning_rate', 'inner_lr'):
+      assert row[name] == best[name]
+    assert {r['seed'] for r in tuned} == {study.TUNING_SEED}
   assert (tmp_path / 'parallel_speedup.png').stat().st_size > 1000
 
 

@@ -20,6 +20,7 @@ from experiments.lab import oracles
 from experiments.lab import record
 from experiments.lab import study
 from experiments.lab import tables
+from experiments.lab import verdicts
 from experiments.methods import bilevel
 from experiments.methods import optimizers
 import optlab
@@ -87,16 +88,21 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
 
 
 def test_pairs_have_an_interval():
-  found = study.paired([1.0, 2.0, 3.0])
+  found = verdicts.paired([1.0, 2.0, 3.0])
   # Student's t with two degrees of freedom: 4.303 standard errors.
   np.testing.assert_allclose(
     found[:3], [2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], rtol=1e-4
   )
   assert found.said == 'tie'
-  assert study.paired([-1.0, -1.1, -0.9]).said == 'better'
-  assert study.paired([1.0, 1.1, 0.9]).said == 'worse'
-  assert study.paired([0.0, 0.0]).said == 'tie'
-  assert study.paired([1.0]).said == study.paired([1.0, math.inf]).said == '-'
+  # Mean 1, standard error 0.5477, and 2.776 of them at five seeds.
+  assert verdicts.paired([0.0, 0.0, 1.0, 1.0, 3.0]).said == 'tie'
+  assert verdicts.paired([1.0, 1.0, 2.0, 2.0, 4.0]).said == 'worse'
+  assert verdicts.paired([-1.0, -1.1, -0.9]).said == 'better'
+  assert verdicts.paired([1.0, 1.1, 0.9]).said == 'worse'
+  assert verdicts.paired([0.0, 0.0]).said == 'tie'
+  assert (
+    verdicts.paired([1.0]).said == verdicts.paired([1.0, math.inf]).said == '-'
+  )
 
 
 def test_profiles_are_shares_of_the_problems():
@@ -107,7 +113,7 @@ def test_profiles_are_shares_of_the_problems():
       ('r', 'a', math.inf), ('r', 'b', math.inf),
     )
   ]  # fmt: skip
-  found = study.profile(rows, ['a', 'b'])
+  found = verdicts.profile(rows, ['a', 'b'])
   assert found['a'].tolist() == [1.0, math.inf, math.inf]
   assert found['b'].tolist() == [1.0, 3.0, math.inf]
 

@@ -9,19 +9,12 @@ import pytest
 
 from experiments import density_estimation
 from experiments.lab import flags
+from experiments.lab import record
+from experiments.lab import study
+from experiments.lab import verdicts
 from experiments.methods import unnormalized
+from experiments.problems import plane
 from experiments.problems import plane_noise
-
-
-def test_verdict_is_a_paired_t_test():
-  # Mean 1, standard error 0.5477, and 2.776 of them at five seeds.
-  differences = [0.0, 0.0, 1.0, 1.0, 3.0]
-  interval, said = density_estimation.verdict(differences)
-  assert (interval, said) == ('-5.2e-01 to +2.5e+00', 'tie')
-  shifted = np.asarray(differences) + 1
-  assert density_estimation.verdict(shifted)[1] == 'win'
-  assert density_estimation.verdict(-shifted)[1] == 'loss'
-  assert density_estimation.verdict([1.0, float('nan')]) == ('-', '-')
 
 
 @pytest.mark.parametrize(
@@ -57,6 +50,44 @@ def test_every_optimizer_descends(problem, name):
   kind = name if name != 'auto' else {'plane': 'adam', 'mean': 'sgd'}[problem]
   expected = same.get(kind, -0.1 * jnp.sign(grads))
   np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_rates_are_picked_on_seeds_and_data_of_their_own(tmp_path):
+  config = density_estimation.Config(
+    output_dir=str(tmp_path), problem='mean', distances=(4.0,), seeds=3,
+    methods=('meco_ratio',), steps=40, learning_rates=(0.01, 0.1),
+    tuning_seeds=1,
+  )  # fmt: skip
+  density_estimation.main(config)
+  rows = record.read(tmp_path)[1]
+  for row in record.select(rows, 'summary'):
+    label = f'distance 4: {row["method"]}'
+    tuned = [
+      r for grid in range(3)
+      for r in verdicts.last(rows, f'{label}: tuning, grid {grid}')
+    ]  # fmt: skip
+    assert {r['seed'] for r in tuned} == {study.TUNING_SEED}
+    best = min(tuned, key=lambda r: r['value'])
+    assert row['learning_rate'] == best['learning_rate']
+    ends = verdicts.last(rows, label)
+    assert [r['seed'] for r in ends] == [0, 1, 2]
+    assert row['median'] == sorted(r['value'] for r in ends)[1]
+  assert (tmp_path / 'mean.png').exists()
+
+
+def test_every_seed_has_rows_of_its_own(monkeypatch):
+  monkeypatch.setattr(plane_noise, 'TRAIN_ROWS', 50)
+  config = density_estimation.Config(seeds=2, tuning_seeds=1)
+  plane_noise.plane.cache_clear()
+  entry = plane.problem(config, 'rings', 'gaussian').entry('meco')
+  place = jax.jit(lambda seed: entry.start(jax.random.key(0), 0.1, seed, ()))
+  own = study.TUNING_SEED
+  places = [int(place(seed).place) for seed in (0, 1, own, own + 1)]
+  # Of more seeds than the flags have, those of the last.
+  assert places == [0, 1, -1, -1]
+  found = plane_noise.plane('rings', 'gaussian', (0, 1, own))
+  assert len(set(np.asarray(jnp.mean(found.train, (1, 2))).tolist())) == 3
+  plane_noise.plane.cache_clear()
 
 
 def test_adaptive_noise_finds_the_data():

@@ -57,8 +57,8 @@ def _judge(name):
 
 def _speedup(few, many):
   return [
-    {'kind': 'summary', 'method': f'I={blocks} B=1', 'steps': iterations}
-    for blocks, iterations in ((10, few), (100, many))
+    {'kind': 'summary', 'method': f'I={blocks} B=1', 'steps_to_target': steps}
+    for blocks, steps in ((10, few), (100, many))
   ]
 
 
@@ -68,7 +68,7 @@ def _speedup(few, many):
     (1000, 100, 'holds'),
     (300, 100, 'partly'),
     (100, 100, 'not'),
-    (100, None, 'not'),
+    (100, np.inf, 'not'),
   ],
 )
 def test_the_rule_of_the_speedup(few, many, verdict):
