@@ -96,16 +96,24 @@ def check_program(
   losses: _losses.Losses, params: base.Params, examples: base.Batch
 ) -> None:
   """Raises a ``ValueError`` where the program of the losses mixes examples."""
+  by = mixed_by(losses, params, examples)
+  if by is not None:
+    raise ValueError(_message(f'{by} takes the examples together'))
+
+
+def mixed_by(
+  losses: _losses.Losses, params: base.Params, examples: base.Batch
+) -> str | None:
+  """The operation in the program of the losses that mixes examples, if any."""
   if _losses.batch_length(examples) < 2:
-    return
+    return None
   closed = jax.make_jaxpr(
     lambda p, e: losses(_losses.fresh(p), _losses.fresh(e))
   )(params, examples)
   inputs = [_NONE] * len(jax.tree.leaves(params))
   inputs += [0] * len(jax.tree.leaves(examples))
   found = _walk(closed.jaxpr, inputs)[0]
-  if isinstance(found, _Mixed):
-    raise ValueError(_message(f'{found.by} takes the examples together'))
+  return found.by if isinstance(found, _Mixed) else None
 
 
 def _message(what):

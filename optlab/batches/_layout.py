@@ -5,6 +5,7 @@ each of them, and each would do the whole work.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -54,20 +55,32 @@ def take(data: base.Batch, index: jax.Array, layout: Layout | None) -> Any:
       arrays themselves say it.
 
   Returns:
-    Pytree of arrays with n rows.
+    Pytree of arrays with n rows; whole on each device where the devices do not
+    divide n.
   """
   leaves, treedef = jax.tree.flatten(data)
   shardings = layout.shardings if layout else [None] * len(leaves)
   rows = []
   for leaf, sharding in zip(leaves, shardings, strict=True):
-    typed = jax.typeof(leaf).sharding
     if explicit(leaf) is not None:
+      typed = _divided(jax.typeof(leaf).sharding, len(index))
       rows.append(leaf.at[index].get(out_sharding=typed))
     elif sharding is None:
       rows.append(leaf[index])
     else:
+      sharding = _divided(sharding, len(index))
       rows.append(jax.lax.with_sharding_constraint(leaf[index], sharding))
   return jax.tree.unflatten(treedef, rows)
+
+
+def _divided(sharding, length):
+  """As ``sharding``, but whole where the devices do not divide the rows."""
+  axes = sharding.spec[0]
+  axes = axes if isinstance(axes, tuple) else (axes,)
+  parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+  if length % parts == 0:
+    return sharding
+  return sharding.update(spec=jax.P(None, *sharding.spec[1:]))
 
 
 def explicit(data: base.Batch) -> Any:

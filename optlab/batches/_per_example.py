@@ -10,6 +10,7 @@ from optlab import base
 from optlab import checks
 from optlab import losses as loss_lib
 from optlab import trees
+from optlab.batches import _independence
 from optlab.batches import _moments
 from optlab.batches import _windows
 
@@ -81,8 +82,9 @@ def per_example(
       through the microbatches one after the other. Losses that see it change
       within a batch (batch normalization that trains) are those of
       microbatches, which `microbatch_means` and `plain_grads` take.
-      Where a batch is no multiple of ``microbatch_size``, the last one is
-      filled up with rows that the mean leaves out and the model state sees.
+      It sees each example once: those that are left when a batch is no
+      multiple of ``microbatch_size`` are a microbatch of their own, of
+      `PaddedBatch` and `ResidentBatch` several, of powers of two.
     has_key: Whether the losses are random. ``losses`` gets an array of n keys
       last, folded with the step and with each example's index in the data, so
       that neither the microbatches nor the devices change the numbers.
@@ -139,9 +141,9 @@ def per_example(
 
   def estimate(params, state, batch):
     model_state, key, state = loss.begin(state)
-    over, size, wide = _over(method, params, batch, key)
+    over, wide = _over(method, params, batch, key)
     if is_means:
-      _check_means(size, microbatch_size)
+      _check_means(over.groups.size, microbatch_size)
     result, aux, new_state = _first_pass(method, over, params, model_state)
     extras = _spread(result, wide, layers)
     if inner_products is not None:
@@ -172,29 +174,40 @@ class _Method(NamedTuple):
 
 
 def _over(method, params, batch, key):
-  """The groups of a batch, its size, and the dtype of its statistics."""
+  """The groups of a batch, and the dtype of its statistics."""
   wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-  # A model with state sees the examples in their order.
-  count, size, get = _windows.groups(
-    batch,
-    method.microbatch_size,
-    wide,
-    method.axis_name,
-    method.loss.has_state,
+  axis_name = method.axis_name
+
+  def over(exact):
+    groups = _windows.groups(
+      batch, method.microbatch_size, wide, axis_name, exact
+    )
+    return _windows.Over(method.loss, groups, key, axis_name)
+
+  # A model with state sees the examples in their order, and no others.
+  found = over(method.loss.has_state)
+  if found.groups.fills and _mixes(method, found, params):
+    found = over(True)
+  return found, wide
+
+
+def _mixes(method, over, params):
+  """Whether a loss, by a route that may, takes examples together."""
+  if method.moments not in (_moments.plain_grads, _moments.microbatch_means):
+    return False
+  (examples, keys), _ = jax.eval_shape(
+    lambda: over.group(_windows.Window(0, over.groups.width))
   )
-  return (
-    _windows.Over(method.loss, count, get, key, method.axis_name),
-    size,
-    wide,
-  )
+  by = _independence.mixed_by(over.bind(()), params, (examples, keys))
+  return by is not None
 
 
 def _first_pass(method, over, params, model_state):
   """The moments of the batch, sums of auxiliary output, the model state."""
   local = over.vary(params)
 
-  def group(k, model_state):
-    examples, mask = over.group(k)
+  def group(window, model_state):
+    examples, mask = over.group(window)
     result = method.moments(over.bind(model_state), local, examples, mask)
     aux, model_state = over.rest(local, model_state, examples, mask)
     # Sizes alone don't vary over devices; the merged groups do.
@@ -238,9 +251,9 @@ def _second_pass(method, over, params, model_state, result):
   """The variance of the inner products with the mean gradient, a sum."""
   local, direction = over.vary(params), over.vary(result.grads)
 
-  def sums(k, model_state):
+  def sums(window, model_state):
     rest = method.inner_products(
-      over.bind(model_state), local, direction, *over.group(k)
+      over.bind(model_state), local, direction, *over.group(window)
     )
     return (jnp.sum(rest), jnp.sum(jnp.square(rest))), model_state
 
@@ -265,10 +278,10 @@ def _value_fn(method):
 
   def mean_and_grads(bound, params):
     batch, model_state, key = bound
-    over, _, _ = _over(method, params, batch, key)
+    over, _ = _over(method, params, batch, key)
 
-    def group(k, model_state):
-      examples, mask = over.group(k)
+    def group(window, model_state):
+      examples, mask = over.group(window)
       result = _moments.plain_grads(
         over.bind(model_state), params, examples, mask
       )

@@ -1,6 +1,7 @@
 """Batches that only name their examples, and passes over them in groups."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,11 +75,56 @@ def _static(size):
   return int(size)
 
 
-def groups(batch, microbatch_size, wide, axis_name, in_order=False):
-  """Number of groups, size, and ``k -> (examples, mask, index)``.
+class Window(NamedTuple):
+  """Examples from ``first`` on; how many is known when a program is made."""
 
-  The index of an example is its place in the data set, or in the batch where
-  that is all there is: it does not depend on the groups.
+  first: Any
+  width: int
+
+
+class Groups(NamedTuple):
+  """How a batch falls into groups.
+
+  Attributes:
+    count: The number of groups of ``width`` examples, may be traced.
+    width: Examples of a group.
+    rest: Sizes of the groups behind them. Where ``count`` is traced they are
+      powers of two, and those in the binary digits of what is left are there.
+    size: Examples of the batch, may be traced.
+    get: ``Window -> (examples, mask, index)``. The index of an example is its
+      place in the data set, or in the batch where that is all there is: it does
+      not depend on the groups.
+  """
+
+  count: Any
+  width: int
+  rest: tuple[int, ...]
+  size: Any
+  get: Callable[[Window], Any]
+
+  @property
+  def fills(self) -> bool:
+    """Whether the last group may hold examples that do not count."""
+    if self.rest:
+      return False
+    known = isinstance(self.size, int)
+    return not known or self.count * self.width != self.size
+
+
+def groups(batch, microbatch_size, wide, axis_name, exact=False) -> Groups:
+  """The groups of a batch.
+
+  Args:
+    batch: Arrays, `PaddedBatch` or `ResidentBatch`.
+    microbatch_size: Examples of a group; ``None`` takes all.
+    wide: The dtype of masks.
+    axis_name: The axis over which every device has its part of the batch.
+    exact: Whether a model sees the examples of a group in their order, and no
+      others; else the last group is filled up with some that its mask leaves
+      out.
+
+  Returns:
+    `Groups`.
   """
   if isinstance(batch, ResidentBatch):
     length, start, size = len(batch.order), batch.start, batch.size
@@ -93,35 +139,38 @@ def groups(batch, microbatch_size, wide, axis_name, in_order=False):
   else:
     length, start = _losses.batch_length(batch), 0
     size = length
+  known = isinstance(size, (int, np.integer))
+  size = int(size) if known else jnp.asarray(size)
   width = min(microbatch_size or length, length)
   shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+  whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
 
-  def get(k):
-    first = start + k * width
+  def get(window):
+    first = start + window.first
     if isinstance(batch, ResidentBatch):
-      position = first + jnp.arange(width)
+      position = first + jnp.arange(window.width)
       mask = position < start + size
       index = _around(batch, position)
       examples = _layout.take(batch.data, index, batch.layout)
     else:
       # The last window slides back over examples that its mask leaves out.
-      begin = jnp.minimum(first, length - width)
-      position = begin + jnp.arange(width)
+      begin = jnp.minimum(first, length - window.width)
+      position = begin + jnp.arange(window.width)
       mask = (position >= first) & (position < start + size)
       index = position
       examples = batch.examples if isinstance(batch, PaddedBatch) else batch
-      if width < length and _layout.explicit(examples) is not None:
+      if window.width < length and _layout.explicit(examples) is not None:
         examples = _layout.take(examples, index, None)
-      elif width < length:
+      elif window.width < length:
         examples = jax.tree.map(
-          lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, width),
+          lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, window.width),
           examples,
         )
     mask = _layout.like_rows(mask.astype(wide), examples)
     return examples, mask, index + shard * length
 
-  def get_strided(k):
-    groups = length // width
+  def get_strided(window):
+    groups, k = length // width, window.first // width
     examples = jax.tree.map(
       lambda leaf: _layout.strided(leaf, k, groups), batch
     )
@@ -131,11 +180,18 @@ def groups(batch, microbatch_size, wide, axis_name, in_order=False):
       jnp.arange(width) * groups + k + shard * length,
     )
 
-  count = 1 if width == length else -(-size // width)
-  whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
-  if whole and not in_order and width < length and length % width == 0:
+  if exact and whole:
+    rest = (length % width,) if length % width else ()
+    return Groups(length // width, width, rest, size, get)
+  if exact:
+    rest = [1 << k for k in reversed(range((width - 1).bit_length()))]
+    if known:
+      rest = [part for part in rest if (size % width) & part]
+    return Groups(size // width, width, tuple(rest), size, get)
+  if whole and width < length and length % width == 0:
     get = get_strided
-  return count, size, get
+  count = 1 if width == length else -(-size // width)
+  return Groups(count, width, (), size, get)
 
 
 def vary(tree: Any, axis_name: Any) -> Any:
@@ -152,17 +208,16 @@ class Over(NamedTuple):
   """A loss over the groups of a batch."""
 
   loss: loss_lib.Loss
-  count: Any
-  get: Callable[..., Any]
+  groups: Groups
   key: Any
   axis_name: Any
 
   def vary(self, tree):
     return tree if self.axis_name is None else vary(tree, self.axis_name)
 
-  def group(self, k):
+  def group(self, window):
     """The examples of a group, with their keys, and the mask."""
-    examples, mask, index = self.get(k)
+    examples, mask, index = self.groups.get(window)
     if not self.loss.has_key:
       return (examples, ()), mask
     return (
@@ -194,16 +249,34 @@ class Over(NamedTuple):
 
   def add_up(self, function, merge, model_state):
     """Merges ``function`` over the groups; the model state goes through."""
-    if isinstance(self.count, int) and self.count == 1:
-      return function(0, model_state)
-    shapes, _ = jax.eval_shape(function, 0, model_state)
+    count, width, rest, size, _ = self.groups
+    known = isinstance(count, int)
+    if known and (count, len(rest)) in ((1, 0), (0, 1)):
+      return function(Window(0, width if count else rest[0]), model_state)
+    function_of = functools.partial(function, Window(0, width))
+    shapes, _ = jax.eval_shape(function_of, model_state)
     start = jax.tree.map(jnp.zeros_like, shapes)
 
-    def body(k, carry):
+    def add(window, carry):
       total, model_state = carry
-      new, model_state = function(k, model_state)
+      new, model_state = function(window, model_state)
       return merge(total, new), model_state
 
-    return jax.lax.fori_loop(
-      0, self.count, body, (self.vary(start), model_state)
+    carry = jax.lax.fori_loop(
+      0,
+      count,
+      lambda k, carry: add(Window(k * width, width), carry),
+      (self.vary(start), model_state),
     )
+    first = count * width
+    for part in rest:
+      if known:
+        carry = add(Window(first, part), carry)
+        first += part
+        continue
+      left = size - count * width
+      window = Window(first + left // (2 * part) * (2 * part), part)
+      carry = jax.lax.cond(
+        (left & part) > 0, functools.partial(add, window), lambda c: c, carry
+      )
+    return carry

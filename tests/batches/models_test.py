@@ -78,11 +78,83 @@ def test_the_numbers_do_not_depend_on_microbatches_or_routes(
     flat = jnp.concatenate([grads['w'], grads['b'][:, None]], 1)
     spread = jnp.sum((flat - jnp.mean(flat, 0)) ** 2)
     close(estimate.extras['sum_sq_diff_norm'], spread, 1e-4)
-  if microbatch_size != 6:  # There the last window slides back over rows.
-    close(state.model_state['sum'], jnp.sum(ROWS[:, 0]), 1e-4)
+  close(state.model_state['sum'], jnp.sum(ROWS[:, 0]), 1e-4)
   assert state.step == 1
   again, _ = jax.jit(estimator.estimate)(PARAMS, state, ROWS)
   close(again.value, jnp.mean(written_out(step=1)[0]))
+
+
+def centred(w, stats, rows):
+  """Batch normalization: of the microbatch, and averages; a count beside."""
+  mean = jnp.mean(rows, 0)
+  count = stats['count'] + len(rows)
+  average = 0.9 * stats['average'] + 0.1 * mean
+  return ((rows - mean) @ w - 1.0) ** 2, {'count': count, 'average': average}
+
+
+def in_parts(rows, sizes):
+  """The mean loss and the statistics of microbatches, written out."""
+  stats, values, first = NO_STATS, [], 0
+  for size in sizes:
+    part = rows[first : first + size]
+    value, stats = centred(jnp.ones(6), stats, part)
+    values, first = [*values, value], first + size
+  return jnp.mean(jnp.concatenate(values)), stats
+
+
+NO_STATS = {'count': jnp.zeros((), jnp.int32), 'average': jnp.zeros(6)}
+CENTRED = optlab.per_example(
+  centred, optlab.batches.plain_grads, microbatch_size=6, has_state=True
+)
+
+
+def test_model_state_sees_every_example_once():
+  """Also where the microbatches do not divide the batch: nothing is filled."""
+  start, w = CENTRED.init(jnp.ones(6), NO_STATS), jnp.ones(6)
+  estimate = jax.jit(CENTRED.estimate)
+  found, state = estimate(w, start, ROWS)
+  value, stats = in_parts(ROWS, (6, 6, 6, 2))
+  close((found.value, state.model_state), (value, stats))
+  close(found.extras['value_fn'](w), value)
+  for size, parts in ((3, (2, 1)), (11, (6, 4, 1)), (18, (6, 6, 6))):
+    padded = optlab.batches.PaddedBatch(ROWS, jnp.int32(size))
+    found, state = estimate(w, start, padded)
+    value, stats = in_parts(ROWS, parts)
+    close((found.value, state.model_state), (value, stats))
+  assert estimate._cache_size() == 2
+  again, state = CENTRED.estimate(w, start, padded._replace(size=18))
+  close((again.value, state.model_state), (value, stats))
+  # A loss that mixes examples without a state sees no others either.
+  plain = lambda w, rows: centred(w, NO_STATS, rows)[0]
+  mixing = optlab.per_example(
+    plain, optlab.batches.microbatch_means, microbatch_size=6
+  )
+  found, _ = jax.jit(mixing.estimate)(w, (), ROWS)
+  close(found.value, in_parts(ROWS, (6, 6, 6, 2))[0])
+
+
+@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+def test_model_state_in_growing_steps_on_devices(kind):
+  """A group of one row is whole on each device."""
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(
+    jax.sharding.AxisType[kind],
+  ))  # fmt: skip
+  tx = optax.sgd(0.01)
+  states = []
+  for rows in (
+    ROWS,
+    jax.device_put(ROWS, jax.NamedSharding(mesh, jax.P('data'))),
+  ):
+    with jax.set_mesh(mesh):
+      state = optlab.growing_init(
+        jnp.ones(6), CENTRED, tx, rows, jax.random.key(1), NO_STATS
+      )
+      step = jax.jit(optlab.growing_step(CENTRED, tx, batch_size=9))
+      for count in (9, 18, 27):
+        state, _ = step(state, rows)
+        assert state.train.estimator_state.model_state['count'] == count
+    states.append(state.train)
+  close(*states)
 
 
 def test_inner_products_see_the_same_masks():
