@@ -40,6 +40,10 @@ from optlab.batches._rest import keep
 from optlab.batches._rest import wrap
 from optlab.batches._statistics import AveragesState
 from optlab.batches._statistics import Test
+from optlab.batches._stream import Stream
+from optlab.batches._stream import StreamState
+from optlab.batches._stream import stream
+from optlab.batches._stream_step import stream_step
 from optlab.batches._tests import augmented_inner_product_test
 from optlab.batches._tests import coordinate_norm_test
 from optlab.batches._tests import inner_product_test
@@ -66,6 +70,8 @@ __all__ = [
   'ResidentBatch',
   'Rest',
   'Route',
+  'Stream',
+  'StreamState',
   'Test',
   'adadagrad',
   'augmented_inner_product_test',
@@ -91,6 +97,8 @@ __all__ = [
   'per_example',
   'plain_grads',
   'size_schedule',
+  'stream',
+  'stream_step',
   'vmap_grads',
   'vmap_inner_products',
   'wrap',

@@ -309,6 +309,70 @@ host_loader = family(
   'host_loader', gather=lambda rows: rows, num_examples=4, buckets=(2, 4)
 )
 counts(bucket_sizes, max_batch_size=(1, -1))
+family('stream', source=[ROWS], microbatch_size=2)
+stream_step = family(
+  'stream_step',
+  estimator=optlab.per_example(losses),
+  tx=optax.sgd(0.1),
+  batch_size=2,
+)
+one = optlab.batches.stream([ROWS], 2, prefetch=0)
+for wrong, arguments, match in (
+  ('no batch size anywhere', {'batch_size': None}, 'needs a batch size: put'),
+  (
+    'inner products',
+    {
+      'estimator': optlab.per_example(
+        losses, inner_products=optlab.batches.jvp_inner_products
+      )
+    },
+    'without inner products.*got the extra arguments sum_sq_diff_inner: take',
+  ),
+  (
+    'an estimator of whole batches',
+    {'estimator': optlab.value_and_grad(loss)},
+    '(whose parts of a batch can be merged|the size of the batch must be kno)',
+  ),
+):
+  row(
+    'stream_step',
+    wrong,
+    lambda arguments=arguments: stream_step(**arguments)(
+      optlab.init(X, optlab.per_example(losses), optax.sgd(0.1)), one
+    ),
+    ValueError,
+    match,
+  )
+for size, error, match in (
+  (0, ValueError, 'size must be at least 1, got 0'),
+  (3, ValueError, 'at most microbatch_size=2, got 3: stream_step'),
+  (1.5, TypeError, 'size must be an integer, got 1.5'),
+):
+  row('Stream', f'take of {size}', lambda n=size: one.take(n), error, match)
+row(
+  'Stream',
+  'a position past the end of the source',
+  lambda: optlab.batches.stream([ROWS], 2, prefetch=0).seek(
+    optlab.batches.StreamState(0, 0, 5, None)
+  ),
+  ValueError,
+  'source must have the item 0 of pass 0 that it had, got fewer, or shorter',
+)
+row(
+  'stream',
+  'an empty source',
+  lambda: optlab.batches.stream([], 2, prefetch=0).take(1),
+  ValueError,
+  'source must yield examples, got an empty one',
+)
+for wrong in (None, 3, 'file.txt', {'x': ROWS}):
+  row(
+    'stream',
+    f'source={type(wrong).__name__}',
+    lambda wrong=wrong: optlab.batches.stream(wrong, 2),
+    TypeError,
+    'source must be an iterable of examples or batches.*got',
+  )
 row(
   'next_size',
   'no rule in the state',
