@@ -22,7 +22,9 @@ from ..problems import label_sets
 
 WIDTH, ROWS, DRAWN = 16, 64, 16
 STEPS = 3000
-METHODS = ('meco', 'meco:0.3', 'snis', 'nce', 'sampled_softmax', 'softmax')
+METHODS = (
+  'meco:0.01', 'meco:0.1', 'snis', 'nce', 'sampled_softmax', 'softmax',
+)  # fmt: skip
 
 
 class Labels:
@@ -69,25 +71,24 @@ def sampled_softmax(params: Any, batch: Any) -> jax.Array:
   return jnp.mean(jax.nn.logsumexp(both, 1) - data)
 
 
-def estimators(pairs: label_sets.Pairs) -> dict[str, Callable[[], Any]]:
-  """What makes each estimator."""
-
-  def meco(gamma):
-    return lambda: optlab.meco(score, gamma, contexts=pairs.contexts)
-
-  def nce():
+def estimator_of(name: str, contexts: int) -> optlab.GradientEstimator:
+  """The estimator of one of `METHODS`, or of ``meco:GAMMA``."""
+  base, _, number = name.partition(':')
+  try:
+    gamma = float(number) if number else 1.0
+  except ValueError:
+    gamma = 0.0
+  if (base == 'meco' and number and 0 < gamma <= 1) or name == 'snis':
+    return optlab.meco(score, gamma, contexts=contexts)
+  if name == 'nce':
     return optlab.nce(
       lambda params, rows: score(params, rows) - params['log_z'][rows[0]]
     )
-
-  return {
-    'meco': meco(0.1),
-    'meco:0.3': meco(0.3),
-    'snis': meco(1.0),
-    'nce': nce,
-    'sampled_softmax': lambda: optlab.value_and_grad(sampled_softmax),
-    'softmax': lambda: optlab.value_and_grad(loss),
-  }
+  if name in ('sampled_softmax', 'softmax'):
+    return optlab.value_and_grad({'softmax': loss}.get(name, sampled_softmax))
+  raise flags.UserError(
+    f'--methods={name}: not one of {", ".join(METHODS)}, or meco:GAMMA'
+  )
 
 
 def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
@@ -96,12 +97,9 @@ def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
   train = jnp.asarray(pairs.train)
   counts = np.bincount(pairs.train[:, 1], minlength=pairs.labels) + 1.0
   noise = Labels(jnp.asarray(np.log(counts / counts.sum()), jnp.float32))
-  table = estimators(pairs)
 
   def entry(name):
-    if name not in table:
-      raise flags.UserError(f'--methods={name}: not one of {", ".join(table)}')
-    estimator = table[name]()
+    estimator = estimator_of(name, pairs.contexts)
     # To zero by a cosine, so that no method is judged by its last step's noise.
     adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS))
 

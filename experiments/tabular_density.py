@@ -1,0 +1,161 @@
+"""Densities of tables: MECO and its peers, paired by split.
+
+python -m experiments.tabular_density --sets=digits:8,digits:16,digits:32
+python -m experiments.tabular_density --sets=wine,mine.csv,mine.csv:10
+python -m experiments.tabular_density --quick
+
+A seed is a split into rows for training, validation and test. Rates are picked
+on validation rows of splits that are used for nothing else; in the loop every
+method keeps the parameters that were best on the validation rows so far. The
+score of an unnormalized model is that of `optlab.log_partition`, and a dash
+where it is refused.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .lab import flags
+from .lab import launch
+from .lab import plots
+from .lab import study
+from .lab import tables
+from .lab.session import Session
+from .methods import tabular
+
+QUICK = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(flags.Config):
+  """Flags of the program."""
+
+  sets: tuple[str, ...] = flags.flag(
+    ('digits:8', 'digits:16', 'digits:32', 'breast_cancer', 'wine'),
+    'Tables: digits, breast_cancer, wine or a CSV file; after a colon how many'
+    ' principal components are kept.',
+  )
+  methods: tuple[str, ...] = flags.flag(
+    tabular.METHODS,
+    f'Of {", ".join((*tabular.UNNORMALIZED, *tabular.NORMALIZED))}; snis is'
+    ' meco with gamma=1, dsm denoising score matching with a scale that is'
+    ' tuned too. The first is what others are compared with.',
+  )
+  steps: int = flags.flag(1200, 'Steps of a run.', low=1)
+  learning_rates: tuple[float, ...] = flags.flag(
+    (0.001, 0.003, 0.01), 'Where the grid of rates begins.', low=0.0
+  )
+  score: str = flags.flag(
+    'importance', 'How log Z is found.', choices=('importance', 'smc')
+  )
+  seeds: int = flags.flag(10, 'Number of splits.', low=1, grows=True)
+  tuning_seeds: int = flags.flag(
+    2, 'Splits that pick rates; 0 takes the first rate.', low=0
+  )
+  precision: str = flags.flag(
+    'float32', 'Floating point type.', choices=('float32', 'float64')
+  )
+  quick: bool = flags.flag(
+    False, 'A minute: one set, three methods, two splits, few steps.'
+  )
+
+
+def plans(config: Config) -> tuple[list[study.Plan], tuple[str, ...]]:
+  """A plan for each set, and the methods."""
+  sets, methods, steps = config.sets, config.methods, config.steps
+  seeds, tuning_seeds = config.seeds, config.tuning_seeds
+  if config.quick:
+    sets, methods, steps = ('wine',), ('meco', 'nce', 'kernel'), QUICK
+    seeds, tuning_seeds = 2, 0
+  found = []
+  for name in sets:
+    problem = tabular.problem(name, steps, config.score == 'smc')
+    study.check_methods(problem, methods)
+    found.append(
+      study.Plan(
+        name, problem, steps, config.learning_rates, seeds, tuning_seeds, None
+      )
+    )
+  return found, methods
+
+
+@launch.program
+def main(config: Config) -> None:
+  """Tunes and trains every method on every set; tables and a picture."""
+  todo, methods = plans(config)
+  with Session('tabular_density', config) as session:
+    rows = {plan.name: study.study(session, plan, methods) for plan in todo}
+  for plan in todo:
+    show(plan, rows[plan.name])
+  picture = session.folder / 'tabular_density.png'
+  draw([row for plan in todo for row in rows[plan.name]], methods, picture)
+  print(f'picture: {picture}')
+  print(f'record:  {session.folder / "record.jsonl"}')
+
+
+def show(plan: study.Plan, rows: Sequence[dict]) -> None:
+  """Prints the table of a set."""
+  first = rows[0]['method']
+  lines = []
+  for row in rows:
+    rate = row['learning_rate']
+    tuned = rate is not None and row['variant'] not in tabular.NORMALIZED[1:]
+    gap = '-'
+    if row['verdict'] != '-':
+      gap = f'{row["gap_low"]:+.2f} to {row["gap_high"]:+.2f}'
+    lines.append([
+      row['variant'],
+      f'{rate:g}{" *" if row["edge"] else ""}' if tuned else '-',
+      f'{row["median"]:.2f}' if math.isfinite(row['median']) else None,
+      gap, row['verdict'], f'{row["losses"]} of {plan.seeds}',
+    ])  # fmt: skip
+  tables.show(
+    f'{plan.name}: test nats after {plan.budget:,.0f} steps, the median of'
+    f' {plan.seeds} splits; an asterisk is a rate at the edge of the grid; gap:'
+    f' the mean of the differences from {first} by split, with its 95 %'
+    f' interval; behind: splits on which it is worse than {first}; a dash where'
+    ' a score is refused',
+    ['method', 'rate', 'nats', '95 % of the gap', 'verdict', 'behind'],
+    lines,
+  )
+
+
+def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
+  """The gap to the first method, with its interval, set by set."""
+  names = list(dict.fromkeys(row['problem'] for row in rows))
+  figure, axes = plt.subplots(
+    figsize=(2.4 + 1.1 * len(names), 3.6), layout='constrained'
+  )
+  shown = [method for method in methods[1:]]
+  for i, method in enumerate(shown):
+    mine = {
+      row['problem']: row
+      for row in rows
+      if row['method'] == method and row['verdict'] != '-'
+    }
+    at = [names.index(name) for name in mine]
+    middle = np.array(
+      [(r['gap_low'] + r['gap_high']) / 2 for r in mine.values()]
+    )
+    half = np.array([(r['gap_high'] - r['gap_low']) / 2 for r in mine.values()])
+    shift = 0.5 * ((i + 0.5) / len(shown) - 0.5)
+    if at:
+      axes.errorbar(
+        np.asarray(at) + shift, middle, half, fmt='o', ms=4, capsize=2,
+        color=f'C{i}', label=method,
+      )  # fmt: skip
+  axes.axhline(0.0, color='black', lw=0.8)
+  axes.set_yscale('symlog', linthresh=0.5)
+  axes.set_xticks(range(len(names)), [n.rsplit('/')[-1] for n in names])
+  axes.set_xlim(-0.5, len(names) - 0.5)
+  axes.set_ylabel(f'test nats more than {methods[0]}')
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8, ncols=2)
+  plots.save(figure, path)
+
+
+if __name__ == '__main__':
+  launch.run(main, Config)
