@@ -230,7 +230,10 @@ def accept(
   )
   new = old._replace(step=old.step + 1, info=info, **fields)
   dual = () if dual_seen else new.dual
-  finite = trees.is_finite(estimate.grads, new.inner, dual, others)
+  # The residual is NaN where f_y is, which conjugate gradients swallow.
+  finite = trees.is_finite(
+    estimate.grads, new.inner, dual, dual_residual, others
+  )
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(
     rejected=~finite,

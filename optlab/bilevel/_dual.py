@@ -105,7 +105,7 @@ def step(
   count: jax.Array,
   products: Any = None,
   *,
-  convex: bool = True,
+  sampled: base.Params | None = None,
   beside: base.Params | None = None,
 ) -> Solution:
   r"""One step on ``z' g_yy z / 2 - f_y' z``.
@@ -113,10 +113,10 @@ def step(
   Where ``g_yy`` is positive semidefinite and the rate at most two over its
   largest eigenvalue, a step makes ``z`` longer by at most the rate times the
   norm of ``f_y``. The sum of these is the ball, twice as wide, that holds ``z``
-  where the caller gave none: it cuts only what would diverge. ``convex`` asks
-  for the sign of ``z' g_yy z`` too, which means something for a true product.
-  The norm of ``beside``, the lower gradient, is taken with the others: in small
-  problems looking costs as much as computing.
+  where the caller gave none: it cuts only what would diverge. The sign of
+  ``z' g_yy z`` is looked at too, by ``sampled`` where ``product`` is no true
+  one. The norm of ``beside``, the lower gradient, is taken with the others: in
+  small problems looking costs as much as computing.
   """
   residual = residual_of(z, product, grad_y)
   rate: Any = None
@@ -136,16 +136,15 @@ def step(
     moved = optax.apply_updates(z, updates)
   looked = (residual, grad_y, moved, *(() if beside is None else (beside,)))
   length, size, reached, *rest, along = trees.norms(
-    *looked, product=(z, product)
+    *looked, product=(z, product if sampled is None else sampled)
   )
   reach, bound = state.reach, dual.radius
   if rate is not None:
     reach += (rate * size).astype(reach.dtype)
     bound = 2 * reach if bound is None else bound
   moved, ok, _ = hold(moved, jnp.inf if bound is None else bound, reached)
-  if convex:
-    # At least the norm of g_yy z, times about that of z.
-    ok &= is_convex(along, reached * (length + size))
+  # At least the norm of g_yy z, times about that of z.
+  ok &= is_convex(along, reached * (length + size))
   return Solution(
     moved, length, ok, DualState(opt_state, reach), (reached, *rest)
   )

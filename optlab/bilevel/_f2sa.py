@@ -10,6 +10,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 
@@ -106,7 +107,11 @@ def f2sa(
     derivatives. In float32 the difference of two gradients loses about
     :math:`10^{-7} \lambda` of the larger. Where a lower variable lags behind,
     the estimate is wrong by up to :math:`\lambda` times the lag:
-    ``info.lower_grad_norm`` is the larger of the two levels' gradients.
+    ``info.lower_grad_norm`` is the larger of the two levels' gradients, and
+    ``info.dual_residual`` that of :math:`z = \lambda (y - y_\lambda)`.
+    ``info.ok`` is false where the lower gradient falls along that shift, or its
+    residual is ten times that of :math:`z = 0`: then the lower level is not
+    convex or runs away, or its steps are too long for the penalty.
   """
   checks.enforce(f2sa, locals())
   problem = _bilevel.problem_of(
@@ -125,7 +130,10 @@ def f2sa(
   def init(params, inner):
     state = _bilevel.init_state(problem, params, inner, dual=False)
     shifted = trees.own(inner)
-    return state._replace(memory=F2saMemory(shifted, optimizer.init(shifted)))
+    zero = jnp.zeros_like(state.info.lower_grad_norm)
+    info = state.info._replace(dual_residual=zero)
+    memory = F2saMemory(shifted, optimizer.init(shifted))
+    return state._replace(memory=memory, info=info)
 
   def descend(params, state, batch, weight):
     samples, of = _lower.sampler(problem, batch, lower_steps)
@@ -155,27 +163,65 @@ def f2sa(
     strength = trees.at_step(penalty, state.step)
     weight = 1 / strength
     (y, opt_state), memory = descend(params, state, batch, weight)
-    look = lambda inner, weight: jax.value_and_grad(
-      penalized, argnums=(0, 1), has_aux=True
-    )(params, inner, (batch.upper, batch.lower, weight))
-    (_, (value, *aux)), (above, above_y) = look(memory[0], weight)
+    value, upper_aux, *f = _problem.upper_value_and_grads(
+      problem, params, memory[0], batch.upper
+    )
+    lower_aux, *g = _lower_grads(
+      problem, params, memory[0], batch.lower, state.step
+    )
+    _, *g_below = _lower_grads(problem, params, y, batch.lower, state.step)
+    minus = lambda a, b: trees.combine(lambda a, b: scale * (a - b), a, b)
+    mean, scale = f, strength
+    above_y = trees.combine(lambda g, f: g + weight * f, g[1], f[1])
+    below_y = g_below[1]
     if central:
-      (_, (other, *_)), (below, below_y) = look(y, -weight)
-      value = 0.5 * (value + other)
-    else:
-      below, below_y = jax.grad(
-        lambda *args: problem.lower(*args)[0], argnums=(0, 1)
-      )(params, y, batch.lower)
-    scale = 0.5 * strength if central else strength
-    grads = trees.combine(lambda a, b: scale * (a - b), above, below)
+      other, _, *f_below = _problem.upper_value_and_grads(
+        problem, params, y, batch.upper
+      )
+      value, scale = 0.5 * (value + other), 0.5 * strength
+      mean = trees.combine(lambda a, b: 0.5 * (a + b), f, f_below)
+      below_y = trees.combine(lambda g, f: g - weight * f, below_y, f_below[1])
+    grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
+    residual, ok = _judge(minus(y, memory[0]), minus(g_below[1], g[1]), mean[1])
     return _bilevel.accept(
-      base.Estimate(value, grads, aux=_bilevel.aux_of(problem, *aux)),
+      base.Estimate(
+        value, grads, aux=_bilevel.aux_of(problem, upper_aux, lower_aux)
+      ),
       state,
       memory,
       inner=y,
       lower_opt_state=opt_state,
       memory=F2saMemory(*memory),
       lower_grad_norm=jnp.maximum(trees.norm(above_y), trees.norm(below_y)),
+      dual_residual=residual,
+      ok=ok,
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+def _lower_grads(problem, params, inner, batch, step):
+  """The auxiliary output of g, ``g_x`` and ``g_y``."""
+  grads, (_, aux) = _problem.gradients(
+    problem, _problem.Point(params, inner, batch, step)
+  )(inner)
+  return aux, *grads
+
+
+def _judge(dual, product, grad_y):
+  """How well ``z`` solves its system, and whether the difference is sane.
+
+  The shift times the penalty is a ``z``, and the change of the lower gradient
+  over it ``g_yy z``.
+  """
+  # Plain sums: a look that may be repeated in scaled numbers keeps all trees.
+  residual = trees.combine(jnp.subtract, product, grad_y)
+  length, size, reached = (
+    jnp.sqrt(trees.sq_norm(tree, trees.real_dtype(tree)))
+    for tree in (residual, grad_y, dual)
+  )
+  along = trees.inner_product(dual, product)
+  ok = _dual.is_convex(along, reached * (length + size))
+  # A constraint or a slow start may leave more than z = 0 would; an order more
+  # is a lower level that runs away, or steps too long for so small a shift.
+  return length, ok & ~(length > 10 * size)

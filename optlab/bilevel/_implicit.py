@@ -73,7 +73,7 @@ def implicit(
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
     ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
-      a half-space, or the step samples are missing.
+      a set, or the step samples are missing.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optlab

@@ -1,5 +1,6 @@
 """Steps of the lower level at a fixed upper variable."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import optax
 from optlab import base
 from optlab import trees
 from optlab.bilevel import _problem
+
+_FAR = 1e4  # Where a probe starts: what any dtype holds.
+_GATHERED = 8  # Updates of a probe where the first is zero.
 
 
 def check_step_samples(batches: base.Batch, count: int, name: str) -> None:
@@ -179,33 +183,55 @@ def lower_round(
 
 
 def check_free(optimizer: Any, inner: base.Params) -> None:
-  """Raises a ``ValueError`` for an optimizer that keeps y in a half-space.
+  """Raises a ``ValueError`` for an optimizer that keeps y in a set.
 
-  A probe of one number for each leaf, at zero, tries a gradient of either sign.
-  What it cannot see (other sets, rates that are tracers) the steps see.
+  A probe of one number for each leaf tries a gradient of either sign at zero,
+  which a half-space holds, and none far off, from where a projection comes
+  back. What it cannot see (sets of another shape, rates that are tracers) the
+  steps may see.
   """
 
-  def moved(sign):
-    probe = jax.tree.map(
-      lambda leaf: jnp.zeros((1,) * jnp.ndim(leaf), leaf.dtype), inner
+  def moves(start, grad, updates):
+    fill = lambda number: jax.tree.map(
+      lambda leaf: jnp.full((1,) * jnp.ndim(leaf), number, leaf.dtype), inner
     )
-    grad = jax.tree.map(lambda leaf: sign + jnp.zeros_like(leaf), probe)
-    updates, _ = optimizer.update(
-      grad, optimizer.init(probe), probe, value=jnp.zeros(()), grad=grad,
-      value_fn=lambda y: jnp.zeros(()),
-    )  # fmt: skip
-    return [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates)]
+    probe, grad = fill(start), fill(grad)
+    state, most = optimizer.init(probe), []
+    for _ in range(updates):
+      moved, state = optimizer.update(
+        grad, state, probe, value=jnp.zeros(()), grad=grad,
+        value_fn=lambda y: jnp.zeros(()),
+      )  # fmt: skip
+      most.append(jax.tree.leaves(moved))
+    return [
+      jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
+      for leaves in zip(*most, strict=True)
+    ]
 
   try:
     # Under jit too, the probe has numbers.
     with jax.ensure_compile_time_eval():
-      up, down = moved(1.0), moved(-1.0)
+      look = functools.partial(moves, updates=1)
+      if not any(move > 0 for move in look(0.0, 1.0)):
+        # Steps are gathered, or a rate begins at zero.
+        look = jax.jit(functools.partial(moves, updates=_GATHERED))
+      up, down, *far = (
+        [float(move) for move in look(*at)]
+        for at in ((0.0, 1.0), (0.0, -1.0), (_FAR, 0.0), (-_FAR, 0.0))
+      )
   except Exception:
     return  # A probe must not ask more than a run does.
-  if up != down:
+  reason = None
+  if [move > 0 for move in up] != [move > 0 for move in down]:
+    reason = (
+      'holds it where the gradient has one sign (as'
+      ' optax.keep_params_nonnegative does)'
+    )
+  elif any(move > 0.5 * _FAR for moved in far for move in moved):
+    reason = 'brings it back from far off without a gradient (a projection)'
+  if reason is not None:
     raise ValueError(
-      'lower_optimizer must leave y free, got one that holds it where the'
-      ' gradient has one sign (as optax.keep_params_nonnegative does): the'
+      f'lower_optimizer must leave y free, got one that {reason}: the'
       ' formula of the hypergradient is wrong there. Declare the constraint by'
       ' lower_map=optlab.bilevel.proximal_map(...), or take unrolled.'
     )

@@ -111,7 +111,7 @@ def multiply(
   def forward():
     inner = _floating(point.inner)
     (_, grad), (cross, product), (value, aux) = jax.jvp(
-      _gradients(problem, point),
+      gradients(problem, point),
       (inner,),
       (trees.cast_like(dual, inner),),
       has_aux=True,
@@ -132,7 +132,7 @@ def linearize(problem: Problem, point: Point) -> tuple[Lower, Products]:
   def forward():
     inner = _floating(point.inner)
     (_, grad), jvp, (value, aux) = jax.linearize(
-      _gradients(problem, point), inner, has_aux=True
+      gradients(problem, point), inner, has_aux=True
     )
     return Lower(value, aux, grad), lambda z: jvp(trees.cast_like(z, inner))
 
@@ -149,16 +149,16 @@ def _floating(tree):
   return jax.tree.map(jnp.asarray, tree)
 
 
-def _gradients(problem, point):
+def gradients(problem, point):
   """``y -> ((g_x, g_y), (g, aux))``."""
 
-  def gradients(inner):
+  def look(inner):
     (value, aux), grads = jax.value_and_grad(
       problem.lower, argnums=(0, 1), has_aux=True
     )(point.params, inner, point.batch)
     return grads, (value, aux)
 
-  return gradients
+  return look
 
 
 def _either(problem, forward, reverse):

@@ -146,7 +146,7 @@ def saba(
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
     ValueError: A number is outside its domain, ``lower_optimizer`` keeps y in
-      a half-space, or the step samples are missing.
+      a set, or the step samples are missing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -211,7 +211,7 @@ def saba(
     )
     solution = _dual.step(
       dual, state.dual, product, grad_y, state.dual_state, state.step,
-      convex=False,
+      sampled=products[1],
     )  # fmt: skip
     inner, lower_opt_state, held = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower.data,

@@ -66,7 +66,7 @@ def soba(
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
     ValueError: ``dual_lr`` or another number is outside its domain, or
-      ``lower_optimizer`` keeps y in a half-space.
+      ``lower_optimizer`` keeps y in a set.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab

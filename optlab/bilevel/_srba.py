@@ -76,7 +76,7 @@ def srba(
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
     ValueError: A number is outside its domain, or ``lower_optimizer`` keeps y
-      in a half-space.
+      in a set.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -120,7 +120,9 @@ def srba(
     point = _problem.Point(params, inner, batch.lower, step)
     seen, cross, product = _problem.multiply(problem, point, z)
     wide = lambda tree: trees.cast_like(tree, trees.zeros_accumulator(tree))
-    return (value, seen.value, trees.norm(grad_y)), (
+    length, size, along = trees.norms(z, product, product=(z, product))
+    convex = _dual.is_convex(along, length * size)
+    return (value, seen.value, trees.norm(grad_y), convex), (
       wide(_bilevel.hypergradient(grad_x, cross)),
       wide(seen.grad),
       _dual.residual_of(z, product, grad_y),
@@ -148,7 +150,7 @@ def srba(
         lambda v, a, b: v + (a - b), state.memory.directions, fresh, old
       )
 
-    (value, lower_value, size), moves = jax.lax.cond(
+    (value, lower_value, size, convex), moves = jax.lax.cond(
       state.step % period == 0,
       lambda: directions(*now, full, state.step),
       recursive,
@@ -176,7 +178,7 @@ def srba(
       memory=SrbaMemory(*now, moves),
       lower_grad_norm=trees.norm(d_y),
       dual_residual=trees.norm(d_z),
-      ok=ok,
+      ok=ok & convex,
       constrained=held,
     )
 

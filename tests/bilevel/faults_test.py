@@ -50,6 +50,13 @@ def implicit(upper, lower, optimizer, dual_lr=None, **options):
   return optlab.implicit(upper, lower, optimizer, **options)
 
 
+def srba(upper, lower, optimizer, dual_lr, **options):
+  """SRBA that looks at all data every third step."""
+  return bilevel.srba(
+    upper, lower, optimizer, dual_lr, NOTHING, period=3, **options
+  )
+
+
 FORMULA = {**RATED, 'implicit': implicit}  # Those that use g_yy.
 
 
@@ -85,6 +92,68 @@ def test_an_indefinite_lower_hessian_is_bounded_and_told(name):
   assert state.info.total_not_ok > 100
   report = optlab.report(state)
   assert report['info/total_not_ok'] == state.info.total_not_ok
+
+
+@pytest.mark.parametrize('central', [False, True])
+def test_first_order_differences_tell_an_indefinite_or_runaway_level(central):
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  for matrix, rate, fine in (
+    ([[1.0, 2.0], [2.0, 1.0]], 0.1, False),
+    ([[1.0, 0.0], [0.0, -0.01]], 0.1, False),
+    ([[30.0, 0.0], [0.0, 1.0]], 0.1, False),  # Beyond two over the curvature.
+    ([[30.0, 0.0], [0.0, 1.0]], 0.03, True),
+    ([[1.0, 0.0], [0.0, 0.0]], 0.1, True),
+  ):
+    _, lower = quadratic(matrix)
+    estimator = bilevel.f2sa(
+      upper, lower, optax.sgd(rate), 50.0, central=central
+    )
+    state, _ = run(estimator, np.float32([1.0, -0.5]), Y[:2], 60)
+    assert (state.info.total_not_ok == 0) == fine, (matrix, rate)
+    assert state.info.ok == fine
+
+
+@pytest.mark.parametrize('name', ['saba', 'srba'])
+def test_differences_and_memories_tell_negative_curvature_at_once(name):
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, batch: 0.5 * (y[0] ** 2 - 0.01 * y[1] ** 2) - x @ y
+  make = {'saba': saba, 'srba': srba}[name]
+  state, _ = run(make(upper, lower, SGD, 0.1), X[:2], Y[:2], 60)
+  assert not state.info.ok and state.info.total_rejected == 0
+  good = lambda x, y, batch: lower(x, y, batch) + y[1] ** 2
+  state, _ = run(make(upper, good, SGD, 0.1), X[:2], Y[:2], 60)
+  assert state.info.total_not_ok == 0
+
+
+def test_one_level_that_is_not_finite_is_held_by_every_estimator():
+  """At the first step and later: no trace but a count, in x and in y."""
+  upper = lambda x, y, scale: scale * jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, scale: scale * 0.5 * jnp.sum((y - x) ** 2)
+  reuse = lambda make: functools.partial(make, reuse_sample=True)
+  makes = {
+    **{key: reuse(FORMULA[key]) for key in ('bo_rep', 'stocbio', 'ttsa')},
+    'soba': optlab.soba, 'saba': saba, 'implicit': reuse(implicit),
+    'unrolled': lambda f, g, o, r: reuse(optlab.unrolled)(f, g, o),
+    'f2sa': lambda f, g, o, r: reuse(bilevel.f2sa)(f, g, o, 50.0),
+  }  # fmt: skip
+  good = optlab.BilevelBatch(1.0, 1.0)
+  kept = lambda s: (s.inner, s.dual, s.lower_opt_state, s.dual_state)
+  for key, make in makes.items():
+    estimator = make(upper, lower, SGD, 0.1)
+    estimate = jax.jit(estimator.estimate)
+    state, rejections = estimator.init(X, Y), 0
+    for fields in (
+      {'upper': np.nan}, {}, {'lower': np.nan}, {'upper': np.inf}, {},
+      {'lower': np.inf},
+    ):  # fmt: skip
+      result, new = estimate(X, state, good._replace(**fields))
+      assert new.info.rejected == bool(fields), (key, fields)
+      if fields:
+        rejections += 1
+        assert not np.any(result.grads), (key, fields)
+        jax.tree.map(np.testing.assert_array_equal, kept(new), kept(state))
+      state = new
+    assert state.info.total_rejected == rejections == 4
 
 
 @pytest.mark.parametrize('name', RATED)
@@ -240,8 +309,8 @@ def test_other_constraints_are_told_by_ok():
   tree = {'a': jnp.zeros(3), 'b': jnp.zeros(3)}
   apart = lambda f: lambda x, y, batch: f(x, y['a'] + y['b'], batch)
   for name, make in FORMULA.items():
-    state, _ = run(make(upper, lower, clipped(0.1, -0.5, 0.5), 0.1), X, Y, 60)
-    assert not state.info.ok, name
+    with pytest.raises(ValueError, match='lower_optimizer must leave y free'):
+      make(upper, lower, clipped(0.1, -0.5, 0.5), 0.1).init(X, Y)
     # Tracers of rates cannot be probed: seen in the run.
     low = lambda rate, make=make: (
       run(make(upper, lower, clipped(rate, 0.0, 9.0), 0.1), X, Y, 60)[0].info.ok
@@ -249,6 +318,34 @@ def test_other_constraints_are_told_by_ok():
     assert not jax.vmap(low)(jnp.array([0.1, 0.2])).any(), name
     held = make(apart(upper), apart(lower), frozen, 0.1)
     assert not run(held, X, tree, 5)[0].info.ok, name
+
+
+@pytest.mark.parametrize('name', ['ball', 'sphere', 'plane', 'simplex'])
+def test_projections_that_move_all_numbers_are_refused(name):
+  """No number stands still there, and none has a sign of its own."""
+  project = {
+    'ball': lambda y: optax.projections.projection_l2_ball(y, 0.5),
+    'sphere': optax.projections.projection_l2_sphere,
+    'plane': lambda y: y - jnp.mean(y),
+    'simplex': optax.projections.projection_simplex,
+  }[name]
+
+  def update(updates, state, params):
+    moved = project(optax.apply_updates(params, updates))
+    return jax.tree.map(jnp.subtract, moved, params), state
+
+  kept = optax.chain(
+    SGD, optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  )
+  upper, lower = quadratic(np.eye(3))
+  for make in (*FORMULA.values(), srba):
+    with pytest.raises(ValueError, match='leave y free, got one that brings'):
+      make(upper, lower, kept, 0.1).init(X, Y)
+  if name == 'ball':
+    with pytest.raises(ValueError, match='leave y free, got one that brings'):
+      optlab.soba(upper, lower, optax.MultiSteps(kept, 3), 0.1).init(X, Y)
+  optlab.unrolled(upper, lower, kept).init(X, Y)
+  bilevel.f2sa(upper, lower, kept, 10.0).init(X, Y)
 
 
 def test_free_optimizers_are_not_refused_and_ok():
