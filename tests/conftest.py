@@ -1,5 +1,6 @@
 """Fixtures that the test modules share."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -49,6 +50,21 @@ def pytest_configure(config):
   size = sum(entry.stat().st_size for entry in CACHE.glob('*'))
   if size > 2**30 and not hasattr(config, 'workerinput'):
     shutil.rmtree(CACHE)
+
+
+def pytest_collection_modifyitems(items):
+  """One worker runs all tests of a file, which share what is compiled."""
+  for item in items:
+    if not item.get_closest_marker('xdist_group'):
+      file = item.nodeid.partition('::')[0]
+      item.add_marker(pytest.mark.xdist_group(file))
+
+
+def pytest_collection_finish():
+  """What lives as long as the tests is not looked at again by the collector."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,11 @@ def two_modes(x):
   )
 
 
-@pytest.mark.parametrize('size', [8, 32])
-def test_two_modes_in_many_dimensions(size):
+@pytest.mark.parametrize(
+  ('size', 'seeds'),
+  [(8, 10), (32, 3), pytest.param(32, 10, marks=pytest.mark.slow)],
+)
+def test_two_modes_in_many_dimensions(size, seeds):
   pytest.importorskip('blackjax')
   noise = optlab.unnormalized.gaussian(jnp.zeros(size), 9 * jnp.eye(size))
   method = optlab.unnormalized.tempered_smc()
@@ -29,32 +32,37 @@ def test_two_modes_in_many_dimensions(size):
 
   @jax.jit
   def score(key):
-    result = optlab.log_partition(two_modes, noise, key, method=method)
-    return result, method(two_modes, noise, key)[4].stages
+    runs = []
+
+    def watched(*args):
+      found = method(*args)
+      runs.append(found[4].stages)
+      return found
+
+    result = optlab.log_partition(two_modes, noise, key, method=watched)
+    return result, runs[0]
 
   inside = 0
-  for seed in range(10):
+  for seed in range(seeds):
     result, stages = score(jax.random.key(seed))
     assert result.ok
     inside += abs(result.value - truth) < 2 * result.standard_error
     assert jnp.sum(stages) * 256 * 10 <= 250_000
-  assert inside >= 9
+  assert inside >= 0.9 * seeds
   if size == 32:
-    assert not optlab.log_partition(two_modes, noise, jax.random.key(0)).ok
+    plain = jax.jit(lambda key: optlab.log_partition(two_modes, noise, key))
+    assert not plain(jax.random.key(0)).ok
 
 
 # Tempering believes what the noise says of its own density.
 CASES = set(log_partition_test.REFUSED) - {'a hole of a third, scored wrong'}
+METHOD = optlab.unnormalized.tempered_smc()
 
 
 @pytest.mark.parametrize('case', sorted(CASES))
 def test_right_or_refused(case):
   pytest.importorskip('blackjax')
-  log_density, noise = log_partition_test.REFUSED[case]
-  method = optlab.unnormalized.tempered_smc()
-  result = jax.jit(
-    lambda key: optlab.log_partition(log_density, noise, key, method=method)
-  )(jax.random.key(0))
+  result = log_partition_test.refused(case, jax.random.key(0), METHOD)
   truth = {
     'heavy tail on a Gaussian': math.log(math.pi),
     'heavy tail on a wide Gaussian': math.log(math.pi),
