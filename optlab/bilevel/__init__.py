@@ -11,6 +11,7 @@ from optlab.bilevel._implicit import implicit
 from optlab.bilevel._maps import proximal_map
 from optlab.bilevel._models import ModelsState
 from optlab.bilevel._models import with_models
+from optlab.bilevel._mrbo import mrbo
 from optlab.bilevel._problem import BilevelAux
 from optlab.bilevel._problem import Objective
 from optlab.bilevel._rates import RatesReport
@@ -44,6 +45,7 @@ __all__ = [
   'bo_rep',
   'f2sa',
   'implicit',
+  'mrbo',
   'proximal_map',
   'refine',
   'saba',

@@ -1,7 +1,7 @@
 """SRBA: recursive differences of all three directions between full batches."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -16,7 +16,7 @@ from optlab.bilevel import _problem
 
 
 class SrbaMemory(NamedTuple):
-  """What `srba` keeps: the last point, and its directions there."""
+  """What `srba` and `mrbo` keep: the last point, and the directions there."""
 
   params: base.Params
   inner: base.Params
@@ -112,21 +112,55 @@ def srba(
   )
   dual = _bilevel.dual_of(dual_lr, None, 1, dual_radius)
 
-  def directions(params, inner, z, batch, step):
-    """The value, the directions and the norm of ``f_y``."""
-    value, _, grad_x, grad_y = _problem.upper_value_and_grads(
-      problem, params, inner, batch.upper
-    )
-    point = _problem.Point(params, inner, batch.lower, step)
-    seen, cross, product = _problem.multiply(problem, point, z)
-    wide = lambda tree: trees.cast_like(tree, trees.zeros_accumulator(tree))
-    length, size, along = trees.norms(z, product, product=(z, product))
-    convex = _dual.is_convex(along, length * size)
-    return (value, seen.value, trees.norm(grad_y), convex), (
-      wide(_bilevel.hypergradient(grad_x, cross)),
-      wide(seen.grad),
-      _dual.residual_of(z, product, grad_y),
-    )
+  def renew(look, now, state, batch):
+    def recursive():
+      seen, fresh = look(*now, batch)
+      x, y, z, _ = state.memory
+      _, old = look(x, y, z, batch)
+      return seen, jax.tree.map(
+        lambda v, a, b: v + (a - b), state.memory.directions, fresh, old
+      )
+
+    first = state.step % period == 0
+    return jax.lax.cond(first, lambda: look(*now, full), recursive)
+
+  return recursive_estimator(problem, dual, renew)
+
+
+def recursive_estimator(
+  problem: _problem.Problem, dual: _dual.Dual, renew: Callable[..., Any]
+) -> base.GradientEstimator:
+  """`soba` whose three directions follow a recursion of their own.
+
+  Args:
+    problem: The levels.
+    dual: The rate and the ball of z.
+    renew: ``(look, (x, y, z), state, batch) -> (seen, directions)`` with
+      ``look(x, y, z, batch)``, which returns the same of one sample.
+
+  Returns:
+    A `GradientEstimator` whose memory is an `SrbaMemory`.
+  """
+
+  def look_at(step):
+    def look(params, inner, z, batch):
+      """The values, what is watched, and the directions of x, y and z."""
+      value, _, grad_x, grad_y = _problem.upper_value_and_grads(
+        problem, params, inner, batch.upper
+      )
+      point = _problem.Point(params, inner, batch.lower, step)
+      seen, cross, product = _problem.multiply(problem, point, z)
+      length, scale, size, along = trees.norms(
+        z, product, grad_y, product=(z, product)
+      )
+      convex = _dual.is_convex(along, length * scale)
+      return (value, seen.value, size, convex), (
+        trees.wide(_bilevel.hypergradient(grad_x, cross)),
+        trees.wide(seen.grad),
+        _dual.residual_of(z, product, grad_y),
+      )
+
+    return look
 
   def init(params, inner):
     state = _bilevel.init_state(problem, params, inner, dual=dual)
@@ -141,19 +175,8 @@ def srba(
     _bilevel.check_batch(batch)
     _bilevel.check_real('params', params)
     now = params, state.inner, state.dual
-
-    def recursive():
-      seen, fresh = directions(*now, batch, state.step)
-      x, y, z, _ = state.memory
-      _, old = directions(x, y, z, batch, state.step)
-      return seen, jax.tree.map(
-        lambda v, a, b: v + (a - b), state.memory.directions, fresh, old
-      )
-
-    (value, lower_value, size, convex), moves = jax.lax.cond(
-      state.step % period == 0,
-      lambda: directions(*now, full, state.step),
-      recursive,
+    (value, lower_value, size, convex), moves = renew(
+      look_at(state.step), now, state, batch
     )
     d_x, d_y, d_z = moves
     rate = trees.at_step(dual.lr, state.step)
@@ -161,7 +184,7 @@ def srba(
     reach += (rate * size).astype(reach.dtype)
     z, ok, _ = _dual.hold(
       _dual.subtract(state.dual, rate, d_z),
-      2 * reach if dual_radius is None else dual_radius,
+      2 * reach if dual.radius is None else dual.radius,
     )
     inner, lower_opt_state, held = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower,

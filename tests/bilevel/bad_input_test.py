@@ -42,7 +42,10 @@ unrolled = family('unrolled', **LEVELS)
 saba = family('saba', **LEVELS, dual_lr=0.1, upper_blocks=3, lower_blocks=3)
 f2sa = family('f2sa', **LEVELS, penalty=10.0)
 srba = family('srba', **LEVELS, dual_lr=0.1, full=SAMPLE, period=3)
-BILEVEL = (bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba, f2sa, srba)
+mrbo = family('mrbo', **LEVELS, dual_lr=0.1)
+BILEVEL = (
+  bo_rep, soba, implicit, stocbio, ttsa, unrolled, saba, f2sa, srba, mrbo,
+)  # fmt: skip
 for make in BILEVEL:
   name = make.__name__
   inner = (X, KEY) if make is ttsa else (X,)
@@ -57,7 +60,7 @@ for make in BILEVEL:
       'batch must be a BilevelBatch, with upper and lower and step_samples;'
       f' got {type(bad).__name__}',
     )
-  if make not in (soba, saba, srba):
+  if make not in (soba, saba, srba, mrbo):
     steps = 1 if make is ttsa else 5
     for wrong, samples in (('scalar', 1.0), ('too few', np.ones((3, 2)))):
       row(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optlab
 from optlab import bilevel
@@ -137,3 +138,121 @@ def test_recipes_follow_their_papers(x64):
   for name, (estimator, tx) in recipes.items():
     got = path(estimator, tx, problem.x, problem.inner + 1.0, batches)
     np.testing.assert_allclose(got, reference(name), atol=1e-12, err_msg=name)
+
+
+def test_recursive_recipes_follow_their_papers(x64):
+  """MRBO and AccBO: STORM of x, y and z, or of x beside Nesterov's y."""
+  problem, data, upper, lower = noisy()
+  steps, rate, nu, rho, beta = 6, 0.05, 0.2, 0.3, 0.3
+  xi, zeta = np.random.RandomState(0).randn(2, steps, 4)
+  batches = optlab.BilevelBatch(xi, zeta)
+
+  def reference(kind):
+    betas = (beta, 0.2, 0.2) if kind == 'mrbo' else (beta, 1.0, 1.0)
+    point = (problem.x, problem.inner + 1.0, np.zeros(4))
+    old, v, momentum, out = point, None, np.zeros(4), []
+    for t in range(steps):
+
+      def directions(x, y, z, t=t):
+        f_y = y - data['t'] + xi[t]
+        return (
+          data['rho'] * x + data['B'].T @ z,
+          data['A'] @ y - data['B'] @ x - data['c'] + zeta[t],
+          data['A'] @ z - f_y,
+        )
+
+      fresh = directions(*point)
+      if v is None:
+        v = fresh
+      else:
+        parts = zip(v, fresh, directions(*old), betas, strict=True)
+        v = [d + (1 - b) * (u - o) for u, d, o, b in parts]
+      old, (x, y, z) = point, point
+      if kind == 'mrbo':
+        x, y = x - rate * v[0], y - rho * v[1]
+      else:
+        momentum = v[1] + 0.9 * momentum
+        x = x - rate * v[0] / np.linalg.norm(v[0])
+        y = y - rho * (v[1] + 0.9 * momentum)
+      point = (x, y, z - nu * v[2])
+      out.append(x)
+    return np.stack(out)
+
+  nesterov = optax.sgd(rho, 0.9, nesterov=True)
+  make = bilevel.mrbo
+  for name, estimator, tx in (
+    (
+      'mrbo',
+      make(upper, lower, optax.sgd(rho), nu, beta=beta, lower_beta=0.2),
+      optax.sgd(rate),
+    ),
+    (
+      'accbo',
+      make(upper, lower, nesterov, nu, beta=beta, lower_beta=1.0),
+      optlab.normalized_momentum(rate, 0.0),
+    ),
+  ):
+    got = path(estimator, tx, problem.x, problem.inner + 1.0, batches)
+    np.testing.assert_allclose(got, reference(name), atol=1e-12, err_msg=name)
+
+
+def test_hoag_solves_to_the_tolerance_of_the_step(x64):
+  problem = bilevel_problems.load('quadratic_single')
+  data = bilevel_problems.read('quadratic_single')
+  tolerance = optax.exponential_decay(0.5, 1, 0.1)
+  estimator = optlab.implicit(
+    problem.upper, problem.lower, optax.lbfgs(), rtol=tolerance, warm=False
+  )
+  state = estimator.init(problem.x, problem.inner + 1.0)
+  estimate, relative = jax.jit(estimator.estimate), []
+  for t in range(8):
+    result, state = estimate(problem.x, state, NOTHING)
+    size = np.linalg.norm(state.inner - data['t'])
+    relative.append(state.info.dual_residual / size)
+    assert relative[-1] <= tolerance(t)
+    np.testing.assert_allclose(
+      result.grads, data['rho'] * problem.x + data['B'].T @ state.dual,
+      atol=1e-12,
+    )  # fmt: skip
+  assert relative[0] > 1e-3  # No more products than the step asks for.
+  np.testing.assert_allclose(result.grads, problem.hypergradient, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_value_that_lags_deceives_and_the_report_says_so():
+  """Three points learned for a classifier: the guide's example."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  truth = jax.random.normal(keys[0], (20, 3))
+  images = jax.random.normal(keys[1], (512, 20))
+  noise = jax.random.gumbel(keys[2], (512, 3))
+  labels = jnp.argmax(images @ truth + noise, axis=1)
+
+  def loss(y, images, labels):
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(images @ y, labels)
+    )
+
+  upper = lambda x, y, batch: loss(y, images, labels)
+  lower = lambda x, y, batch: loss(y, x, jnp.arange(3)) + 5e-3 * jnp.sum(y**2)
+  x = images[jnp.array([jnp.argmax(labels == k) for k in range(3)])]
+  y = jnp.zeros((20, 3))
+  refit = jax.jit(lambda x: upper(x, optlab.argmin(lower)(x, y).inner, None))
+
+  def train(estimator, rate):
+    tx = optax.adam(rate)
+    step = optlab.train_step(estimator, tx)
+    run = lambda s: jax.lax.scan(lambda s, _: step(s, NOTHING), s, length=600)
+    state, values = jax.jit(run)(optlab.init(x, estimator, tx, y))
+    return state, values[-1]
+
+  state, value = train(optlab.soba(upper, lower, optax.sgd(0.01), 0.01), 0.03)
+  report = bilevel.suggest_rates(
+    upper, lower, state.params, state.estimator_state, NOTHING,
+    jax.random.key(1),
+  )  # fmt: skip
+  true = refit(state.params)
+  assert value < true - 0.3 and report.lag > 1
+  assert abs(report.settled_value - true) < 0.1
+  run_ = optlab.unrolled(upper, lower, optax.sgd(0.2), lower_steps=20)
+  state, value = train(run_, 0.003)
+  assert abs(value - refit(state.params)) < 0.05 and value < 0.5

@@ -141,6 +141,10 @@ ROWS = [
     ),
   ),
   bilevel_row(
+    'mrbo',
+    lambda rate: optlab.bilevel.mrbo(*LEVELS, optax.sgd(rate), rate),
+  ),
+  bilevel_row(
     'f2sa',
     lambda rate: optlab.bilevel.f2sa(
       *LEVELS, optax.sgd(rate), 10.0, lower_steps=2
