@@ -5,6 +5,10 @@ is where ``|g| <= 1e-6 max(1, |g_0|)`` at a point evaluated within 2,000
 evaluations of value and gradient; Hessians are not counted. The table's last
 lines are a performance profile: the part of all problems that a method solves
 within a factor of the evaluations of the best one.
+
+A second table fits residuals, two variables each, by Gauss-Newton and by
+scipy's Levenberg-Marquardt (``lm``) and trust region (``trf``), under the same
+test on the gradient of half the sum of squares.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +33,13 @@ PALMER7C PALMER8C PRICE3 ROSENBR S308 SISSER TRIGON1 VANDANMSLS WAYSEA2
 """
 NAMES = tuple(LIST.split())
 MODULES = {'EXP2': 'exp_scipy'}
+# Least squares in two variables: those of the list that sif2jax has as
+# residuals, and Rosenbrock, Powell badly scaled, Freudenstein-Roth and Brown.
+FITTED = """
+CLUSTER DANIWOOD DENSCHNCNE EGGCRATENE ELATVIDUNE EXP2NE EXPFITNE JENSMPNE
+MISRA1A MISRA1B MISRA1D S308NE HS1NE POWELLBS FREURONE BROWNBSNE
+"""
+EQUATIONS = tuple(FITTED.split())
 LIMIT = 2000
 FACTORS = (1.0, 1.5, 2.0, 4.0, 8.0)
 
@@ -58,6 +69,73 @@ def load(name: str) -> Problem:
   grad = jax.jit(jax.grad(fun))(flat)
   tol = 1e-6 * max(1.0, float(jnp.linalg.norm(grad)))
   return Problem(name, fun, np.asarray(flat), tol)
+
+
+class Residuals(NamedTuple):
+  """Residuals of a vector, to be made small; the fields as of `Problem`."""
+
+  name: str
+  fun: Any
+  start: np.ndarray
+  tol: float
+
+
+def load_residuals(name: str) -> Residuals:
+  """A system of equations by its name in CUTEst; needs float64."""
+  problem = getattr(
+    cutest.module(name.lower(), 'cutest._nonlinear_equations'), name
+  )()
+  fun = lambda x: problem.constraint(x)[0]
+  start = jnp.asarray(problem.y0, jnp.float64)
+  residual, jacobian = fun(start), jax.jacobian(fun)(start)
+  tol = 1e-6 * max(1.0, float(jnp.linalg.norm(residual @ jacobian)))
+  return Residuals(name, fun, np.asarray(start), tol)
+
+
+def our_fit(problem: Residuals) -> int | None:
+  """Evaluations that `optlab.newton.least_squares` takes, or None."""
+  run = jax.jit(
+    lambda start: optlab.newton.least_squares(
+      problem.fun, start, max_steps=LIMIT, grad_tol=problem.tol
+    )
+  )(problem.start)
+  count = 1 + int(run.opt_state.info.total_trials)
+  good = run.status == optlab.training.GRAD_TOL and count <= LIMIT
+  return count if good else None
+
+
+def scipys_fit(problem: Residuals, method: str) -> int | None:
+  """Evaluations of the residuals that scipy's method takes, or None."""
+  both = jax.jit(lambda x: (problem.fun(x), jax.jacobian(problem.fun)(x)))
+  count = 0
+
+  def fun(x):
+    nonlocal count
+    count += 1
+    residual, jacobian = map(np.asarray, both(x))
+    if np.linalg.norm(residual @ jacobian) <= problem.tol:
+      raise _Enough
+    if count >= LIMIT:
+      raise StopIteration
+    return residual
+
+  try:
+    scipy.optimize.least_squares(
+      fun, problem.start, lambda x: np.asarray(both(x)[1]), method=method,
+      ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=LIMIT,
+    )  # fmt: skip
+  except _Enough:
+    return count
+  except (StopIteration, ValueError, np.linalg.LinAlgError):
+    pass
+  return None
+
+
+FITS = {
+  'gns': our_fit,
+  'lm': lambda p: scipys_fit(p, 'lm'),
+  'trf': lambda p: scipys_fit(p, 'trf'),
+}
 
 
 def ours(problem: Problem, tx, curvature=None) -> int | None:
@@ -137,7 +215,9 @@ METHODS = {
 }
 
 
-def table(names=NAMES, methods=METHODS) -> dict[str, dict[str, int | None]]:
+def table(
+  names=NAMES, methods=METHODS, load=load
+) -> dict[str, dict[str, int | None]]:
   """Evaluations by problem and method, ``None`` where it is not solved."""
   rows = {}
   with jax.enable_x64(True), warnings.catch_warnings():
@@ -167,9 +247,9 @@ def summary(rows) -> list[str]:
     'median': [np.median([n or np.inf for n in found[m]]) for m in methods],
     'sum of solved': [sum(n or 0 for n in found[m]) for m in methods],
   }
-  if 'trust-exact' in methods:
-    lines['/ trust-exact'] = [
-      round(np.median(ratios(rows, m, 'trust-exact')), 2) for m in methods
+  for peer in {'trust-exact', 'trf'}.intersection(methods):
+    lines[f'/ {peer}'] = [
+      round(np.median(ratios(rows, m, peer)), 2) for m in methods
     ]
   best = [min(n or np.inf for n in row.values()) for row in rows.values()]
   for factor in FACTORS:
@@ -190,12 +270,15 @@ def summary(rows) -> list[str]:
 
 
 def main() -> None:
-  """Prints the table."""
-  rows = table()
-  print(f'{"":14}' + ''.join(f'{method:>12}' for method in METHODS))
-  for name, row in rows.items():
-    print(f'{name:14}' + ''.join(f'{n or "-":>12}' for n in row.values()))
-  print(*summary(rows), sep='\n')
+  """Prints the tables."""
+  for methods, rows in (
+    (METHODS, table()),
+    (FITS, table(EQUATIONS, FITS, load_residuals)),
+  ):
+    print(f'{"":14}' + ''.join(f'{method:>12}' for method in methods))
+    for name, row in rows.items():
+      print(f'{name:14}' + ''.join(f'{n or "-":>12}' for n in row.values()))
+    print(*summary(rows), '', sep='\n')
 
 
 if __name__ == '__main__':

@@ -4,59 +4,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import io_callback
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from optlab import _counts
 from optlab import _implicit
+from optlab import _results
 from optlab import base
 from optlab import checks
 from optlab import trees
-
-
-class MinimizeResult(NamedTuple):
-  """Where `minimize` stopped, and why.
-
-  Attributes:
-    params: The last iterate.
-    opt_state: The transformation's state.
-    value: Scalar, the objective at ``params``.
-    grad_norm: Scalar, the Euclidean norm of the gradient at ``params``.
-    steps: int32 scalar, the steps taken.
-    status: int32 scalar, one of the constants below.
-    trace: What ``trace`` returned before each step and at the end, stacked on a
-      leading axis of ``max_steps + 1``; rows beyond ``steps`` are zero.
-    aux: Auxiliary output of ``fun`` at ``params``; ``()`` where there is none.
-  """
-
-  params: base.Params
-  opt_state: base.OptState
-  value: jax.Array
-  grad_norm: jax.Array
-  steps: jax.Array
-  status: jax.Array
-  trace: Any
-  aux: Any = ()
-
-  @property
-  def success(self) -> jax.Array:
-    """Whether a tolerance was met: `GRAD_TOL` or `TARGET_VALUE`."""
-    return (self.status == GRAD_TOL) | (self.status == TARGET_VALUE)
-
-  @property
-  def message(self) -> str:
-    """Why it stopped, in words; of a result of one run, outside of jit."""
-    return MESSAGES[int(self.status)]
-
-
-MAX_STEPS, GRAD_TOL, TARGET_VALUE, STALLED, NON_FINITE, REJECTED = range(6)
-MESSAGES = (
-  'max_steps were taken.',
-  'The norm of the gradient is at most grad_tol.',
-  'The value is at most target_value.',
-  'No more progress: rounding, or stall_steps, ended the descent.',
-  'The value or the gradient is not finite.',
-  'All that the transformation tried was rejected.',
-)
 
 
 class _Run(NamedTuple):
@@ -70,11 +28,12 @@ class _Run(NamedTuple):
   stall_steps: int | None
   stall_tol: Any
   curvature: Callable[..., base.Operator] | None
-  trace: Callable[[MinimizeResult], Any] | None
+  trace: Callable[[_results.MinimizeResult], Any] | None
+  callback: Callable[[_results.Progress], Any] | None
 
 
 class _LoopState(NamedTuple):
-  result: MinimizeResult
+  result: _results.MinimizeResult
   grad: base.Updates  # as jax.grad makes it
   best: jax.Array  # shape (), the lowest value seen
   since_best: jax.Array  # shape (), int32, steps without progress
@@ -91,6 +50,7 @@ class _LoopState(NamedTuple):
   stall_tol=checks.NON_NEGATIVE,
   curvature=checks.Function('(params, *args) -> operator', optional=True),
   trace=checks.Function('MinimizeResult -> row', optional=True),
+  callback=checks.Function('Progress -> whether to stop', optional=True),
 )
 def minimize(
   fun: Callable[..., jax.Array],
@@ -106,8 +66,9 @@ def minimize(
   stall_tol: float | jax.Array = 0.0,
   curvature: Callable[..., base.Operator] | None = None,
   opt_state: base.OptState | None = None,
-  trace: Callable[[MinimizeResult], Any] | None = None,
-) -> MinimizeResult:
+  trace: Callable[[_results.MinimizeResult], Any] | None = None,
+  callback: Callable[[_results.Progress], Any] | None = None,
+) -> _results.MinimizeResult:
   """Runs an optimizer on the device until a stopping test holds.
 
   One ``lax.while_loop``: no host round trip. Transformations that keep the
@@ -135,13 +96,17 @@ def minimize(
       stopped; ``None`` starts afresh.
     trace: Called on the `MinimizeResult` so far (with ``trace=None``) before
       each step and at the end; its results are stacked.
+    callback: Called on the host with a `Progress` after each step; stops the
+      run where it returns true (``None`` goes on), by the clock for example.
+      Under ``vmap`` it is called once a lane, until the last lane ends.
 
   Returns:
     A `MinimizeResult`; ``status`` is `MAX_STEPS`, `GRAD_TOL`, `TARGET_VALUE`,
-    `STALLED` (by ``stall_steps``, or the transformation says ``stalled`` in its
-    state), `NON_FINITE` (the value or the gradient at ``params`` is not finite,
-    where no method could go on) or `REJECTED` (the transformation says
-    ``failed`` in its state: all that it tried was rejected).
+    `STOPPED` (by ``callback``), `STALLED` (by ``stall_steps``, or the
+    transformation says ``stalled`` in its state), `NON_FINITE` (the value or
+    the gradient at ``params`` is not finite, where no method could go on) or
+    `REJECTED` (the transformation says ``failed`` in its state: all that it
+    tried was rejected).
 
   Raises:
     TypeError: ``max_steps`` is not an integer, ``fun`` not a function, or a
@@ -184,7 +149,7 @@ def minimize(
     bound = lambda params: curvature(params, *args)
   run = _Run(
     takes_extras(tx), value_fn, max_steps, grad_tol, target_value, stall_steps,
-    stall_tol, bound, trace,
+    stall_tol, bound, trace, callback,
   )  # fmt: skip
   params = trees.own(params)
   found = _implicit.run_constant(
@@ -192,7 +157,7 @@ def minimize(
   )
   result, start_norm = found
   if not any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
-    ok = result.status == GRAD_TOL
+    ok = result.status == _results.GRAD_TOL
     ok |= result.grad_norm <= 1e-3 * start_norm
     last, value = _implicit.minimizer(value_fn, result.params, result.value, ok)
     result = result._replace(params=last, value=value)
@@ -214,8 +179,8 @@ def _loop(run, params, opt_state):
 
 def _start(run, params, opt_state):
   """The loop before its first step."""
-  value, grad = _evaluate(run, params, opt_state)
-  result = MinimizeResult(
+  value, grad, evaluated = _evaluate(run, params, opt_state)
+  result = _results.MinimizeResult(
     params=params,
     opt_state=opt_state,
     value=value,
@@ -223,6 +188,7 @@ def _start(run, params, opt_state):
     steps=jnp.zeros((), jnp.int32),
     status=jnp.zeros((), jnp.int32),
     trace=None,
+    counts=_counts.start(evaluated),
   )
   loop = _LoopState(
     result=_record(run, result),
@@ -232,7 +198,8 @@ def _start(run, params, opt_state):
     running=jnp.asarray(True),
   )
   # What an earlier run said of its last step says nothing of this one.
-  return _stop(run, loop, stalled=jnp.asarray(False), failed=jnp.asarray(False))
+  no = jnp.asarray(False)
+  return _stop(run, loop, stalled=no, failed=no, stopped=no)
 
 
 def _step(run, loop):
@@ -251,13 +218,14 @@ def _step(run, loop):
     **extras,
   )
   params = trees.rounded(optax.apply_updates(result.params, updates))
-  value, grad = _evaluate(run, params, opt_state)
+  value, grad, evaluated = _evaluate(run, params, opt_state)
   result = result._replace(
     params=params,
     opt_state=opt_state,
     value=value,
     grad_norm=trees.norm(grad),
     steps=result.steps + 1,
+    counts=_counts.after(result.counts, evaluated, result.opt_state, opt_state),
   )
   progress = value < loop.best - run.stall_tol * jnp.abs(loop.best)
   since_best = jnp.where(progress, 0, loop.since_best + 1)
@@ -275,23 +243,41 @@ def _step(run, loop):
     ),
     stalled,
     failed=_says(opt_state, 'failed'),
+    stopped=_called_back(run, result),
   )
 
 
-def _stop(run, loop, stalled, failed):
+def _called_back(run, result):
+  """Whether the callback stops the run."""
+  if run.callback is None:
+    return jnp.asarray(False)
+
+  def call(*progress):
+    return np.bool_(run.callback(_results.Progress(*progress)) or False)
+
+  return io_callback(
+    call, jax.ShapeDtypeStruct((), bool),
+    result.params, result.value, result.grad_norm, result.steps, result.counts,
+  )  # fmt: skip
+
+
+def _stop(run, loop, stalled, failed, stopped):
   """Whether the loop goes on; the first test that holds names the status."""
   result = loop.result
   finite = jnp.isfinite(result.value) & jnp.isfinite(result.grad_norm)
   tests = [
-    (~finite, NON_FINITE),
-    (result.grad_norm <= run.grad_tol, GRAD_TOL),
-    (result.value <= run.target_value, TARGET_VALUE),
-    (stalled, STALLED),
-    (failed, REJECTED),
-    (result.steps >= run.max_steps, MAX_STEPS),
+    (~finite, _results.NON_FINITE),
+    (result.grad_norm <= run.grad_tol, _results.GRAD_TOL),
+    (result.value <= run.target_value, _results.TARGET_VALUE),
+    (stopped, _results.STOPPED),
+    (stalled, _results.STALLED),
+    (failed, _results.REJECTED),
+    (result.steps >= run.max_steps, _results.MAX_STEPS),
   ]
   stop, status = zip(*tests, strict=True)
-  status = jnp.select(stop, [jnp.int32(code) for code in status], MAX_STEPS)
+  status = jnp.select(
+    stop, [jnp.int32(code) for code in status], _results.MAX_STEPS
+  )
   return loop._replace(
     result=result._replace(status=status.astype(jnp.int32)),
     running=~jnp.any(jnp.stack(stop)),
@@ -319,17 +305,22 @@ def _record(run, result):
 
 
 def _evaluate(run, params, opt_state):
-  """Value and gradient, from the state where they are those of ``params``."""
+  """Value and gradient, from the state where they are those of ``params``.
+
+  Also whether they had to be evaluated.
+  """
   kept = _kept(opt_state)
   again = lambda: trees.own(jax.value_and_grad(run.fun)(params))
   if kept is None:
-    return again()
+    return *again(), jnp.asarray(True)
   like = jax.eval_shape(again)
-  return jax.lax.cond(
-    jnp.isfinite(kept.value),
+  known = jnp.isfinite(kept.value)
+  value, grad = jax.lax.cond(
+    known,
     lambda: trees.cast_like((kept.value, kept.grad), like),
     again,
   )
+  return value, grad, ~known
 
 
 # Wrappers that hand on the update of what they wrap, or none at all.

@@ -12,15 +12,18 @@ from optlab import checks
 from optlab import trees
 from optlab._argmin import ArgminResult
 from optlab._argmin import argmin
-from optlab._minimize import GRAD_TOL
-from optlab._minimize import MAX_STEPS
-from optlab._minimize import NON_FINITE
-from optlab._minimize import REJECTED
-from optlab._minimize import STALLED
-from optlab._minimize import TARGET_VALUE
-from optlab._minimize import MinimizeResult
+from optlab._counts import Counts
 from optlab._minimize import minimize
 from optlab._minimize import takes_extras
+from optlab._results import GRAD_TOL
+from optlab._results import MAX_STEPS
+from optlab._results import NON_FINITE
+from optlab._results import REJECTED
+from optlab._results import STALLED
+from optlab._results import STOPPED
+from optlab._results import TARGET_VALUE
+from optlab._results import MinimizeResult
+from optlab._results import Progress
 
 __all__ = [
   'GRAD_TOL',
@@ -28,9 +31,12 @@ __all__ = [
   'NON_FINITE',
   'REJECTED',
   'STALLED',
+  'STOPPED',
   'TARGET_VALUE',
   'ArgminResult',
+  'Counts',
   'MinimizeResult',
+  'Progress',
   'TrainState',
   'argmin',
   'init',

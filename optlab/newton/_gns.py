@@ -62,7 +62,9 @@ def gns_newton(
     rule: How the smoothness moves; ``None`` is `adaptive`.
     gain: Accept also where the decrease is at least this part of that of the
       quadratic model; ``None`` never does.
-    max_trials: The most attempts a step: systems solved.
+    max_trials: The most attempts a step: systems solved. With 1 a rejected
+      trial is a step of length zero, and the trials are the same: choose it
+      under ``vmap``, where else a step takes the trials of its slowest lane.
     gamma_offset: Added to ``gamma`` where ``lambda`` is computed.
     safeguard: Where rounding hides the decrease, accept on the gradient
       instead, and report a stall where that fails too.

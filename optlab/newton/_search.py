@@ -17,8 +17,8 @@ class Trial(NamedTuple):
   Attributes:
     gamma: The smoothness tried.
     shift: The regularization tried, ``lambda = |g|_* / gamma``.
-    attempt: The systems solved in this step so far, this one included: 1 for
-      the first.
+    attempt: The systems solved since the last accepted trial, of an earlier
+      step too, this one included: 1 for the first.
     accepted: Whether the trial is accepted.
     start_norm: Dual norm of the gradient ``g`` at the current point.
     grad_norm: Dual norm of the gradient ``g+`` at the trial point.

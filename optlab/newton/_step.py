@@ -187,6 +187,7 @@ def _start(method, state, params, updates, value, value_fn, curvature):
     prepared=prepared,
     value_and_grad=jax.value_and_grad(value_fn),
     shift_of=shift_of,
+    rejections=state.rejections,
   )
   return start, gamma, products + prepared.products
 

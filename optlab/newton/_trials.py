@@ -26,6 +26,7 @@ class Start(NamedTuple):
     prepared: Solves for the step of any shift.
     value_and_grad: Of the objective.
     shift_of: ``gamma -> lambda``.
+    rejections: Attempts in vain in the steps since the last accepted one.
   """
 
   params: base.Params
@@ -37,6 +38,7 @@ class Start(NamedTuple):
   prepared: base.Prepared
   value_and_grad: Callable[[base.Params], tuple[jax.Array, base.Updates]]
   shift_of: Callable[[jax.Array], jax.Array]
+  rejections: jax.Array
 
 
 class Point(NamedTuple):
@@ -230,7 +232,7 @@ def _learn(start, now, point, shift, accepted, rule):
   trial = _search.Trial(
     gamma=now.gamma,
     shift=shift,
-    attempt=now.solves + 1,
+    attempt=start.rejections + now.solves + 1,
     accepted=accepted,
     start_norm=start.grad_norm,
     grad_norm=point.grad_norm,
