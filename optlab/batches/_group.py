@@ -26,7 +26,7 @@ def is_part(updates: base.Updates) -> bool:
 
 def own_moments(
   updates: base.Updates, extras: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
   """The moments of the leaves that are not hidden.
 
   Args:
@@ -34,12 +34,10 @@ def own_moments(
     extras: The moments of all parameters.
 
   Returns:
-    The extras, with moments of the part.
-
-  Raises:
-    ValueError: Some of them are known of all parameters only.
+    The extras, with moments of the part; and the names of those that are known
+    of all parameters only, which are left out.
   """
-  own = dict(extras)
+  own, unknown = dict(extras), []
   for name in ('sum_sq_diff_norms', 'sum_sq_diff_grads'):
     if extras.get(name) is not None:
       own[name] = jax.tree.map(
@@ -52,13 +50,9 @@ def own_moments(
     if extras.get(name) is None:
       continue
     found = [own[part] for part in parts if own.get(part) is not None]
+    del own[name]
     if found:
       own[name] = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found[0]))
     else:
-      raise ValueError(
-        f'grow_batch sees a part of the parameters, but {name} is of all of'
-        ' them. Pass grad=..., the gradient of all, to update, as train_step'
-        ' does; or, for the size that this part alone asks for, the moments of'
-        ' per_example(losses, vmap_grads) or per_example(..., layers=True).'
-      )
-  return own
+      unknown.append(name)
+  return own, unknown

@@ -186,12 +186,30 @@ def grow_batch(
   def update_fn(updates, state, params=None, *, grad=None, **extra_args):
     del params
     wide = state.info.requested_size.dtype
+    unknown: list[str] = []
     if grad is None and _group.is_part(updates):
-      extra_args = _group.own_moments(updates, extra_args)
+      extra_args, unknown = _group.own_moments(updates, extra_args)
+    elif grad is not None and _group.is_part(state.test):
+      raise ValueError(
+        'grow_batch sees a part of the parameters, and its test remembers them'
+        ' one by one, but is given the gradient of all: leave out grad=..., or'
+        ' put it before optax.masked or optax.partition.'
+      )
     grads = updates if grad is None else grad
-    requested, memory = test.update(
-      grads, state.test, **(extra_args | told(state))
-    )
+    try:
+      requested, memory = test.update(
+        grads, state.test, **(extra_args | told(state))
+      )
+    except ValueError as error:
+      if not unknown:
+        raise
+      raise ValueError(
+        f'grow_batch sees a part of the parameters, but {", ".join(unknown)} is'
+        ' of all of them. Pass grad=..., the gradient of all, to update, as'
+        ' train_step does; or, for the size that this part alone asks for, the'
+        ' moments of per_example(losses, vmap_grads) or per_example(...,'
+        ' layers=True).'
+      ) from error
     finite = _is_finite(grads, extra_args)
     requested = jnp.where(finite, jnp.asarray(requested, wide), jnp.nan)
     seen = extra_args.get('sample_size', state.batch_size)

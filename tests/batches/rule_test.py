@@ -1,5 +1,6 @@
 """The growth rule inside optax's wrappers, and what its tests remember."""
 
+import functools
 import inspect
 
 import jax
@@ -151,6 +152,73 @@ def test_a_part_without_moments_of_its_own_is_an_error():
     ValueError, match='sees a part of the parameters, but sum'
   ):
     tx.update(estimate.grads, tx.init(PARAMS), **estimate.extras)
+
+
+def test_a_part_with_moments_that_its_test_does_not_need():
+  rule = optlab.grow_batch(optlab.batches.noise_scale(layers=True), **SIZES)
+  tx = optax.masked(rule, {'a': False, 'b': True})
+  estimate, _ = optlab.per_example(
+    losses, inner_products=optlab.batches.jvp_inner_products
+  ).estimate(PARAMS, (), ROWS)
+  state = tx.init(PARAMS)
+  _, own = tx.update(estimate.grads, state, **estimate.extras)
+  assert jax.tree.structure(own) == jax.tree.structure(state)
+  np.testing.assert_allclose(
+    request(own),
+    group_request(optlab.batches.noise_scale(), estimate_of()),
+    rtol=1e-4,
+  )
+  with pytest.raises(ValueError, match='remembers them one by one.*leave out'):
+    tx.update(estimate.grads, state, grad=estimate.grads, **estimate.extras)
+  inner = optax.masked(
+    optlab.grow_batch(optlab.inner_product_test(0.5), **SIZES),
+    {'a': False, 'b': True},
+  )
+  with pytest.raises(ValueError, match='but sum_sq_diff_inner is of all'):
+    inner.update(estimate.grads, inner.init(PARAMS), **estimate.extras)
+
+
+def test_rows_without_noise_and_without_gradient_keep_the_size():
+  """And a mean of exactly zero asks for all, or keeps it: never a crash."""
+  half = jnp.asarray(ROWS[:4])
+  tests = [
+    make(decay=decay)
+    for decay in (None, 0.9)
+    for make in (
+      functools.partial(optlab.norm_test, 0.5),
+      functools.partial(optlab.batches.coordinate_norm_test, 0.5),
+      functools.partial(optlab.inner_product_test, 0.5),
+      functools.partial(optlab.augmented_inner_product_test, 0.5, 0.5),
+    )
+  ]
+  estimator = optlab.per_example(
+    losses, inner_products=optlab.batches.vmap_inner_products
+  )
+  cases = {
+    'alike': (jnp.tile(half[:1], (4, 1)), 4, {8}),
+    'nothing': (jnp.zeros_like(half), 4, {8}),
+    'alone': (half, 1, {8}),
+    'nan': (half.at[1, 2].set(jnp.nan), 4, {8}),
+    'opposite': (jnp.concatenate([half[:2], -half[:2]]), 4, {8, 4096}),
+  }
+
+  @jax.jit
+  @jax.vmap
+  def sizes(rows, size):
+    estimate, _ = estimator.estimate(
+      PARAMS, (), optlab.batches.PaddedBatch(rows, size)
+    )
+    rules = [optlab.grow_batch(test, **SIZES) for test in tests]
+    states = [
+      rule.update(estimate.grads, rule.init(PARAMS), **estimate.extras)[1]
+      for rule in rules
+    ]
+    return jnp.stack([state.batch_size for state in states])
+
+  rows, counts, allowed = zip(*cases.values(), strict=True)
+  found = sizes(jnp.stack(rows), jnp.array(counts))
+  for name, here, good in zip(cases, found, allowed, strict=True):
+    assert set(here.tolist()) <= good, name
 
 
 @pytest.mark.parametrize('scale', [1e-25, 1e-15, 1e15, 1e25])
