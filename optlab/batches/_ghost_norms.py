@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from optlab import trees
 
+_PART = 2**16  # Numbers of a gradient of one example that are made at a time.
+
 
 class Kind(NamedTuple):
   """A dense layer or an embedding.
@@ -148,9 +150,30 @@ def sq_norm(kind: Kind, factors: Any, wide: Any) -> jax.Array:
     if not jnp.iscomplexobj(known) and not jnp.iscomplexobj(other):
       gram = lambda a: _matmul(a, a.T, wide)
     return jnp.sum((gram(known) * jnp.conj(gram(other))).real).astype(wide)
-  if jnp.iscomplexobj(known) or jnp.iscomplexobj(other):
-    return trees.sq_norm(jnp.matmul(known.T, other), wide)
-  return trees.sq_norm(_matmul(known.T, other, wide), wide)
+  return _sq_norm_of_product(known, other, wide)
+
+
+def _sq_norm_of_product(known, other, wide):
+  """Of a gradient that is made for it, in parts where it is large."""
+  if known.shape[1] > other.shape[1]:
+    known, other = other, known
+  depth, width = known.shape[1], other.shape[1]
+  most = max(_PART, len(known) * (depth + width) // 8)
+  size = -(-width // -(-depth * width // most))
+  is_complex = jnp.iscomplexobj(known) or jnp.iscomplexobj(other)
+
+  def part(start, size):
+    columns = lax.dynamic_slice_in_dim(other, start, size, 1)
+    if is_complex:
+      return trees.sq_norm(jnp.matmul(known.T, columns), wide)
+    return trees.sq_norm(_matmul(known.T, columns, wide), wide)
+
+  # A loop: side by side XLA would make them all at once.
+  total = lax.fori_loop(
+    1, width // size, lambda i, x: x + part(i * size, size), part(0, size)
+  )
+  rest = width % size
+  return total + part(width - rest, rest) if rest else total
 
 
 def message(

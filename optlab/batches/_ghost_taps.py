@@ -313,10 +313,13 @@ class _Static(NamedTuple):
       the carriers``.
     messages: Shapes of the additional results, whose cotangents carry to this
       tap what a later one knows.
+    first: Whether the norm is made before the cotangents go on, so that what it
+      takes is given back by then.
   """
 
   backward: Callable[..., Any]
   messages: tuple[tuple[int, ...], ...] = ()
+  first: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -336,7 +339,10 @@ def _tap_forward(static, outs, residuals, carriers):
 
 def _tap_backward(static, residuals, cotangents):
   outs, messages = cotangents
-  return outs, None, static.backward(residuals, outs, messages)
+  told = static.backward(residuals, outs, messages)
+  if static.first:
+    outs, told = lax.optimization_barrier((outs, told))
+  return outs, None, told
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -417,7 +423,7 @@ class Taps:
       self.sums[i] if kind == 'sum' else self.slots[i]
       for i, kind in zip(used, kinds, strict=True)
     ]
-    residuals = lax.stop_gradient((others, constants, bases))
+    residuals = (others, constants, bases)
     return _tap(_Static(backward), outs, residuals, carriers)[0]
 
   def _factored(self, kind, values, outs, leaf, path):
@@ -457,9 +463,9 @@ class Taps:
       carriers += self.messages[leaf, meeting.path, path]
     before = [self.known[leaf, meeting.path] for meeting in earlier]
     outs, messages = _tap(
-      _Static(backward, tuple(shapes)),
+      _Static(backward, tuple(shapes), first=True),
       outs,
-      lax.stop_gradient((data, before)),
+      (data, before),
       carriers,
     )
     for i, meeting in enumerate(later):

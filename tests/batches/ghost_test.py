@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import optlab
+from optlab.batches import _ghost_norms
 from optlab.batches import _ghost_taps
 from optlab.batches import _ghost_walk
 
@@ -312,6 +313,47 @@ def test_no_array_is_summed_where_factors_do(x64):
       optlab.batches.ghost_sq_norms(losses, params, examples),
       explicit(losses, params, examples)[0],
     )
+
+
+def test_a_large_gradient_is_made_in_parts(x64, monkeypatch):
+  monkeypatch.setattr(_ghost_norms, '_PART', 8)
+  losses = lambda p, x: jnp.sum(jnp.tanh(x @ p['w']) ** 2, (1, 2))
+  for depth, width in ((D, 23), (23, D), (D, 24)):
+    params = {'w': dense(depth, width)}
+    examples = vectors(40, depth)
+    close(
+      jax.jit(lambda p, e: optlab.batches.ghost_sq_norms(losses, p, e))(
+        params, examples
+      ),
+      explicit(losses, params, examples)[0],
+    )
+
+
+def test_memory_is_that_of_a_gradient():
+  """Temporaries of layers in a loop below an output that is wide."""
+
+  def losses(p, x):
+    body = lambda x, layer: (jnp.tanh(x @ layer['w'] + layer['b']), None)
+    x, _ = jax.lax.scan(body, x, p['layers'])
+    return jnp.sum(jax.nn.logsumexp(x @ p['head'], -1), 1)
+
+  shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  params = {
+    'layers': {'w': shape(8, 128, 128), 'b': shape(8, 128)},
+    'head': shape(128, 1024),
+  }
+  memory = [
+    jax.jit(f)
+    .lower(params, shape(8, 128, 128))
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for f in (
+      jax.grad(lambda p, x: jnp.mean(losses(p, x))),
+      lambda p, x: optlab.ghost_norms(losses, p, x, jnp.ones(8)),
+    )
+  ]
+  assert memory[1] <= 1.3 * memory[0], memory
 
 
 def test_a_part_of_two_meetings_of_one_position(x64):
