@@ -7,13 +7,12 @@ python -m experiments.tabular_density --quick
 A seed is a split into rows for training, validation and test. Rates are picked
 on validation rows of splits that are used for nothing else; in the loop every
 method keeps the parameters that were best on the validation rows so far. The
-score of an unnormalized model is that of `optlab.log_partition`, and a dash
-where it is refused.
+score of an unnormalized model is that of `optlab.log_partition`; where it is
+refused the split counts as infinitely bad, and there is no interval.
 """
 
 from collections.abc import Sequence
 import dataclasses
-import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +21,7 @@ from .lab import flags
 from .lab import launch
 from .lab import plots
 from .lab import study
-from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 from .methods import tabular
 
@@ -89,38 +88,14 @@ def main(config: Config) -> None:
   with Session('tabular_density', config) as session:
     rows = {plan.name: study.study(session, plan, methods) for plan in todo}
   for plan in todo:
-    show(plan, rows[plan.name])
+    verdicts.show(
+      f'{plan.name}, {plan.budget:,.0f} steps, {plan.seeds} splits',
+      plan.problem.value, rows[plan.name],
+    )  # fmt: skip
   picture = session.folder / 'tabular_density.png'
   draw([row for plan in todo for row in rows[plan.name]], methods, picture)
   print(f'picture: {picture}')
   print(f'record:  {session.folder / "record.jsonl"}')
-
-
-def show(plan: study.Plan, rows: Sequence[dict]) -> None:
-  """Prints the table of a set."""
-  first = rows[0]['method']
-  lines = []
-  for row in rows:
-    rate = row['learning_rate']
-    tuned = rate is not None and row['variant'] not in tabular.NORMALIZED[1:]
-    gap = '-'
-    if row['verdict'] != '-':
-      gap = f'{row["gap_low"]:+.2f} to {row["gap_high"]:+.2f}'
-    lines.append([
-      row['variant'],
-      f'{rate:g}{" *" if row["edge"] else ""}' if tuned else '-',
-      f'{row["median"]:.2f}' if math.isfinite(row['median']) else None,
-      gap, row['verdict'], f'{row["losses"]} of {plan.seeds}',
-    ])  # fmt: skip
-  tables.show(
-    f'{plan.name}: test nats after {plan.budget:,.0f} steps, the median of'
-    f' {plan.seeds} splits; an asterisk is a rate at the edge of the grid; gap:'
-    f' the mean of the differences from {first} by split, with its 95 %'
-    f' interval; behind: splits on which it is worse than {first}; a dash where'
-    ' a score is refused',
-    ['method', 'rate', 'nats', '95 % of the gap', 'verdict', 'behind'],
-    lines,
-  )
 
 
 def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
@@ -137,10 +112,8 @@ def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
       if row['method'] == method and row['verdict'] != '-'
     }
     at = [names.index(name) for name in mine]
-    middle = np.array(
-      [(r['gap_low'] + r['gap_high']) / 2 for r in mine.values()]
-    )
-    half = np.array([(r['gap_high'] - r['gap_low']) / 2 for r in mine.values()])
+    middle = np.array([row['gap'] for row in mine.values()])
+    half = middle - np.array([row['gap_low'] for row in mine.values()])
     shift = 0.5 * ((i + 0.5) / len(shown) - 0.5)
     if at:
       axes.errorbar(

@@ -103,7 +103,7 @@ def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
     # To zero by a cosine, so that no method is judged by its last step's noise.
     adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, STEPS))
 
-    def start(key, rate):
+    def start(key, rate, *_):
       keys = jax.random.split(key)
       normal = lambda key, rows: (
         jax.random.normal(key, (rows, WIDTH)) / WIDTH**0.5
@@ -117,7 +117,7 @@ def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
         params['log_z'] = jnp.zeros(pairs.contexts)
       return optlab.init(params, estimator, adam(rate))
 
-    def step(state, key, rate):
+    def step(state, key, rate, *_):
       keys = jax.random.split(key)
       rows = train[jax.random.randint(keys[0], (ROWS,), 0, len(train))]
       batch: Any = rows
@@ -129,9 +129,9 @@ def problem(make: Callable[[], label_sets.Pairs]) -> Problem:
         batch = batch._replace(contexts=None, noise_contexts=None)
       return optlab.train_step(estimator, adam(rate))(state, batch)[0]
 
-    return Entry(start, step, lambda before, after: 1.0)
+    return Entry(start, step, 1.0)
 
-  def measure(state):
+  def measure(state, _):
     parts = [
       jnp.mean(
         jax.lax.map(

@@ -117,13 +117,16 @@ def look(params: Any, run: Run, rows: jax.Array) -> jax.Array:
   return jnp.where((ess > 50) & jnp.isfinite(loss), loss, jnp.inf)
 
 
-def measure(steps: int, smc: bool, state: Run | Fitted) -> dict[str, jax.Array]:
+def measure(
+  steps: int, smc: bool, state: Run | Fitted, _: Any = None
+) -> dict[str, jax.Array]:
   """Losses of the best parameters so far; NaN where the score is refused.
 
   Args:
     steps: Of a run; before its end the value is a look.
     smc: Whether log Z is by tempering, else by importance sampling.
     state: Of a method.
+    _: The problem's arrays; it has none.
   """
   if isinstance(state, Fitted):
     return {'tuning': state.valid, 'value': state.test}
@@ -158,7 +161,7 @@ def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
       optax.clip_by_global_norm(10.0), optax.adamw(rate, weight_decay=0.01)
     )
 
-  def start(key, rate):
+  def start(key, rate, *_):
     keys = jax.random.split(key, 5)
     split = tabular.split(keys[0], rows, keep)
     noise = tabular.noise(keys[1], split.train)
@@ -179,7 +182,7 @@ def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
     )
     return run._replace(best=best)
 
-  def step(run, key, rate):
+  def step(run, key, rate, *_):
     keys = jax.random.split(key)
     size = run.split.train.shape[0]
     chosen = run.split.train[jax.random.randint(keys[0], (ROWS,), 0, size)]
@@ -191,13 +194,13 @@ def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
     due = run.steps % LOOK_EVERY == 0
     return jax.lax.cond(due, kept, lambda run: run, run)
 
-  return Entry(start, step, lambda before, after: 1.0)
+  return Entry(start, step, 1.0)
 
 
-def fitted(name: str, rows: jax.Array, keep: int | None) -> Entry:
+def fitted(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
   """A method that is fitted at once."""
 
-  def start(key, rate):
+  def start(key, rate, *_):
     del rate
     keys = jax.random.split(key)
     split = tabular.split(keys[0], rows, keep)
@@ -213,7 +216,7 @@ def fitted(name: str, rows: jax.Array, keep: int | None) -> Entry:
       losses = table[jnp.argmin(table[:, 0])]
     return Fitted(losses[0] + split.log_det, losses[1] + split.log_det)
 
-  return Entry(start, lambda state, key, rate: state, lambda *_: 1e9, False)
+  return Entry(start, lambda state, *_: state, steps, False)
 
 
 def problem(name: str, steps: int, smc: bool) -> Problem:
@@ -245,7 +248,7 @@ def problem(name: str, steps: int, smc: bool) -> Problem:
         f' {", ".join((*UNNORMALIZED, *NORMALIZED))}, meco:GAMMA or dsm:SCALE'
       )
     if method in ('mixture', 'kernel'):
-      return fitted(method, rows, keep)
+      return fitted(method, rows, keep, steps)
     if method == 'dsm':
       variants = {
         f'dsm:{scale}': trained(f'dsm:{scale}', rows, keep, steps)

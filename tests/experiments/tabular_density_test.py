@@ -115,7 +115,7 @@ def test_methods_over_labels_learn():
   pairs = np.stack([context, 3 * context], 1).astype(np.int32)
   sets = label_sets.Pairs(pairs, pairs[:250], pairs[:250], 5, 15)
   problem = label_methods.problem(lambda: sets)
-  for name in ('meco:0.1', 'nce', 'sampled_softmax', 'softmax'):
+  for name in ('meco:0.1', 'sampled_softmax'):
     entry = problem.entry(name)
 
     def run(key, entry=entry):
@@ -124,5 +124,5 @@ def test_methods_over_labels_learn():
 
       return jax.lax.fori_loop(0, 150, step, entry.start(key, 0.03))
 
-    found = problem.measure(jax.jit(run)(jax.random.key(0)))
+    found = problem.measure(jax.jit(run)(jax.random.key(0)), None)
     assert found['value'] < 0.5, name
