@@ -17,6 +17,7 @@ from optlab.batches._host_loader import LoaderState
 from optlab.batches._host_loader import bucket_sizes
 from optlab.batches._host_loader import host_loader
 from optlab.batches._independence import check_losses
+from optlab.batches._local import local_step
 from optlab.batches._losses import Losses
 from optlab.batches._moments import InnerProducts
 from optlab.batches._moments import Moments
@@ -90,6 +91,7 @@ __all__ = [
   'inner_product_test',
   'jvp_inner_products',
   'keep',
+  'local_step',
   'microbatch_means',
   'next_size',
   'noise_scale',

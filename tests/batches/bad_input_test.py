@@ -304,6 +304,20 @@ for name in ('wrap', 'keep', 'drop'):
     lambda name=name: getattr(optlab.batches, name)(4, 4) == (4, 0),
   )
 
+local_step = family(
+  'local_step',
+  estimator=optlab.value_and_grad(loss),
+  tx=optax.sgd(0.1),
+  axis_name='workers',
+  every=2,
+)
+row(
+  'local_step',
+  'axis_name=None',
+  functools.partial(local_step, axis_name=None),
+  TypeError,
+  'axis_name must be the name of an axis .*got None',
+)
 bucket_sizes = family('bucket_sizes', batch_size=2, max_batch_size=8)
 host_loader = family(
   'host_loader', gather=lambda rows: rows, num_examples=4, buckets=(2, 4)
