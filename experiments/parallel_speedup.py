@@ -41,6 +41,15 @@ WINDOW = 10  # Looks over which the gap must stay below the target.
 class Config(devices.Config):
   """Flags."""
 
+  QUICK = {
+    'blocks': (10, 100),
+    'learning_rates': (0.04, 0.16, 0.64),
+    'inner_lrs': (0.03, 0.3),
+    'steps': 2000,
+    'seeds': 3,
+    'tuning_seeds': 2,
+  }
+
   num_blocks: int = flags.flag(100, 'Blocks of the problem, m.', low=1)
   blocks: tuple[int, ...] = flags.flag(
     (5, 10, 25, 50, 100), 'Blocks sampled in a step, I.', low=1

@@ -37,6 +37,15 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class Config(devices.Config):
   """Flags of the program."""
 
+  QUICK = {
+    'sets': ('8gaussians', 'moons'),
+    'distances': (4.0, 16.0),
+    'learning_rates': (0.01, 0.03),
+    'steps': 400,
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
+
   problem: str = flags.flag('plane', 'What to run.', choices=PROBLEMS)
   sets: tuple[str, ...] = flags.flag(
     densities.NAMES, 'plane: the distributions.', choices=densities.NAMES
