@@ -15,6 +15,7 @@ is depends on the problem, and is printed.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import matplotlib.pyplot as plt
@@ -30,8 +31,9 @@ from .lab.session import Session
 PIECES = study.PIECES
 # For sets of problems: what runs on all of them.
 SET_METHODS = (
-  'gns_newton', 'lbfgs', 'sgd', 'optax.sgd(momentum=0.9)', 'adam', 'diffgrad',
-  'adagrad_norm', 'normalized_momentum', 'rmsprop', 'lion',
+  'gns_newton', 'diffgrad', 'adagrad_norm', 'normalized_momentum', 'lbfgs',
+  'sgd', 'optax.sgd(momentum=0.9)', 'adam', 'optax.contrib.muon',
+  'optax.contrib.prodigy',
 )  # fmt: skip
 
 
@@ -51,6 +53,9 @@ class Config(flags.Config):
   )
   problems: str = flags.flag(
     '', 'A set of problems in its place.', choices=('', *contests.SETS)
+  )
+  data_dir: str = flags.flag(
+    '', 'Folder with MNIST, which a set has if it is given.'
   )
   methods: tuple[str, ...] = flags.flag(
     ('default',),
@@ -75,9 +80,10 @@ class Config(flags.Config):
 def problems(config: Config) -> dict[str, study.Problem]:
   """The problems of the flags, by name."""
   if config.problems:
-    return {
-      name: make() for name, make in contests.SETS[config.problems].items()
-    }
+    makers = dict(contests.SETS[config.problems])
+    if config.data_dir:
+      makers['mnist'] = functools.partial(contests.mnist, config.data_dir)
+    return {name: make() for name, make in makers.items()}
   named = contests.PROBLEMS | contests.CLASSIC
   name = config.problem
   if name in named:
@@ -116,7 +122,7 @@ def main(config: Config) -> None:
   with Session('compare', config) as session:
     for name, problem in chosen.items():
       own = plan(config, name, problem)
-      rows = study.study(session, own, methods[name])
+      rows = study.study(session, own, methods[name], skip=len(chosen) > 1)
       verdicts.show(
         f'{name}, {own.budget:,.0f} {problem.unit}, {own.seeds} seeds',
         problem.value, rows, target=own.target,

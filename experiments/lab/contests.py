@@ -7,6 +7,7 @@ of parameters, every optimizer of optlab and optax is a method, by its name.
 
 from collections.abc import Callable
 import functools
+import math
 import runpy
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn import datasets
 
 import optlab
 
@@ -23,15 +25,18 @@ from ..methods import multi_block
 from ..methods import optimizers
 from ..methods import unnormalized
 from ..problems import data as data_lib
+from ..problems import densities
 from ..problems import image_classifiers
 from ..problems import label_sets
 from ..problems import penalties
 from ..problems import plane
+from ..problems import plane_noise
 from ..problems import quadratic
 from ..problems import smooth
 from . import flags
 from . import newton
 from . import oracles
+from . import study
 from .study import Entry
 from .study import Problem
 
@@ -120,8 +125,22 @@ def of_function(
   unit = fields.pop('unit', 'gradients and Hessian-vector products')
   return Problem(
     lambda text: of_optimizers(text, make), measure=measure_state, unit=unit,
-    **fields,
+    batched=can_batch(start, loss, measure), **fields,
   )  # fmt: skip
+
+
+def can_batch(start, loss, measure) -> bool:
+  """Whether several runs can be computed together."""
+
+  def look(key):
+    params = start(key)
+    return measure(params), jax.value_and_grad(loss)(params, key)
+
+  try:
+    jax.eval_shape(jax.vmap(look), jax.random.split(jax.random.key(0)))
+  except NotImplementedError:  # A primitive without a rule for that.
+    return False
+  return True
 
 
 NEWTON_METHODS = (
@@ -190,6 +209,127 @@ def logistic() -> Problem:
     lambda params, key: curvature(params, data),
     methods=NEWTON_METHODS, learning_rates=GRID, budget=200, value='f - f*',
     target=1e-6,
+  )  # fmt: skip
+
+
+def least_squares() -> Problem:
+  """Linear regression on the diabetes data, whose least value is known."""
+  bunch: Any = datasets.load_diabetes()
+  features = bunch.data / np.std(bunch.data, 0)
+  targets = (bunch.target - np.mean(bunch.target)) / np.std(bunch.target)
+  best = np.linalg.lstsq(features, targets, rcond=None)[0]
+  features, targets = jnp.asarray(features), jnp.asarray(targets)
+  fun = lambda params: jnp.mean((features @ params - targets) ** 2) / 2
+  least = fun(jnp.asarray(best))
+  height = fun(jnp.zeros(features.shape[1])) - least
+
+  def measure(params):
+    gap = jnp.maximum(fun(params) - least, 0.0) / height
+    return {'tuning': gap, 'value': gap}
+
+  return of_function(
+    lambda key: 0.1 * jax.random.normal(key, features.shape[1:]),
+    lambda params, key: fun(params), measure, methods=NEWTON_METHODS,
+    learning_rates=GRID, budget=200, value='(f - f*) / (f(0) - f*)',
+    target=1e-6,
+  )  # fmt: skip
+
+
+def ridge_penalty() -> Problem:
+  """The log penalty of a ridge regression, by its validation loss.
+
+  The regression is solved in every call, so that the two levels are one
+  function of a number.
+  """
+  problem, _, least = penalties.linear('ridge', 8, str(jnp.zeros(()).dtype))
+
+  def value(x):
+    return problem.measure(x, None, problem.data)['valid_loss']
+
+  first = problem.start(jax.random.key(0), problem.data)[0]
+  height = value(first) - least
+
+  def measure(x):
+    gap = jnp.maximum(value(x) - least, 0.0) / height
+    return {'tuning': gap, 'value': gap}
+
+  return of_function(
+    lambda key: first + 0.1 * jax.random.normal(key), lambda x, key: value(x),
+    measure, methods=NEWTON_METHODS, learning_rates=GRID, budget=200,
+    value='(f - f*) / (f(x0) - f*)', target=1e-4,
+  )  # fmt: skip
+
+
+def density_nce() -> Problem:
+  """Two moons by noise contrastive estimation, with a batch in each step."""
+  # A set of rows for tuning, and one for the report.
+  train, test, entropy, noise, log_q = plane_noise.plane(
+    'moons', 'mixture', (0, study.TUNING_SEED)
+  )
+  noise = jax.tree.map(lambda leaf: leaf[0], noise)
+
+  def log_ratio(params, rows, log_q):
+    return densities.log_density(params[0], rows) - params[1] - log_q
+
+  def start(key):
+    network = densities.init_mlp(key, (2, 32, 32, 1))
+    return network, jnp.asarray(math.log(8 * math.pi), float)
+
+  def loss(params, key):
+    keys = jax.random.split(key)
+    rows = jax.random.randint(keys[0], (128,), 0, train.shape[1])
+    drawn = noise.sample_lattice(keys[1], 128)
+    data = log_ratio(params, train[0, rows], log_q[0, rows])
+    other = log_ratio(params, drawn, noise.log_prob(drawn))
+    return jnp.mean(jax.nn.softplus(-data)) + jnp.mean(jax.nn.softplus(other))
+
+  # The model is one on this square.
+  side = (np.arange(100) + 0.5) / 100 * 2 * plane.BOX - plane.BOX
+  grid = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2))
+  log_area = 2 * math.log(side[1] - side[0])
+
+  def measure(params):
+    model = functools.partial(densities.log_density, params[0])
+    log_z = jax.nn.logsumexp(model(grid.astype(train.dtype))) + log_area
+    value, tuning = (
+      entropy[i] + log_z - jnp.mean(model(test[i, :2000])) for i in (0, 1)
+    )
+    return {'tuning': tuning, 'value': value}
+
+  return of_function(
+    start, loss, measure, methods=('sgd', 'adam', 'diffgrad'),
+    learning_rates=(1e-3, 1e-2, 1e-1, 1.0, 10.0), budget=200,
+    value='held-out divergence, nats', target=0.1,
+  )  # fmt: skip
+
+
+def mnist(data_dir: str) -> Problem:
+  """Softmax regression on MNIST, with a batch in each step."""
+  dataset = data_lib.load('mnist', data_dir)
+  pixels = jnp.asarray(data_lib.dense(dataset), float)
+  labels = jnp.asarray(dataset.labels)
+  # A fifth to tune on, a fifth to report.
+  cut = len(labels) // 5
+
+  def mean(params, rows, labels):
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(rows @ params, labels)
+    )
+
+  def loss(params, key):
+    rows = jax.random.randint(key, (128,), 2 * cut, len(labels))
+    return mean(params, pixels[rows], labels[rows])
+
+  def measure(params):
+    part = lambda i: slice(i * cut, (i + 1) * cut)
+    held = [mean(params, pixels[part(i)], labels[part(i)]) for i in (0, 1)]
+    return {'tuning': held[0], 'value': held[1]}
+
+  return of_function(
+    lambda key: 0.01 * jax.random.normal(key, (pixels.shape[1], 10)), loss,
+    measure, methods=('sgd', 'adam', 'diffgrad'),
+    learning_rates=(1e-3, 1e-2, 1e-1, 1.0, 10.0), budget=200,
+    value='test loss', target=0.5,
   )  # fmt: skip
 
 
@@ -279,8 +419,8 @@ def digits_mlp() -> Problem:
 
   return of_function(
     model.start, loss, measure, methods=('sgd', 'adam', 'diffgrad'),
-    learning_rates=(1e-3, 1e-2, 1e-1, 1.0), budget=400, value='test loss',
-    target=0.2,
+    learning_rates=(1e-3, 1e-2, 1e-1, 1.0, 10.0), budget=200,
+    value='test loss', target=0.3,
   )  # fmt: skip
 
 
@@ -483,12 +623,15 @@ def _equations(kind: str) -> Callable[[], Problem]:
 CLASSIC: dict[str, Callable[[], Problem]] = {
   'mushrooms': logistic,
   'breast_cancer': of_smooth(lambda: _small('breast_cancer', 'logistic')),
+  'least_squares': least_squares,
+  'ridge_penalty': ridge_penalty,
   'digits_softmax': of_smooth(lambda: _small('digits', 'softmax')),
   'rosenbrock': _equations('rosenbrock'),
   'chebyshev': _equations('chebyshev'),
   'linear': _equations('linear'),
   'log_sum_exp': of_smooth(lambda: smooth.log_sum_exp(50, 20)),
   'digits_mlp': digits_mlp,
+  'moons_nce': density_nce,
   **{
     f'cutest_{name.lower()}': of_smooth(
       functools.partial(smooth.cutest, name), 'exact'

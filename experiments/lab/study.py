@@ -9,6 +9,7 @@ budget of oracle calls. What is said of the numbers is in `verdicts`.
 
 from collections.abc import Callable, Iterable, Sequence
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -397,6 +398,8 @@ def study(
   plan: Plan,
   methods: Sequence[str],
   after: Callable[[str, Choice, Any], None] | None = None,
+  *,
+  skip: bool = False,
 ) -> list[dict]:
   """Tunes and runs every method on a problem.
 
@@ -406,9 +409,13 @@ def study(
     methods: The methods; the first is the one that others are compared with.
     after: Called with a method, its `Choice` and the last states of the lanes
       that are reported.
+    skip: Whether to go on without a method that does not run here.
 
   Returns:
     A summary row a method, which is in the record too.
+
+  Raises:
+    UserError: A method does not run here.
   """
   first: list[dict] = []
   rows = []
@@ -422,9 +429,12 @@ def study(
       )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
       reason = ' '.join(str(error).split())[:300]
-      raise flags.UserError(
-        f'{method} does not run on {plan.name or "this problem"}: {reason}'
-      ) from error
+      said = f'{method} does not run on {plan.name or "this problem"}: {reason}'
+      if skip:
+        session.write('skipped', problem=plan.name, method=method, reason=said)
+        print(said, file=sys.stderr)
+        continue
+      raise flags.UserError(said) from error
     if after is not None:
       after(method, choice, found[1].state)
     ends = last(session.rows, plan.label(method))
@@ -442,7 +452,7 @@ def study(
       'calls': float(np.median([end['calls'] for end in ends])),
       'seconds': float(np.median([end['seconds'] for end in ends])),
     }
-    if method == methods[0]:
+    if first is ends:
       row['verdict'] = '-'
     for name in plan.problem.reported:
       row |= verdicts.spread(ends, name)
