@@ -4,12 +4,13 @@ python -m experiments.image_classification [--dataset=digits] [--model=mlp]
 [--optimizers=adagrad] [--batches=8,32,128,512,full,norm:1,inner:0.5]
 
 Every optimizer and batch rule passes over the training images equally often.
-Learning rates are tuned for each on one grid, by the loss on validation images
-that are taken out of the training images, with seeds that are used for nothing
-else; so is the best of the constant batches picked. Other seeds then train on
-all training images, and only these see the test images. A growing batch stands
-beside the smallest constant batch, the best one, and the one of its own average
-size, which takes as many steps for as many samples.
+Learning rates are tuned for each on one grid that goes on past its edge, by the
+loss on validation images that are taken out of the training images, with seeds
+that are used for nothing else; so is the best of the constant batches picked.
+Other seeds then train on all training images, and only these see the test
+images. A growing batch stands beside the smallest constant batch, the best one,
+and the one of its own average size, which takes as many steps for as many
+samples.
 
 The seeds of a constant batch run under one vmap; those of a growing one in one
 program after the other, because a vmap of loops is as slow as its largest
@@ -46,6 +47,14 @@ _WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
 @dataclasses.dataclass(frozen=True)
 class Config(devices.Config):
   """Flags."""
+
+  QUICK = {
+    'batches': ('32', 'norm:1'),
+    'learning_rates': (0.03, 0.1, 0.3),
+    'epochs': 4,
+    'seeds': 2,
+    'tuning_seeds': 1,
+  }
 
   dataset: str = flags.flag(
     'digits', 'digits, mnist in data_dir, or an IDX file by path.'
@@ -246,15 +255,13 @@ def run(
   state = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(by_seed[seed] for seed in seeds)
   )
-  tuning = data.name == 'valid'
   session.run(
     label,
     Lanes(state, jnp.asarray(rates, dtype)),
     advance,
     evaluate,
     steps=config.epochs,
-    # While tuning, the lanes are rates: their numbers stand for the seeds.
-    seeds=tuple(range(len(lanes))) if tuning else seeds,
+    seeds=seeds,
     data=resident,
     show=f'{data.name}_accuracy',
     prefix=True,
@@ -264,8 +271,8 @@ def run(
 
 def tune(
   session: Session, config: Config, task: Task, choice: Choice
-) -> tuple[float, float]:
-  """Tries every rate of the grid.
+) -> study.Found:
+  """The rate of the least validation loss, a median over the tuning seeds.
 
   Args:
     session: The run.
@@ -274,20 +281,20 @@ def tune(
     choice: What is tuned.
 
   Returns:
-    The rate with the lowest validation loss, the mean over the tuning seeds at
-    the end of their runs, and that loss.
+    What the search found.
   """
-  label = f'{choice.label}: tuning'
   seeds = range(study.TUNING_SEED, study.TUNING_SEED + config.tuning_seeds)
-  lanes = list(itertools.product(seeds, config.learning_rates))
-  run(session, config, task, choice, label, lanes)
-  rows = verdicts.last(session.rows, label)
-  losses = {}
-  for rate in config.learning_rates:
-    values = [row['valid_loss'] for row in rows if row['learning_rate'] == rate]
-    losses[rate] = float(np.nan_to_num(np.mean(values), nan=np.inf))
-  best = min(losses, key=lambda rate: losses[rate])
-  return best, losses[best]
+
+  def measure(new, grid):
+    label = f'{choice.label}: tuning, grid {grid}'
+    lanes = list(itertools.product(seeds, new))
+    run(session, config, task, choice, label, lanes)
+    return [
+      (row['learning_rate'], row['valid_loss'])
+      for row in verdicts.last(session.rows, label)
+    ]
+
+  return study.search(config.learning_rates, measure)
 
 
 def same_average(row: dict) -> str:
@@ -295,22 +302,25 @@ def same_average(row: dict) -> str:
   return str(round(row['average_batch']))
 
 
-def summarize(
-  session: Session, choice: Choice, rate: float, valid_loss: float
-) -> dict:
-  """The summary row of a choice: means and deviations over the seeds."""
+REPORTED = (
+  'test_accuracy', 'test_loss', 'train_loss', 'updates', 'average_batch',
+  'batch_size',
+)  # fmt: skip
+
+
+def summarize(session: Session, choice: Choice, found: study.Found) -> dict:
+  """The summary row of a choice: medians and ranges over the seeds."""
   ends = verdicts.last(session.rows, choice.label)
   row: dict[str, Any] = {
-    **choice._asdict(), 'learning_rate': rate, 'valid_loss': valid_loss,
-  }  # fmt: skip
-  for name in (
-    'test_accuracy', 'test_loss', 'train_loss', 'updates', 'samples',
-    'average_batch', 'batch_size',
-  ):  # fmt: skip
-    values = np.array([end[name] for end in ends], float)
-    row[name] = float(np.mean(values))
-    row[f'{name}_std'] = float(np.std(values))
-  row['seconds'] = float(np.mean([end['seconds'] for end in ends]))
+    **choice._asdict(),
+    'learning_rate': found.rate,
+    'inner_lr': None,
+    'edge': found.edge,
+    'valid_loss': found.values[found.rate],
+    'seconds': float(np.median([end['seconds'] for end in ends])),
+  }
+  for name in REPORTED:
+    row |= verdicts.spread(ends, name)
   session.write('summary', **row)
   return row
 
@@ -352,80 +362,68 @@ def compare(
   rows = []
   for choice, word, other in pairs:
     ours, theirs = (
-      verdicts.last(session.rows, c.label) for c in (choice, other)
+      verdicts.last(session.rows, each.label) for each in (choice, other)
     )
-    gaps = np.array(
-      [
-        a['test_accuracy'] - b['test_accuracy']
-        for a, b in zip(ours, theirs, strict=True)
-      ]
-    )
+    gaps = verdicts.summary(ours, theirs, 'test_accuracy', more=True)
     mean = lambda ends, name: float(np.mean([end[name] for end in ends]))
-    rows.append(
-      {
-        **choice._asdict(),
-        'against': word,
-        'accuracy_gap': float(np.mean(gaps)),
-        'accuracy_gap_low': float(np.min(gaps)),
-        'accuracy_gap_high': float(np.max(gaps)),
-        'won': int(np.sum(gaps > 0.0)),
-        'lost': int(np.sum(gaps < 0.0)),
-        'loss_gap': mean(ours, 'test_loss') - mean(theirs, 'test_loss'),
-        'steps_ratio': mean(theirs, 'updates') / mean(ours, 'updates'),
-      }
-    )
-    session.write('comparison', **rows[-1])
+    row = {
+      **choice._asdict(),
+      'against': word,
+      'accuracy_gap': -gaps['gap'],
+      'accuracy_gap_low': -gaps['gap_high'],
+      'accuracy_gap_high': -gaps['gap_low'],
+      'verdict': gaps['verdict'],
+      'won': gaps['wins'],
+      'lost': gaps['losses'],
+      'loss_gap': mean(ours, 'test_loss') - mean(theirs, 'test_loss'),
+      'steps_ratio': mean(theirs, 'updates') / mean(ours, 'updates'),
+    }
+    rows.append(row)
+    session.write('comparison', **row)
   return rows
 
 
 def show(config: Config, summary: list[dict], compared: list[dict]) -> None:
   """Prints the papers' columns, and then differences within the seeds."""
 
-  def spread(row, name, scale=1.0, digits=2):
-    mean, deviation = scale * row[name], scale * row[f'{name}_std']
-    return f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+  def spread(row, name, scale=1.0, digits=4):
+    low, high = scale * row[f'{name}_low'], scale * row[f'{name}_high']
+    middle = f'{scale * row[name]:.{digits}f}'
+    return f'{middle} ({low:.{digits}f} to {high:.{digits}f})'
 
-  def rate(row):
-    """With a mark where the grid may have ended too early."""
-    value = row['learning_rate']
-    edges = (min(config.learning_rates), max(config.learning_rates))
-    return f'{value:g}{"*" if value in edges else ""}'
-
+  label = lambda row: f'{row["optimizer"]}, {row["batches"]}'
   tables.show(
-    f'{config.dataset}, {config.model}: {config.epochs} epochs, mean ±'
-    f' deviation over {config.seeds} seeds; rates of the lowest validation loss'
-    f' out of {", ".join(f"{rate:g}" for rate in config.learning_rates)} (* at'
-    ' an end)',
+    f'{config.dataset}, {config.model}: {config.epochs} epochs, medians and'
+    f' ranges of {config.seeds} seeds; rates of the lowest validation loss over'
+    f' {config.tuning_seeds} others (* at an end of the grid)',
     (
-      'optimizer', 'batch', 'rate', 'valid loss', 'test accuracy %',
-      'test loss', 'train loss', 'steps', 'average batch', 'final batch',
+      'optimizer, batch', 'rate', 'valid loss', 'test accuracy %', 'steps',
+      'average batch', 'final batch', 'test loss', 'train loss',
     ),
     [
       (
-        row['optimizer'], row['batches'], rate(row),
-        f'{row["valid_loss"]:.4f}', spread(row, 'test_accuracy', 100.0),
-        spread(row, 'test_loss', 1.0, 4), spread(row, 'train_loss', 1.0, 4),
-        round(row['updates']), round(row['average_batch']),
-        round(row['batch_size']),
+        label(row), verdicts.rate(row), f'{row["valid_loss"]:.4f}',
+        spread(row, 'test_accuracy', 100.0, 2), round(row['updates']),
+        round(row['average_batch']), round(row['batch_size']),
+        spread(row, 'test_loss'), spread(row, 'train_loss'),
       )
       for row in summary
     ],
   )  # fmt: skip
   if not compared:
     return
+  points = lambda row, end: f'{100.0 * row[f"accuracy_gap{end}"]:+.2f}'
   tables.show(
-    'Differences within the seeds, for as many samples',
+    'Differences within the seeds, for as many samples: points of accuracy and'
+    ' the 95 % interval of their mean',
     (
-      'optimizer', 'batch', 'against', 'accuracy, points', 'lowest', 'highest',
-      'seeds won, lost', 'test loss', 'steps saved, times',
+      'optimizer, batch, against', 'points', 'low', 'high', 'verdict',
+      'won, lost', 'test loss', 'steps saved, times',
     ),
     [
       (
-        row['optimizer'], row['batches'], row['against'],
-        *(
-          f'{100.0 * row[name]:+.2f}'
-          for name in ('accuracy_gap', 'accuracy_gap_low', 'accuracy_gap_high')
-        ),
+        f'{label(row)}, {row["against"]}',
+        *(points(row, end) for end in ('', '_low', '_high')), row['verdict'],
         f'{row["won"]}, {row["lost"]}', f'{row["loss_gap"]:+.4f}',
         f'{row["steps_ratio"]:.2f}',
       )
@@ -509,10 +507,10 @@ def main(config: Config) -> None:
       if choice in choices:
         return
       choices.append(choice)
-      rate, valid_loss = tune(session, config, tuning, choice)
-      lanes = [(seed, rate) for seed in range(config.seeds)]
+      found = tune(session, config, tuning, choice)
+      lanes = [(seed, found.rate) for seed in range(config.seeds)]
       run(session, config, final, choice, choice.label, lanes)
-      summary.append(summarize(session, choice, rate, valid_loss))
+      summary.append(summarize(session, choice, found))
 
     for pair in itertools.product(config.optimizers, config.batches):
       add(Choice(*pair))
