@@ -124,7 +124,8 @@ def of_function(
 
   unit = fields.pop('unit', 'gradients and Hessian-vector products')
   return Problem(
-    lambda text: of_optimizers(text, make), measure=measure_state, unit=unit,
+    functools.cache(lambda text: of_optimizers(text, make)),
+    measure=measure_state, unit=unit,
     batched=can_batch(start, loss, measure), **fields,
   )  # fmt: skip
 

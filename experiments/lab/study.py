@@ -23,7 +23,7 @@ from .verdicts import last
 
 TUNING_SEED = 10_000
 EXTENSIONS = 2  # How often a grid is continued, by its own length.
-PIECES = 20  # Looks at a run.
+PIECES, TUNING_PIECES = 20, 5  # Looks at a run.
 
 
 class Entry(NamedTuple):
@@ -135,7 +135,7 @@ class Program(NamedTuple):
   """A method's functions of lanes: compiled once for tuning and for report."""
 
   start: Callable[..., Any]  # (seeds, rates, data)
-  advance: Callable[..., Any]  # ((piece, lanes), data)
+  advance: Callable[..., Any]  # ((budget done, of a piece, lanes), data)
 
 
 def program(plan: Plan, entry: Entry) -> Program:
@@ -179,8 +179,8 @@ def program(plan: Plan, entry: Entry) -> Program:
     return lane._replace(state=state, steps=lane.steps + 1, calls=total)
 
   def advance(carry, data=None):
-    piece, lanes = carry
-    due = (piece + 1) * (plan.budget / plan.pieces)
+    done, piece, lanes = carry
+    due = done + piece
     if callable(calls):
       run = lambda lane: jax.lax.while_loop(
         lambda lane: lane.calls < due, lambda lane: step(lane, data), lane
@@ -192,9 +192,11 @@ def program(plan: Plan, entry: Entry) -> Program:
       run = lambda lane: jax.lax.fori_loop(
         0, count, lambda _, lane: step(lane, data), lane
       )
-    return piece + 1, each(lambda lane: look(run(lane), data), lanes)
+    return due, piece, each(lambda lane: look(run(lane), data), lanes)
 
-  return Program(jax.jit(start), advance)
+  # It runs once: what it takes is to compile it.
+  quickly = {'xla_backend_optimization_level': 0}
+  return Program(jax.jit(start, compiler_options=quickly), advance)
 
 
 def steps_of(budget: float, calls: float, spent: float = 0.0) -> int:
@@ -233,9 +235,11 @@ def run(
   rates = np.array([rate for _, rate in lanes])
 
   def evaluate(carry):
-    lanes = carry[1]
+    done, piece, lanes = carry
     values = jax.device_get(lanes.values)
-    finish = problem.finish if int(carry[0]) == plan.pieces else None
+    # Budgets are sums of pieces, and may miss it by their rounding.
+    ended = done + piece / 2 > plan.budget
+    finish = problem.finish if ended else None
     if finish and (reported or 'tuning' not in values):
       ends = [
         finish(jax.tree.map(lambda leaf, i=i: leaf[i], lanes.state), s)
@@ -254,12 +258,13 @@ def run(
 
   data = () if problem.data is None else (problem.data,)
   begin = program.start(jnp.asarray(seeds), jnp.asarray(rates, float), *data)
+  pieces = plan.pieces if reported else min(plan.pieces, TUNING_PIECES)
   if plan.name:
     fields['problem'] = plan.name
+  carry = jnp.zeros(()), jnp.full((), plan.budget / pieces), begin
   return session.run(
-    label, (jnp.zeros(()), begin), program.advance, evaluate,
-    steps=plan.pieces, seeds=seeds, data=problem.data, tables=problem.tables,
-    keep_state=keep_state, **fields,
+    label, carry, program.advance, evaluate, steps=pieces, seeds=seeds,
+    data=problem.data, tables=problem.tables, keep_state=keep_state, **fields,
   )  # fmt: skip
 
 
@@ -436,7 +441,7 @@ def study(
         continue
       raise flags.UserError(said) from error
     if after is not None:
-      after(method, choice, found[1].state)
+      after(method, choice, found[-1].state)
     ends = last(session.rows, plan.label(method))
     first = first or ends
     row = {

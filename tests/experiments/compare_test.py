@@ -60,7 +60,7 @@ def test_tunes_runs_pairs_and_draws(config, capsys):
       for grid in range(3)
       for row in record.select(
         rows, 'eval', method=f'{label}: tuning, grid {grid}',
-        step=compare.PIECES,
+        step=study.TUNING_PIECES,
       )
     ]  # fmt: skip
     assert {row['seed'] for row in tuned} == {study.TUNING_SEED}
