@@ -66,7 +66,7 @@ class Config(tuning.Config):
     2.0, 'Rate of the linear system and the Neumann series.', low=0.0
   )
   steps: int = flags.flag(
-    1500, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
+    1500, 'Steps of bo_rep; the others have as many calls.', low=1
   )
 
 

@@ -53,7 +53,7 @@ class Config(tuning.Config):
   shots: int = flags.flag(10, 'Sentences of a class in a few-shot task.', low=1)
   l2: float = flags.flag(0.1, 'Weight of |y|^2 / 2.', low=1e-12)
   steps: int = flags.flag(
-    500, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
+    500, 'Steps of bo_rep; the others have as many calls.', low=1
   )
   inner_lr: float = flags.flag(0.5, 'Rate of the lower variable.', low=0.0)
   dual_lr: float = flags.flag(

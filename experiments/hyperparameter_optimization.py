@@ -55,7 +55,7 @@ class Config(tuning.Config):
   per_parameter: bool = flags.flag(False, 'A penalty for each parameter.')
   batch: int = flags.flag(8, 'Rows of a sample.', low=1)
   steps: int = flags.flag(
-    4000, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
+    4000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
   inner_lr: float = flags.flag(0.05, 'Rate of the lower variable.', low=0.0)
   dual_lr: float = flags.flag(

@@ -26,9 +26,7 @@ from .lab import devices
 from .lab import flags
 from .lab import launch
 from .lab import plots
-from .lab import record
 from .lab import study
-from .lab import tables
 from .lab import verdicts
 from .lab.session import Session
 from .methods import multi_block
@@ -46,7 +44,6 @@ class Config(devices.Config):
     'num_blocks': 20,
     'blocks': 5,
     'steps': 600,
-    'tuning_steps': 200,
     'seeds': 2,
     'tuning_seeds': 1,
     'looks': 10,
@@ -65,10 +62,7 @@ class Config(devices.Config):
   blocks: int = flags.flag(10, 'Blocks sampled in a step, I.', low=1)
   rows: int = flags.flag(32, 'Rows per sampled block, B.', low=1)
   l2: float = flags.flag(1e-5, 'Penalty of the lower problems.', low=0.0)
-  steps: int = flags.flag(2000, 'Steps of the runs.', low=20, grows=True)
-  tuning_steps: int = flags.flag(
-    1000, 'Steps of the tuning runs.', low=20, grows=True
-  )
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
   learning_rates: tuple[float, ...] = flags.flag(
     (10.0, 100.0, 1e3, 1e4, 1e5), 'Grid of rates of the weights.', low=0.0
@@ -93,14 +87,7 @@ class Config(devices.Config):
   )
 
 
-class Run(NamedTuple):
-  """State of one lane."""
-
-  train: optlab.TrainState
-  key: jax.Array
-
-
-class Problem(NamedTuple):
+class Data(NamedTuple):
   """Arrays of the data."""
 
   train: jax.Array
@@ -109,7 +96,7 @@ class Problem(NamedTuple):
   scale: jax.Array
 
 
-def load(config: Config) -> Problem:
+def load(config: Config) -> Data:
   """Reads, splits and spoils the data."""
   if config.keep_positive > 1.0 or config.flip > 1.0:
     raise flags.UserError('--keep_positive and --flip are fractions, at most 1')
@@ -128,7 +115,7 @@ def load(config: Config) -> Problem:
   train = split.train[: config.train_rows or None]
   scale = logistic.scales(config.num_blocks, random)
   arrays = train, split.validation, split.test, scale
-  return Problem(*(jnp.asarray(array, config.precision) for array in arrays))
+  return Data(*(jnp.asarray(array, config.precision) for array in arrays))
 
 
 def make(config: Config, name: str, upper: Any, lower: Any):
@@ -141,54 +128,45 @@ def make(config: Config, name: str, upper: Any, lower: Any):
   # The control solves the lower problems as v2 does.
   method = table['bsvrb_v2' if name == 'frozen' else name]
   estimator = method.make(levels.upper, levels.lower, config.num_blocks, lower)
-  return method, estimator, optax.sgd(upper)
+  return method, estimator, optax.sgd(0.0 if name == 'frozen' else upper)
 
 
-def prepare(config: Config, name: str, problem: Problem, every: int):
-  """Functions that start and advance a lane: rates, seed."""
+def entry(config: Config, name: str) -> study.Entry:
+  """A method; its rates are those of the weights and of the blocks."""
 
-  def start(upper, lower, seed):
-    _, estimator, tx = make(config, name, upper, lower)
-    p = jnp.zeros(len(problem.train), problem.train.dtype)
-    w = jnp.zeros(
-      (config.num_blocks, problem.train.shape[1]), problem.train.dtype
-    )
-    return Run(optlab.init(p, estimator, tx, w), jax.random.key(seed))
+  def start(key, rates, seed, data):
+    del key, seed
+    _, estimator, tx = make(config, name, *rates)
+    p = jnp.zeros(len(data.train), data.train.dtype)
+    w = jnp.zeros((config.num_blocks, data.train.shape[1]), p.dtype)
+    return optlab.init(p, estimator, tx, w)
 
-  def advance(upper, lower, run, problem):
-    method, estimator, tx = make(config, name, upper, lower)
-    train_step = optlab.train_step(estimator, tx)
+  def step(state, key, rates, data):
+    method, estimator, tx = make(config, name, *rates)
     shape = config.blocks, config.rows
+    keys = jax.random.split(key, 4)
+    blocks, outer = (
+      optlab.sample_blocks(key, config.num_blocks, config.blocks)
+      for key in keys[:2]
+    )
+    rows = jax.random.randint(keys[2], shape, 0, len(data.train))
+    held = jax.random.randint(keys[3], shape, 0, len(data.validation))
+    scale = data.scale[blocks]
+    upper_batch = logistic.pick(data.validation, held), scale
+    lower_batch = logistic.pick(data.train, rows), rows, scale
+    batch = method.batch(blocks, upper_batch, lower_batch, outer)
+    train_step = optlab.train_step(estimator, tx)
+    return train_step(state, devices.split(batch, 1))[0]
 
-    def step(_, train):
-      keys = jax.random.split(jax.random.fold_in(run.key, train.step), 4)
-      blocks, outer = (
-        optlab.sample_blocks(key, config.num_blocks, config.blocks)
-        for key in keys[:2]
-      )
-      rows = jax.random.randint(keys[2], shape, 0, len(problem.train))
-      held = jax.random.randint(keys[3], shape, 0, len(problem.validation))
-      scale = problem.scale[blocks]
-      upper_batch = logistic.pick(problem.validation, held), scale
-      lower_batch = logistic.pick(problem.train, rows), rows, scale
-      batch = method.batch(blocks, upper_batch, lower_batch, outer)
-      return train_step(train, devices.split(batch, 1))[0]
-
-    return run._replace(train=jax.lax.fori_loop(0, every, step, run.train))
-
-  return start, advance
+  calls = 2 * config.blocks * config.rows
+  return study.Entry(start, step, calls, tuned=name != 'frozen')
 
 
-def weights(name: str, train: optlab.TrainState) -> Any:
-  """The lower variables of all blocks."""
-  if name == 'rsvrb':
-    return train.estimator_state.inner
-  return optlab.multi_block.inner_variables(train.estimator_state)
-
-
-def quality(name: str, train: optlab.TrainState, problem: Problem) -> dict:
+def quality(train: optlab.TrainState, problem: Data) -> dict:
   """Losses over all blocks; accuracy of the block that validates best."""
-  w = weights(name, train)
+  state = train.estimator_state
+  tables = optlab.multi_block.inner_variables
+  w = state.inner if hasattr(state, 'inner') else tables(state)
 
   def losses(rows):
     margins = rows @ w.T
@@ -198,116 +176,36 @@ def quality(name: str, train: optlab.TrainState, problem: Problem) -> dict:
   test, test_right = losses(problem.test)
   best = jnp.argmax(jnp.mean(right, 0))
   return {
+    'tuning': jnp.mean(validation),
+    'value': jnp.mean(test),
     'validation': jnp.mean(validation),
     'test': jnp.mean(test),
     'accuracy': jnp.mean(test_right[:, best]),
+    'total_rejected': state.info.total_rejected,
     'moved': optax.tree.norm(train.params) / np.sqrt(problem.train.shape[0]),
   }
 
 
-def run_lanes(
-  session, config: Config, problem: Problem, label: str, name: str,
-  upper, lower, seeds, steps: int,
-) -> None:  # fmt: skip
-  """Runs lanes with their rates and seeds, one row a lane and look."""
-  every = max(steps // config.looks, 1)
-  start, advance = prepare(config, name, problem, every)
-  dtype = problem.train.dtype
-  upper_array, lower_array = (
-    jnp.asarray(upper, dtype),
-    jnp.asarray(lower, dtype),
-  )
-  state = jax.jit(jax.vmap(start))(
-    upper_array, lower_array, jnp.asarray(seeds, jnp.int32)
-  )
-  measure = jax.jit(
-    jax.vmap(lambda train, data: quality(name, train, data), (0, None))
-  )
-
-  def evaluate(state):
-    step = int(state.train.step[0])
-    return measure(state.train, problem) | {
-      'learning_rate': np.asarray(upper),
-      'inner_lr': np.asarray(lower),
-      'samples': 2 * step * config.blocks * config.rows,
-      'rejected': state.train.estimator_state.info.total_rejected,
-    }
-
-  session.run(
-    label, state,
-    lambda state, data: jax.vmap(advance, (0, 0, 0, None))(
-      upper_array, lower_array, state, data
-    ),
-    evaluate,
-    steps=every * config.looks, every=every,
-    seeds=tuple(int(seed) for seed in range(len(seeds)))
-    if label != name else tuple(int(seed) for seed in seeds),
-    data=problem, show='validation', tables=config.num_blocks,
-  )  # fmt: skip
-
-
-def tune(session, config: Config, problem: Problem, name: str) -> tuple:
-  """The rates with the least validation loss on the tuning seeds."""
-  inner: dict[float, float] = {}
-
-  def measure(new, grid):
-    label = f'tuning {name}, grid {grid}'
-    lanes = [
-      (study.TUNING_SEED + i, upper, lower)
-      for i in range(config.tuning_seeds)
-      for upper in new
-      for lower in config.inner_lrs
-    ]
-    seeds, upper, lower = zip(*lanes, strict=True)
-    run_lanes(
-      session, config, problem, label, name, upper, lower, seeds,
-      config.tuning_steps,
-    )  # fmt: skip
-    losses: dict[tuple[float, float], list[float]] = {}
-    for row in verdicts.last(session.rows, label):
-      place = row['learning_rate'], row['inner_lr']
-      loss = row['validation']
-      losses.setdefault(place, []).append(np.inf if np.isnan(loss) else loss)
-    # Each rate of the weights with the rate of the lower problems it likes.
-    for rate in new:
-      inner[rate] = min(
-        config.inner_lrs, key=lambda lower: np.median(losses[rate, lower])
-      )
-      for loss in losses[rate, inner[rate]]:
-        yield rate, loss
-
-  uppers = (0.0,) if name == 'frozen' else config.learning_rates
-  best = study.search(uppers, measure).rate
-  return best, inner[best]
-
-
-def compare(session, config: Config, problem: Problem) -> None:
-  """Tunes and runs every method."""
-  numbers = config.num_blocks * problem.train.size
-  for name in config.methods:
-    if name == 'rsvrb' and numbers > config.max_numbers:
-      print(
-        f'rsvrb is left out: its cross Jacobians have {numbers:.2g} numbers,'
-        f' more than --max_numbers={config.max_numbers:g}; lower --train_rows'
-      )
-      continue
-    upper, lower = tune(session, config, problem, name)
-    seeds = list(range(config.seeds))
-    count = len(seeds)
-    run_lanes(
-      session, config, problem, name, name, [upper] * count, [lower] * count,
-      seeds, config.steps,
-    )  # fmt: skip
+def methods(config: Config, data: Data) -> tuple[str, ...]:
+  """Those whose tables fit."""
+  numbers = config.num_blocks * data.train.size
+  if 'rsvrb' in config.methods and numbers > config.max_numbers:
+    print(
+      f'rsvrb is left out: its cross Jacobians have {numbers:.2g} numbers,'
+      f' more than --max_numbers={config.max_numbers:g}; lower --train_rows'
+    )
+    return tuple(name for name in config.methods if name != 'rsvrb')
+  return config.methods
 
 
 def draw(rows: list[dict], path) -> None:
   """Validation and test loss against samples and seconds."""
   figure, panels = plt.subplots(2, 2, figsize=(10.0, 7.0), sharex='col')
   for line, y in zip(panels, ('validation', 'test'), strict=True):
-    for axes, x in zip(line, ('samples', 'seconds'), strict=True):
+    for axes, x in zip(line, ('calls', 'seconds'), strict=True):
       plots.draw_lines(
         axes, [('', rows)], x, y, log_x=False, log_y=False,
-        keep=lambda method: not method.startswith('tuning'),
+        keep=lambda method: 'tuning' not in method,
       )  # fmt: skip
       axes.set_ylabel(f'{y} loss')
       axes.label_outer()
@@ -318,38 +216,29 @@ def draw(rows: list[dict], path) -> None:
 @launch.program
 def main(config: Config) -> None:
   """Compares the methods, prints the table and draws the picture."""
-  problem = load(config)
-  with Session(
-    'multi_block_hyperparameters', config, show='validation'
-  ) as session:
-    compare(session, config, problem)
-    rows = session.rows
-    table = []
-    for name in config.methods:
-      evals = record.select(rows, 'eval', method=name)
-      if not evals:
-        continue
-      last = [row for row in evals if row['step'] == evals[-1]['step']]
-      middle = {
-        field: float(np.median([row[field] for row in last]))
-        for field in ('validation', 'test', 'accuracy', 'moved', 'seconds')
-      }
-      spread = np.ptp([row['test'] for row in last])
-      table.append((
-        name, last[0]['learning_rate'], last[0]['inner_lr'],
-        f'{middle["validation"]:.4f}', f'{middle["test"]:.4f}',
-        f'{spread:.4f}', f'{middle["accuracy"]:.4f}', middle['moved'],
-        middle['seconds'],
-      ))  # fmt: skip
-    tables.show(
-      f'{config.dataset}, m = {config.num_blocks}: median of {config.seeds}'
-      f' seeds after {config.steps} steps',
-      ('method', 'rate of p', 'rate of w', 'validation', 'test',
-       'test spread', 'accuracy', 'rms of p', 'seconds'),
-      table,
+  data = load(config)
+  chosen = methods(config, data)
+  made = study.Problem(
+    lambda name: entry(config, name), chosen, config.learning_rates,
+    2 * config.steps * config.blocks * config.rows, 'rows', quality,
+    'test loss over all blocks', reported=('validation', 'accuracy', 'moved'),
+    data=data, batched=True, tables=config.num_blocks,
+    inner_lrs=config.inner_lrs,
+  )  # fmt: skip
+  plan = study.Plan(
+    '', made, made.budget, config.learning_rates, config.seeds,
+    config.tuning_seeds, pieces=config.looks,
+  )  # fmt: skip
+  with Session('multi_block_hyperparameters', config) as session:
+    rows = study.study(session, plan, chosen)
+    verdicts.show(
+      f'{config.dataset}, m = {config.num_blocks}, {config.steps} steps,'
+      f' {config.seeds} seeds; rates of the weights and of the blocks; moved is'
+      ' the rms of the weights',
+      made.value, rows, reported=made.reported,
     )  # fmt: skip
     path = session.folder / 'multi_block_hyperparameters.png'
-    draw(rows, path)
+    draw(session.rows, path)
     print(path)
 
 

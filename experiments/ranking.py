@@ -31,9 +31,7 @@ from .lab import devices
 from .lab import flags
 from .lab import launch
 from .lab import plots
-from .lab import record
 from .lab import study
-from .lab import tables
 from .lab import verdicts
 from .lab.session import Session
 from .methods import multi_block
@@ -50,7 +48,6 @@ class Config(devices.Config):
     'methods': ('bsvrb_v2', 'pointwise'),
     'queries': 60,
     'steps': 400,
-    'tuning_steps': 200,
     'seeds': 2,
     'tuning_seeds': 1,
     'looks': 10,
@@ -63,12 +60,9 @@ class Config(devices.Config):
   noise: float = flags.flag(0.5, 'Noise of the relevance.', low=0.0)
   blocks: int = flags.flag(20, 'Queries sampled in a step, I.', low=1)
   top: int = flags.flag(10, 'K of the thresholds.', low=1)
-  steps: int = flags.flag(2000, 'Steps of the runs.', low=20, grows=True)
+  steps: int = flags.flag(2000, 'Steps of the runs.', low=20)
   warm_fraction: float = flags.flag(
     0.5, 'Part of the steps in which BSVRB trains listwise.', low=0.0
-  )
-  tuning_steps: int = flags.flag(
-    1000, 'Steps of the tuning runs.', low=20, grows=True
   )
   looks: int = flags.flag(20, 'Evaluations of a run.', low=1)
   learning_rates: tuple[float, ...] = flags.flag(
@@ -198,145 +192,84 @@ def listwise(params: Any, query: Queries) -> jax.Array:
   return -jnp.sum(target * jax.nn.log_softmax(scores(params, query.features)))
 
 
-class Run(NamedTuple):
+class State(NamedTuple):
   """State of one lane."""
 
   warm: optlab.TrainState
   train: optlab.TrainState
-  key: jax.Array
-  step: jax.Array
 
 
-def prepare(config: Config, name: str, steps: int, every: int):
-  """Functions that start and advance a lane."""
+def entry(config: Config, name: str) -> study.Entry:
+  """A method: BSVRB trains listwise at first, as the listwise loss does."""
   bilevel = name.startswith('bsvrb')
-  warm_steps = int(config.warm_fraction * steps) if bilevel else 0
+  warm_steps = int(config.warm_fraction * config.steps) if bilevel else 0
   m = config.queries
-
-  def parts(rate):
-    tx = optax.adam(rate)
-    loss = pointwise if name == 'pointwise' else listwise
-    plain = optlab.value_and_grad(
-      lambda params, batch: jnp.mean(
-        jax.vmap(loss, (None, 0))(params, batch.upper)
-      )
+  loss = pointwise if name == 'pointwise' else listwise
+  plain = optlab.value_and_grad(
+    lambda params, batch: jnp.mean(
+      jax.vmap(loss, (None, 0))(params, batch.upper)
     )
-    table = multi_block.methods(floor=config.convexity)
-    method = table[name if bilevel else 'bsvrb_v2']
-    estimator = method.make(*levels(config), m, config.inner_lr)
-    return plain, estimator, tx
+  )
+  table = multi_block.methods(floor=config.convexity)
+  method = table[name if bilevel else 'bsvrb_v2']
+  estimator = method.make(*levels(config), m, config.inner_lr)
 
-  def start(rate, seed):
-    plain, estimator, tx = parts(rate)
-    key = jax.random.key(seed)
-    params = init_model(config, key)
+  def start(key, rate, *_):
+    params, tx = init_model(config, key), optax.adam(rate)
     thresholds = jnp.zeros(m, params['bias'].dtype)
-    return Run(
+    return State(
       optlab.init(params, plain, tx),
       optlab.init(params, estimator, tx, thresholds),
-      key,
-      jnp.zeros((), jnp.int32),
     )
 
-  def advance(rate, run, train_queries):
-    plain, estimator, tx = parts(rate)
-    plain_step = optlab.train_step(plain, tx)
-    block_step = optlab.train_step(estimator, tx)
+  def step(state, key, rate, train_queries):
+    tx = optax.adam(rate)
+    blocks = optlab.sample_blocks(key, m, config.blocks)
+    queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
+    batch = optlab.BlockBatch(blocks, queries, queries)
+    done = state.train.step if bilevel else state.warm.step
+    is_warm = (done < warm_steps) | (not bilevel)
+    either = lambda a, b: jax.tree.map(
+      lambda a, b: jnp.where(is_warm, a, b), a, b
+    )
+    warm, _ = optlab.train_step(plain, tx)(state.warm, batch)
+    # In the warm phase the thresholds follow the scores, and no more.
+    train = state.train._replace(
+      params=either(state.warm.params, state.train.params)
+    )
+    if bilevel:
+      train, _ = optlab.train_step(estimator, tx)(train, batch)
+    warm = either(warm, state.warm)
+    train = train._replace(params=either(warm.params, train.params))
+    at_switch = done + 1 == warm_steps
+    fresh = jax.tree.map(
+      lambda a, b: jnp.where(at_switch, a, b), tx.init(train.params),
+      train.opt_state,
+    )  # fmt: skip
+    return State(warm, train._replace(opt_state=fresh))
 
-    def step(_, run):
-      key = jax.random.fold_in(run.key, run.step)
-      blocks = optlab.sample_blocks(key, m, config.blocks)
-      queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
-      batch = optlab.BlockBatch(blocks, queries, queries)
-      is_warm = (run.step < warm_steps) | (not bilevel)
-      warm, _ = plain_step(run.warm, batch)
-      # In the warm phase the thresholds follow the scores, and no more.
-      entered = run.train._replace(
-        params=jax.tree.map(
-          lambda a, b: jnp.where(is_warm, a, b),
-          run.warm.params,
-          run.train.params,
-        )
-      )
-      train = entered
-      if bilevel:
-        train, _ = block_step(entered, batch)
-      warm = jax.tree.map(lambda a, b: jnp.where(is_warm, a, b), warm, run.warm)
-      at_switch = run.step + 1 == warm_steps
-      fresh = tx.init(train.params)
-      train = train._replace(
-        params=jax.tree.map(
-          lambda a, b: jnp.where(is_warm, a, b), warm.params, train.params
-        ),
-        opt_state=jax.tree.map(
-          lambda a, b: jnp.where(at_switch, a, b), fresh, train.opt_state
-        ),
-      )
-      return Run(warm, train, run.key, run.step + 1)
-
-    return jax.lax.fori_loop(0, every, step, run)
-
-  return start, advance
+  return study.Entry(start, step, config.blocks)
 
 
-def run_lanes(
-  session, config: Config, data: Data, label: str, name: str, rates, seeds,
-  steps: int,
-) -> None:  # fmt: skip
-  """Runs lanes with their rates and seeds."""
-  every = max(steps // config.looks, 1)
-  start, advance = prepare(config, name, every * config.looks, every)
-  rate = jnp.asarray(rates, config.precision)
-  state = jax.jit(jax.vmap(start))(rate, jnp.asarray(seeds, jnp.int32))
+def problem(config: Config) -> study.Problem:
+  """The synthetic queries; rates by validation NDCG@10, test NDCG shown."""
+  data = synthesize(config)
 
-  @jax.jit
-  def measure(params, data):
-    return {
-      f'{part}{cut}': jax.vmap(
-        lambda p, queries=queries, cut=cut: ndcg(p, queries, cut)
-      )(params)
+  def measure(state, _):
+    values = {
+      f'{part}{cut}': ndcg(state.train.params, queries, cut)
       for part, queries in (
-        ('validation', data.validation),
-        ('ndcg', data.test),
+        ('validation', data.validation), ('ndcg', data.test),
       )
       for cut in CUTS
-    }
+    }  # fmt: skip
+    own = {'tuning': -values['validation10'], 'value': values['ndcg10']}
+    return values | own
 
-  def evaluate(state):
-    return measure(state.train.params, data) | {
-      'learning_rate': np.asarray(rates),
-      'samples': int(state.step[0]) * config.blocks,
-    }
-
-  ids = range(len(seeds)) if label != name else seeds
-  session.run(
-    label, state,
-    lambda state, data: jax.vmap(advance, (0, 0, None))(rate, state, data),
-    evaluate, steps=every * config.looks, every=every, seeds=tuple(ids),
-    data=data.train, tables=config.queries, show=f'validation{CUTS[-1]}',
-  )  # fmt: skip
-
-
-def compare(session, config: Config, data: Data, name: str) -> None:
-  """Tunes a method on seeds of its own, and runs it on the others."""
-
-  def measure(new, grid):
-    label = f'tuning {name}, grid {grid}'
-    lanes = [(study.TUNING_SEED + i, rate)
-             for i in range(config.tuning_seeds) for rate in new]  # fmt: skip
-    seeds, rates = zip(*lanes, strict=True)
-    run_lanes(
-      session, config, data, label, name, rates, seeds, config.tuning_steps
-    )
-    return [
-      (row['learning_rate'], -row[f'validation{CUTS[-1]}'])
-      for row in verdicts.last(session.rows, label)
-    ]
-
-  best = study.search(config.learning_rates, measure).rate
-  run_lanes(
-    session, config, data, name, name, [best] * config.seeds,
-    list(range(config.seeds)), config.steps,
+  return study.Problem(
+    lambda name: entry(config, name), config.methods, config.learning_rates,
+    config.steps * config.blocks, 'queries', measure, 'test NDCG@10', more=True,
+    reported=('ndcg5',), data=data.train, batched=True, tables=config.queries,
   )  # fmt: skip
 
 
@@ -345,8 +278,8 @@ def draw(rows: list[dict], path) -> None:
   figure, panels = plt.subplots(1, len(CUTS), figsize=(10.0, 4.0))
   for axes, cut in zip(panels, CUTS, strict=True):
     plots.draw_lines(
-      axes, [('', rows)], 'samples', f'ndcg{cut}', log_x=False, log_y=False,
-      keep=lambda method: not method.startswith('tuning'),
+      axes, [('', rows)], 'calls', f'ndcg{cut}', log_x=False, log_y=False,
+      keep=lambda method: 'tuning' not in method,
     )  # fmt: skip
     axes.set_xlabel('queries seen')
     axes.set_ylabel(f'test NDCG@{cut}')
@@ -367,28 +300,20 @@ def main(config: Config) -> None:
     )
   if config.warm_fraction > 1.0:
     raise flags.UserError('--warm_fraction is a fraction, at most 1')
-  data = synthesize(config)
-  with Session('ranking', config, show='ndcg10') as session:
-    for name in config.methods:
-      compare(session, config, data, name)
-    rows = session.rows
-    table = []
-    for name in config.methods:
-      evals = record.select(rows, 'eval', method=name)
-      last = [row for row in evals if row['step'] == evals[-1]['step']]
-      line = [name, last[0]['learning_rate']]
-      for cut in CUTS:
-        values = [row[f'ndcg{cut}'] for row in last]
-        line += [f'{np.median(values):.4f}', f'{np.ptp(values):.4f}']
-      table.append((*line, last[0]['seconds']))
-    tables.show(
-      f'ranking, {config.queries} queries of {config.documents} documents,'
-      f' K = {config.top}: median of {config.seeds} seeds',
-      ('method', 'rate', 'NDCG@5', 'spread', 'NDCG@10', 'spread', 'seconds'),
-      table,
-    )
+  made = problem(config)
+  plan = study.Plan(
+    '', made, made.budget, config.learning_rates, config.seeds,
+    config.tuning_seeds, pieces=config.looks,
+  )  # fmt: skip
+  with Session('ranking', config) as session:
+    rows = study.study(session, plan, config.methods)
+    verdicts.show(
+      f'{config.queries} queries of {config.documents} documents, K ='
+      f' {config.top}, {config.steps} steps, {config.seeds} seeds',
+      made.value, rows, reported=made.reported,
+    )  # fmt: skip
     path = session.folder / 'ranking.png'
-    draw(rows, path)
+    draw(session.rows, path)
     print(path)
 
 

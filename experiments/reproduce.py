@@ -323,15 +323,9 @@ def _against_peers(field, ours, peers):
 
 
 def _cleaning(rows: Rows) -> tuple[str, str]:
-  label = '40% flipped'
-  found = [
-    row
-    for row in record.select(rows, 'eval')
-    if row.get('estimator') == 'bo_rep' and 'tuning' not in row['method']
-  ]
-  steps = max(row['step'] for row in found)
-  auroc = np.median([row['auroc'] for row in found if row['step'] == steps])
-  return f'AUROC of the weights {auroc:.2f} at {label}', grade(
+  found = summary(rows, method='bo_rep, normalized, cosine')
+  auroc = found['auroc']
+  return f'AUROC of the weights {auroc:.2f} at {found["problem"]}', grade(
     auroc > 0.8, auroc > 0.6
   )
 

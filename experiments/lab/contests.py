@@ -37,6 +37,7 @@ from . import flags
 from . import newton
 from . import oracles
 from . import study
+from . import tuning
 from .study import Entry
 from .study import Problem
 
@@ -484,54 +485,15 @@ def images() -> Problem:
 
 
 def ridge() -> Problem:
-  """Bilevel methods, ``estimator`` or ``estimator:upper step``."""
-  precision = str(jnp.zeros(()).dtype)
-  problem, _, _ = penalties.linear('ridge', 8, precision)
-  table = bilevel.methods(5, 5, blocks=problem.blocks)
-
-  def entry(name):
-    estimator_name, _, upper_step = name.partition(':')
-    upper_step = upper_step or 'plain'
-    if estimator_name not in table or upper_step not in bilevel.UPPER_STEPS:
-      raise flags.UserError(
-        f'--methods={name}: estimators are {", ".join(table)}; upper steps, put'
-        f' behind a colon, {", ".join(bilevel.UPPER_STEPS)}'
-      )
-    method = table[estimator_name]
-    estimator = method.make(problem.upper, problem.lower, optax.sgd(0.05), 0.05)
-    make = lambda rate: bilevel.upper_step(upper_step, rate, 0.9)
-
-    def sample(key):
-      batches = problem.sample(key, problem.data)
-      if method.indexed:
-        return batches
-      return tuple(batch.data for batch in batches)
-
-    def start(key, rate, *_):
-      x, y = problem.start(key, problem.data)
-      return method.init(estimator, make(rate), x, y, key)
-
-    def step(state, key, rate, *_):
-      batch = bilevel.draw(key, sample, method.step_samples)
-      return optlab.train_step(estimator, make(rate))(state, batch)[0]
-
-    return Entry(start, step, method.calls)
-
-  def measure(state, _):
-    values = problem.measure(
-      state.params, state.estimator_state.inner, problem.data
-    )
-    return {'tuning': values['valid_loss'], 'value': values['regret']}
-
-  return Problem(
-    entry,
-    ('bo_rep:normalized', *bilevel.ONE_OF_EACH),
-    (0.01, 0.03, 0.1, 0.3, 1.0),
-    5000,
-    'gradients and products of a sample',
-    measure,
-    'regret of the penalty',
-  )
+  """Bilevel methods, ``estimator`` or ``estimator, upper step``."""
+  config = tuning.Config(
+    learning_rates=(0.01, 0.03, 0.1, 0.3, 1.0), inner_lr=0.05, dual_lr=0.05,
+    refine_epochs=0,
+  )  # fmt: skip
+  problem, _, _ = penalties.linear('ridge', 8, str(jnp.zeros(()).dtype))
+  found = tuning.of_bilevel(config, problem)
+  methods = 'bo_rep:normalized', *bilevel.ONE_OF_EACH
+  return found._replace(methods=methods, budget=5000)
 
 
 # A hundred lower levels.

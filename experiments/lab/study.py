@@ -360,6 +360,9 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
     The `Choice`.
   """
   entry = plan.problem.entry(method)
+  tuned = entry.tuned or entry.variants or plan.problem.inner_lrs
+  if not tuned:  # There is nothing to pick.
+    return _untuned(plan, method, entry)
   variants = entry.variants or {method: entry}
   found = [
     _tune_rate(session, plan, name, variant)
@@ -371,11 +374,10 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
 def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
   rates = sorted(plan.learning_rates) if entry.tuned else [1.0]
   inner = plan.problem.inner_lrs
-  made = program(plan, entry)
-  best: dict[float, float | None] = {rates[0]: inner[0] if inner else None}
   if plan.tuning_seeds == 0:
-    found = Found(rates[0], {rates[0]: 0.0}, edge=False)
-    return Choice(name, entry, made, found, best[rates[0]])
+    return _untuned(plan, name, entry)
+  made = program(plan, entry)
+  best: dict[float, float | None] = {}
 
   def measure(new, grid):
     label = f'{plan.label(name)}: tuning, grid {grid}'
@@ -396,6 +398,15 @@ def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
 
   found = search(rates, measure)
   return Choice(name, entry, made, found, best[found.rate])
+
+
+def _untuned(plan: Plan, name: str, entry: Entry) -> Choice:
+  """The method with the first rates."""
+  rate = min(plan.learning_rates) if entry.tuned else 1.0
+  found = Found(rate, {rate: 0.0}, edge=False)
+  inner = plan.problem.inner_lrs
+  lower = inner[0] if inner else None
+  return Choice(name, entry, program(plan, entry), found, lower)
 
 
 def study(

@@ -13,7 +13,6 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -25,11 +24,8 @@ from . import devices
 from . import flags
 from . import plots
 from . import study
-from . import tables
 from . import verdicts
 from .session import Session
-
-PIECES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Config(devices.Config):
 
   data_dir: str = flags.flag('', 'Folder with data files.')
   steps: int = flags.flag(
-    1000, 'Steps of bo_rep; the others have as many calls.', low=1, grows=True
+    1000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
   learning_rates: tuple[float, ...] = flags.flag(
     (), 'Grid of upper rates.', low=0.0
@@ -112,233 +108,102 @@ def draw_block(
   return optlab.bilevel.IndexedBatch(index, jax.tree.map(cut, rows))
 
 
-class UpperStep(NamedTuple):
-  """The upper step of a lane."""
-
-  rate: jax.Array
-  cosine: jax.Array
-  which: jax.Array  # int32, its place in the configuration's upper steps
+DEFAULT = ('', 'plain', 'constant')
 
 
-class RunState(NamedTuple):
-  """All lanes of one method.
+def choices(config: Config) -> list[str]:
+  """All that a configuration compares, as `of_bilevel` knows them."""
+  grid = itertools.product(config.methods, config.upper_steps, config.schedules)
+  return [', '.join(entry) for entry in grid]
 
-  What the lanes differ in is in it, and the data an argument, so that tuning,
-  the runs that are reported, all upper steps and schedules and other variants
-  of a problem are one compiled program.
+
+def of_bilevel(config: Config, problem: Problem) -> study.Problem:
+  """A bilevel problem as one of the study.
+
+  Args:
+    config: The flags.
+    problem: The problem.
+
+  Returns:
+    What has an entry for ``estimator, upper step, schedule``, with commas or
+    colons; without the last ones plain steps at a constant rate.
   """
-
-  train: Any
-  key: jax.Array
-  upper: UpperStep
-
-
-class Choice(NamedTuple):
-  """What is compared."""
-
-  group: str  # the variant of the problem
-  estimator: str
-  upper_step: str
-  schedule: str
-
-  @property
-  def label(self) -> str:
-    return ', '.join(part for part in self if part)
-
-
-def choices(config: Config, group: str) -> list[Choice]:
-  """All that a configuration compares on one variant of the problem."""
-  grid = itertools.product(
-    [group], config.methods, config.upper_steps, config.schedules
-  )
-  return [Choice(*entry) for entry in grid]
-
-
-class Program(NamedTuple):
-  """One estimator on one problem; `UpperStep` and seed make a lane."""
-
-  method: bilevel.Method
-  steps: int
-  refinement: int  # gradients before the first step
-  start: Callable[..., RunState]  # (seeds, upper, data)
-  advance: Callable[..., RunState]  # (state, data), all lanes
-  measure: Callable[..., dict]  # (train, data), all lanes
-
-
-def make_program(config: Config, problem: Problem, estimator: str) -> Program:
-  """The functions that train and measure lanes of an estimator."""
   table = bilevel.methods(
     config.lower_steps, config.neumann_steps, blocks=problem.blocks
   )
-  method = table[estimator]
   refinement = config.lower_steps * (2**config.refine_epochs - 1)
   budget = table['bo_rep'].calls * config.steps + refinement
-  refined = estimator.startswith('bo_rep') and config.refine_epochs > 0
-  spent = refinement if refined else 0
-  steps = method.steps(budget - spent, PIECES)
 
-  def parts(upper):
-    estimator = method.make(
-      problem.upper,
-      problem.lower,
-      problem.lower_optimizer(config.inner_lr),
-      config.dual_lr,
-    )
-    schedule = bilevel.schedule(upper.rate, upper.cosine, steps)
-    tx = bilevel.one_of(
-      [
-        bilevel.upper_step(name, schedule, config.beta)
-        for name in config.upper_steps
-      ],
-      upper.which,
-    )
-    return estimator, tx
-
-  def sample(key, data):
-    batches = devices.split(problem.sample(key, data))
-    if problem.blocks is None or method.indexed:
-      return batches
-    return tuple(batch.data for batch in batches)
-
-  def start(seed, upper, data):
-    key, start_key, refine_key = jax.random.split(jax.random.key(seed), 3)
-    x, y = problem.start(start_key, data)
-    if refined:
-      keys = jax.random.split(refine_key, refinement)
-      y = optlab.bilevel.refine(
-        problem.lower,
-        x,
-        y,
-        jax.vmap(lambda key: sample(key, data)[1])(keys),
-        learning_rate=config.inner_lr,
-        first_steps=config.lower_steps,
-        epochs=config.refine_epochs,
+  def entry(name):
+    parts = [part.strip() for part in name.replace(':', ',').split(',')]
+    estimator, upper_step, schedule, *_ = *parts, *DEFAULT[len(parts) :], ''
+    if estimator == 'saba' and problem.blocks is None:
+      raise flags.UserError('--methods=saba: this problem is not a finite sum')
+    if estimator not in table or upper_step not in bilevel.UPPER_STEPS:
+      raise flags.UserError(
+        f'--methods={name}: estimators are {", ".join(table)}; upper steps, put'
+        f' behind a colon, {", ".join(bilevel.UPPER_STEPS)}'
       )
-    train = method.init(*parts(upper), x, y, start_key)
-    return RunState(train, key, upper)
+    method = table[estimator]
+    refined = estimator.startswith('bo_rep') and config.refine_epochs > 0
+    spent = refinement if refined else 0
+    steps = study.steps_of(budget, method.calls, spent)
 
-  def advance_lane(state, data):
-    step = optlab.train_step(*parts(state.upper))
+    def make(rate):
+      decays = schedule == 'cosine'
+      return method.make(
+        problem.upper, problem.lower, problem.lower_optimizer(config.inner_lr),
+        config.dual_lr,
+      ), bilevel.upper_step(
+        upper_step, bilevel.schedule(rate, decays, steps), config.beta
+      )  # fmt: skip
 
-    def body(train, _):
-      key = jax.random.fold_in(state.key, train.step)
+    def sample(key, data):
+      batches = devices.split(problem.sample(key, data))
+      if problem.blocks is None or method.indexed:
+        return batches
+      return tuple(batch.data for batch in batches)
+
+    def start(key, rate, seed, data):
+      del seed
+      start_key, refine_key = jax.random.split(key)
+      x, y = problem.start(start_key, data)
+      if refined:
+        keys = jax.random.split(refine_key, refinement)
+        y = optlab.bilevel.refine(
+          problem.lower, x, y, jax.vmap(lambda key: sample(key, data)[1])(keys),
+          learning_rate=config.inner_lr, first_steps=config.lower_steps,
+          epochs=config.refine_epochs,
+        )  # fmt: skip
+      return method.init(*make(rate), x, y, start_key)
+
+    def step(state, key, rate, data):
       batch = bilevel.draw(
         key, lambda key: sample(key, data), method.step_samples
       )
-      return step(train, batch)[0], None
+      return optlab.train_step(*make(rate))(state, batch)[0]
 
-    train, _ = jax.lax.scan(body, state.train, length=steps // PIECES)
-    return state._replace(train=train)
+    return study.Entry(start, step, method.calls, spent=spent)
 
-  def measure(train, data):
-    lane = lambda train: problem.measure(
-      train.params, train.estimator_state.inner, data
-    )
-    return jax.lax.map(lane, train)
+  first = problem.reported[0]
 
-  return Program(
-    method,
-    steps,
-    spent,
-    jax.jit(jax.vmap(start, (0, 0, None))),
-    jax.vmap(advance_lane, (0, None)),
-    jax.jit(measure),
-  )
+  def measure(state, data):
+    values = problem.measure(state.params, state.estimator_state.inner, data)
+    rejected = optax.tree.get(state.estimator_state, 'total_rejected')
+    own = {'tuning': values['valid_loss'], 'value': values[first]}
+    return values | own | {'total_rejected': rejected}
 
+  def finish(state, seed):
+    del seed
+    ends = state.params, state.estimator_state.inner
+    return problem.finish(*jax.device_get(ends))
 
-def run(
-  session: Session,
-  config: Config,
-  problem: Problem,
-  program: Program,
-  choice: Choice,
-  label: str,
-  lanes: list[tuple[int, float]],
-  *,
-  finish: bool,
-) -> None:
-  """Trains one lane for each seed and rate, and records them.
-
-  Args:
-    session: The open session.
-    config: The flags.
-    problem: The problem.
-    program: Of the choice's estimator.
-    choice: What to run.
-    label: Its name in the record.
-    lanes: Pairs of a seed and an upper rate, trained together.
-    finish: Whether to measure what is measured once, at the end.
-  """
-  method, steps = program.method, program.steps
-  seeds = tuple(seed for seed, _ in lanes)
-  rates = np.array([rate for _, rate in lanes])
-  which = config.upper_steps.index(choice.upper_step)
-  upper = UpperStep(
-    jnp.asarray(rates, config.precision),
-    jnp.full(len(lanes), choice.schedule == 'cosine'),
-    jnp.full(len(lanes), which, jnp.int32),
-  )
-
-  def evaluate(state):
-    step = int(state.train.step[0])
-    values = jax.device_get(program.measure(state.train, problem.data))
-    if step == steps and finish:
-      ends = jax.device_get(
-        (state.train.params, state.train.estimator_state.inner)
-      )
-      finished = [
-        problem.finish(*jax.tree.map(lambda leaf, i=i: leaf[i], ends))
-        for i in range(len(lanes))
-      ]
-      values |= {
-        name: np.array([end[name] for end in finished]) for name in finished[0]
-      }
-    return {
-      **values,
-      'learning_rate': rates,
-      'gradients': program.refinement + step * method.gradients,
-      'products': step * method.products,
-      'total_rejected': optax.tree.get(
-        state.train.estimator_state, 'total_rejected'
-      ),
-    }
-
-  session.run(
-    label,
-    program.start(jnp.asarray(seeds), upper, problem.data),
-    program.advance,
-    evaluate,
-    steps=steps,
-    every=steps // PIECES,
-    seeds=seeds,
-    data=problem.data,
-    show='valid_loss',
-    **choice._asdict(),
-  )
-
-
-def tune(
-  session: Session,
-  config: Config,
-  problem: Problem,
-  program: Program,
-  choice: Choice,
-) -> study.Found:
-  """The upper rate of the least validation loss, a median over tuning seeds."""
-
-  def measure(new, grid):
-    label = f'{choice.label}: tuning, grid {grid}'
-    # A run for each seed: with as many rates as seeds in the runs that are
-    # reported, nothing is compiled for them again.
-    for seed in range(
-      study.TUNING_SEED, study.TUNING_SEED + config.tuning_seeds
-    ):
-      lanes = [(seed, rate) for rate in new]
-      run(session, config, problem, program, choice, label, lanes, finish=False)
-    rows = verdicts.last(session.rows, label)
-    return [(row['learning_rate'], row['valid_loss']) for row in rows]
-
-  return study.search(config.learning_rates, measure)
+  return study.Problem(
+    entry, tuple(choices(config)), config.learning_rates, budget,
+    'gradients and products of a sample', measure, first.replace('_', ' '),
+    more=first.endswith(('accuracy', 'auroc')), reported=problem.reported[1:],
+    finish=finish, data=problem.data, batched=True,
+  )  # fmt: skip
 
 
 def compare(
@@ -358,99 +223,25 @@ def compare(
   Raises:
     UserError: A method is not for this problem.
   """
-  if 'saba' in config.methods and problem.blocks is None:
-    raise flags.UserError('--methods=saba: this problem is not a finite sum')
-  programs = {
-    name: make_program(config, problem, name) for name in config.methods
-  }
-  found: dict[Choice, study.Found] = {}
-  for choice in choices(config, group):
-    context = (session, config, problem, programs[choice.estimator], choice)
-    found[choice] = tune(*context)
-    lanes = [(seed, found[choice].rate) for seed in range(config.seeds)]
-    run(*context, choice.label, lanes, finish=True)
-  return summarize(session, problem, found)
-
-
-def summarize(
-  session: Session, problem: Problem, found: dict[Choice, study.Found]
-) -> list[dict]:
-  """One summary row a choice: medians over seeds, and pairs with the first."""
-  first, rows = problem.reported[0], []
-  sign = -1 if first.endswith(('accuracy', 'auroc')) else 1
-  reference = None
-  for choice, tuned in found.items():
-    ends = verdicts.last(session.rows, choice.label)
-    worse = np.array([sign * row[first] for row in ends])
-    worse[np.isnan(worse)] = np.inf
-    reference = worse if reference is None else reference
-    # Positive where the first choice of the table is better.
-    with np.errstate(invalid='ignore'):
-      gaps = verdicts.paired(worse - reference)
-    row: dict[str, Any] = {
-      **choice._asdict(),
-      'learning_rate': tuned.rate,
-      'edge': tuned.edge,
-      'steps': ends[0]['step'],
-      'calls': ends[0]['gradients'] + ends[0]['products'],
-      'gap': gaps.mean,
-      'gap_low': gaps.low,
-      'gap_high': gaps.high,
-      'wins': int(np.sum(worse < reference)),
-      'losses': int(np.sum(worse > reference)),
-    }
-    for name in problem.reported:
-      values = [end[name] for end in ends]
-      row[name] = float(np.median(values))
-      row[f'{name}_low'] = float(np.min(values))
-      row[f'{name}_high'] = float(np.max(values))
-    session.write('summary', **row)
-    rows.append(row)
-  return rows
+  made = of_bilevel(config, problem)
+  study.check_methods(made, made.methods)
+  plan = study.Plan(
+    group, made, made.budget, config.learning_rates, config.seeds,
+    config.tuning_seeds,
+  )  # fmt: skip
+  return study.study(session, plan, made.methods)
 
 
 def show(title: str, problem: Problem, rows: list[dict]) -> None:
   """Prints the summary."""
-
-  def spread(row, name):
-    low, high = row[f'{name}_low'], row[f'{name}_high']
-    return f'{row[name]:.4g} ({low:.4g} to {high:.4g})'
-
-  def gap(row):
-    text = f'{row["gap"]:+.4f}'
-    if np.isnan(row['gap_low']):
-      return text
-    return f'{text} ({row["gap_low"]:+.4f} to {row["gap_high"]:+.4f})'
-
-  tables.show(
-    f'{title}; medians (and ranges) over seeds; gap: how much worse than the'
-    f' first line in {problem.reported[0]}, by seed, with its 95 % interval',
-    (
-      'method, upper step, schedule',
-      'rate',
-      'steps',
-      *problem.reported,
-      'gap',
-      'better, worse',
-    ),
-    [
-      (
-        ', '.join(row[name] for name in Choice._fields[1:]),
-        f'{row["learning_rate"]:g}' + (' (edge)' if row['edge'] else ''),
-        row['steps'],
-        *(spread(row, name) for name in problem.reported),
-        gap(row),
-        f'{row["wins"]}, {row["losses"]}',
-      )
-      for row in rows
-    ],
-  )
+  first, *others = problem.reported
+  verdicts.show(title, first.replace('_', ' '), rows, reported=others)
 
 
 def draw(session: Session, config: Config, field: str, program: str) -> None:
   """Draws a field against calls: a row a group, a column an upper step."""
   rows = session.select('eval')
-  groups = list(dict.fromkeys(row['group'] for row in rows))
+  groups = list(dict.fromkeys(row.get('problem', '') for row in rows))
   pairs = list(itertools.product(config.upper_steps, config.schedules))
   figure, panels = plt.subplots(
     len(groups),
@@ -463,7 +254,8 @@ def draw(session: Session, config: Config, field: str, program: str) -> None:
   for line, group in zip(panels, groups, strict=True):
     for axes, (upper_step, schedule) in zip(line, pairs, strict=True):
       for i, method in enumerate(config.methods):
-        label = Choice(group, method, upper_step, schedule).label
+        label = f'{group}: ' * bool(group)
+        label += ', '.join((method, upper_step, schedule))
         x, middle, low, high = plots.curves(rows, label, 'calls', field)
         axes.plot(
           x,

@@ -168,32 +168,6 @@ def upper_step(name: str, rate: Any, beta: float) -> Any:
   return optax.chain(*average, optax.scale_by_learning_rate(rate))
 
 
-def one_of(transformations: list[Any], which: jax.Array) -> Any:
-  """The transformation of that number, which may be a tracer; all are run.
-
-  Args:
-    transformations: Optax transformations.
-    which: int32 scalar.
-
-  Returns:
-    An optax transformation.
-  """
-
-  def init(params):
-    return tuple(tx.init(params) for tx in transformations)
-
-  def update(updates, state, params=None, **extra):
-    results = [
-      optax.with_extra_args_support(tx).update(updates, old, params, **extra)
-      for tx, old in zip(transformations, state, strict=True)
-    ]
-    updates, state = zip(*results, strict=True)
-    pick = lambda *leaves: jax.lax.select_n(which, *leaves)
-    return jax.tree.map(pick, *updates), state
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
 def schedule(rate: Any, cosine: Any, steps: int) -> optax.Schedule:
   """A constant rate, or its cosine decay to zero where ``cosine``.
 

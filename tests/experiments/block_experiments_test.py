@@ -67,12 +67,12 @@ def test_parallel_speedup_end_to_end(x64, tmp_path):
 def test_ranking_end_to_end(tmp_path):
   config = ranking.Config(
     output_dir=str(tmp_path), queries=20, documents=15, features=4, hidden=3,
-    blocks=5, top=5, steps=40, tuning_steps=20, looks=2, learning_rates=(0.01,),
+    blocks=5, top=5, steps=40, looks=2, learning_rates=(0.01,),
     seeds=2, methods=('bsvrb_v2', 'pointwise'),
   )  # fmt: skip
   ranking.main(config)
   rows = record.read(tmp_path)[1]
-  last = record.select(rows, 'eval', method='bsvrb_v2', step=40)
+  last = verdicts.last(rows, 'bsvrb_v2')
   assert [row['seed'] for row in last] == [0, 1]
   assert all(0.0 < row['ndcg5'] <= 1.0 for row in last)
   assert (tmp_path / 'ranking.png').exists()
@@ -99,7 +99,7 @@ def test_spoiled_labels_are_those_of_training_rows_alone():
 def test_multi_block_hyperparameters_end_to_end(tmp_path):
   config = multi_block_hyperparameters.Config(
     output_dir=str(tmp_path), dataset='breast_cancer', train_rows=30,
-    num_blocks=6, blocks=2, rows=4, steps=40, tuning_steps=20, looks=2,
+    num_blocks=6, blocks=2, rows=4, steps=40, looks=2,
     learning_rates=(1.0,), inner_lrs=(0.1, 1e6), seeds=2,
     methods=('frozen', 'rsvrb'),
   )  # fmt: skip
@@ -109,13 +109,12 @@ def test_multi_block_hyperparameters_end_to_end(tmp_path):
     # The rate of the least validation loss on the tuning seeds is chosen; a
     # block at which the large one diverges is slowed by the method itself.
     tuned: dict[float, list[float]] = {}
-    label = f'tuning {name}, grid 0'
-    for row in record.select(rows, 'eval', method=label, step=20):
+    for row in verdicts.last(rows, f'{name}: tuning, grid 0'):
       tuned.setdefault(row['inner_lr'], []).append(row['validation'])
     assert all(len(values) == config.tuning_seeds for values in tuned.values())
     best = min(tuned, key=lambda rate: np.median(tuned[rate]))
     start = record.select(rows, 'eval', method=name, step=0)
-    last = record.select(rows, 'eval', method=name, step=40)
+    last = verdicts.last(rows, name)
     assert [row['seed'] for row in last] == [0, 1]
     assert all(row['inner_lr'] == best for row in last)
     for before, after in zip(start, last, strict=True):

@@ -59,7 +59,7 @@ PROGRAMS = {
   ),
   'multi_block_hyperparameters': (
     '--dataset=breast_cancer', '--num_blocks=10', '--blocks=3', '--rows=8',
-    '--steps=200', '--tuning_steps=100', '--looks=10', '--seeds=2',
+    '--steps=200', '--looks=10', '--seeds=2',
     '--learning_rates=1,10', '--inner_lrs=0.1,0.3', '--methods=bsvrb_v2,frozen',
   ),
   'parallel_speedup': (
@@ -68,7 +68,7 @@ PROGRAMS = {
   ),
   'ranking': (
     '--queries=20', '--documents=15', '--features=4', '--hidden=3',
-    '--blocks=5', '--top=5', '--steps=100', '--tuning_steps=20', '--looks=5',
+    '--blocks=5', '--top=5', '--steps=100', '--looks=5',
     '--learning_rates=0.01', '--seeds=2', '--methods=bsvrb_v2,pointwise',
   ),
   'density_estimation': (

@@ -56,7 +56,7 @@ PROGRAMS = {
     F64
     | {
       'dataset': 'breast_cancer', 'methods': ('bsvrb_v2',), 'num_blocks': 16,
-      'blocks': 8, 'rows': 8, 'seeds': 2, 'steps': 40, 'tuning_steps': 20,
+      'blocks': 8, 'rows': 8, 'seeds': 2, 'steps': 40,
       'looks': 2, 'learning_rates': (100.0,), 'inner_lrs': (1.0,),
     },
   ),
