@@ -78,7 +78,7 @@ def mrbo(
     ...   optax.linear_schedule(0.02, 0.0, 300), 0.0)
     >>> state = optlab.init(jnp.zeros(1), estimator, tx, jnp.zeros(1))
     >>> step = jax.jit(optlab.train_step(estimator, tx))
-    >>> for noise in jax.random.normal(jax.random.key(0), (300, 2)):
+    >>> for noise in 0.3 * jax.random.normal(jax.random.key(0), (300, 2)):
     ...   state, _ = step(state, optlab.BilevelBatch(*noise))
     >>> print(jnp.abs(state.params - 0.5) < 0.1)
     [ True]
