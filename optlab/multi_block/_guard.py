@@ -137,7 +137,9 @@ def look(
   measured = jnp.maximum(measured, 0.25 * rows.pace.curvature)
   curvature = jnp.where(known, measured, rows.pace.curvature)
   scale = rows.pace.scale
-  overflown = suspect & ~finite & jnp.isfinite(before)
+  # Data which is not finite says nothing of a block that stands where it did.
+  still = norm <= GROWTH * before
+  overflown = suspect & ~finite & jnp.isfinite(before) & ~still
   # Finite curvature at the last visit has not shown what was met on the way.
   steeper = jnp.maximum(curvature, 2 * stable / scale)
   curvature = jnp.where(overflown & jnp.isfinite(stable), steeper, curvature)

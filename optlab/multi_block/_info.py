@@ -14,7 +14,9 @@ class BSVRBInfo(NamedTuple):
 
   A block is rejected where its samples are not finite, or where its steps have
   made its lower gradient grow. It is slowed where its curvature is more than
-  steps of full length can bear. No block is -1.
+  steps of full length can bear. It is not ok, and goes on all the same, where
+  its Hessian has negative curvature along its dual variable: the formula is
+  wrong there. No block is -1.
   """
 
   rejected: jax.Array  # shape (), int32, blocks left out of the last step
@@ -24,6 +26,9 @@ class BSVRBInfo(NamedTuple):
   worst_block_rejected: jax.Array  # shape (), int32, how often
   stiffest_block: jax.Array  # shape (), int32, of the largest curvature
   largest_curvature: jax.Array  # shape ()
+  ok: jax.Array  # shape (), bool, all sampled blocks of the last step are
+  total_not_ok: jax.Array  # shape (), int32, visits of blocks that were not
+  not_ok_block: jax.Array  # shape (), int32, the last of them
   block_rejected: jax.Array  # shape (num_blocks,), int32
 
 
@@ -39,6 +44,9 @@ def start(inner: Any) -> BSVRBInfo:
     worst_block_rejected=count(0),
     stiffest_block=count(-1),
     largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
+    ok=jnp.full((), True),
+    total_not_ok=count(0),
+    not_ok_block=count(-1),
     block_rejected=trees.zeros_rows(inner, (), jnp.int32),
   )
 
@@ -54,14 +62,19 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   curvature, stiffest = _top(sampled.pace.curvature, sampled.use, blocks)
   stiffer = curvature > info.largest_curvature
   slowed = (sampled.pace.scale < 1) * 1 - (sampled.rows.pace.scale < 1) * 1
+  written = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
+  last, concave_block = _top(1 * sampled.concave, sampled.use, blocks)
   new = BSVRBInfo(
     rejected=rejected,
     total_rejected=info.total_rejected + rejected,
-    slowed=info.slowed + jnp.sum(jnp.where(sampled.use, slowed, 0)),
+    slowed=info.slowed + jnp.sum(jnp.where(written, slowed, 0)),
     worst_block=jnp.where(worse, worst, info.worst_block),
     worst_block_rejected=jnp.where(worse, count, info.worst_block_rejected),
     stiffest_block=jnp.where(stiffer, stiffest, info.stiffest_block),
     largest_curvature=jnp.where(stiffer, curvature, info.largest_curvature),
+    ok=last <= 0,
+    total_not_ok=info.total_not_ok + jnp.sum(sampled.concave),
+    not_ok_block=jnp.where(last > 0, concave_block, info.not_ok_block),
     block_rejected=tracking.scatter_rows(
       info.block_rejected, rows, blocks, sampled.use
     ),

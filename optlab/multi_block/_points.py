@@ -41,6 +41,7 @@ class Sampled(NamedTuple):
   clock: jax.Array  # shape (2,), now
   use: jax.Array  # shape (sampled,), those that count
   ok: jax.Array  # shape (sampled,), those of them that are not rejected
+  concave: jax.Array  # shape (sampled,), those with negative curvature
   grown: jax.Array  # shape (sampled,), rejected by where they have gone
   pace: _guard.Pace
   value: jax.Array  # shape (sampled,)
@@ -76,7 +77,7 @@ def sample(
     return _points(upper, lower, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, aux) = evaluate(inner, held, data, use)
+  blockwise, total, (stretch, concave, aux) = evaluate(inner, held, data, use)
   finite = tracking.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
@@ -118,6 +119,7 @@ def sample(
     clock=state.clock[0],
     use=use,
     ok=ok,
+    concave=use & concave,
     grown=verdict.grown,
     pace=verdict.pace,
     value=value[0],
@@ -166,7 +168,7 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   )
 
   slopes = jax.grad(total_lower, argnums=(0, 1), has_aux=True)
-  lower_y, samples, total, stretch = [], [], [], []
+  lower_y, samples, total, stretch = [], [], [], ()
   lower_values = []
   for k, (x, y) in enumerate(zip(points, inners, strict=True)):
     # The gradient, pushed forward along the dual variables, gives
@@ -189,7 +191,7 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
 
     lower_y.append(slope)
     if not stretch:
-      stretch.append(_stretch(product, _first(directions)))
+      stretch = _stretch(product, _first(directions))
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -203,16 +205,20 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   # The lower values as well: a logarithm has a slope where it has no value.
   values = jnp.stack(value), jnp.stack(lower_values)
   blockwise = values, _stack(*lower_y), _stack(*samples)
-  return blockwise, tuple(total), (stretch[0], aux[0])
+  return blockwise, tuple(total), (*stretch, aux[0])
 
 
 def _stretch(products, directions):
-  """By how much the Hessian of each block stretches its dual variable."""
+  """By how much the Hessian of each block stretches its dual variable.
+
+  And whether it turns it back by more than rounding: no lower level that is
+  convex does.
+  """
   norms = jax.vmap(trees.norm)
-  length = norms(directions)
-  return jnp.where(
-    length > 0, norms(products) / jnp.where(length > 0, length, 1), 0
-  )
+  length, bent = norms(directions), norms(products)
+  along = jax.vmap(trees.inner_product)(directions, products)
+  stretch = jnp.where(length > 0, bent / jnp.where(length > 0, length, 1), 0)
+  return stretch, along < -1e-3 * length * bent
 
 
 def _first(tree):

@@ -288,6 +288,8 @@ class _Seen(NamedTuple):
 
   use: jax.Array
   ok: jax.Array
+  concave: jax.Array
+  grown: jax.Array
   pace: _guard.Pace
   rows: Any
 
@@ -300,8 +302,17 @@ def _pace(state, blocks, hessian, lr, use, ok):
   stable = jnp.where(lr > 0, 2 / jnp.where(lr > 0, lr, 1), jnp.inf)
   scale = jnp.where(ok, _guard.shortened(curvature, stable), old)
   before = _guard.Pace(old, curvature, curvature)
+  # No factor exists where an eigenvalue is below zero by more than rounding.
+  shift = 1e-3 * curvature[:, None, None] * jnp.eye(hessian.shape[-1])
+  factor = jnp.linalg.cholesky(hessian + shift)
+  concave = ok & (curvature > 0) & jnp.any(jnp.isnan(factor), (1, 2))
   return _Seen(
-    use, ok, before._replace(scale=scale.astype(old.dtype)), _Before(before)
+    use,
+    ok,
+    concave,
+    jnp.zeros_like(ok),
+    before._replace(scale=scale.astype(old.dtype)),
+    _Before(before),
   )
 
 

@@ -222,6 +222,38 @@ def test_one_block_whose_data_are_nan_is_left_out_and_named(name):
   assert info.block_rejected[STIFF] == info.total_rejected > 300
 
 
+@over_methods
+def test_a_block_that_is_not_convex_is_told_and_named(name):
+  bent = lambda step, blocks: jnp.where(blocks == STIFF, -1.0, 1.0)
+  state, _ = run(name, quadratic, bent, steps=40)
+  info = state.estimator_state.info
+  assert info.total_not_ok > 5 and info.not_ok_block == STIFF
+  fine, _ = run(name, quadratic, lambda step, blocks: jnp.ones(5), steps=40)
+  assert fine.estimator_state.info.total_not_ok == 0
+  assert fine.estimator_state.info.ok
+
+
+@pytest.mark.parametrize('lr', [0.1, None])
+def test_data_that_are_nan_above_say_nothing_of_the_curvature_below(lr):
+  spoiled = lambda x, y, scale: scale * upper(x, y, None)
+  lower = lambda x, y, batch: quadratic(x, y, 1.0)
+  estimator = optlab.bsvrb(spoiled, lower, 4, inner_lr=lr)
+  estimate = jax.jit(estimator.estimate)
+  state = estimator.init(jnp.zeros(2), jnp.zeros((4, 2)))
+  for step in range(12):
+    blocks = jnp.arange(2) + 2 * (step % 2)
+    # One block's at each visit, and all of the first step.
+    scale = jnp.where((blocks == 2) | (step == 0), jnp.nan, 1.0)
+    batch = optlab.BlockBatch(blocks, scale, scale)
+    result, state = estimate(jnp.zeros(2), state, batch)
+    assert np.all(np.isfinite(result.grads))
+  info = state.info
+  assert info.worst_block == 2 and info.total_rejected == 2 + 6
+  np.testing.assert_allclose(info.largest_curvature, 1.0, rtol=1e-3)
+  slow = 0 if lr else 4
+  assert info.slowed == slow == np.sum(state.pace.scale < 1)
+
+
 def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
   padded = jnp.array([STIFF, BLOCKS, 3, STIFF, 2**31 - 1], jnp.int32)
   plain = jnp.array([STIFF, 3], jnp.int32)
