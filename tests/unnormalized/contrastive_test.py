@@ -1,5 +1,6 @@
 """Langevin chains and contrastive divergence where the answer is known."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -136,21 +137,33 @@ TOYS = {
 }
 
 
+@functools.cache
+def toy_problem(toy):
+  """Rows drawn from the truth, noise, and the maximum of likelihood."""
+  model, truth, _ = TOYS[toy]
+
+  @jax.jit
+  def solve(truth):
+    weights = jax.nn.softmax(model(truth, GRID))
+    data = jax.random.choice(jax.random.key(0), GRID, (4000,), p=weights)
+
+    def likelihood(params):
+      log_z = jax.nn.logsumexp(model(params, GRID))
+      return log_z - jnp.mean(model(params, data))
+
+    exact = optlab.minimize(
+      likelihood, truth, optax.lbfgs(), max_steps=100, grad_tol=1e-4
+    ).params
+    return data, optlab.fit_gaussian(data, inflate=2.0), exact
+
+  return solve(np.float32(truth))
+
+
 @pytest.mark.parametrize('toy', TOYS)
 @pytest.mark.parametrize('step_size', [None, 100.0])
 def test_toys_are_right_within_five_percent_whatever_the_step(toy, step_size):
-  model, truth, starts = TOYS[toy]
-  weights = jax.nn.softmax(model(jnp.asarray(truth), GRID))
-  data = jax.random.choice(jax.random.key(0), GRID, (4000,), p=weights)
-  noise = optlab.fit_gaussian(data, inflate=2.0)
-
-  def likelihood(params):
-    log_z = jax.nn.logsumexp(model(params, GRID))
-    return log_z - jnp.mean(model(params, data))
-
-  exact = optlab.minimize(
-    likelihood, jnp.asarray(truth), optax.lbfgs(), max_steps=100, grad_tol=1e-4
-  ).params
+  model, _, starts = TOYS[toy]
+  data, noise, exact = toy_problem(toy)
   steps = {} if step_size is None else {'step_size': step_size}
   if toy == 'two wells':  # With ten, the slope is 7 % off: see the docstring.
     steps |= {'num_steps': 40}
@@ -245,8 +258,9 @@ def rbm(params, x):
   return x @ params['b'] + jnp.sum(hidden, -1)
 
 
+@functools.cache
 def discrete_problem(name):
-  """A model, a start, and rows drawn from a truth."""
+  """A model, a start, rows drawn from a truth, and the least value."""
   key = jax.random.key(7)
   if name == 'ising':
     model, size = ising, 10
@@ -270,8 +284,13 @@ def discrete_problem(name):
     log_z = jax.nn.logsumexp(model(params, rows))
     return log_z - jnp.mean(model(params, data))
 
-  fit = optlab.minimize(likelihood, start, optax.lbfgs(), max_steps=300)
-  return model, start, data, likelihood, fit.value
+  @jax.jit
+  def least():
+    return optlab.minimize(
+      likelihood, start, optax.lbfgs(), max_steps=300
+    ).value
+
+  return model, start, data, jax.jit(likelihood), least()
 
 
 @pytest.mark.parametrize('name', ['ising', 'rbm'])
@@ -288,7 +307,10 @@ def test_discrete_models_come_near_the_maximum_of_likelihood(name, method):
       'discrete_langevin': optlab.unnormalized.discrete_langevin_sampler,
     }[method]()
     estimator = optlab.contrastive_divergence(model, sampler=sampler)
-    inner = (jax.random.key(0), noise.sample(jax.random.key(1), 256))
+    inner = (
+      jax.random.key(0),
+      jax.jit(noise.sample, static_argnums=1)(jax.random.key(1), 256),
+    )
   tx = optax.adam(optax.cosine_decay_schedule(0.05, 1000))
   step = optlab.train_step(estimator, tx)
 
