@@ -159,8 +159,17 @@ def toy_problem(toy):
   return solve(np.float32(truth))
 
 
-@pytest.mark.parametrize('toy', TOYS)
-@pytest.mark.parametrize('step_size', [None, 100.0])
+SLOW = pytest.mark.slow  # Another of a kind that is tried.
+
+
+@pytest.mark.parametrize(
+  ('toy', 'step_size'),
+  [
+    *[(toy, None) for toy in TOYS],
+    *[('quartic', 100.0), ('Gaussian', 100.0)],
+    pytest.param('two wells', 100.0, marks=SLOW),
+  ],
+)
 def test_toys_are_right_within_five_percent_whatever_the_step(toy, step_size):
   model, _, starts = TOYS[toy]
   data, noise, exact = toy_problem(toy)
@@ -293,8 +302,14 @@ def discrete_problem(name):
   return model, start, data, jax.jit(likelihood), least()
 
 
-@pytest.mark.parametrize('name', ['ising', 'rbm'])
-@pytest.mark.parametrize('method', ['meco', 'gibbs', 'discrete_langevin'])
+@pytest.mark.parametrize(
+  ('method', 'name'),
+  [
+    *[('meco', 'ising'), ('meco', 'rbm'), ('gibbs', 'ising'), ('gibbs', 'rbm')],
+    ('discrete_langevin', 'ising'),
+    pytest.param('discrete_langevin', 'rbm', marks=SLOW),
+  ],
+)
 def test_discrete_models_come_near_the_maximum_of_likelihood(name, method):
   model, start, data, likelihood, best = discrete_problem(name)
   noise = optlab.unnormalized.bernoulli(0.9 * data.mean(0) + 0.05)
