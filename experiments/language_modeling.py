@@ -203,25 +203,23 @@ def make_problem(config: Config, text: characters.Text) -> study.Problem:
   )  # fmt: skip
 
 
-def to_target(session: Session, label: str, target: float) -> dict[str, float]:
-  """Medians of the tokens and steps to a loss, between the looks at it."""
-  rows = [row for row in session.select('eval') if row['method'] == label]
+def to_target(
+  session: Session, method: str, targets: dict[int, float]
+) -> dict[str, float]:
+  """Medians of the tokens and steps to a loss by seed, between the looks."""
   found: dict[str, list[float]] = {'tokens': [], 'steps': []}
-  for seed in dict.fromkeys(row['seed'] for row in rows):
-    own = [row for row in rows if row['seed'] == seed]
-    there = [i for i, row in enumerate(own) if row['value'] <= target]
-    i = there[0] if there else None
+  for seed, target in targets.items():
+    own = [
+      row
+      for row in session.select('eval')
+      if (row['method'], row['seed']) == (method, seed)
+    ]
+    # Of the least loss so far, which falls.
+    losses = np.fmin.accumulate([row['value'] for row in own])
     for name, field in (('tokens', 'calls'), ('steps', 'updates')):
-      if i is None:
-        found[name].append(math.inf)
-      elif i == 0:
-        found[name].append(own[0][field])
-      else:
-        x, y = (
-          [row[column] for row in own[i - 1 : i + 1]]
-          for column in ('value', field)
-        )
-        found[name].append(float(np.interp(-target, np.negative(x), y)))
+      taken = [row[field] for row in own]
+      there = np.interp(-target, -losses, taken, right=math.inf)
+      found[name].append(float(there))
   return {name: float(np.median(values)) for name, values in found.items()}
 
 
@@ -238,21 +236,20 @@ def main(config: Config) -> None:
       config.tuning_seeds,
     )  # fmt: skip
     rows = study.study(session, plan, problem.methods)
-    target = MARGIN * rows[0]['median']
+    ends = verdicts.last(session.rows, problem.methods[0])
+    targets = {row['seed']: MARGIN * row['value'] for row in ends}
     for row in rows:
-      row |= to_target(session, row['method'], target)
-      session.write('target', method=row['method'], loss=target,
-                    tokens=row['tokens'], steps=row['steps'])  # fmt: skip
-    show(config, text, rows, target)
+      reached = to_target(session, row['method'], targets)
+      session.write('target', method=row['method'], **reached)
+      row |= reached
+    show(config, text, rows)
     picture = session.folder / 'language_modeling.png'
     draw(session, problem.methods, picture)
   print(f'picture: {picture}')
   print(f'record:  {session.folder / "record.jsonl"}')
 
 
-def show(
-  config: Config, text: characters.Text, rows: Sequence[dict], target: float
-) -> None:
+def show(config: Config, text: characters.Text, rows: Sequence[dict]) -> None:
   """Prints the table."""
   there = lambda value: value if math.isfinite(value) else '-'
 
@@ -263,8 +260,9 @@ def show(
 
   tables.show(
     f'{text.name}: test loss after {config.tokens:,} tokens, {config.seeds}'
-    ' seeds (median); gap: from the first method by seed, 95 %; tokens and'
-    f' steps to a loss of {target:.3f} (* a rate at an end of the grid)',
+    f' seeds (median); gap: from {rows[0]["method"]} by seed, 95 %; tokens and'
+    ' steps to where that one ends, plus half a percent, by seed (* a rate at'
+    ' an end of the grid)',
     ('method', 'rate', 'loss', 'gap', 'batch', 'steps', 'to it: tokens',
      'steps'),
     [
@@ -288,11 +286,8 @@ def draw(session: Session, methods: Sequence[str], path) -> None:
   for axes, x, name in zip(
     panels, ('calls', 'updates'), ('tokens', 'steps'), strict=True
   ):
-    plots.draw_lines(axes, [('', rows)], x, 'value')
-    axes.set(xlabel=name, ylabel='test loss', yscale='log')
-    if x == 'updates':
-      axes.set_xscale('log')
-      axes.set_ylabel('')
+    plots.draw_lines(axes, [('', rows)], x, 'value', log_y=False)
+    axes.set(xlabel=name, ylabel='test loss' if x == 'calls' else '')
   panels[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5))
   plots.save(figure, path, title='language modeling')
 

@@ -93,7 +93,9 @@ def test_the_program_compares_batches_at_equal_tokens(folder, tmp_path, capsys):
     assert np.isfinite(row['median'])
   assert summary['adamw:4']['updates'] == 50
   targets = {row['method']: row for row in rows if row['kind'] == 'target'}
-  assert targets['adamw:4']['tokens'] <= 1600
+  # It ends within half a percent of its own end.
+  assert 0 < targets['adamw:4']['tokens'] <= 1600
+  assert 0 < targets['adamw:4']['steps'] <= 50
   assert (tmp_path / 'run' / 'language_modeling.png').stat().st_size > 1000
 
 
