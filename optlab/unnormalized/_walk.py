@@ -27,6 +27,7 @@ class Reservoir(NamedTuple):
   log_p: jax.Array  # shape [chains]
   low: jax.Array  # shape [size], of all draws
   high: jax.Array  # shape [size]
+  whole: jax.Array  # bool [size], coordinates that were an integer in each draw
 
 
 class Layout(NamedTuple):
@@ -65,6 +66,7 @@ def empty(chains: int, size: int, dtype: Any) -> Reservoir:
     none,
     jnp.full((size,), jnp.inf, dtype),
     jnp.full((size,), -jnp.inf, dtype),
+    jnp.ones((size,), bool),
   )
 
 
@@ -95,6 +97,7 @@ def add(
     jnp.where(take, log_p[pick], reservoir.log_p),
     jnp.minimum(reservoir.low, jnp.min(rows, 0)),
     jnp.maximum(reservoir.high, jnp.max(rows, 0)),
+    reservoir.whole & jnp.all(rows == jnp.round(rows), 0),
   )
 
 
@@ -109,10 +112,10 @@ def propose(
   exponent = jax.random.uniform(scale_key, (num, 1), rows.dtype, -2.0, 0.7)
   kick = jax.random.normal(kick_key, rows.shape, rows.dtype)
   moved = rows + 10**exponent * spread / math.sqrt(size) * kick
-  if not discrete.any():
-    return moved
-  places = jnp.asarray(np.flatnonzero(discrete))
-  place = jax.random.choice(which_key, places, (num, 1))
+  # Bits may come as floats; draws of a density are never all integers.
+  whole = discrete | reservoir.whole
+  logits = jnp.broadcast_to(jnp.where(whole, 0.0, -jnp.inf), (num, size))
+  place = jax.random.categorical(which_key, logits)[:, None]
   low, high = reservoir.low, reservoir.high
   # A bit may not have been met in both its states.
   is_bit = (low >= 0) & (high <= 1)
@@ -121,7 +124,7 @@ def propose(
   width = high - low + 1
   drawn = low + jnp.minimum(jnp.floor(uniform * width), width - 1)
   changed = jnp.where(jnp.arange(size) == place, drawn, rows)
-  return jnp.where(discrete, changed, moved)
+  return jnp.where(whole, changed, moved)
 
 
 class Walked(NamedTuple):
