@@ -13,6 +13,7 @@ refused the split counts as infinitely bad, and there is no interval.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -121,7 +122,9 @@ def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
         color=f'C{i}', label=method,
       )  # fmt: skip
   axes.axhline(0.0, color='black', lw=0.8)
-  axes.set_yscale('symlog', linthresh=0.5)
+  gaps = [row['gap'] for row in rows if math.isfinite(row['gap'])]
+  if max(map(abs, gaps), default=0.0) > 3.0:
+    axes.set_yscale('symlog', linthresh=1.0)
   axes.set_xticks(range(len(names)), [n.rsplit('/')[-1] for n in names])
   axes.set_xlim(-0.5, len(names) - 0.5)
   axes.set_ylabel(f'test nats more than {methods[0]}')

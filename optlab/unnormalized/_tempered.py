@@ -70,9 +70,10 @@ def tempered_smc(
     <https://github.com/blackjax-devs/blackjax>`_
 
   Notes:
-    Rows are floating. It takes the noise's density on trust: one that does not
-    integrate to one is seen by importance sampling alone. Cost: ``repeats *
-    num_particles * num_steps`` gradients of model and noise at each
+    Rows are floating, and not bits or counts in floats. It takes the noise's
+    density on trust: one that does not integrate to one is seen by importance
+    sampling alone. Cost: ``repeats * num_particles * num_steps`` gradients of
+    model and noise at each
     temperature.
   """
   checks.enforce(tempered_smc, locals())
@@ -212,8 +213,10 @@ def _stand(found, log_density, noise, key, flat):
   rows = jax.vmap(layout.unravel)(flat)
   log_p = log_density(rows).astype(value.dtype)
   log_w = log_p - noise.log_prob(rows).astype(value.dtype)
+  fresh = noise.sample(key, 64)
+  whole = _walk.whole(_walk.flatten(fresh, flat.dtype))
   reservoir = _walk.Reservoir(
-    value, flat, log_w, log_p, jnp.min(flat, 0), jnp.max(flat, 0)
+    value, flat, log_w, log_p, jnp.min(flat, 0), jnp.max(flat, 0), whole
   )
   walked = _walk.walk(log_density, noise, key, reservoir, layout, 50)
   change, change_error = _walk.change_of(
@@ -221,6 +224,7 @@ def _stand(found, log_density, noise, key, flat):
   )
   rejected += walked.infinite
   ok &= (walked.infinite == 0) & ~walked.escaped
+  ok &= ~jnp.any(whole)  # MALA does not move bits.
   ok &= jnp.abs(change) <= 3 * change_error + 1e-3
   return value, error, second, second_error, runs, rejected, ok
 

@@ -97,8 +97,14 @@ def add(
     jnp.where(take, log_p[pick], reservoir.log_p),
     jnp.minimum(reservoir.low, jnp.min(rows, 0)),
     jnp.maximum(reservoir.high, jnp.max(rows, 0)),
-    reservoir.whole & jnp.all(rows == jnp.round(rows), 0),
+    reservoir.whole & whole(rows),
   )
+
+
+def whole(rows: jax.Array) -> jax.Array:
+  """Which coordinates are integers in all draws, as those of no density are."""
+  # Large floats have no fraction.
+  return jnp.all((rows == jnp.round(rows)) & (jnp.abs(rows) < 1e6), 0)
 
 
 def propose(
@@ -112,9 +118,8 @@ def propose(
   exponent = jax.random.uniform(scale_key, (num, 1), rows.dtype, -2.0, 0.7)
   kick = jax.random.normal(kick_key, rows.shape, rows.dtype)
   moved = rows + 10**exponent * spread / math.sqrt(size) * kick
-  # Bits may come as floats; draws of a density are never all integers.
-  whole = discrete | reservoir.whole
-  logits = jnp.broadcast_to(jnp.where(whole, 0.0, -jnp.inf), (num, size))
+  discrete = discrete | reservoir.whole  # Bits may come as floats.
+  logits = jnp.broadcast_to(jnp.where(discrete, 0.0, -jnp.inf), (num, size))
   place = jax.random.categorical(which_key, logits)[:, None]
   low, high = reservoir.low, reservoir.high
   # A bit may not have been met in both its states.
@@ -124,7 +129,7 @@ def propose(
   width = high - low + 1
   drawn = low + jnp.minimum(jnp.floor(uniform * width), width - 1)
   changed = jnp.where(jnp.arange(size) == place, drawn, rows)
-  return jnp.where(whole, changed, moved)
+  return jnp.where(discrete, changed, moved)
 
 
 class Walked(NamedTuple):

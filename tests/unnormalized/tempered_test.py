@@ -102,3 +102,14 @@ def test_discrete_rows_are_refused_by_name():
       jax.random.key(0),
       method=optlab.unnormalized.tempered_smc(),
     )
+
+
+def test_bits_in_floats_are_not_ok():
+  pytest.importorskip('blackjax')
+  result = optlab.log_partition(
+    lambda rows: jnp.sum(rows, -1),
+    optlab.unnormalized.bernoulli(jnp.full(2, 0.5)),
+    jax.random.key(0),
+    method=optlab.unnormalized.tempered_smc(32, repeats=2, num_steps=2),
+  )
+  assert not result.ok
