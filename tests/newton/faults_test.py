@@ -70,6 +70,25 @@ def test_a_solver_that_is_not_ok_shrinks_gamma(solver):
   np.testing.assert_allclose(run.params, 0.5**0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  'fun, bound',
+  [
+    (jnp.sum, -30.0),  # It stalled at -6.9.
+    (lambda x: jnp.sum((x - 3.0) ** 4 + (x - 3.0) ** 2), 40.0),  # At 82.
+  ],
+)
+def test_a_shift_that_rounding_hides_beside_a_factor_is_no_stall(fun, bound):
+  # Its outer product is no curvature of a line: the shift fades on and on.
+  factory = optlab.empirical_fisher(fun)
+  run = minimize(
+    fun, jnp.zeros(1), optlab.gns_newton(), curvature=factory, max_steps=60,
+    grad_tol=1e-3,
+  )  # fmt: skip
+  assert run.status == training.MAX_STEPS and run.value < bound
+  solve = optlab.newton.woodbury()(factory(jnp.zeros(1)), jnp.ones(1), 1.0)
+  assert solve(1.0)[1] and not solve(1e-12)[1]
+
+
 @pytest.mark.parametrize('x', [0.0, jnp.nan])
 def test_a_solver_that_is_never_ok_is_rejected(x):
   def solver(operator, b, shift):
