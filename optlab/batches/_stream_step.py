@@ -59,7 +59,8 @@ def stream_step(
       transformation, or ``batch_size`` not an integer.
     ValueError: Neither ``tx`` nor the argument gives a batch size; in the step,
       the estimator makes what cannot be merged (inner products need the mean
-      gradient of the whole batch: see `host_loader`).
+      gradient of the whole batch: see `host_loader`) or is not `per_example`
+      itself, without another around it.
 
   Examples:
     >>> import jax, jax.numpy as jnp, numpy as np, optlab
@@ -93,6 +94,13 @@ def stream_step(
       state.key, tuple
     ):
       state = state._replace(key=jax.random.fold_in(state.key, first))
+    elif not isinstance(state, (loss_lib.LossState, optax.EmptyState)):
+      raise ValueError(
+        'estimator must be that of per_example itself, got one with a'
+        f' {type(state).__name__}, which would see each part of a batch as a'
+        ' batch of its own: hold steps that are not finite by'
+        ' optax.apply_if_finite.'
+      )
     estimate, after = estimator.estimate(params, state, batch)
     if isinstance(after, loss_lib.LossState):
       # One step for all parts, whose model state goes from one to the next.

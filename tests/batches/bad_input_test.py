@@ -357,6 +357,16 @@ for wrong, arguments, match in (
     ValueError,
     match,
   )
+held = optlab.estimators.estimate_if_finite(optlab.per_example(losses))
+row(
+  'stream_step',
+  'an estimator around it',
+  lambda: stream_step(estimator=held)(
+    optlab.init(X, held, optax.sgd(0.1)), one
+  ),
+  ValueError,
+  'that of per_example itself, got one with a EstimateIfFiniteState',
+)
 for size, error, match in (
   (0, ValueError, 'size must be at least 1, got 0'),
   (3, ValueError, 'at most microbatch_size=2, got 3: stream_step'),
