@@ -13,6 +13,7 @@ Mapped over the examples and differentiated, the one pass returns the summed
 gradient, and in the dummies the squared norms, an array of the parameters each.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -118,12 +119,9 @@ def _backward(losses, params, examples, mask) -> Any:
   """Losses, summed gradient and squared norms; zero where masked."""
   _moments.check_route(params, mask)
   wide = mask.dtype
-  # Zeros, laid out over devices as the losses are, which not every version of
-  # jax promises of zeros_like; jit removes the evaluation.
-  values = _losses.checked(losses, params, examples, mask)
-  zeros = (jnp.isnan(values) & False).astype(wide)
-  slots = jax.tree.map(lambda leaf: zeros, params)
   _independence.check_program(losses, params, examples)
+  zeros = _zeros(params, examples).astype(wide)
+  slots = jax.tree.map(lambda leaf: zeros, params)
   if _layout.explicit(examples) is None:
     one = jax.tree.map(lambda leaf: leaf[0], examples)
   else:  # Where rows are split by type, one of them is nowhere.
@@ -140,3 +138,25 @@ def _backward(losses, params, examples, mask) -> Any:
   sums, sq_norms = pullback(jnp.ones_like(values) * mask.astype(values.dtype))
   sums = jax.tree.map(lambda g: g.astype(_moments.wide_like(g, wide)), sums)
   return values, sums, sq_norms
+
+
+def _zeros(params, examples):
+  """One false an example, which lies over devices as the losses do.
+
+  As the losses it depends on the arrays; `jax.jit` removes that.
+  """
+
+  def false(leaf, first):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+      leaf = jax.random.key_data(leaf)
+    same = jnp.equal(leaf, leaf)
+    return jnp.any(same, tuple(range(first, leaf.ndim))) & False
+
+  falses = [false(leaf, 1) for leaf in jax.tree.leaves(examples)]
+  # Only in a shard_map may parameters differ from device to device.
+  falses += [
+    false(leaf, 0)
+    for leaf in jax.tree.leaves(params)
+    if getattr(jax.typeof(leaf), 'vma', True)
+  ]
+  return functools.reduce(jnp.logical_or, falses)

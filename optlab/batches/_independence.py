@@ -31,6 +31,9 @@ _CALLS = """
   jit pjit closed_call core_call remat2 checkpoint custom_jvp_call
   custom_vjp_call custom_vjp_call_jaxpr
 """
+_IS_ELEMENTWISE, _IS_CALL = map(
+  frozenset, (_ELEMENTWISE.split(), _CALLS.split())
+)
 
 
 class _Mixed(NamedTuple):
@@ -95,7 +98,7 @@ def check_losses(
 def check_program(
   losses: _losses.Losses, params: base.Params, examples: base.Batch
 ) -> None:
-  """Raises a ``ValueError`` where the program of the losses mixes examples."""
+  """Raises a ``ValueError`` unless they are one an example, and of it alone."""
   by = mixed_by(losses, params, examples)
   if by is not None:
     raise ValueError(_message(f'{by} takes the examples together'))
@@ -105,11 +108,13 @@ def mixed_by(
   losses: _losses.Losses, params: base.Params, examples: base.Batch
 ) -> str | None:
   """The operation in the program of the losses that mixes examples, if any."""
-  if _losses.batch_length(examples) < 2:
+  length = _losses.batch_length(examples)
+  mask = jax.ShapeDtypeStruct((length,), bool)
+  closed = jax.make_jaxpr(lambda p, e: _losses.checked(losses, p, e, mask))(
+    params, examples
+  )
+  if length < 2:
     return None
-  closed = jax.make_jaxpr(
-    lambda p, e: losses(_losses.fresh(p), _losses.fresh(e))
-  )(params, examples)
   inputs = [_NONE] * len(jax.tree.leaves(params))
   inputs += [0] * len(jax.tree.leaves(examples))
   found = _walk(closed.jaxpr, inputs)[0]
@@ -141,7 +146,7 @@ def _equation(eqn, states):
   name = eqn.primitive.name
   if all(state == _NONE for state in states):
     return [_NONE] * count
-  if name in _CALLS.split():
+  if name in _IS_CALL:
     inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
     inner = getattr(inner, 'jaxpr', inner)
     if inner is not None and len(inner.invars) == len(states):
@@ -152,7 +157,7 @@ def _equation(eqn, states):
   if any(state == _UNKNOWN for state in states):
     return [_UNKNOWN] * count
   rule = _RULES.get(name)
-  if name in _ELEMENTWISE.split():
+  if name in _IS_ELEMENTWISE:
     rule = _elementwise
   elif name.startswith(('reduce_', 'arg')) and 'axes' in eqn.params:
     rule = _reduce

@@ -248,7 +248,6 @@ def vmap_grads(
     ValueError: ``losses`` does not give one loss per example.
   """
   check_route(params, mask)
-  jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   check_program(losses, params, examples)
   wide = mask.dtype
   values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
@@ -336,7 +335,6 @@ def vmap_inner_products(
   """
   check_route(params, mask)
   wide = mask.dtype
-  jax.eval_shape(lambda p: checked(losses, p, examples, mask), params)
   check_program(losses, params, examples)
   rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
   rows, grads = trees.conjugate(rows), trees.conjugate(grads)
