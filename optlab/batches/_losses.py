@@ -50,7 +50,8 @@ def batch_length(batch: base.ArrayTree) -> int:
     The number of examples.
 
   Raises:
-    ValueError: There is no array, a scalar among them, or lengths differ.
+    ValueError: There is no array, a scalar among them, lengths differ, or there
+      is no example.
   """
   lengths = {
     jax.tree_util.keystr(path): (np.shape(leaf) or (-1,))[0]
@@ -61,4 +62,7 @@ def batch_length(batch: base.ArrayTree) -> int:
       'Every array of a batch must have the examples on its leading axis, got'
       f' lengths {lengths}.'
     )
-  return next(iter(lengths.values()))
+  length = next(iter(lengths.values()))
+  if not length:
+    raise ValueError('a batch must have at least one example, got none.')
+  return length

@@ -140,6 +140,8 @@ def per_example(
   loss, value_fn = method.loss, _value_fn(method)
 
   def estimate(params, state, batch):
+    checks.check_params('params', params)
+    params = jax.tree.map(jnp.asarray, params)
     model_state, key, state = loss.begin(state)
     over, wide = _over(method, params, batch, key)
     if is_means:

@@ -210,6 +210,24 @@ for wrong, batch in (
     LENGTHS,
   )
 row(
+  'per_example',
+  'no example',
+  lambda: estimate(per_example(), ROWS[:0]),
+  ValueError,
+  'batch must have at least one example, got none',
+)
+for wrong, leaf, match in (
+  ('a key in params', KEY, 'must be floating, got dtype key<fry>'),
+  ('a function in params', jnp.tanh, 'must be an array, got .*functions and'),
+):
+  row(
+    'per_example',
+    wrong,
+    lambda leaf=leaf: per_example().estimate((X, leaf), (), ROWS),
+    TypeError,
+    r'params\[1\] ' + match,
+  )
+row(
   'PaddedBatch',
   'no examples',
   lambda: estimate(per_example(), optlab.batches.PaddedBatch((), 2)),

@@ -116,7 +116,7 @@ def test_model_state_sees_every_example_once():
   value, stats = in_parts(ROWS, (6, 6, 6, 2))
   close((found.value, state.model_state), (value, stats))
   close(found.extras['value_fn'](w), value)
-  for size, parts in ((3, (2, 1)), (11, (6, 4, 1)), (18, (6, 6, 6))):
+  for size, parts in ((3, (2, 1)), (99, (6, 6, 6, 2)), (18, (6, 6, 6))):
     padded = optlab.batches.PaddedBatch(ROWS, jnp.int32(size))
     found, state = estimate(w, start, padded)
     value, stats = in_parts(ROWS, parts)
