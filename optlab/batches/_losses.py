@@ -28,7 +28,10 @@ def fresh(tree: base.ArrayTree) -> base.ArrayTree:
 
 
 def checked(
-  losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
+  losses: Losses,
+  params: base.Params,
+  examples: base.Batch,
+  mask: jax.Array | jax.ShapeDtypeStruct,
 ) -> jax.Array:
   """The losses, one an example; anything else is an error."""
   values = losses(fresh(params), fresh(examples))
