@@ -68,6 +68,25 @@ def one_stiff(step, blocks):
   return jnp.where(blocks == STIFF, 100.0, 1.0)
 
 
+@functools.cache
+def compiled(name, steps):
+  """``(curvature, others, since, of_all) -> (state, path)`` of a method."""
+
+  def go(curvature, others, since, of_all):
+    def data(step, blocks):
+      bad = (step >= since) & ((blocks == STIFF) | of_all)
+      return jnp.where(bad, curvature, others)
+
+    return run(name, quadratic, data, steps=steps)
+
+  return jax.jit(go)
+
+
+def run_with(name, curvature, others=1.0, since=0, of_all=False, steps=1500):
+  """A run in which one block, or all, have another curvature from a step on."""
+  return compiled(name, steps)(curvature, others, since, of_all)
+
+
 def names_the_stiff_block(state):
   named = optlab.report(state)
   return any(
@@ -79,7 +98,7 @@ def names_the_stiff_block(state):
 
 @over_methods
 def test_one_stiff_block_does_not_move_x(name):
-  state, path = run(name, quadratic, one_stiff)
+  state, path = run_with(name, 100.0)
   np.testing.assert_allclose(state.params, 1.0, atol=0.01)
   assert jnp.abs(path).max() < 2.0
   assert names_the_stiff_block(state)
@@ -94,20 +113,14 @@ def test_without_the_guard_it_ruins_the_run():
 
 @over_methods
 def test_every_block_stiff(name):
-  state, _ = run(name, quadratic, lambda step, blocks: 100.0 + 0.0 * blocks)
+  state, _ = run_with(name, 100.0, of_all=True)
   np.testing.assert_allclose(state.params, 1.0, atol=0.01)
   assert state.estimator_state.info.slowed == BLOCKS
 
 
 @over_methods
 def test_a_block_that_becomes_stiff_later(name):
-  state, _ = run(
-    name,
-    quadratic,
-    lambda step, blocks: jnp.where(
-      (blocks == STIFF) & (step > 300), 100.0, 1.0
-    ),
-  )
+  state, _ = run_with(name, 100.0, since=301)
   np.testing.assert_allclose(state.params, 1.0, atol=0.01)
   assert names_the_stiff_block(state)
 
@@ -192,12 +205,7 @@ def test_seeds_in_one_program():
 @over_methods
 def test_data_that_are_nan_stop_the_optimizer_too(name):
   """From step 20 on every step is rejected: x stands still."""
-  state, path = run(
-    name,
-    quadratic,
-    lambda step, blocks: jnp.where(step >= 20, jnp.nan, 1.0) + 0.0 * blocks,
-    steps=60,
-  )
+  state, path = run_with(name, np.nan, since=20, of_all=True, steps=60)
   np.testing.assert_array_equal(path[20:], path[19:-1])
   assert jnp.any(path[19] != path[18])
   info = state.estimator_state.info
@@ -208,13 +216,7 @@ def test_data_that_are_nan_stop_the_optimizer_too(name):
 
 @over_methods
 def test_one_block_whose_data_are_nan_is_left_out_and_named(name):
-  state, _ = run(
-    name,
-    quadratic,
-    lambda step, blocks: jnp.where(
-      (step >= 20) & (blocks == STIFF), jnp.nan, 1.0
-    ),
-  )
+  state, _ = run_with(name, np.nan, since=20)
   np.testing.assert_allclose(state.params, 1.0, atol=0.01)
   info = state.estimator_state.info
   assert info.worst_block == STIFF
@@ -224,11 +226,10 @@ def test_one_block_whose_data_are_nan_is_left_out_and_named(name):
 
 @over_methods
 def test_a_block_that_is_not_convex_is_told_and_named(name):
-  bent = lambda step, blocks: jnp.where(blocks == STIFF, -1.0, 1.0)
-  state, _ = run(name, quadratic, bent, steps=40)
+  state, _ = run_with(name, -1.0, steps=60)
   info = state.estimator_state.info
   assert info.total_not_ok > 5 and info.not_ok_block == STIFF
-  fine, _ = run(name, quadratic, lambda step, blocks: jnp.ones(5), steps=40)
+  fine, _ = run_with(name, 1.0, steps=60)
   assert fine.estimator_state.info.total_not_ok == 0
   assert fine.estimator_state.info.ok
 
@@ -309,8 +310,9 @@ def test_tables_split_over_an_explicit_mesh(name):
     batch = optlab.BlockBatch(blocks, None, one_stiff(0, blocks))
     if name == 'rsvrb':
       batch = optlab.multi_block.PairedBlockBatch(*batch, blocks)
+    step = jax.jit(estimator.estimate)
     for _ in range(2):
-      estimate, state = jax.jit(estimator.estimate)(x, state, batch)
+      estimate, state = step(x, state, batch)
       x = x - 0.1 * estimate.grads
     return x, state
 
@@ -391,7 +393,7 @@ def test_auxiliary_output_of_the_upper_level():
   inner = jnp.arange(2.0 * BLOCKS).reshape(BLOCKS, 2)
   state = estimator.init(jnp.zeros(2), inner)
   blocks = jnp.array([4, 1])
-  estimate, _ = estimator.estimate(
+  estimate, _ = jax.jit(estimator.estimate)(
     jnp.zeros(2), state, optlab.BlockBatch(blocks)
   )
   np.testing.assert_array_equal(estimate.aux['y'], inner[blocks])
