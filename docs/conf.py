@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import sys
 
 from docutils import nodes
@@ -33,7 +34,15 @@ extensions = [
   'sphinx.ext.autodoc',
   'sphinx.ext.autosummary',
   'sphinx.ext.napoleon',
+  'sphinx.ext.viewcode',
+  'sphinx_copybutton',
 ]
+# The notebooks stand beside docs/; Sphinx reads what is below it.
+NOTEBOOKS = pathlib.Path(__file__).parent / 'notebooks'
+NOTEBOOKS.mkdir(exist_ok=True)
+for notebook in (ROOT / 'notebooks').glob('*.ipynb'):
+  shutil.copy(notebook, NOTEBOOKS)
+
 templates_path = ['_templates']
 exclude_patterns = ['_build']
 
@@ -47,6 +56,8 @@ html_math_renderer = 'mathml'
 myst_enable_extensions = ['dollarmath', 'fieldlist']
 myst_heading_anchors = 2
 nb_execution_mode = 'force'
+# `make notebooks` has executed these, and their outputs are kept.
+nb_execution_excludepatterns = ['notebooks/*']
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_output_stderr = 'remove'
