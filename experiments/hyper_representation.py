@@ -35,6 +35,7 @@ class Config(tuning.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
+  MINUTES = (1, None)
 
   dataset: str = flags.flag(
     'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',

@@ -35,6 +35,7 @@ class Config(tuning.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
+  MINUTES = (1, None)
 
   problem: str = flags.flag(
     'ridge', 'What is regularized.', choices=('ridge', 'logistic', 'text')

@@ -48,6 +48,7 @@ class Config(devices.Config):
     'tuning_seeds': 1,
     'looks': 10,
   }
+  MINUTES = (1, None)
 
   dataset: str = flags.flag(
     'auto', 'A name or a file; auto: a8a in data_dir, or else mushrooms.'
@@ -198,7 +199,7 @@ def methods(config: Config, data: Data) -> tuple[str, ...]:
   return config.methods
 
 
-def draw(rows: list[dict], path) -> None:
+def draw(rows: list[dict], path, title: str) -> None:
   """Validation and test loss against samples and seconds."""
   figure, panels = plt.subplots(2, 2, figsize=(10.0, 7.0), sharex='col')
   for line, y in zip(panels, ('validation', 'test'), strict=True):
@@ -210,7 +211,7 @@ def draw(rows: list[dict], path) -> None:
       axes.set_ylabel(f'{y} loss')
       axes.label_outer()
   panels[0][0].legend(fontsize=8)
-  plots.save(figure, path)
+  plots.save(figure, path, title=title)
 
 
 @launch.program
@@ -229,16 +230,18 @@ def main(config: Config) -> None:
     '', made, made.budget, config.learning_rates, config.seeds,
     config.tuning_seeds, pieces=config.looks,
   )  # fmt: skip
+  name = logistic.resolve(config.dataset, config.data_dir)
+  title = f'{name}, m = {config.num_blocks}'
   with Session('multi_block_hyperparameters', config) as session:
     rows = study.study(session, plan, chosen)
     verdicts.show(
-      f'{config.dataset}, m = {config.num_blocks}, {config.steps} steps,'
+      f'{title}, {config.steps} steps,'
       f' {config.seeds} seeds; rates of the weights and of the blocks; moved is'
       ' the rms of the weights',
       made.value, rows, reported=made.reported,
     )  # fmt: skip
     path = session.folder / 'multi_block_hyperparameters.png'
-    draw(session.rows, path)
+    draw(session.rows, path, f'multi_block_hyperparameters, {title}')
     print(path)
 
 

@@ -52,6 +52,7 @@ class Config(devices.Config):
     'tuning_seeds': 1,
     'looks': 10,
   }
+  MINUTES = (1, None)
 
   queries: int = flags.flag(200, 'Training queries, m.', low=1)
   documents: int = flags.flag(40, 'Documents of a query, n.', low=2)
@@ -273,7 +274,7 @@ def problem(config: Config) -> study.Problem:
   )  # fmt: skip
 
 
-def draw(rows: list[dict], path) -> None:
+def draw(rows: list[dict], path, title: str) -> None:
   """Test NDCG at both cuts against queries seen."""
   figure, panels = plt.subplots(1, len(CUTS), figsize=(10.0, 4.0))
   for axes, cut in zip(panels, CUTS, strict=True):
@@ -284,7 +285,7 @@ def draw(rows: list[dict], path) -> None:
     axes.set_xlabel('queries seen')
     axes.set_ylabel(f'test NDCG@{cut}')
   panels[0].legend(fontsize=8)
-  plots.save(figure, path)
+  plots.save(figure, path, title=title)
 
 
 @launch.program
@@ -313,7 +314,7 @@ def main(config: Config) -> None:
       made.value, rows, reported=made.reported,
     )  # fmt: skip
     path = session.folder / 'ranking.png'
-    draw(session.rows, path)
+    draw(session.rows, path, f'ranking, {config.queries} queries')
     print(path)
 
 

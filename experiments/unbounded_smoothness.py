@@ -44,6 +44,7 @@ class Config(flags.Config):
     'steps': 1000,
     'seeds': 2,
   }
+  MINUTES = (1, None)
 
   problem: str = flags.flag(
     'cosh', 'The upper level.', choices=('cosh', 'quartic')

@@ -76,11 +76,11 @@ class Config(BareConfig):
     QUICK: What ``--quick`` puts in the place of defaults, by the flag's name.
       A flag that was given another value than its default keeps it.
     MINUTES: Those that a run takes on two cores, with ``--quick`` and with the
-      defaults, as measured.
+      defaults, as measured; ``None`` where it was not.
   """
 
   QUICK: ClassVar[dict[str, Any]] = {}
-  MINUTES: ClassVar[tuple[float, float] | None] = None
+  MINUTES: ClassVar[tuple[float | None, float | None]] = (None, None)
 
   quick: bool = flag(False, 'A budget of one to two minutes: a first look.')
 

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -80,6 +81,9 @@ def save(
   """Writes a picture whole or not at all, and closes it."""
   if title:
     figure.suptitle(title)
+  for axes in figure.axes:
+    for axis in (axes.xaxis, axes.yaxis):
+      _space_ticks(axis)
   path = pathlib.Path(path)
   temporary = path.with_name(f'.{path.name}')
   try:
@@ -95,6 +99,17 @@ def save(
     plt.close(figure)
 
 
+def _space_ticks(axis: Any) -> None:
+  """Numbers on a logarithmic axis that do not run into each other."""
+  if axis.get_scale() != 'log':
+    return
+  low, high = axis.get_view_interval()
+  if high < 30.0 * low:
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def draw_lines(
   axes: plt.Axes,
   records: Sequence[tuple[str, Sequence[dict]]],
@@ -106,7 +121,9 @@ def draw_lines(
   floor: float = 1e-17,
   keep: Callable[[str], bool] = lambda method: True,
 ) -> None:
-  """Draws y against x for every method of the records.
+  """Draws y against x for every method of the records, the first in bold.
+
+  Points whose x falls are fits of their own, and no line joins them.
 
   Args:
     axes: Where to draw.
@@ -133,13 +150,21 @@ def draw_lines(
       color = f'C{i % 10}'
       name = f'{label}: {method}' if label else method
       mark = 'o' if np.sum(shown) < 40 else None
+      apart = np.any(np.diff(xs[shown]) < 0)
       axes.plot(
-        xs[shown], middle[shown], line,
+        xs[shown], middle[shown], 'o' if apart else line,
         color=color, label=name, marker=mark, markersize=3,
+        linewidth=1.2 if i else 2.5, zorder=2 if i else 3,
       )  # fmt: skip
+      if apart:
+        continue
       axes.fill_between(
         xs[shown], low[shown], high[shown], color=color, alpha=0.15, lw=0
       )
+  if not axes.lines:
+    axes.text(
+      0.5, 0.5, 'no value to show', ha='center', transform=axes.transAxes
+    )
   axes.set_xscale('log' if log_x else 'linear')
   axes.set_yscale('log' if log_y else 'linear')
   axes.set_xlabel(LABELS.get(x, x))

@@ -450,13 +450,15 @@ class _Task(NamedTuple):
 
 def _expected(config: flags.Config) -> str:
   """What a run will take, where that was measured."""
-  if config.MINUTES is None or not config.is_default():
-    return ''
   quick, whole = config.MINUTES
   minutes = quick if config.quick else whole
-  shorter = '' if config.quick else f' (with --quick {quick:g})'
-  unit = 'minute' if minutes == 1 else 'minutes'
-  return f'about {minutes:g} {unit} on two cores{shorter}; '
+  parts = []
+  if minutes is not None and config.is_default():
+    unit = 'minute' if minutes == 1 else 'minutes'
+    parts.append(f'about {minutes:g} {unit} on two cores')
+  if quick is not None and not config.quick:
+    parts.append(f'with --quick about {quick:g}')
+  return ', '.join(parts) + '; ' if parts else ''
 
 
 def _check_precision(config: flags.Config) -> None:

@@ -68,6 +68,11 @@ def scales(num_blocks: int, random: np.random.Generator) -> np.ndarray:
   return np.exp(random.uniform(np.log(0.5), np.log(5.0), num_blocks))
 
 
+def resolve(name: str, data_dir: str) -> str:
+  """The data set that ``auto`` stands for; another name as it is."""
+  return ('a8a' if data_dir else 'mushrooms') if name == 'auto' else name
+
+
 def load(
   name: str,
   data_dir: str,
@@ -93,8 +98,7 @@ def load(
   Raises:
     UserError: The data are missing or have not two classes.
   """
-  if name == 'auto':
-    name = 'a8a' if data_dir else 'mushrooms'
+  name = resolve(name, data_dir)
   full = data_lib.load(name, data_dir)
   rows = _signed(data_lib.dense(full), data_lib.signs(full))
   test = _test_file(name, data_dir, rows.shape[1] - 1)
