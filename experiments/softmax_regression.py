@@ -15,6 +15,12 @@ from .problems import smooth
 class Config(newton.RegressionConfig):
   """Flags."""
 
+  QUICK = {
+    'curvature': ('exact', 'gauss_newton'),
+    'optimizers': ('gns', 'lbfgs', 'gradient_descent'),
+  }
+  MINUTES = (1, None)
+
   dataset: str = flags.flag(
     'digits',
     'digits, mushrooms, breast_cancer, mnist in data_dir, a LIBSVM or IDX file'
