@@ -26,12 +26,18 @@ from .lab import verdicts
 from .lab.session import Session
 from .methods import tabular
 
-QUICK = 60
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(flags.Config):
   """Flags of the program."""
+
+  QUICK = {
+    'sets': ('wine',),
+    'methods': ('meco', 'nce', 'kernel'),
+    'steps': 60,
+    'seeds': 2,
+    'tuning_seeds': 0,
+  }
 
   sets: tuple[str, ...] = flags.flag(
     ('digits:8', 'digits:16', 'digits:32', 'breast_cancer', 'wine'),
@@ -58,43 +64,40 @@ class Config(flags.Config):
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32', 'float64')
   )
-  quick: bool = flags.flag(
-    False, 'A minute: one set, three methods, two splits, few steps.'
-  )
 
 
-def plans(config: Config) -> tuple[list[study.Plan], tuple[str, ...]]:
-  """A plan for each set, and the methods."""
-  sets, methods, steps = config.sets, config.methods, config.steps
-  seeds, tuning_seeds = config.seeds, config.tuning_seeds
-  if config.quick:
-    sets, methods, steps = ('wine',), ('meco', 'nce', 'kernel'), QUICK
-    seeds, tuning_seeds = 2, 0
+def plans(config: Config) -> list[study.Plan]:
+  """A plan for each set."""
   found = []
-  for name in sets:
-    problem = tabular.problem(name, steps, config.score == 'smc')
-    study.check_methods(problem, methods)
+  for name in config.sets:
+    problem = tabular.problem(name, config.steps, config.score == 'smc')
+    study.check_methods(problem, config.methods)
     found.append(
       study.Plan(
-        name, problem, steps, config.learning_rates, seeds, tuning_seeds, None
+        name, problem, config.steps, config.learning_rates, config.seeds,
+        config.tuning_seeds, None,
       )
-    )
-  return found, methods
+    )  # fmt: skip
+  return found
 
 
 @launch.program
 def main(config: Config) -> None:
   """Tunes and trains every method on every set; tables and a picture."""
-  todo, methods = plans(config)
+  todo = plans(config)
   with Session('tabular_density', config) as session:
-    rows = {plan.name: study.study(session, plan, methods) for plan in todo}
+    rows = {
+      plan.name: study.study(session, plan, config.methods) for plan in todo
+    }
   for plan in todo:
     verdicts.show(
       f'{plan.name}, {plan.budget:,.0f} steps, {plan.seeds} splits',
       plan.problem.value, rows[plan.name],
     )  # fmt: skip
   picture = session.folder / 'tabular_density.png'
-  draw([row for plan in todo for row in rows[plan.name]], methods, picture)
+  draw(
+    [row for plan in todo for row in rows[plan.name]], config.methods, picture
+  )
   print(f'picture: {picture}')
   print(f'record:  {session.folder / "record.jsonl"}')
 
