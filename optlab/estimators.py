@@ -313,6 +313,7 @@ def with_storm(
   checks.enforce(with_storm, locals())
 
   def init(params, *inner):
+    checks.check_params('params', params)
     return WithStormState(
       estimator_state=estimator.init(params, *inner),
       tracker=trees.zeros_accumulator(params),

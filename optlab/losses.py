@@ -1,6 +1,7 @@
 """A user's loss in one form: auxiliary output, model state, keys."""
 
 from collections.abc import Callable
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +107,7 @@ class Loss(NamedTuple):
 
   def init(self, params: base.Params, *given: Any) -> Any:
     """The state before the first step, from what follows the parameters."""
-    del params
+    checks.check_params('params', params)
     names = ['model_state'] * self.has_state + ['key'] * self.has_key
     if len(given) != len(names):
       raise ValueError(
@@ -117,6 +118,7 @@ class Loss(NamedTuple):
     if not names:
       return optax.EmptyState()
     values = dict(zip(names, given, strict=True))
+    _check_state(values.get('model_state', ()))
     return LossState(
       step=jnp.zeros((), jnp.int32),
       model_state=trees.own(values.get('model_state', ())),
@@ -135,6 +137,17 @@ class Loss(NamedTuple):
     if not isinstance(state, LossState):
       return state
     return state._replace(step=state.step + 1, model_state=model_state)
+
+
+def _check_state(model_state):
+  for path, leaf in jax.tree.leaves_with_path(model_state):
+    if not hasattr(leaf, 'dtype') and not isinstance(leaf, numbers.Number):
+      raise TypeError(
+        f'model_state{jax.tree_util.keystr(path)} must be an array, got'
+        f' {leaf!r} of type {type(leaf).__name__}; keep functions and settings'
+        ' out of the model state, for example by nnx.split or'
+        ' equinox.partition.'
+      )
 
 
 def _check_value(out):

@@ -387,3 +387,16 @@ def test_narrow_and_mixed_dtypes(dtype):
     optlab.value_and_grad(loss), optax.sgd(0.05), params, batch=ROWS, steps=20
   )
   assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize('leaf', [jnp.tanh, jax.random.key(0)])
+def test_what_is_no_parameter_is_named_where_a_state_is_made(leaf):
+  """A function among the arrays, as of a model that was not taken apart."""
+  plain = optlab.value_and_grad(lambda p, batch: jnp.sum(p['w'] * batch))
+  params = {'w': jnp.ones(3), 'z': leaf}
+  for estimator in (plain, optlab.with_storm(plain, 0.1)):
+    with pytest.raises(TypeError, match=r"params\['z'\] must be"):
+      estimator.init(params)
+  stateful = optlab.value_and_grad(lambda p, s, batch: (0.0, s), has_state=True)
+  with pytest.raises(TypeError, match=r"model_state\['f'\] must be an array"):
+    stateful.init({'w': jnp.ones(3)}, {'f': jnp.tanh})
