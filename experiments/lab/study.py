@@ -163,7 +163,10 @@ def program(plan: Plan, entry: Entry) -> Program:
     def one(seed, rate):
       start_key, key = jax.random.split(jax.random.key(seed))
       state = entry.start(start_key, rate, seed, data)
-      spent, infinite = jnp.full((), entry.spent), jnp.full((), jnp.inf)
+      # Floats: calls of a step may be an average.
+      spent, infinite = (
+        jnp.full((), number, float) for number in (entry.spent, jnp.inf)
+      )
       zero = jnp.zeros((), jnp.int32)
       return look(Lane(state, key, rate, zero, spent, infinite, {}), data)
 
