@@ -65,7 +65,8 @@ def test_a_bad_row_is_as_if_it_were_not_there():
     assert new.info.rejected == 1
   assert np.all(np.isfinite(grads))
   np.testing.assert_array_equal(grads[0], grads[1])
-  np.testing.assert_array_equal(grads[0], grads[2])
+  # There the first pass is finite, and is not repeated without the row.
+  np.testing.assert_allclose(grads[0], grads[2], rtol=1e-5, atol=1e-6)
   got, new = step(params, state, jnp.full_like(data, jnp.nan))
   assert np.all(got.grads == 0)
   assert new.info.held
