@@ -46,7 +46,8 @@ class Level(NamedTuple):
     elif isinstance(out, tuple):
       raise TypeError(
         f'{self.name} must return a scalar, got a tuple of {len(out)}: declare'
-        ' has_aux=True where both levels return (scalar, aux).'
+        ' has_aux=True, where the estimator has it, and return (scalar, aux)'
+        ' from both levels; else leave the aux out.'
       )
     dtype, shape = getattr(out, 'dtype', None), getattr(out, 'shape', ())
     if dtype is None or shape or not jnp.issubdtype(dtype, jnp.floating):

@@ -169,7 +169,12 @@ def noise_batch(
 
 
 def check_rows(log_density_of_rows: jax.Array, num: int) -> None:
-  """Raises a ``ValueError`` unless a log density is one number a row."""
+  """Raises unless a log density is one number a row, and nothing else."""
+  if isinstance(log_density_of_rows, (tuple, list, dict)):
+    raise TypeError(
+      'log_density must return one number a row alone, got a'
+      f' {type(log_density_of_rows).__name__}: leave auxiliary output out.'
+    )
   shape = jnp.shape(log_density_of_rows)
   if shape != (num,):
     raise ValueError(

@@ -87,6 +87,17 @@ row(
   ValueError,
   r'log_density must return one number a row, shape \(\d,\), got \(',
 )
+row(
+  'denoising_score_matching',
+  'log_density returns auxiliary output',
+  lambda: estimate(
+    denoising_score_matching(log_density=lambda p, x: (log_density(p, x), 0)),
+    ROWS,
+    inner=(KEY,),
+  ),
+  TypeError,
+  'log_density must return one number a row alone, got a tuple: leave',
+)
 with_log_normalizer = family('with_log_normalizer', log_density=log_density)
 for make in (meco, nce, ence, contrastive_divergence):
   name = make.__name__
