@@ -152,8 +152,8 @@ def draw_lines(
       mark = 'o' if np.sum(shown) < 40 else None
       apart = np.any(np.diff(xs[shown]) < 0)
       axes.plot(
-        xs[shown], middle[shown], 'o' if apart else line,
-        color=color, label=name, marker=mark, markersize=3,
+        xs[shown], middle[shown], linestyle='none' if apart else line,
+        color=color, label=name, marker='o' if apart else mark, markersize=3,
         linewidth=1.2 if i else 2.5, zorder=2 if i else 3,
       )  # fmt: skip
       if apart:

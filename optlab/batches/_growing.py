@@ -201,7 +201,7 @@ def growing_step(
     ...   print(size, f'{value:.2f}')
     8 1.00
     32 1.04
-    88 1.04
+    88 1.02
 
   Notes:
     Under `jax.vmap` the loop runs as long as the largest batch among the seeds;

@@ -44,7 +44,7 @@ def start(inner: Any) -> BSVRBInfo:
     worst_block_rejected=count(0),
     stiffest_block=count(-1),
     largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
-    ok=jnp.full((), True),
+    ok=jnp.ones((), bool),
     total_not_ok=count(0),
     not_ok_block=count(-1),
     block_rejected=trees.zeros_rows(inner, (), jnp.int32),
@@ -63,7 +63,9 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   stiffer = curvature > info.largest_curvature
   slowed = (sampled.pace.scale < 1) * 1 - (sampled.rows.pace.scale < 1) * 1
   written = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
-  last, concave_block = _top(1 * sampled.concave, sampled.use, blocks)
+  last, concave_block = _top(
+    sampled.concave.astype(jnp.int32), sampled.use, blocks
+  )
   new = BSVRBInfo(
     rejected=rejected,
     total_rejected=info.total_rejected + rejected,

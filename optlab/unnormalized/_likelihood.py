@@ -350,7 +350,7 @@ def with_aux(log_density: Callable[..., Any], has_aux: bool) -> Callable:
 def _laid_like(array, like):
   """Laid out as ``like``, where the types of an explicit mesh differ."""
   sharding = jax.typeof(like).sharding
-  if jax.typeof(array).sharding == sharding:
+  if sharding.mesh.empty or jax.typeof(array).sharding == sharding:
     return array
   return jax.sharding.reshard(array, sharding)
 

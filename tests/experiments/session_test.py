@@ -310,7 +310,8 @@ def test_lines_where_there_is_no_terminal(config, capsys, monkeypatch):
   monkeypatch.setattr(progress, 'LOG_EVERY', 0.0)
   with Session('test', config) as session:
     go(session)
-  lines = capsys.readouterr().err.strip().split('\n')
+  first, *lines = capsys.readouterr().err.strip().split('\n')
+  assert first == f'test: results go to {config.output_dir}'
   assert len(lines) == 20
   assert re.fullmatch(
     r'noisy: step 1 of 20, value [\d.]+, \d+ s, \d+ s left', lines[0]
