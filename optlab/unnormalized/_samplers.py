@@ -169,8 +169,8 @@ def discrete_langevin_sampler(
 ) -> Sampler:
   r"""Langevin steps on bits: all are proposed at once, by the gradient.
 
-  .. math:: P(\text{flip } i) = \sigma\big(\tfrac12 (1 - 2 x_i)\,
-    \partial_i \log p_0(x) - \tfrac{1}{2 \epsilon}\big)
+  .. math:: P(\text{flip } i) = \sigma\bigl(\tfrac12 (1 - 2 x_i)\,
+    \partial_i \log p_0(x) - \tfrac{1}{2 \epsilon}\bigr)
 
   with a Metropolis test. Choose it over `gibbs_sampler` where columns are many.
 
