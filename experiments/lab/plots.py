@@ -104,7 +104,7 @@ def _space_ticks(axis: Any) -> None:
   if axis.get_scale() != 'log':
     return
   low, high = axis.get_view_interval()
-  if high < 30.0 * low:
+  if high < 100.0 * low:
     axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   axis.set_minor_formatter(ticker.NullFormatter())
