@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -529,7 +530,7 @@ def main(config: Config) -> None:
     'Claims of the six papers',
     ('claim', 'verdict', 'number'),
     [
-      (f'{paper}: {claim}', said, number)
+      (textwrap.fill(f'{paper}: {claim}', 34), said, textwrap.fill(number, 28))
       for paper, claim, _, number, said in table
     ],
   )

@@ -43,7 +43,11 @@ def show(
   """
   cells = [[number(value) for value in row] for row in rows]
   widths = [
-    max(len(line[i]) for line in [list(columns), *cells])
+    max(
+      len(part)
+      for line in [list(columns), *cells]
+      for part in line[i].split('\n')
+    )
     for i in range(len(columns))
   ]
   print('\n' + textwrap.fill(title, WIDTH))
