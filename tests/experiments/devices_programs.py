@@ -15,6 +15,7 @@ from experiments import image_classification
 from experiments import logistic_regression
 from experiments import multi_block_hyperparameters
 from experiments.lab import devices
+from experiments.lab import peers
 
 F64 = {'precision': 'float64'}
 TUNED = F64 | {'seeds': 2, 'tuning_seeds': 1}
@@ -80,11 +81,12 @@ def main(folder, mesh, coordinator='', processes='1', process='0'):
     'mesh': mesh, 'coordinator': coordinator, 'processes': int(processes),
     'process': int(process),
   }  # fmt: skip
-  devices.connect(devices.Config(**where))
-  for name, (program, flags) in PROGRAMS.items():
-    for kind, more in (('one', {}), ('many', where)):
-      output = pathlib.Path(folder) / name / kind
-      program.main(program.Config(output_dir=str(output), **flags, **more))
+  peers.connect(devices.Config(**where))
+  with peers.together():
+    for name, (program, flags) in PROGRAMS.items():
+      for kind, more in (('one', {}), ('many', where)):
+        output = pathlib.Path(folder) / name / kind
+        program.main(program.Config(output_dir=str(output), **flags, **more))
 
 
 if __name__ == '__main__':
