@@ -11,9 +11,7 @@ in a growing step.
 """
 
 import functools
-import os
 import statistics
-import subprocess
 import sys
 import time
 
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import _devices
 import optlab
 
 DEVICES, ROWS = 8, 4096
@@ -217,16 +216,7 @@ def on(sharding):
 
 def main():
   for name in ('memory', 'tracing', 'share'):
-    count = DEVICES if name == 'share' else 1
-    subprocess.run(
-      [sys.executable, '-m', 'benchmarks.ghost', name],
-      check=True,
-      env=os.environ
-      | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
-        'JAX_PLATFORMS': 'cpu',
-      },
-    )
+    _devices.run('ghost', name, DEVICES if name == 'share' else 1)
 
 
 if __name__ == '__main__':

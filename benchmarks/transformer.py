@@ -11,9 +11,7 @@ by volume a device, are the compiler's.
 """
 
 import collections
-import os
 import re
-import subprocess
 import sys
 
 import jax
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import _devices
 import optlab
 
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, BATCH = 12, 768, 12, 32768, 512, 64
@@ -222,15 +221,7 @@ def main():
   )
   print(f'{"":24} {"B/par.":>6} {"B/par.":>8} {"volumes":>8}')
   for name in (*SINGLE, *BILEVEL):
-    subprocess.run(
-      [sys.executable, '-m', 'benchmarks.transformer', name],
-      check=True,
-      env=os.environ
-      | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}',
-        'JAX_PLATFORMS': 'cpu',
-      },
-    )
+    _devices.run('transformer', name, DEVICES)
   print(
     'moved: volumes of all parameters that a device gets from its collectives,'
   )

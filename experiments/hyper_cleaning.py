@@ -44,13 +44,8 @@ class Config(tuning.Config):
   }
   MINUTES = (1, None)
 
-  dataset: str = flags.flag(
-    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
-    choices=text.NAMES,
-  )  # fmt: skip
-  min_count: int = flags.flag(
-    2, 'Words seen less often in training are unknown.', low=1
-  )
+  dataset: str = text.dataset_flag()
+  min_count: int = text.min_count_flag()
   flipped: tuple[float, ...] = flags.flag(
     (0.1, 0.2, 0.3, 0.4), 'Shares of flipped labels.', low=0.0
   )

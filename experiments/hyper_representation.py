@@ -37,13 +37,8 @@ class Config(tuning.Config):
   }
   MINUTES = (1, None)
 
-  dataset: str = flags.flag(
-    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
-    choices=text.NAMES,
-  )  # fmt: skip
-  min_count: int = flags.flag(
-    2, 'Words seen less often in training are unknown.', low=1
-  )
+  dataset: str = text.dataset_flag()
+  min_count: int = text.min_count_flag()
   cell: str = flags.flag('gru', 'Recurrent cell.', choices=('gru', 'lstm'))
   width: int = flags.flag(24, 'Width of embedding and state.', low=1)
   max_length: int = flags.flag(12, 'Words of a sentence.', low=1)

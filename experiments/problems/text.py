@@ -33,6 +33,19 @@ FILES = {
 NAMES = ('auto', 'generated', *FILES)
 
 
+def dataset_flag() -> Any:
+  """The flag of a program that loads one of `NAMES`."""
+  return flags.flag(
+    'auto', 'Sentences; auto: TREC in data_dir, or else generated ones.',
+    choices=NAMES,
+  )  # fmt: skip
+
+
+def min_count_flag() -> Any:
+  """The flag for the ``min_count`` of `load`."""
+  return flags.flag(2, 'Words seen less often in training are unknown.', low=1)
+
+
 class Sentences(NamedTuple):
   """Rows of token numbers and their labels.
 

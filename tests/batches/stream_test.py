@@ -10,20 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optlab
-
-N = 40
-
-
-def losses(params, batch):
-  x, y = batch
-  return optax.softmax_cross_entropy_with_integer_labels(x @ params['w'], y)
-
-
-def dataset():
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(N, 4)).astype(np.float32)
-  labels = np.argmax(x[:, :3] + 0.5 * rng.normal(size=(N, 3)), 1)
-  return x, labels.astype(np.int32)
+from tests.batches.softmax import N
+from tests.batches.softmax import dataset
+from tests.batches.softmax import losses
 
 
 class Loader:
