@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from optlab import checks
-from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
-@checks.domains(noise=_likelihood.NOISE, num=checks.Integer())
+@checks.domains(noise=_noise_batch.NOISE, num=checks.Integer())
 def conditional_batch(
-  noise: _likelihood.Noise,
+  noise: _noise_batch.Noise,
   key: jax.Array,
   conditions: Any,
   data: jax.Array,
   contexts: jax.Array,
   num: int,
-) -> _likelihood.NoiseBatch:
+) -> _noise_batch.NoiseBatch:
   """Draws noise beside each row of data, for ``meco(..., contexts=...)``.
 
   For a model of y given x, ``(params, (x, y)) -> [rows]``, and noise for y.
@@ -63,14 +63,14 @@ def conditional_batch(
     True
   """
   checks.enforce(conditional_batch, locals())
-  noise = _likelihood.as_noise('noise', noise)
+  noise = _noise_batch.as_noise('noise', noise)
   repeat = lambda leaf: jnp.repeat(jnp.asarray(leaf), num, axis=0)
   rows = noise.sample(key, jnp.shape(data)[0] * num)
-  return _likelihood.NoiseBatch(
+  return _noise_batch.NoiseBatch(
     data=(conditions, data),
     noise=(jax.tree.map(repeat, conditions), rows),
-    noise_log_prob=_likelihood.scores('noise', noise, rows),
-    data_log_prob=_likelihood.scores('noise', noise, data),
+    noise_log_prob=_noise_batch.scores('noise', noise, rows),
+    data_log_prob=_noise_batch.scores('noise', noise, data),
     contexts=contexts,
     noise_contexts=repeat(contexts),
   )

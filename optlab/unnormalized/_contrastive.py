@@ -12,6 +12,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _samplers
 from optlab.unnormalized import _trackers
 
@@ -160,7 +161,7 @@ def contrastive_divergence(
     )
 
   def estimate(params, state, batch):
-    _likelihood.check_batch('contrastive_divergence', batch)
+    _noise_batch.check_batch('contrastive_divergence', batch)
     _trackers.refuse(
       'contrastive_divergence', batch, 'its chains would move from one context'
       ' to another; use meco with contexts.'
@@ -179,42 +180,52 @@ def contrastive_divergence(
       start,
       state.sampler_state,
     )
+    rule = _rule(state.info, near(run.rows), refused, dtype)
     joined = _likelihood.aligned(
-      _likelihood.NoiseBatch(batch.data, run.rows, jnp.zeros(run.rows.shape[0]))
+      _noise_batch.NoiseBatch(
+        batch.data, run.rows, jnp.zeros(run.rows.shape[0])
+      )
     )
-
-    def rule(log_p_data, log_p_chains):
-      goods = (
-        jnp.isfinite(log_p_data),
-        jnp.isfinite(log_p_chains) & near(run.rows),
-      )
-      usable = jnp.any(goods[0]) & jnp.any(goods[1]) & ~refused
-      signs = jnp.asarray([-1, 1], dtype)
-      cotangents = (
-        _likelihood.mean_cotangent(sign, good & usable)
-        for sign, good in zip(signs, goods, strict=True)
-      )
-      value = _likelihood.mean_of(log_p_chains, goods[1]) - _likelihood.mean_of(
-        log_p_data, goods[0]
-      )
-      value = jnp.where(refused, jnp.nan, value)
-      return cotangents, (value, _likelihood.tally(state.info, goods, ~usable))
-
     grads, (value, tally), aux = _likelihood.joint_gradient(
       log_density, params, joined, rule, dtype, has_aux
     )
-    for name in ('rejected', 'total_rejected'):
-      tally[name] += run.rejected
-    info = ContrastiveDivergenceInfo(
-      acceptance=run.acceptance.astype(dtype),
-      restarted=restarted,
-      total_restarted=state.info.total_restarted + restarted,
-      **tally,
-    )
+    info = _info(state.info, tally, run, restarted)
     state = ContrastiveDivergenceState(key, run.rows, run.state, info)
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
+
+
+def _info(info, tally, run, restarted):
+  """The diagnostics after a step."""
+  for name in ('rejected', 'total_rejected'):
+    tally[name] += run.rejected
+  return ContrastiveDivergenceInfo(
+    acceptance=run.acceptance.astype(info.acceptance.dtype),
+    restarted=restarted,
+    total_restarted=info.total_restarted + restarted,
+    **tally,
+  )
+
+
+def _rule(info, chain_near, refused, dtype):
+  """How much each row counts: data against chains that are not far out."""
+
+  def rule(log_p_data, log_p_chains):
+    goods = jnp.isfinite(log_p_data), jnp.isfinite(log_p_chains) & chain_near
+    usable = jnp.any(goods[0]) & jnp.any(goods[1]) & ~refused
+    signs = jnp.asarray([-1, 1], dtype)
+    cotangents = (
+      _likelihood.mean_cotangent(sign, good & usable)
+      for sign, good in zip(signs, goods, strict=True)
+    )
+    value = _likelihood.mean_of(log_p_chains, goods[1]) - _likelihood.mean_of(
+      log_p_data, goods[0]
+    )
+    value = jnp.where(refused, jnp.nan, value)
+    return cotangents, (value, _likelihood.tally(info, goods, ~usable))
+
+  return rule
 
 
 def _check_bits(data, discrete):

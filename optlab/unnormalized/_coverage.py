@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optlab import trees
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
 class Coverage(NamedTuple):
@@ -46,7 +47,7 @@ def unknown(dtype: Any) -> Coverage:
 
 
 def coverage(
-  batch: _likelihood.NoiseBatch,
+  batch: _noise_batch.NoiseBatch,
   log_p_data: jax.Array,
   data_good: jax.Array,
   noise_good: jax.Array,
@@ -75,7 +76,7 @@ def coverage(
   )
 
 
-def check_apart(method: str, batch: _likelihood.NoiseBatch) -> None:
+def check_apart(method: str, batch: _noise_batch.NoiseBatch) -> None:
   """Raises a ``ValueError`` if one leaf is part of data and of noise.
 
   Args:
@@ -95,7 +96,7 @@ def check_apart(method: str, batch: _likelihood.NoiseBatch) -> None:
       )
 
 
-def is_conditional(batch: _likelihood.NoiseBatch) -> jax.Array:
+def is_conditional(batch: _noise_batch.NoiseBatch) -> jax.Array:
   """Whether rows of noise repeat a column of the data, row by row.
 
   Args:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optlab import checks
-from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
 class Bernoulli(NamedTuple):
@@ -66,7 +66,7 @@ class Product(NamedTuple):
   def log_prob(self, rows: dict[str, Any]) -> jax.Array:
     """The sum of the parts' log densities, ``[num]``."""
     terms = [
-      _likelihood.scores(name, part, rows[name])
+      _noise_batch.scores(name, part, rows[name])
       for name, part in self.parts.items()
     ]
     return jnp.sum(jnp.stack(terms), 0)
@@ -154,5 +154,5 @@ def product(**parts: Any) -> Product:
   if not parts:
     raise ValueError('product needs at least one part, got none.')
   return Product(
-    {name: _likelihood.as_noise(name, part) for name, part in parts.items()}
+    {name: _noise_batch.as_noise(name, part) for name, part in parts.items()}
   )

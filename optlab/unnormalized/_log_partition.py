@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _pareto
 from optlab.unnormalized import _walk
 
@@ -46,7 +47,7 @@ class LogPartition(NamedTuple):
 
 @checks.domains(
   log_density=_likelihood.LOG_DENSITY_OF_ROWS,
-  noise=_likelihood.NOISE,
+  noise=_noise_batch.NOISE,
   num=checks.Integer(),
   chunk=checks.Integer(),
   min_ess=checks.NON_NEGATIVE,
@@ -57,7 +58,7 @@ class LogPartition(NamedTuple):
 )
 def log_partition(
   log_density: Callable[[base.ArrayTree], jax.Array],
-  noise: _likelihood.Noise,
+  noise: _noise_batch.Noise,
   key: jax.Array,
   num: int = 100_000,
   *,
@@ -138,7 +139,7 @@ def log_partition(
   if num % chunk:
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
 
-  noise = _likelihood.as_noise('noise', noise)
+  noise = _noise_batch.as_noise('noise', noise)
   if method is not None:
     return _tempered(method(log_density, noise, key))
   draws, reservoir, layout = _draw(log_density, noise, key, num, chunk)
@@ -210,7 +211,7 @@ def _draw(log_density, noise, key, num, chunk):
   """All log weights, the rejected draws, and rows resampled by weight."""
   rows = jax.eval_shape(lambda: noise.sample(key, chunk))
   log_q = jax.eval_shape(
-    lambda rows: _likelihood.scores('noise', noise, rows), rows
+    lambda rows: _noise_batch.scores('noise', noise, rows), rows
   )
   dtype = jnp.promote_types(jnp.float32, log_q.dtype)
   layout = _walk.layout(rows)

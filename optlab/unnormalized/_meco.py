@@ -16,6 +16,7 @@ from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _coverage
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _trackers
 
 
@@ -196,7 +197,7 @@ def meco(
     )
 
   def estimate(params, state, batch):
-    n, m = _likelihood.check_batch('meco', batch)
+    n, m = _noise_batch.check_batch('meco', batch)
     if contexts is None:
       _coverage.check_apart('meco', batch)
       _trackers.refuse('meco', batch, 'give meco the number of contexts.')
@@ -226,28 +227,36 @@ def meco(
         new = _trackers.one(state, rate, *rows, drift)
       else:
         new = _trackers.many(state, rate, *rows, batch)
-      new_state = MecoState(
-        step=state.step + 1,
-        log_normalizer=new.log_normalizer,
-        weight=new.weight,
-        previous=params if ratio_correction else None,
-        info=MecoInfo(
-          ess=new.ess,
-          coverage=_coverage.coverage(
-            batch, log_p_data, new.data_good, noise_good, conditional
-          ),
-          **_likelihood.tally(state.info, new.goods, new.held),
-        ),
+      coverage = _coverage.coverage(
+        batch, log_p_data, new.data_good, noise_good, conditional
       )
+      new_state = _advanced(state, new, coverage)
       value = jnp.where(conditional, jnp.nan, new.value)
       return new.cotangents, (value, new_state)
 
     grads, (value, state), aux = _likelihood.joint_gradient(
       log_density, params, batch, rule, dtype, has_aux
     )
+    if ratio_correction:
+      state = state._replace(previous=params)
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
+
+
+def _advanced(state, new, coverage):
+  """The state after a step, but for the parameters before."""
+  return MecoState(
+    step=state.step + 1,
+    log_normalizer=new.log_normalizer,
+    weight=new.weight,
+    previous=None,
+    info=MecoInfo(
+      ess=new.ess,
+      coverage=coverage,
+      **_likelihood.tally(state.info, new.goods, new.held),
+    ),
+  )
 
 
 def _drift(log_w, log_p_before, log_q, noise_good):

@@ -13,6 +13,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _trackers
 
 
@@ -244,7 +245,7 @@ def _contrastive(
     return NceState(NceInfo(**_likelihood.zero_tally()))
 
   def estimate(params, state, batch):
-    n, m = _likelihood.check_batch(method, batch, needs_data_log_prob=True)
+    n, m = _noise_batch.check_batch(method, batch, needs_data_log_prob=True)
     _trackers.refuse(
       method, batch, 'add a normalizer for each to the model, learned, and'
       ' leave the contexts out of the batch.'

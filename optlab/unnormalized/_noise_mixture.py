@@ -8,7 +8,7 @@ from jax.scipy import special
 
 from optlab import base
 from optlab import checks
-from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
 class Mixture(NamedTuple):
@@ -42,7 +42,7 @@ class Mixture(NamedTuple):
     """Log density, ``[num, d] -> [num]``."""
     parts = jnp.stack(
       [
-        _likelihood.scores(f'components[{i}]', part, rows)
+        _noise_batch.scores(f'components[{i}]', part, rows)
         for i, part in enumerate(self.components)
       ]
     )
@@ -73,14 +73,14 @@ def mixture(weights: base.ArrayLike, *components: Any) -> Mixture:
       f' {weights.shape}.'
     )
   components = tuple(
-    _likelihood.as_noise(f'components[{i}]', component)
+    _noise_batch.as_noise(f'components[{i}]', component)
     for i, component in enumerate(components)
   )
   return Mixture(jnp.log(weights / jnp.sum(weights)), components)
 
 
 @checks.domains(
-  noise=_likelihood.NOISE, wide=_likelihood.NOISE, weight=checks.OPEN_FRACTION
+  noise=_noise_batch.NOISE, wide=_noise_batch.NOISE, weight=checks.OPEN_FRACTION
 )
 def defensive(
   noise: Any, wide: Any, weight: float | jax.Array = 0.1

@@ -13,6 +13,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
 class DenoisingScoreMatchingInfo(NamedTuple):
@@ -114,7 +115,7 @@ def denoising_score_matching(
     key, noise_key = jax.random.split(state.key)
     epsilon = jax.random.normal(noise_key, batch.shape, batch.dtype)
     joined = _likelihood.aligned(
-      _likelihood.NoiseBatch(
+      _noise_batch.NoiseBatch(
         data=(batch, epsilon),
         noise=(batch[:0], epsilon[:0]),
         noise_log_prob=jnp.zeros(0, dtype),

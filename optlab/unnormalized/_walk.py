@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
 
 
 class Reservoir(NamedTuple):
@@ -142,7 +143,7 @@ class Walked(NamedTuple):
 
 def walk(
   log_density: Any,
-  noise: _likelihood.Noise,
+  noise: _noise_batch.Noise,
   key: jax.Array,
   reservoir: Reservoir,
   shape: Layout,
