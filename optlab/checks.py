@@ -12,14 +12,20 @@ hyperparameters may be vmapped over and injected.
 """
 
 from collections.abc import Callable
-import numbers
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
+from optlab._arrays import as_array
+from optlab._arrays import as_key
+from optlab._arrays import check_floating
+from optlab._arrays import check_params
+from optlab._arrays import check_same_tree
+from optlab._numbers import check_int
+from optlab._numbers import check_non_negative
+from optlab._numbers import check_positive
+from optlab._numbers import check_real
 
 
 class Domain(Protocol):
@@ -140,138 +146,6 @@ def enforce(function: Callable[..., Any], values: dict[str, Any]) -> None:
     domain.check(name, values[name])
 
 
-def check_real(
-  name: str,
-  value: Any,
-  *,
-  low: float = -np.inf,
-  high: float = np.inf,
-  low_open: bool = False,
-  high_open: bool = False,
-  remedy: str = '',
-  schedule: bool = False,
-) -> None:
-  """Raises unless ``value`` is a real number in the interval.
-
-  Args:
-    name: The argument's name, for the message.
-    value: A number, an array of numbers, or a tracer, which passes.
-    low: Lower end of the interval.
-    high: Upper end of the interval.
-    low_open: Whether the lower end is excluded.
-    high_open: Whether the upper end is excluded.
-    remedy: What to do about it, for the message.
-    schedule: Whether a schedule passes.
-
-  Raises:
-    TypeError: ``value`` is not numeric.
-    ValueError: ``value`` is NaN or outside the interval.
-  """
-  if isinstance(value, jax.core.Tracer) or (schedule and callable(value)):
-    return
-  dtype = getattr(value, 'dtype', None)
-  if dtype is None:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  else:
-    real = isinstance(value, (np.generic, np.ndarray, jax.Array)) and (
-      jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    )
-  if not real:
-    raise TypeError(
-      f'{name} must be a real number{" or a schedule" * schedule}, got'
-      f' {value!r} of type {type(value).__name__}.'
-      + ' Schedule it by optax.inject_hyperparams.'
-      * callable(value)
-    )
-  array = np.asarray(value)
-  above = array > low if low_open else array >= low
-  below = array < high if high_open else array <= high
-  if not np.all(above & below):  # NaN fails both.
-    interval = (
-      f'{"(" if low_open or low == -np.inf else "["}{low}, '
-      f'{high}{")" if high_open or high == np.inf else "]"}'
-    )
-    raise ValueError(
-      f'{name} must be in {interval}, got {value!r}.'
-      + (f' {remedy}' if remedy else '')
-    )
-
-
-def check_positive(
-  name: str, value: Any, remedy: str = '', *, schedule: bool = False
-) -> None:
-  """Raises unless ``value`` is a finite number above zero, see `check_real`."""
-  check_real(
-    name,
-    value,
-    low=0.0,
-    high=np.inf,
-    low_open=True,
-    high_open=True,
-    remedy=remedy,
-    schedule=schedule,
-  )
-
-
-def check_non_negative(
-  name: str, value: Any, remedy: str = '', *, schedule: bool = False
-) -> None:
-  """Raises unless ``value`` is a finite number >= 0, see `check_real`."""
-  check_real(
-    name,
-    value,
-    low=0.0,
-    high=np.inf,
-    high_open=True,
-    remedy=remedy,
-    schedule=schedule,
-  )
-
-
-def check_int(
-  name: str,
-  value: Any,
-  minimum: int,
-  remedy: str = '',
-  *,
-  traced: bool = False,
-) -> None:
-  """Raises unless ``value`` is a Python or numpy integer >= ``minimum``.
-
-  Integers that give shapes or lengths cannot be tracers.
-
-  Args:
-    name: The argument's name, for the message.
-    value: The integer.
-    minimum: The smallest value allowed.
-    remedy: What to do about it, for the message.
-    traced: Whether scalar arrays and tracers pass too, for integers that give
-      no shape.
-
-  Raises:
-    TypeError: ``value`` is not an integer.
-    ValueError: ``value`` is below ``minimum``.
-  """
-  is_array = isinstance(value, (np.ndarray, jax.Array))
-  if traced and is_array:
-    if isinstance(value, jax.core.Tracer):
-      return
-    if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
-      value = int(value)
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(
-      f'{name} must be an integer, got {value!r} of type'
-      f' {type(value).__name__}.'
-      + ' It is part of the program: pass a Python integer.'
-      * (is_array and not traced)
-    )
-  if value < minimum:
-    raise ValueError(
-      f'{name} must be at least {minimum}, got {value}.'
-      + (f' {remedy}' if remedy else '')
-    )
-
-
 def check_callable(name: str, value: Any, expected: str) -> None:
   """Raises a ``TypeError`` unless ``value`` is callable.
 
@@ -285,70 +159,6 @@ def check_callable(name: str, value: Any, expected: str) -> None:
       f'{name} must be a function {expected}, got {value!r} of type'
       f' {type(value).__name__}.'
     )
-
-
-def check_floating(name: str, tree: Any, remedy: str = '') -> None:
-  """Raises a ``TypeError`` for leaves of integers or bools.
-
-  Args:
-    name: Name of ``tree``, for the message.
-    tree: A tree of arrays.
-    remedy: What to do about it, for the message.
-  """
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    dtype = jnp.asarray(leaf).dtype
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise TypeError(
-        f'{name}{jax.tree_util.keystr(path)} must be floating, got dtype'
-        f' {dtype}.' + (f' {remedy}' if remedy else '')
-      )
-
-
-def check_params(name: str, tree: Any) -> None:
-  """Raises a ``TypeError`` for a leaf that no gradient step can move.
-
-  Args:
-    name: Name of ``tree``, for the message.
-    tree: Parameters, a tree of floating or complex arrays.
-  """
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    where = f'{name}{jax.tree_util.keystr(path)}'
-    dtype = getattr(leaf, 'dtype', None)
-    if dtype is None and isinstance(leaf, numbers.Number):
-      dtype = np.asarray(leaf).dtype
-    if dtype is None:
-      raise TypeError(
-        f'{where} must be an array, got {leaf!r} of type'
-        f' {type(leaf).__name__}; keep functions and settings out of the'
-        ' parameters, for example by nnx.split or equinox.partition.'
-      )
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise TypeError(
-        f'{where} must be floating, got dtype {dtype}; what is not trained'
-        ' belongs to the loss, to the batch or to the model state.'
-      )
-
-
-def as_key(name: str, value: Any) -> jax.Array:
-  """A copy of a PRNG key, typed; or a ``TypeError`` that names it."""
-  dtype = getattr(value, 'dtype', None)
-  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    return jax.random.clone(value)
-  if dtype == jnp.uint32 and value.shape[-1:] == (2,):
-    return jax.random.wrap_key_data(jnp.array(value))
-  raise TypeError(
-    f'{name} must be a PRNG key such as jax.random.key(0), got {value!r}.'
-  )
-
-
-def as_array(name: str, value: Any) -> jax.Array:
-  """An array of ``value``, or a ``TypeError`` that names it."""
-  try:
-    return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
-    raise TypeError(
-      f'{name} must be an array of numbers, got {value!r}.'
-    ) from error
 
 
 def check_fields(
@@ -377,33 +187,6 @@ def check_transformation(name: str, tx: Any) -> None:
 def check_learning_rate(learning_rate: Any) -> None:
   """Raises unless it is a schedule or a finite number >= 0."""
   LEARNING_RATE.check('learning_rate', learning_rate)
-
-
-def check_same_tree(
-  name: str, tree: base.ArrayTree, like_name: str, like: base.ArrayTree
-) -> None:
-  """Raises a ``ValueError`` unless both trees have one structure and shapes.
-
-  Args:
-    name: Name of ``tree``, for the message.
-    tree: The tree to check.
-    like_name: Name of ``like``, for the message.
-    like: The tree that it must match.
-  """
-  treedef, like_treedef = jax.tree.structure(tree), jax.tree.structure(like)
-  if treedef != like_treedef:
-    raise ValueError(
-      f'{name} must have the tree structure of {like_name}: got {treedef},'
-      f' expected {like_treedef}.'
-    )
-  leaves = jax.tree.leaves_with_path(tree)
-  for (path, leaf), other in zip(leaves, jax.tree.leaves(like), strict=True):
-    if jnp.shape(leaf) != jnp.shape(other):
-      raise ValueError(
-        f'{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but'
-        f' {like_name}{jax.tree_util.keystr(path)} has shape'
-        f' {jnp.shape(other)}.'
-      )
 
 
 def require_extra(method: str, maker: str, **extras: Any) -> None:

@@ -1,5 +1,6 @@
 """Batches that grow: per-example moments, tests, growth, data."""
 
+from optlab.batches._adadagrad import adadagrad
 from optlab.batches._ghost import ghost_norms
 from optlab.batches._ghost import ghost_sq_norms
 from optlab.batches._growing import EpochState
@@ -9,7 +10,6 @@ from optlab.batches._growing import growing_specs
 from optlab.batches._growing import growing_step
 from optlab.batches._growth import GrowBatchInfo
 from optlab.batches._growth import GrowBatchState
-from optlab.batches._growth import adadagrad
 from optlab.batches._growth import grow_batch
 from optlab.batches._growth import next_size
 from optlab.batches._host_loader import HostLoader
@@ -22,11 +22,6 @@ from optlab.batches._losses import Losses
 from optlab.batches._moments import InnerProducts
 from optlab.batches._moments import Moments
 from optlab.batches._moments import Route
-from optlab.batches._moments import jvp_inner_products
-from optlab.batches._moments import microbatch_means
-from optlab.batches._moments import plain_grads
-from optlab.batches._moments import vmap_grads
-from optlab.batches._moments import vmap_inner_products
 from optlab.batches._noise_scale import NoiseScaleInfo
 from optlab.batches._noise_scale import NoiseScaleState
 from optlab.batches._noise_scale import noise_scale
@@ -35,14 +30,19 @@ from optlab.batches._per_example import per_example
 from optlab.batches._rates import BatchRate
 from optlab.batches._rates import BatchRateState
 from optlab.batches._rates import batch_learning_rate
+from optlab.batches._reader import StreamState
 from optlab.batches._rest import Rest
 from optlab.batches._rest import drop
 from optlab.batches._rest import keep
 from optlab.batches._rest import wrap
+from optlab.batches._routes import jvp_inner_products
+from optlab.batches._routes import microbatch_means
+from optlab.batches._routes import plain_grads
+from optlab.batches._routes import vmap_grads
+from optlab.batches._routes import vmap_inner_products
 from optlab.batches._statistics import AveragesState
 from optlab.batches._statistics import Test
 from optlab.batches._stream import Stream
-from optlab.batches._stream import StreamState
 from optlab.batches._stream import stream
 from optlab.batches._stream_step import stream_step
 from optlab.batches._tests import augmented_inner_product_test

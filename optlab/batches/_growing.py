@@ -15,7 +15,6 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import training
-from optlab.batches._growth import is_static
 from optlab.batches._growth import next_size
 from optlab.batches._growth import rules_of
 from optlab.batches._layout import Layout
@@ -25,6 +24,8 @@ from optlab.batches._rest import REST
 from optlab.batches._rest import Rest
 from optlab.batches._rest import order_after
 from optlab.batches._rest import wrap
+from optlab.batches._sizes import is_static
+from optlab.batches._sizes import local_size
 from optlab.batches._windows import ResidentBatch
 from optlab.batches._windows import vary
 
@@ -109,7 +110,7 @@ def growing_init(
       )
   size = next_size(state.opt_state) if rules else None
   if size is not None and is_static(size):
-    first = int(np.min(_local(size, num_shards, 'num_shards')))
+    first = int(np.min(local_size(size, num_shards, 'num_shards')))
     local = length // num_shards
     if num_shards == 1:
       # Nothing runs: the estimator sees a size that it can refuse.
@@ -232,7 +233,7 @@ def growing_step(
     shard = 0
     if axis_name is not None:
       shard = jax.lax.axis_index(axis_name)
-      size = _local(size, jax.lax.axis_size(axis_name), 'axis_name')
+      size = local_size(size, jax.lax.axis_size(axis_name), 'axis_name')
     if is_static(size) and np.max(size) > length:
       raise ValueError(
         f'batch_size must be at most the {length} examples of data, got'
@@ -267,17 +268,6 @@ def growing_step(
     return GrowingState(train, epochs), value
 
   return step
-
-
-def _local(size, devices, name):
-  """A device's part of a batch."""
-  if is_static(size) and np.any(np.asarray(size) % devices):
-    raise ValueError(
-      f'the batch size must be a multiple of the {devices} devices of {name},'
-      f' got {size}: take {size + -size % devices}, and multiple_of={devices}'
-      ' in grow_batch.'
-    )
-  return size // devices
 
 
 def growing_specs(axis_name: str) -> GrowingState:

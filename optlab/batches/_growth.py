@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.batches import _group
+from optlab.batches import _sizes
 from optlab.batches import _statistics
 from optlab.batches._statistics import Test
 
@@ -159,14 +158,16 @@ def grow_batch(
     good or better.
   """
   checks.enforce(grow_batch, locals())
-  _check_sizes(batch_size, max_batch_size, multiple_of)
+  _sizes.check_sizes(batch_size, max_batch_size, multiple_of)
   if not isinstance(test, Test):
     test = _statistics.from_function(test)
     told = lambda state: {}
   else:
     told = lambda state: {
       'step': state.step,
-      'samples': samples_seen(state.samples, state.info.requested_size.dtype),
+      'samples': _sizes.samples_seen(
+        state.samples, state.info.requested_size.dtype
+      ),
       'batch_size': state.batch_size,
     }
 
@@ -185,46 +186,21 @@ def grow_batch(
 
   def update_fn(updates, state, params=None, *, grad=None, **extra_args):
     del params
-    wide = state.info.requested_size.dtype
-    unknown: list[str] = []
-    if grad is None and _group.is_part(updates):
-      extra_args, unknown = _group.own_moments(updates, extra_args)
-    elif grad is not None and _group.is_part(state.test):
-      raise ValueError(
-        'grow_batch sees a part of the parameters, and its test remembers them'
-        ' one by one, but is given the gradient of all: leave out grad=..., or'
-        ' put it before optax.masked or optax.partition.'
-      )
-    grads = updates if grad is None else grad
-    try:
-      requested, memory = test.update(
-        grads, state.test, **(extra_args | told(state))
-      )
-    except ValueError as error:
-      if not unknown:
-        raise
-      raise ValueError(
-        f'grow_batch sees a part of the parameters, but {", ".join(unknown)} is'
-        ' of all of them. Pass grad=..., the gradient of all, to update, as'
-        ' train_step does; or, for the size that this part alone asks for, the'
-        ' moments of per_example(losses, vmap_grads) or per_example(...,'
-        ' layers=True).'
-      ) from error
-    finite = _is_finite(grads, extra_args)
-    requested = jnp.where(finite, jnp.asarray(requested, wide), jnp.nan)
+    extras = extra_args | told(state)
+    requested, memory = _ask(test, updates, grad, state, extras)
     seen = extra_args.get('sample_size', state.batch_size)
     limit = jnp.asarray(max_batch_size, jnp.int32)
-    size = _next_size(
+    size = _sizes.next_size(
       requested, state.batch_size, limit, growth_cap, multiple_of
     )
     tested = (state.step % jnp.asarray(test_interval, jnp.int32)) == 0
     last = state.info.requested_size
     return updates, GrowBatchState(
       step=jnp.asarray(optax.safe_increment(state.step)),
-      samples=add_samples(state.samples, seen),
+      samples=_sizes.add_samples(state.samples, seen),
       batch_size=jnp.where(tested, size, state.batch_size).astype(jnp.int32),
       max_batch_size=limit,
-      test=trees.where(finite, memory, state.test),
+      test=memory,
       info=GrowBatchInfo(jnp.where(tested, requested, last)),
     )
 
@@ -266,43 +242,36 @@ def rules_of(state: Any) -> list[GrowBatchState]:
   return list(filter(is_rule, jax.tree.leaves(state, is_leaf=is_rule)))
 
 
-def samples_seen(samples: jax.Array, dtype: Any) -> jax.Array:
-  """The number of examples, as a real number."""
-  units, rest = samples.astype(dtype)
-  return units * 2.0**30 + rest
-
-
-def add_samples(samples: jax.Array, more: Any) -> jax.Array:
-  """The count of samples after so many more, which may pass int32."""
-  # The rest is below 2^30 and a batch below 2^31: as unsigned no overflow.
-  rest = samples[1].astype(jnp.uint32) + jnp.asarray(more, jnp.uint32)
-  units = samples[0] + (rest >> 30).astype(jnp.int32)
-  return jnp.stack([units, (rest & (2**30 - 1)).astype(jnp.int32)])
-
-
-def _check_sizes(batch_size, max_batch_size, multiple_of):
-  """What the domains of two sizes do not say: how they fit together."""
-  for name, size in (
-    ('batch_size', batch_size),
-    ('max_batch_size', max_batch_size),
-  ):
-    if is_static(size, multiple_of) and size % multiple_of:
-      raise ValueError(
-        f'{name} must be a multiple of multiple_of={multiple_of}, got {size}:'
-        f' take {size + -size % multiple_of} or {size - size % multiple_of}.'
-      )
-  if is_static(batch_size, max_batch_size) and batch_size > max_batch_size:
+def _ask(test, updates, grad, state, extras):
+  """What a test requests of this step, NaN for nothing, and its memory."""
+  unknown: list[str] = []
+  if grad is None and _group.is_part(updates):
+    extras, unknown = _group.own_moments(updates, extras)
+  elif grad is not None and _group.is_part(state.test):
     raise ValueError(
-      f'batch_size must be at most max_batch_size={max_batch_size}, got'
-      f' {batch_size}.'
+      'grow_batch sees a part of the parameters, and its test remembers them'
+      ' one by one, but is given the gradient of all: leave out grad=..., or'
+      ' put it before optax.masked or optax.partition.'
     )
-  if is_static(max_batch_size) and max_batch_size > np.iinfo(np.int32).max:
-    raise ValueError(f'max_batch_size must be an int32, got {max_batch_size}.')
-
-
-def is_static(*values: Any) -> bool:
-  """Whether all are known when the program is made."""
-  return not any(isinstance(value, jax.core.Tracer) for value in values)
+  grads = updates if grad is None else grad
+  try:
+    requested, memory = test.update(grads, state.test, **extras)
+  except ValueError as error:
+    if not unknown:
+      raise
+    raise ValueError(
+      f'grow_batch sees a part of the parameters, but {", ".join(unknown)} is'
+      ' of all of them. Pass grad=..., the gradient of all, to update, as'
+      ' train_step does; or, for the size that this part alone asks for, the'
+      ' moments of per_example(losses, vmap_grads) or per_example(...,'
+      ' layers=True).'
+    ) from error
+  finite = _is_finite(grads, extras)
+  requested = jnp.asarray(requested, state.info.requested_size.dtype)
+  return (
+    jnp.where(finite, requested, jnp.nan),
+    trees.where(finite, memory, state.test),
+  )
 
 
 def _is_finite(grads, extras):
@@ -313,77 +282,3 @@ def _is_finite(grads, extras):
     if extras.get(name) is not None:
       finite &= jnp.isfinite(extras[name])
   return finite
-
-
-def _next_size(requested, now, limit, growth_cap, multiple_of):
-  """The size after ``now``: never smaller, nor above ``limit``."""
-  wide = requested.dtype
-  wanted = requested
-  if growth_cap is not None:
-    cap = jnp.floor(jnp.asarray(growth_cap, wide) * now.astype(wide))
-    wanted = jnp.where(jnp.isnan(wanted), wanted, jnp.minimum(wanted, cap))
-  # Compared as real numbers: an integer cast of more than int32 is undefined,
-  # and float32(2^31 - 1) is 2^31.
-  below = wanted < limit.astype(wide)
-  size = jnp.ceil(jnp.where(below, wanted, 0.0)).astype(jnp.int32)
-  # Not past the limit, of which multiple_of is a divisor.
-  size = size + (-size) % multiple_of
-  size = jnp.where(below, jnp.minimum(size, limit), limit)
-  return jnp.where(jnp.isnan(wanted), now, jnp.maximum(now, size))
-
-
-@checks.domains(
-  learning_rate=checks.LEARNING_RATE,
-  test=TEST,
-  batch_size=SIZE,
-  max_batch_size=SIZE,
-  initial_accumulator_value=checks.NON_NEGATIVE,
-  eps=checks.NON_NEGATIVE,
-)
-def adadagrad(
-  learning_rate: base.ScalarOrSchedule,
-  test: Test | Callable[..., jax.Array],
-  batch_size: int | jax.Array,
-  max_batch_size: int | jax.Array,
-  *,
-  initial_accumulator_value: float | jax.Array = 0.1,
-  eps: float | jax.Array = 1e-7,
-  test_interval: int | jax.Array = 1,
-  growth_cap: float | jax.Array | None = None,
-  multiple_of: int | jax.Array = 1,
-) -> optax.GradientTransformationExtraArgs:
-  """AdaGrad with a batch that grows: ``chain(grow_batch, optax.adagrad)``.
-
-  Args:
-    learning_rate: Number, scalar array or optax schedule.
-    test: What requests a size, for example ``norm_test(0.5)``.
-    batch_size: The first size, at least 2.
-    max_batch_size: The largest size.
-    initial_accumulator_value: See `optax.adagrad`.
-    eps: See `optax.adagrad`.
-    test_interval: See `grow_batch`.
-    growth_cap: See `grow_batch`.
-    multiple_of: See `grow_batch`.
-
-  Returns:
-    An optax transformation; `next_size` reads the next size from its state.
-
-  Raises:
-    TypeError: As `grow_batch`.
-    ValueError: As `grow_batch`.
-
-  References:
-    Lau, Liu, Kolar, *AdAdaGrad*, 2024, https://arxiv.org/abs/2402.11215
-  """
-  checks.enforce(adadagrad, locals())
-  return optax.chain(
-    grow_batch(
-      test,
-      batch_size,
-      max_batch_size,
-      test_interval=test_interval,
-      growth_cap=growth_cap,
-      multiple_of=multiple_of,
-    ),
-    optax.adagrad(learning_rate, initial_accumulator_value, eps),
-  )

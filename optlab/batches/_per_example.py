@@ -1,6 +1,6 @@
 """An estimator that knows how much the gradients of its examples differ."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from optlab import base
 from optlab import checks
 from optlab import losses as loss_lib
 from optlab import trees
-from optlab.batches import _independence
 from optlab.batches import _moments
-from optlab.batches import _windows
+from optlab.batches import _passes
+from optlab.batches import _routes
 
 
 @checks.domains(
@@ -25,7 +25,7 @@ from optlab.batches import _windows
 )
 def per_example(
   losses: _moments.Losses,
-  moments: _moments.Route = _moments.vmap_grads,
+  moments: _moments.Route = _routes.vmap_grads,
   *,
   inner_products: _moments.InnerProducts | None = None,
   microbatch_size: int | None = None,
@@ -123,33 +123,35 @@ def per_example(
     over the microbatches as well.
   """
   checks.enforce(per_example, locals())
-  is_means = moments is _moments.microbatch_means
+  is_means = moments is _routes.microbatch_means
   if is_means and microbatch_size is None:
     raise ValueError(
       'microbatch_means needs a microbatch_size, at most half of the batch'
       ' size.'
     )
 
-  method = _Method(
+  method = _passes.Method(
     loss_lib.Loss(losses, has_aux, has_state, has_key),
     moments,
     inner_products,
     microbatch_size,
     axis_name,
   )
-  loss, value_fn = method.loss, _value_fn(method)
+  loss, value_fn = method.loss, _passes.value_fn(method)
 
   def estimate(params, state, batch):
     checks.check_params('params', params)
     params = jax.tree.map(jnp.asarray, params)
     model_state, key, state = loss.begin(state)
-    over, wide = _over(method, params, batch, key)
+    over, wide = _passes.over_batch(method, params, batch, key)
     if is_means:
       _check_means(over.groups.size, microbatch_size)
-    result, aux, new_state = _first_pass(method, over, params, model_state)
-    extras = _spread(result, wide, layers)
+    result, aux, new_state = _passes.first_pass(
+      method, over, params, model_state
+    )
+    extras = _passes.spread(result, wide, layers)
     if inner_products is not None:
-      extras['sum_sq_diff_inner'] = _second_pass(
+      extras['sum_sq_diff_inner'] = _passes.second_pass(
         method, over, params, model_state, result
       )
     extras['sample_size'] = result.count.astype(jnp.int32)
@@ -165,151 +167,6 @@ def per_example(
   return base.GradientEstimator(loss.init, estimate)
 
 
-class _Method(NamedTuple):
-  """The arguments of `per_example`."""
-
-  loss: loss_lib.Loss
-  moments: _moments.Route
-  inner_products: Any
-  microbatch_size: int | None
-  axis_name: Any
-
-
-def _over(method, params, batch, key):
-  """The groups of a batch, and the dtype of its statistics."""
-  wide = jnp.finfo(trees.accumulator_dtype(params)).dtype
-  axis_name = method.axis_name
-
-  def over(exact):
-    groups = _windows.groups(
-      batch, method.microbatch_size, wide, axis_name, exact
-    )
-    return _windows.Over(method.loss, groups, key, axis_name)
-
-  # A model with state sees the examples in their order, and no others.
-  found = over(method.loss.has_state)
-  if found.groups.fills and _mixes(method, found, params):
-    found = over(True)
-  return found, wide
-
-
-def _mixes(method, over, params):
-  """Whether a loss, by a route that may, takes examples together."""
-  if method.moments not in (_moments.plain_grads, _moments.microbatch_means):
-    return False
-  (examples, keys), _ = jax.eval_shape(
-    lambda: over.group(_windows.Window(0, over.groups.width))
-  )
-  by = _independence.mixed_by(over.bind(()), params, (examples, keys))
-  return by is not None
-
-
-def _first_pass(method, over, params, model_state):
-  """The moments of the batch, sums of auxiliary output, the model state."""
-  local = over.vary(params)
-
-  def group(window, model_state):
-    examples, mask = over.group(window)
-    result = method.moments(over.bind(model_state), local, examples, mask)
-    aux, model_state = over.rest(local, model_state, examples, mask)
-    # Sizes alone don't vary over devices; the merged groups do.
-    return over.vary((result, aux)), over.vary(model_state)
-
-  (result, aux), model_state = over.add_up(
-    group,
-    lambda a, b: (
-      _moments.merge(a[0], b[0]),
-      jax.tree.map(jnp.add, a[1], b[1]),
-    ),
-    over.vary(model_state),
-  )
-  if method.axis_name is not None:
-    result = _moments.merge_over(result, method.axis_name)
-    aux = jax.lax.psum(aux, method.axis_name)
-    model_state = _average(model_state, method.axis_name)
-  return _moments.centred(result), aux, model_state
-
-
-def _spread(result, wide, layers):
-  """The extra arguments on second moments, those that the route knows."""
-  # What K units say about the sum over n examples.
-  spread = (result.count - 1.0) / (result.units - 1.0)
-  extras = {
-    'sum_sq_diff_grads': result.sum_sq_diff_grads,
-    'sum_sq_diff_norms': result.sum_sq_diff_norm,
-  }
-  extras = jax.tree.map(lambda leaf: spread * leaf, extras)
-  norms = extras['sum_sq_diff_norms']
-  if norms is not None:
-    extras['sum_sq_diff_norm'] = sum(
-      jax.tree.leaves(norms), start=jnp.zeros((), wide)
-    )
-  if not layers:
-    del extras['sum_sq_diff_norms']
-  return {name: leaf for name, leaf in extras.items() if leaf is not None}
-
-
-def _second_pass(method, over, params, model_state, result):
-  """The variance of the inner products with the mean gradient, a sum."""
-  local, direction = over.vary(params), over.vary(result.grads)
-
-  def sums(window, model_state):
-    rest = method.inner_products(
-      over.bind(model_state), local, direction, *over.group(window)
-    )
-    return (jnp.sum(rest), jnp.sum(jnp.square(rest))), model_state
-
-  total, _ = over.add_up(
-    sums, lambda a, b: jax.tree.map(jnp.add, a, b), over.vary(model_state)
-  )
-  if method.axis_name is not None:
-    total = jax.lax.psum(total, method.axis_name)
-  # The first is 0 but for the rounding of the mean gradient.
-  return total[1] - jnp.square(total[0]) / jnp.maximum(result.count, 1.0)
-
-
-def _value_fn(method):
-  """``(what is bound, params) -> mean loss``, for line searches.
-
-  Its gradient is a loop over the groups, which reverse mode would not pass.
-  """
-
-  @jax.custom_vjp
-  def mean(bound, params):
-    return mean_and_grads(bound, params)[0]
-
-  def mean_and_grads(bound, params):
-    batch, model_state, key = bound
-    over, _ = _over(method, params, batch, key)
-
-    def group(window, model_state):
-      examples, mask = over.group(window)
-      result = _moments.plain_grads(
-        over.bind(model_state), params, examples, mask
-      )
-      return result, over.rest(params, model_state, examples, mask)[1]
-
-    result, _ = over.add_up(group, _moments.merge, model_state)
-    return result.value, trees.cast_like(result.grads, params)
-
-  def backward(grads, tangent):
-    return None, jax.tree.map(lambda g: (tangent * g).astype(g.dtype), grads)
-
-  mean.defvjp(mean_and_grads, backward)
-
-  # The names let optax's line searches pass them on, which refuse others.
-  def value_fn(
-    bound, params, *, sample_size=None, sum_sq_diff_grads=None,
-    sum_sq_diff_norm=None, sum_sq_diff_norms=None, sum_sq_diff_inner=None,
-    curvature=None,
-  ):  # fmt: skip
-    del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_norms
-    del sum_sq_diff_inner, curvature
-    return mean(bound, params)
-
-  return value_fn
-
-
 def _check_means(size, microbatch_size):
   if isinstance(size, (int, np.integer)) and size < 2 * microbatch_size:
     raise ValueError(
@@ -318,15 +175,3 @@ def _check_means(size, microbatch_size):
       f'{microbatch_size}, got {size}. Lower microbatch_size, or start with a'
       ' larger batch_size.'
     )
-
-
-def _average(model_state, axis_name):
-  """The model state of all devices: means, and the largest of integers."""
-  return jax.tree.map(
-    lambda leaf: (
-      jax.lax.pmean(leaf, axis_name)
-      if jnp.issubdtype(leaf.dtype, jnp.inexact)
-      else jax.lax.pmax(leaf, axis_name)
-    ),
-    model_state,
-  )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
-from optlab.batches._growth import add_samples
+from optlab.batches._sizes import add_samples
 
 
 class BatchRateState(NamedTuple):

@@ -145,41 +145,10 @@ def groups(batch, microbatch_size, wide, axis_name, exact=False) -> Groups:
   shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
   whole = not isinstance(batch, (ResidentBatch, PaddedBatch))
 
-  def get(window):
-    first = start + window.first
-    if isinstance(batch, ResidentBatch):
-      position = first + jnp.arange(window.width)
-      mask = position < start + size
-      index = _around(batch, position)
-      examples = _layout.take(batch.data, index, batch.layout)
-    else:
-      # The last window slides back over examples that its mask leaves out.
-      begin = jnp.minimum(first, length - window.width)
-      position = begin + jnp.arange(window.width)
-      mask = (position >= first) & (position < start + size)
-      index = position
-      examples = batch.examples if isinstance(batch, PaddedBatch) else batch
-      if window.width < length and _layout.explicit(examples) is not None:
-        examples = _layout.take(examples, index, None)
-      elif window.width < length:
-        examples = jax.tree.map(
-          lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, window.width),
-          examples,
-        )
-    mask = _layout.like_rows(mask.astype(wide), examples)
-    return examples, mask, index + shard * length
-
-  def get_strided(window):
-    groups, k = length // width, window.first // width
-    examples = jax.tree.map(
-      lambda leaf: _layout.strided(leaf, k, groups), batch
-    )
-    return (
-      examples,
-      _layout.like_rows(jnp.ones(width, wide), examples),
-      jnp.arange(width) * groups + k + shard * length,
-    )
-
+  if whole and not exact and width < length and length % width == 0:
+    get = functools.partial(_strided, batch, wide, shard * length, width)
+  else:
+    get = functools.partial(_window, batch, wide, shard * length, start, size)
   if exact and whole:
     rest = (length % width,) if length % width else ()
     return Groups(length // width, width, rest, size, get)
@@ -188,10 +157,43 @@ def groups(batch, microbatch_size, wide, axis_name, exact=False) -> Groups:
     if known:
       rest = [part for part in rest if (size % width) & part]
     return Groups(size // width, width, tuple(rest), size, get)
-  if whole and width < length and length % width == 0:
-    get = get_strided
   count = 1 if width == length else -(-size // width)
   return Groups(count, width, (), size, get)
+
+
+def _window(batch, wide, place, start, size, window):
+  """Examples that lie side by side."""
+  first = start + window.first
+  if isinstance(batch, ResidentBatch):
+    position = first + jnp.arange(window.width)
+    mask = position < start + size
+    index = _around(batch, position)
+    examples = _layout.take(batch.data, index, batch.layout)
+  else:
+    examples = batch.examples if isinstance(batch, PaddedBatch) else batch
+    length = _losses.batch_length(examples)
+    # The last window slides back over examples that its mask leaves out.
+    begin = jnp.minimum(first, length - window.width)
+    position = begin + jnp.arange(window.width)
+    mask = (position >= first) & (position < start + size)
+    index = position
+    if window.width < length and _layout.explicit(examples) is not None:
+      examples = _layout.take(examples, index, None)
+    elif window.width < length:
+      examples = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, window.width),
+        examples,
+      )
+  mask = _layout.like_rows(mask.astype(wide), examples)
+  return examples, mask, index + place
+
+
+def _strided(batch, wide, place, width, window):
+  """Examples that lie apart, so that every device has some of them."""
+  count, k = _losses.batch_length(batch) // width, window.first // width
+  examples = jax.tree.map(lambda leaf: _layout.strided(leaf, k, count), batch)
+  mask = _layout.like_rows(jnp.ones(width, wide), examples)
+  return examples, mask, jnp.arange(width) * count + k + place
 
 
 def vary(tree: Any, axis_name: Any) -> Any:

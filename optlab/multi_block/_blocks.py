@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab import checks
-from optlab import tracking
+from optlab import tables
 
 BlockObjective = Callable[[Any, Any, Any], jax.Array]
 OBJECTIVE = checks.Function('(params, inner, batch) -> scalar')
@@ -106,14 +106,14 @@ def check_levels(
         )
   if not jax.tree.leaves(inner):
     raise ValueError(f'{called} must have at least one leaf, got none.')
-  tracking.check_rows(called, inner, num_blocks)
+  tables.check_rows(called, inner, num_blocks)
 
 
 def check_blocks(batch: Any, num_blocks: int, kind: Any) -> None:
   """Raises unless ``batch`` is of a kind, with good names of blocks."""
   checks.check_fields('batch', batch, kind._fields, f'a {kind.__name__}')
   for name in ('blocks', 'outer') if kind is PairedBlockBatch else ('blocks',):
-    tracking.check_blocks(getattr(batch, name), num_blocks)
+    tables.check_blocks(getattr(batch, name), num_blocks)
     if not getattr(batch, name).size:
       raise ValueError(
         f'{name} must name at least one block, got shape (0,); skip the step,'
@@ -125,8 +125,8 @@ def check_batch(batch: Any, num_blocks: int, kind: Any = BlockBatch) -> None:
   """Raises unless ``batch`` has blocks, and data for each of them."""
   check_blocks(batch, num_blocks, kind)
   sampled = batch.blocks.shape[0]
-  tracking.check_rows('batch.upper', batch.upper, sampled, 'blocks')
-  tracking.check_rows('batch.lower', batch.lower, sampled, 'blocks')
+  tables.check_rows('batch.upper', batch.upper, sampled, 'blocks')
+  tables.check_rows('batch.lower', batch.lower, sampled, 'blocks')
 
 
 def check_first(batch: Any, num_blocks: int) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import estimators
+from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
@@ -278,7 +279,7 @@ def _in_chunks(visit, state, first, num_blocks):
       lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), first
     )
     # The last chunk reaches back into the one before.
-    seen = tracking.gather_rows(state.visited, batch.blocks) >= 0
+    seen = tables.gather_rows(state.visited, batch.blocks) >= 0
     blocks = jnp.where(seen, num_blocks, batch.blocks)
     return visit(state, batch._replace(blocks=blocks))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import estimators
+from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
@@ -163,9 +164,9 @@ def fcco(
   def estimate(params, state, batch):
     _blocks.check_blocks(batch, num_blocks, FCCOBatch)
     blocks, sampled = batch.blocks, batch.blocks.shape[0]
-    tracking.check_rows('batch.outer', batch.outer, sampled, 'blocks')
-    use = tracking.distinct_blocks(blocks, num_blocks)
-    rows, visited = tracking.gather_rows((state.tracked, state.visited), blocks)
+    tables.check_rows('batch.outer', batch.outer, sampled, 'blocks')
+    use = tables.distinct_blocks(blocks, num_blocks)
+    rows, visited = tables.gather_rows((state.tracked, state.visited), blocks)
     now, pull = jax.vjp(lambda x: inner(x, batch.inner), params)
     checks.check_same_tree('what inner returns', now, 'table[blocks]', rows)
     now_wide = trees.cast_like(now, rows)
@@ -177,7 +178,7 @@ def fcco(
     moved = trees.where(visited, moved, now_wide)
     values, slopes = jax.vmap(jax.value_and_grad(outer_of))(moved, batch.outer)
     slopes = jax.tree.map(jnp.multiply, slopes, tracker.weight(now_wide, moved))
-    ok = use & tracking.finite_rows((now, moved, values, slopes))
+    ok = use & tables.finite_rows((now, moved, values, slopes))
     count, accepted = jnp.sum(use), jnp.sum(ok)
     weights = jnp.where(ok, 1 / jnp.maximum(accepted, 1), 0)
     cotangent = jax.tree.map(
@@ -197,7 +198,7 @@ def fcco(
       fine, result, params if tracker.needs_before else (),
       state.previous_params,
     )  # fmt: skip
-    tracked, visited = tracking.scatter_rows(
+    tracked, visited = tables.scatter_rows(
       (state.tracked, state.visited), (moved, visited | ok), blocks, ok & fine
     )
     rejected = jnp.where(fine, count - accepted, count).astype(jnp.int32)

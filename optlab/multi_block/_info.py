@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optlab import tracking
+from optlab import tables
 from optlab import trees
 
 
@@ -55,7 +55,7 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   """The report after a step; it looks at the sampled blocks alone."""
   bad = sampled.use & ~sampled.ok
   rejected = jnp.sum(bad).astype(jnp.int32)
-  rows = tracking.gather_rows(info.block_rejected, blocks) + bad
+  rows = tables.gather_rows(info.block_rejected, blocks) + bad
   count, worst = _top(rows, bad, blocks)
   # Its own count has grown, if it was the worst before.
   worse = count > info.worst_block_rejected
@@ -77,7 +77,7 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
     ok=last <= 0,
     total_not_ok=info.total_not_ok + jnp.sum(sampled.concave),
     not_ok_block=jnp.where(last > 0, concave_block, info.not_ok_block),
-    block_rejected=tracking.scatter_rows(
+    block_rejected=tables.scatter_rows(
       info.block_rejected, rows, blocks, sampled.use
     ),
   )

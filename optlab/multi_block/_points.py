@@ -13,6 +13,7 @@ from jax import flatten_util
 import jax.numpy as jnp
 
 from optlab import base
+from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
@@ -64,9 +65,9 @@ def sample(
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
   _blocks.check_batch(batch, num_blocks)
   sampled = batch.blocks.shape[0]
-  use = tracking.distinct_blocks(batch.blocks, num_blocks)
+  use = tables.distinct_blocks(batch.blocks, num_blocks)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
-  rows = tracking.gather_rows(table, batch.blocks)
+  rows = tables.gather_rows(table, batch.blocks)
   elapsed = rows.pace.scale * _clock.elapsed(state.clock, rows.touched)
   inner = _clock.advance(rows.inner, rows.inner_grad, elapsed)
   just_visited = (rows.visited == state.step) & (rows.visited > 0)
@@ -78,7 +79,7 @@ def sample(
 
   data = batch.upper, batch.lower
   blockwise, total, (stretch, concave, aux) = evaluate(inner, held, data, use)
-  finite = tracking.finite_rows(blockwise, 1)
+  finite = tables.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
   apart = jax.tree.map(jnp.subtract, *total)
@@ -103,7 +104,7 @@ def sample(
 
     mask = one(keep)
     alone, part, _ = evaluate(one(inner, 1), one(held, 1), one(data), mask)
-    fine = mask[0] & tracking.finite_rows(alone, 1)[0] & trees.all_finite(part)
+    fine = mask[0] & tables.finite_rows(alone, 1)[0] & trees.all_finite(part)
     total = trees.where(fine, jax.tree.map(jnp.add, total, part), total)
     return index + 1, ok.at[index].set(fine), total
 
@@ -288,5 +289,5 @@ def write(
   rows = trees.where(sampled.ok, rows, stands)
   use = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
-  table = tracking.scatter_rows(table, rows, blocks, use)
+  table = tables.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import estimators
+from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
@@ -147,11 +148,11 @@ def rsvrb(
     tracked = _start_tracked(params, inner)
     if first is not None:
       _blocks.check_first(first, num_blocks)
-      rows = tracking.gather_rows(inner, first.blocks)
+      rows = tables.gather_rows(inner, first.blocks)
       samples, _, _ = _sample(levels, params, rows, first)
-      use = tracking.distinct_blocks(first.blocks, num_blocks)
-      use &= tracking.finite_rows(samples)
-      tracked = tracking.scatter_rows(tracked, samples, first.blocks, use)
+      use = tables.distinct_blocks(first.blocks, num_blocks)
+      use &= tables.finite_rows(samples)
+      tracked = tables.scatter_rows(tracked, samples, first.blocks, use)
     return RSVRBState(
       step=jnp.zeros((), jnp.int32),
       hypergrad=trees.zeros_accumulator(params),
@@ -166,14 +167,14 @@ def rsvrb(
   def estimate(params, state, batch):
     _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
     rate = trees.at_step(beta, state.step)
-    use = tracking.distinct_blocks(batch.blocks, num_blocks)
+    use = tables.distinct_blocks(batch.blocks, num_blocks)
     (now, value, aux), (before, _, _) = (
-      _sample(levels, x, tracking.gather_rows(y, batch.blocks), batch)
+      _sample(levels, x, tables.gather_rows(y, batch.blocks), batch)
       for x, y in (
         (params, state.inner), (state.previous_params, state.inner_before),
       )
     )  # fmt: skip
-    ok = use & tracking.finite_rows((now, before, value))
+    ok = use & tables.finite_rows((now, before, value))
     count, accepted = jnp.sum(use), jnp.sum(ok)
     scale = num_blocks / jnp.maximum(count, 1)
     index = jnp.where(ok, batch.blocks, num_blocks)
@@ -184,9 +185,7 @@ def rsvrb(
     hypergrad = _follow_hypergrad(state, tracked, batch.outer, rate, floor)
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, ok)
-    scales = tracking.scatter_rows(
-      state.scale, seen.pace.scale, batch.blocks, ok
-    )
+    scales = tables.scatter_rows(state.scale, seen.pace.scale, batch.blocks, ok)
     moved = _move(
       state.inner, tracked.inner_grad, scales * (lr * count / num_blocks)
     )
@@ -253,15 +252,15 @@ def _follow(table, now, before, *, ok, index, rate, scale):
   fresh = jnp.where(trees.align(ok, fresh), fresh, 0)
   decayed = ((1 - rate) * table).astype(table.dtype)
   return decayed.at[index].add(
-    fresh.astype(table.dtype), mode='drop', out_sharding=tracking.layout(table)
+    fresh.astype(table.dtype), mode='drop', out_sharding=tables.layout(table)
   )
 
 
 def _follow_hypergrad(state, tracked, outer, rate, floor):
   """The estimate after its step; at the first, the hypergradient itself."""
   num_blocks = tracked.hessian.shape[0]
-  use = tracking.distinct_blocks(outer, num_blocks)
-  rows = [tracking.gather_rows(t, outer) for t in (tracked, state.tracked)]
+  use = tables.distinct_blocks(outer, num_blocks)
+  rows = [tables.gather_rows(t, outer) for t in (tracked, state.tracked)]
   # Both points in one batch: see project_floor on solves that run at once.
   both = jax.vmap(_hypergradient, (0, None, None))(
     jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), use, floor
@@ -296,7 +295,7 @@ class _Seen(NamedTuple):
 
 def _pace(state, blocks, hessian, lr, use, ok):
   """The paces of the sampled blocks; 2 / lr is what its steps can bear."""
-  old = tracking.gather_rows(state.scale, blocks)
+  old = tables.gather_rows(state.scale, blocks)
   curvature = jax.vmap(_guard.largest_eigenvalue)(hessian)
   curvature = jnp.where(ok, curvature, 0)
   stable = jnp.where(lr > 0, 2 / jnp.where(lr > 0, lr, 1), jnp.inf)

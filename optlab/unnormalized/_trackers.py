@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optlab import tracking
+from optlab import tables
 from optlab.unnormalized import _likelihood
 
 
@@ -120,7 +120,7 @@ def many(
   log_w = jnp.where(noise_good, log_w, -jnp.inf)
   noise = _sums(seen, log_w, noise_good)
   rows = One(
-    *tracking.gather_rows((state.log_normalizer, state.weight), seen.context)
+    *tables.gather_rows((state.log_normalizer, state.weight), seen.context)
   )
   log_u, weight, held = _average(rows, noise.log_mean, rate, 0)
   # Data count where a normalizer is known and noise stands against them.
@@ -131,7 +131,7 @@ def many(
   count = jax.ops.segment_sum(data_good.astype(dtype), seen.data, log_w.size)
   share = jnp.exp(noise.log_scale - log_u) / jnp.maximum(noise.count, 1)
   share = jnp.where(noise.log_scale > -jnp.inf, share * count / n, 0)
-  log_u_table, weight_table = tracking.scatter_rows(
+  log_u_table, weight_table = tables.scatter_rows(
     (state.log_normalizer, state.weight),
     (log_u, weight),
     seen.context,
@@ -273,7 +273,7 @@ def _named(indices, contexts):
 
 def _whole(array: jax.Array) -> jax.Array:
   """On an explicit mesh, the array on every device: it is looked up by rows."""
-  where = tracking.layout(array)
+  where = tables.layout(array)
   if where is None:
     return array
   return jax.sharding.reshard(array, where.update(spec=jax.P()))

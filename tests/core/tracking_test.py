@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import optlab
+from optlab import tables
 from optlab import tracking
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'bsvrb'
@@ -133,7 +134,7 @@ def test_bad_blocks_and_rates_are_refused():
   st.lists(st.integers(-3, 8), min_size=6, max_size=6), st.integers(6, 7)
 )
 def test_first_distinct_block_in_range_counts(blocks, num_blocks):
-  use = jax.jit(tracking.distinct_blocks, static_argnums=1)(
+  use = jax.jit(tables.distinct_blocks, static_argnums=1)(
     jnp.asarray(blocks), num_blocks
   )
   seen = set()

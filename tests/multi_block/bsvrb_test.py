@@ -15,6 +15,7 @@ import pytest
 
 from experiments.problems import quadratic
 import optlab
+from optlab import tables
 from optlab import tracking
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'bsvrb'
@@ -39,7 +40,7 @@ def golden_problem():
 
 def batch_of(data, blocks, noise=0.0, noise_upper=0.0):
   """A batch of the quadratic; out of range, the last block counts."""
-  rows = tracking.gather_rows(data, blocks)
+  rows = tables.gather_rows(data, blocks)
   upper = rows, jnp.broadcast_to(noise_upper, rows.t.shape)
   lower = rows, jnp.broadcast_to(noise, rows.c.shape)
   return optlab.BlockBatch(blocks, upper, lower)

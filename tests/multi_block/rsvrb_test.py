@@ -7,11 +7,11 @@ import pytest
 
 from experiments.problems import quadratic
 import optlab
-from optlab import tracking
+from optlab import tables
 
 
 def batch_of(data, blocks, outer, noise=0.0):
-  rows = tracking.gather_rows(data, blocks)
+  rows = tables.gather_rows(data, blocks)
   spread = jnp.broadcast_to(noise, rows.c.shape)
   return optlab.multi_block.PairedBlockBatch(
     blocks, (rows, spread), (rows, spread), outer
