@@ -1,8 +1,5 @@
 """Bilevel optimization: BO-REP and its peers."""
 
-from optlab.bilevel._bilevel import BilevelBatch
-from optlab.bilevel._bilevel import BilevelInfo
-from optlab.bilevel._bilevel import BilevelState
 from optlab.bilevel._bo_rep import bo_rep
 from optlab.bilevel._bo_rep import refine
 from optlab.bilevel._f2sa import F2saMemory
@@ -23,6 +20,9 @@ from optlab.bilevel._saba import saba
 from optlab.bilevel._soba import soba
 from optlab.bilevel._srba import SrbaMemory
 from optlab.bilevel._srba import srba
+from optlab.bilevel._state import BilevelBatch
+from optlab.bilevel._state import BilevelInfo
+from optlab.bilevel._state import BilevelState
 from optlab.bilevel._stocbio import stocbio
 from optlab.bilevel._ttsa import TtsaMemory
 from optlab.bilevel._ttsa import ttsa

@@ -1,4 +1,4 @@
-"""What the bilevel estimators share: batches, state, one way to make them.
+"""What the bilevel estimators share: domains, parts, one way to make them.
 
 The problem is ``min_x f(x, y*(x))`` with ``y*(x) = argmin_y g(x, y)`` and ``g``
 strongly convex in ``y``. The user writes ``upper(x, y, batch)`` for ``f`` and
@@ -8,60 +8,18 @@ strongly convex in ``y``. The user writes ``upper(x, y, batch)`` for ``f`` and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from optlab import base
 from optlab import checks
-from optlab import estimators
 from optlab import trees
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
-
-
-class BilevelBatch(NamedTuple):
-  """The samples of one bilevel step.
-
-  Attributes:
-    upper: Sample of the upper objective.
-    lower: Sample of the lower objective for Hessian-vector and cross products
-      (and for the lower step of `soba` and `saba`).
-    step_samples: Fresh samples for the lower steps, stacked on a leading axis
-      of ``lower_steps``; unused by `soba` and `saba`.
-  """
-
-  upper: base.Batch
-  lower: base.Batch
-  step_samples: base.Batch = ()
-
-
-class BilevelInfo(NamedTuple):
-  """Diagnostics of a hypergradient estimator; ``()`` is what it has not."""
-
-  lower_grad_norm: Any  # shape (), norm of g_y at the last accepted estimate
-  dual_residual: Any  # shape (), norm of g_yy z - f_y there
-  constrained: jax.Array  # shape (), bool, lower steps held a part of y
-  ok: jax.Array  # shape (), bool, no assumption was seen to fail there
-  total_not_ok: jax.Array  # shape (), int32
-  rejected: jax.Array  # shape (), bool, whether the last was not finite
-  total_rejected: jax.Array  # shape (), int32
-
-
-class BilevelState(NamedTuple):
-  """State of a hypergradient estimator."""
-
-  step: jax.Array  # shape (), int32, accepted estimates
-  inner: base.Params  # the lower variable y
-  dual: base.Params  # the linear-system variable z, float32 or wider
-  lower_opt_state: base.OptState
-  dual_state: Any  # what the steps of z need; () where it takes none
-  memory: Any  # what the method alone keeps; () for most
-  info: BilevelInfo
-
+from optlab.bilevel import _state
 
 LEVELS = {
   'upper': checks.Function('(x, y, batch) -> scalar'),
@@ -82,11 +40,6 @@ DUAL = {
   'dual_optimizer': checks.TRANSFORMATION._replace(optional=True),
   'dual_steps': checks.Integer(),
 }
-
-
-def check_batch(batch: Any) -> None:
-  """Raises a ``TypeError`` unless ``batch`` is a `BilevelBatch`."""
-  checks.check_fields('batch', batch, BilevelBatch._fields, 'a BilevelBatch')
 
 
 def problem_of(
@@ -140,108 +93,6 @@ def dual_of(
   return _dual.Dual(dual_lr, dual_optimizer, dual_steps, dual_radius)
 
 
-def init_state(
-  problem: _problem.Problem,
-  params: base.Params,
-  inner: base.Params,
-  *,
-  dual: _dual.Dual | bool = True,
-  memory: Any = (),
-) -> BilevelState:
-  """The state before the first estimate, with ``z = 0`` if it has one."""
-  for name, tree in (('params', params), ('inner', inner)):
-    check_real(name, tree)
-  inner = trees.own(inner)
-  if problem.lower_map is None and dual:
-    _lower.check_free(problem.optimizer, inner)
-  z = trees.zeros_accumulator(inner) if dual else ()
-  # Not one zero twice: a buffer can be donated once.
-  zero = lambda dtype: jnp.zeros((), dtype)
-  wide = trees.accumulator_dtype(inner)
-  return BilevelState(
-    step=zero(jnp.int32),
-    inner=inner,
-    dual=z,
-    lower_opt_state=(
-      () if problem.optimizer is None else problem.optimizer.init(inner)
-    ),
-    dual_state=_dual.init(dual, z) if isinstance(dual, _dual.Dual) else (),
-    memory=memory,
-    info=BilevelInfo(
-      lower_grad_norm=zero(wide),
-      dual_residual=zero(wide) if dual else (),
-      constrained=zero(bool),
-      ok=jnp.ones((), bool),
-      total_not_ok=zero(jnp.int32),
-      rejected=zero(bool),
-      total_rejected=zero(jnp.int32),
-    ),
-  )
-
-
-def check_real(name: str, tree: Any) -> None:
-  """Raises a ``TypeError`` for a leaf that no hypergradient exists for."""
-  checks.check_params(name, tree)
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-      raise TypeError(
-        f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
-        f' {leaf.dtype}: pass real and imaginary parts as two leaves.'
-      )
-
-
-def accept(
-  estimate: base.Estimate,
-  old: BilevelState,
-  *others: base.Params,
-  dual_seen: bool = False,
-  ok: Any = True,
-  constrained: Any = False,
-  lower_grad_norm: Any = (),
-  dual_residual: Any = (),
-  **fields: Any,
-) -> tuple[base.Estimate, BilevelState]:
-  """Commits a step, or holds the state where it is not finite.
-
-  A rejected step keeps the old state but for its count; its gradient is zero
-  and its value is reported as it is.
-
-  Args:
-    estimate: The estimate.
-    old: The state before the step, to hold.
-    *others: What must be finite too, beside the hypergradient, y and z.
-    dual_seen: Whether z is finite where ``others`` are.
-    ok: For `BilevelInfo`, whether the linear system is.
-    constrained: For `BilevelInfo`.
-    lower_grad_norm: For `BilevelInfo`.
-    dual_residual: For `BilevelInfo`.
-    **fields: What the step changes in the state, beside its count.
-
-  Returns:
-    The estimate and the state.
-  """
-  ok = jnp.asarray(ok) & ~jnp.asarray(constrained)
-  info = old.info._replace(
-    lower_grad_norm=lower_grad_norm,
-    dual_residual=dual_residual,
-    constrained=jnp.asarray(constrained),
-    ok=ok,
-    total_not_ok=old.info.total_not_ok + (~ok).astype(jnp.int32),
-  )
-  new = old._replace(step=old.step + 1, info=info, **fields)
-  dual = () if dual_seen else new.dual
-  # The residual is NaN where f_y is, which conjugate gradients swallow.
-  finite = trees.is_finite(
-    estimate.grads, new.inner, dual, dual_residual, others
-  )
-  estimate, state = estimators.accept(finite, estimate, new, old)
-  info = state.info._replace(
-    rejected=~finite,
-    total_rejected=old.info.total_rejected + (~finite).astype(jnp.int32),
-  )
-  return estimate, state._replace(info=info)
-
-
 def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
   """Returns ``f_x - g_xy z``."""
   return trees.combine(jnp.subtract, grad_x, cross)
@@ -271,11 +122,11 @@ def estimator(
   """
 
   def init(params, inner):
-    return init_state(problem, params, inner, dual=dual)
+    return _state.init_state(problem, params, inner, dual=dual)
 
   def estimate(params, state, batch):
-    check_batch(batch)
-    check_real('params', params)
+    _state.check_batch(batch)
+    _state.check_real('params', params)
     inner, lower_opt_state = state.inner, state.lower_opt_state
     held = state.info.constrained
     if move is not None:
@@ -300,7 +151,7 @@ def estimator(
     looked, dual_seen = solution.looked, len(solution.looked) == 2
     if not dual_seen:
       looked = (lower.grad, trees.norm(lower.grad))
-    return accept(
+    return _state.accept(
       result,
       state,
       looked,

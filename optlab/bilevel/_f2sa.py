@@ -13,6 +13,7 @@ from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class F2saMemory(NamedTuple):
@@ -117,52 +118,24 @@ def f2sa(
   problem = _bilevel.problem_of(
     upper, lower, lower_optimizer, has_aux=has_aux, reuse_sample=reuse_sample
   )
-  optimizer = problem.optimizer
-
-  def penalized(params, inner, batch):
-    up, low, weight = batch
-    value, aux = problem.lower(params, inner, low)
-    extra, upper_aux = problem.upper(params, inner, up)
-    return value + (weight * extra).astype(value.dtype), (extra, upper_aux, aux)
-
-  shifted_problem = problem._replace(lower=penalized)
 
   def init(params, inner):
-    state = _bilevel.init_state(problem, params, inner, dual=False)
+    state = _state.init_state(problem, params, inner, dual=False)
     shifted = trees.own(inner)
     zero = jnp.zeros_like(state.info.lower_grad_norm)
     info = state.info._replace(dual_residual=zero)
-    memory = F2saMemory(shifted, optimizer.init(shifted))
+    memory = F2saMemory(shifted, problem.optimizer.init(shifted))
     return state._replace(memory=memory, info=info)
 
-  def descend(params, state, batch, weight):
-    samples, of = _lower.sampler(problem, batch, lower_steps)
-    free = jnp.asarray(False)
-
-    def move(inner, opt_state, sample, weight):
-      level, data = problem, sample
-      if weight is not None:
-        level, data = shifted_problem, (batch.upper, sample, weight)
-      y, opt_state, _ = _lower.step(level, params, inner, opt_state, data, free)
-      return y, opt_state
-
-    def body(carry, sample):
-      (y, opt_state), (shifted, shifted_opt_state) = carry
-      sample = of(sample)
-      return (
-        move(y, opt_state, sample, -weight if central else None),
-        move(shifted, shifted_opt_state, sample, weight),
-      ), None
-
-    start = (state.inner, state.lower_opt_state), tuple(state.memory)
-    return jax.lax.scan(body, start, samples, length=lower_steps)[0]
-
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
-    _bilevel.check_real('params', params)
+    _state.check_batch(batch)
+    _state.check_real('params', params)
     strength = trees.at_step(penalty, state.step)
     weight = 1 / strength
-    (y, opt_state), memory = descend(params, state, batch, weight)
+    (y, opt_state), memory = _descend(
+      problem, lower_steps, params, state, batch,
+      (-weight if central else None, weight),
+    )  # fmt: skip
     value, upper_aux, *f = _problem.upper_value_and_grads(
       problem, params, memory[0], batch.upper
     )
@@ -183,10 +156,9 @@ def f2sa(
       below_y = trees.combine(lambda g, f: g - weight * f, below_y, f_below[1])
     grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
     residual, ok = _judge(minus(y, memory[0]), minus(g_below[1], g[1]), mean[1])
-    return _bilevel.accept(
-      base.Estimate(
-        value, grads, aux=_bilevel.aux_of(problem, upper_aux, lower_aux)
-      ),
+    aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
+    return _state.accept(
+      base.Estimate(value, grads, aux=aux),
       state,
       memory,
       inner=y,
@@ -198,6 +170,38 @@ def f2sa(
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+def _descend(problem, steps, params, state, batch, weights):
+  """Steps of both lower variables, each by its weight of the upper level."""
+  samples, of = _lower.sampler(problem, batch, steps)
+  free = jnp.asarray(False)
+
+  def penalized(params, inner, batch):
+    up, low, weight = batch
+    value, aux = problem.lower(params, inner, low)
+    extra, upper_aux = problem.upper(params, inner, up)
+    return value + (weight * extra).astype(value.dtype), (extra, upper_aux, aux)
+
+  def move(variable, sample, weight):
+    inner, opt_state = variable
+    level, data = problem, sample
+    if weight is not None:
+      level = problem._replace(lower=penalized)
+      data = batch.upper, sample, weight
+    y, opt_state, _ = _lower.step(level, params, inner, opt_state, data, free)
+    return y, opt_state
+
+  def body(carry, sample):
+    sample = of(sample)
+    moved = tuple(
+      move(variable, sample, weight)
+      for variable, weight in zip(carry, weights, strict=True)
+    )
+    return moved, None
+
+  start = (state.inner, state.lower_opt_state), tuple(state.memory)
+  return jax.lax.scan(body, start, samples, length=steps)[0]
 
 
 def _lower_grads(problem, params, inner, batch, step):

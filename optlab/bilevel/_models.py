@@ -12,6 +12,7 @@ from optlab import losses
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class ModelsState(NamedTuple):
@@ -127,7 +128,7 @@ def with_models(
     )
 
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
+    _state.check_batch(batch)
     loss = state.loss
     result, new = estimator.estimate(
       params, state.estimator_state, _with_models(batch, loss, has_key)

@@ -9,9 +9,9 @@ from optlab import _systems
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class RatesReport(NamedTuple):
@@ -37,8 +37,8 @@ def suggest_rates(
   upper: _problem.Objective,
   lower: _problem.Objective,
   params: base.Params,
-  state: _bilevel.BilevelState,
-  batch: _bilevel.BilevelBatch,
+  state: _state.BilevelState,
+  batch: _state.BilevelBatch,
   key: jax.Array,
   *,
   products: int = 16,
@@ -87,7 +87,7 @@ def suggest_rates(
     for another batch: take half of it.
   """
   checks.enforce(suggest_rates, locals())
-  _bilevel.check_batch(batch)
+  _state.check_batch(batch)
   problem = _problem.Problem(
     _problem.Level('upper', upper), _problem.Level('lower', lower), None
   )

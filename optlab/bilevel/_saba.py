@@ -14,6 +14,7 @@ from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class IndexedBatch(NamedTuple):
@@ -42,17 +43,19 @@ class SabaMemory(NamedTuple):
   lower: SagaMemory  # of g_y, g_xy z, g_yy z
 
 
-def _check_indexed(level: str, batch: Any, blocks: int) -> None:
-  """Raises unless a level's sample names its block; tracers pass."""
-  name = f'batch.{level}'
-  checks.check_fields(name, batch, IndexedBatch._fields, 'an IndexedBatch')
-  index = batch.index
-  checks.check_int(f'{name}.index', index, 0, traced=True)
-  # A constant array is no tracer, but under jit its comparison is.
-  if not isinstance(index, jax.core.Tracer) and int(index) >= blocks:
-    raise ValueError(
-      f'{name}.index must be below {level}_blocks={blocks}, got {index}.'
-    )
+def _check_indexed(batch: _state.BilevelBatch, **blocks: int) -> None:
+  """Raises unless each level's sample names its block; tracers pass."""
+  for level, count in blocks.items():
+    name, sample = f'batch.{level}', getattr(batch, level)
+    checks.check_fields(name, sample, IndexedBatch._fields, 'an IndexedBatch')
+    checks.check_int(f'{name}.index', sample.index, 0, traced=True)
+    # A constant array is no tracer, but under jit its comparison is.
+    known = not isinstance(sample.index, jax.core.Tracer)
+    if known and int(sample.index) >= count:
+      raise ValueError(
+        f'{name}.index must be below {level}_blocks={count}, got'
+        f' {sample.index}.'
+      )
 
 
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
@@ -187,27 +190,26 @@ def saba(
   dual = _bilevel.dual_of(dual_lr, dual_optimizer, 1, dual_radius)
 
   def init(params, inner):
-    state = _bilevel.init_state(problem, params, inner, dual=dual)
     memory = SabaMemory(
       _empty_memory((params, inner), upper_blocks),
       _empty_memory((inner, params, inner), lower_blocks),
     )
-    return state._replace(memory=memory)
+    return _state.init_state(problem, params, inner, dual=dual, memory=memory)
 
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
-    _check_indexed('upper', batch.upper, upper_blocks)
-    _check_indexed('lower', batch.lower, lower_blocks)
+    _state.check_batch(batch)
+    _check_indexed(batch, upper=upper_blocks, lower=lower_blocks)
     value, upper_aux, *upper_grads = _problem.upper_value_and_grads(
       problem, params, state.inner, batch.upper.data
     )
     point = _problem.Point(params, state.inner, batch.lower.data, state.step)
     lower, *products = _problem.multiply(problem, point, state.dual)
+    memory, places = state.memory, (batch.upper.index, batch.lower.index)
     (grad_x, grad_y), upper_change = _recall(
-      state.memory.upper, tuple(upper_grads), batch.upper.index
+      memory.upper, tuple(upper_grads), places[0]
     )
     (grad_lower, cross, product), lower_change = _recall(
-      state.memory.lower, (lower.grad, *products), batch.lower.index
+      memory.lower, (lower.grad, *products), places[1]
     )
     solution = _dual.step(
       dual, state.dual, product, grad_y, state.dual_state, state.step,
@@ -221,10 +223,9 @@ def saba(
     grads = trees.cast_like(
       _bilevel.hypergradient(grad_x, cross), trees.dtypes(params)
     )
-    result, new = _bilevel.accept(
-      base.Estimate(
-        value, grads, aux=_bilevel.aux_of(problem, upper_aux, lower.aux)
-      ),
+    aux = _bilevel.aux_of(problem, upper_aux, lower.aux)
+    result, new = _state.accept(
+      base.Estimate(value, grads, aux=aux),
       state._replace(memory=()),
       inner=inner,
       dual=solution.dual,
@@ -235,11 +236,8 @@ def saba(
       ok=solution.ok,
       constrained=held,
     )
-    ok = ~new.info.rejected
-    memory = SabaMemory(
-      _remember(state.memory.upper, upper_change, batch.upper.index, ok),
-      _remember(state.memory.lower, lower_change, batch.lower.index, ok),
-    )
+    changes, ok = (upper_change, lower_change), ~new.info.rejected
+    memory = SabaMemory(*map(_remember, memory, changes, places, (ok, ok)))
     return result, new._replace(memory=memory)
 
   return base.GradientEstimator(init, estimate)

@@ -1,6 +1,7 @@
 """SRBA: recursive differences of all three directions between full batches."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class SrbaMemory(NamedTuple):
@@ -38,7 +40,7 @@ def srba(
   lower: _problem.Objective,
   lower_optimizer: optax.GradientTransformation,
   dual_lr: base.ScalarOrSchedule,
-  full: _bilevel.BilevelBatch,
+  full: _state.BilevelBatch,
   *,
   period: int,
   dual_radius: float | jax.Array | None = None,
@@ -106,7 +108,7 @@ def srba(
     ``period`` steps. Memory: two x, y and z more.
   """
   checks.enforce(srba, locals())
-  _bilevel.check_batch(full)
+  _state.check_batch(full)
   problem = _bilevel.problem_of(
     upper, lower, lower_optimizer, curvature=curvature, damping=damping
   )
@@ -142,28 +144,8 @@ def recursive_estimator(
     A `GradientEstimator` whose memory is an `SrbaMemory`.
   """
 
-  def look_at(step):
-    def look(params, inner, z, batch):
-      """The values, what is watched, and the directions of x, y and z."""
-      value, _, grad_x, grad_y = _problem.upper_value_and_grads(
-        problem, params, inner, batch.upper
-      )
-      point = _problem.Point(params, inner, batch.lower, step)
-      seen, cross, product = _problem.multiply(problem, point, z)
-      length, scale, size, along = trees.norms(
-        z, product, grad_y, product=(z, product)
-      )
-      convex = _dual.is_convex(along, length * scale)
-      return (value, seen.value, size, convex), (
-        trees.wide(_bilevel.hypergradient(grad_x, cross)),
-        trees.wide(seen.grad),
-        _dual.residual_of(z, product, grad_y),
-      )
-
-    return look
-
   def init(params, inner):
-    state = _bilevel.init_state(problem, params, inner, dual=dual)
+    state = _state.init_state(problem, params, inner, dual=dual)
     zeros = trees.zeros_accumulator
     memory = SrbaMemory(
       trees.own(params), trees.own(inner), zeros(inner),
@@ -172,12 +154,11 @@ def recursive_estimator(
     return state._replace(memory=memory)
 
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
-    _bilevel.check_real('params', params)
+    _state.check_batch(batch)
+    _state.check_real('params', params)
     now = params, state.inner, state.dual
-    (value, lower_value, size, convex), moves = renew(
-      look_at(state.step), now, state, batch
-    )
+    look = functools.partial(_look, problem, state.step)
+    (value, lower_value, size, convex), moves = renew(look, now, state, batch)
     d_x, d_y, d_z = moves
     rate = trees.at_step(dual.lr, state.step)
     reach = state.dual_state.reach
@@ -190,7 +171,7 @@ def recursive_estimator(
       problem, params, state.inner, state.lower_opt_state, batch.lower,
       state.info.constrained, seen=(lower_value, d_y),
     )  # fmt: skip
-    return _bilevel.accept(
+    return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),
       state,
       moves,
@@ -206,3 +187,21 @@ def recursive_estimator(
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+def _look(problem, step, params, inner, z, batch):
+  """The values, what is watched, and the directions of x, y and z."""
+  value, _, grad_x, grad_y = _problem.upper_value_and_grads(
+    problem, params, inner, batch.upper
+  )
+  point = _problem.Point(params, inner, batch.lower, step)
+  seen, cross, product = _problem.multiply(problem, point, z)
+  length, scale, size, along = trees.norms(
+    z, product, grad_y, product=(z, product)
+  )
+  convex = _dual.is_convex(along, length * scale)
+  return (value, seen.value, size, convex), (
+    trees.wide(_bilevel.hypergradient(grad_x, cross)),
+    trees.wide(seen.grad),
+    _dual.residual_of(z, product, grad_y),
+  )

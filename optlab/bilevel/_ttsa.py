@@ -14,6 +14,7 @@ from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 class TtsaMemory(NamedTuple):
@@ -112,12 +113,12 @@ def ttsa(
 
   def init(params, inner, key):
     memory = TtsaMemory(checks.as_key('key', key), jnp.zeros((), jnp.int32))
-    state = _bilevel.init_state(problem, params, inner, memory=memory)
+    state = _state.init_state(problem, params, inner, memory=memory)
     info = state.info._replace(dual_residual=())
     return state._replace(dual=(), info=info)
 
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
+    _state.check_batch(batch)
     inner, lower_opt_state, held = _lower.lower_round(
       problem, 1, params, state, batch
     )
@@ -127,20 +128,9 @@ def ttsa(
     point = _problem.Point(params, inner, batch.lower, state.step)
     lower, products = _problem.linearize(problem, point)
     rate = trees.at_step(neumann_lr, state.step)
-
-    def multiply(_, dual):  # By I - nu H.
-      return _dual.subtract(
-        dual, rate, trees.cast_like(products(dual)[1], dual)
-      )
-
     key, subkey = jax.random.split(state.memory.key)
     power = jax.random.randint(subkey, (), 0, neumann_steps, jnp.int32)
-    dual = jax.tree.map(
-      lambda z, fy: (neumann_steps * rate * fy.astype(z.dtype)).astype(z.dtype),
-      trees.zeros_accumulator(grad_y),
-      grad_y,
-    )
-    dual = jax.lax.fori_loop(0, power, multiply, dual)
+    dual = _term(products, grad_y, rate, neumann_steps, power)
     dual, inside, length = _dual.hold(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
@@ -150,7 +140,7 @@ def ttsa(
       _bilevel.hypergradient(grad_x, cross),
       aux=_bilevel.aux_of(problem, upper_aux, lower.aux),
     )
-    return _bilevel.accept(
+    return _state.accept(
       result,
       state,
       lower.grad,
@@ -166,3 +156,17 @@ def ttsa(
     )
 
   return base.GradientEstimator(init, estimate)
+
+
+def _term(products, grad_y, rate, count, power):
+  """``count * rate * (I - rate * g_yy)**power f_y``."""
+
+  def multiply(_, dual):
+    return _dual.subtract(dual, rate, trees.cast_like(products(dual)[1], dual))
+
+  dual = jax.tree.map(
+    lambda z, fy: (count * rate * fy.astype(z.dtype)).astype(z.dtype),
+    trees.zeros_accumulator(grad_y),
+    grad_y,
+  )
+  return jax.lax.fori_loop(0, power, multiply, dual)

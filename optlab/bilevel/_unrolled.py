@@ -11,6 +11,7 @@ from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
+from optlab.bilevel import _state
 
 
 @checks.domains(
@@ -98,13 +99,11 @@ def unrolled(
 
   def init(params, inner):
     first = () if warm else trees.own(inner)
-    state = _bilevel.init_state(
-      problem, params, inner, dual=False, memory=first
-    )
+    state = _state.init_state(problem, params, inner, dual=False, memory=first)
     return state._replace(info=state.info._replace(lower_grad_norm=()))
 
   def estimate(params, state, batch):
-    _bilevel.check_batch(batch)
+    _state.check_batch(batch)
     samples, of = _lower.sampler(problem, batch, lower_steps)
     first, opt_state = state.inner, state.lower_opt_state
     if not warm:
@@ -128,7 +127,7 @@ def unrolled(
       aux = _problem.BilevelAux(
         aux, problem.lower(params, inner, batch.lower)[1]
       )
-    return _bilevel.accept(
+    return _state.accept(
       base.Estimate(value, grads, aux=aux),
       state,
       inner=inner,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import estimators
-from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
@@ -23,22 +22,37 @@ from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
 from optlab.multi_block import _points
+from optlab.multi_block import _rows
+from optlab.multi_block import _state
 
 
-class BSVRBState(NamedTuple):
-  """State of `bsvrb`. Tables have a leading axis ``num_blocks``."""
+class _Method(NamedTuple):
+  """The problem, and how `bsvrb` is to follow it."""
 
-  step: jax.Array  # shape (), int32, steps that were not rejected
-  hypergrad: base.Updates  # like params: z
-  previous_params: base.Params  # x one step ago
-  clock: jax.Array  # shape (2, 2), sum of step sizes now and one step ago
-  touched: jax.Array  # shape (num_blocks, 2), the clock at the last visit
-  visited: jax.Array  # shape (num_blocks,), int32, 1 + last visit; -1: never
-  inner: base.ArrayTree  # y at the block's last visit, see inner_variables
-  inner_grad: base.ArrayTree  # like inner: s
-  dual: Any  # ProductState or HessianState
-  pace: _guard.Pace  # what a block can bear
-  info: _info.BSVRBInfo
+  upper: Any
+  lower: Any
+  num_blocks: int
+  dual: _dual.Dual
+  inner_lr: base.ScalarOrSchedule
+  alpha: base.ScalarOrSchedule
+  beta: base.ScalarOrSchedule
+  gamma: base.ScalarOrSchedule | None
+  guarded: bool
+
+  def sample(self, params, state, batch, stable):
+    return _points.sample(
+      self.upper, self.lower, self.dual, self.num_blocks, params, state, batch,
+      stable if self.guarded else None,
+    )  # fmt: skip
+
+  def stable(self, step, count):
+    """What curvature steps of full length can bear."""
+    return _guard.stable_curvature(
+      trees.at_step(self.inner_lr, step),
+      self.dual.lr_ratio,
+      trees.at_step(self.alpha, step),
+      count / self.num_blocks,
+    )
 
 
 @checks.domains(
@@ -184,111 +198,73 @@ def bsvrb(
       'inner_lr must be a number where guarded is False, got None; the guard'
       ' measures the curvature that would set it.'
     )
-  levels = _blocks.objectives(upper, lower, has_aux)
-  lr_of = functools.partial(
-    trees.at_step, LONGEST if inner_lr is None else inner_lr
-  )
-  sample = functools.partial(_points.sample, *levels, dual, num_blocks)
-
-  def stable(step, count):
-    lr, rate = lr_of(step), trees.at_step(alpha, step)
-    fraction = count / num_blocks
-    return _guard.stable_curvature(lr, dual.lr_ratio, rate, fraction)
+  method = _Method(
+    *_blocks.objectives(upper, lower, has_aux), num_blocks, dual,
+    LONGEST if inner_lr is None else inner_lr, alpha, beta, gamma, guarded,
+  )  # fmt: skip
 
   def init(params, inner, first=None):
     _blocks.check_levels(params, inner, num_blocks)
     # Copies, so that a donated state takes nothing of the caller's with it.
-    params, inner = trees.own(params), trees.own(inner)
-    dtype = trees.accumulator_dtype(inner)
-    state = BSVRBState(
-      step=jnp.zeros((), jnp.int32),
-      hypergrad=trees.zeros_accumulator(params),
-      previous_params=params,
-      clock=jnp.zeros((2, 2), dtype),
-      touched=trees.zeros_rows(inner, (2,), dtype),
-      visited=trees.zeros_rows(inner, (), jnp.int32) - 1,
-      inner=inner,
-      inner_grad=trees.zeros_accumulator(inner),
-      dual=dual.init(inner),
-      pace=_guard.start(inner),
-      info=_info.start(inner),
-    )
-    if first is None:
-      return state
-    _blocks.check_first(first, num_blocks)
-    # How many blocks a step will sample is not known: as if they were few.
-    limit = (lambda _: stable(0, 0)) if guarded else None
+    state = _state.start(trees.own(params), trees.own(inner), dual)
+    return state if first is None else _first_pass(method, state, first)
 
-    def visit(state, batch):
-      sampled = sample(params, state, batch, limit)
-      rows = _points.follow(dual, sampled, 0.5, 0.5, first_visit=True)
-      state = _points.write(state, sampled, rows, batch.blocks, 0)
-      return state._replace(info=_info.after(state.info, sampled, batch.blocks))
-
-    return _in_chunks(visit, state, first, num_blocks)
-
-  def estimate(params, state, batch):
-    step = state.step
-    limit = functools.partial(stable, step) if guarded else None
-    sampled = sample(params, state, batch, limit)
-    count, accepted = jnp.sum(sampled.use), jnp.sum(sampled.ok)
-    rate = trees.at_step(alpha, step)
-    if gamma is None:
-      drift = tracking.msvr_gamma(num_blocks, count, rate)
-    else:
-      drift = trees.at_step(gamma, step)
-    rows = _points.follow(dual, sampled, rate, drift)
-    value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
-    hypergrad = _follow_hypergrad(
-      state, sampled, accepted, trees.at_step(beta, step)
-    )
-    # An empty batch neither moves a block nor ages one.
-    length = lr_of(step) * count / num_blocks
-    clock = jnp.stack([_clock.add(state.clock[0], length), state.clock[0]])
-    estimate, new = estimators.accept(
-      accepted > 0,
-      base.Estimate(
-        value.astype(sampled.value.dtype),
-        trees.cast_like(hypergrad, params),
-        aux=sampled.aux,
-      ),
-      (step + 1, hypergrad, params, clock),
-      (step, state.hypergrad, state.previous_params, state.clock),
-    )
-    # Rows that are not to be written are dropped, where they are written.
-    state = _points.write(state, sampled, rows, batch.blocks, step + 1)
-    return estimate, state._replace(
-      **dict(zip(HELD, new, strict=True)),
-      info=_info.after(state.info, sampled, batch.blocks),
-    )
-
-  return base.GradientEstimator(init, estimate)
+  return base.GradientEstimator(init, functools.partial(_estimate, method))
 
 
 LONGEST = 1e3  # The step size of blocks whose own curvature sets it.
-CHUNK = 1024  # Blocks of the first pass that are in memory at once.
-
-
-def _in_chunks(visit, state, first, num_blocks):
-  """Visits all blocks, some at a time."""
-  size = min(num_blocks, CHUNK)
-
-  def turn(index, state):
-    start = jnp.minimum(index * size, num_blocks - size)
-    batch = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), first
-    )
-    # The last chunk reaches back into the one before.
-    seen = tables.gather_rows(state.visited, batch.blocks) >= 0
-    blocks = jnp.where(seen, num_blocks, batch.blocks)
-    return visit(state, batch._replace(blocks=blocks))
-
-  if size == num_blocks:
-    return visit(state, first)
-  return jax.lax.fori_loop(0, -(-num_blocks // size), turn, state)
-
-
 HELD = 'step', 'hypergrad', 'previous_params', 'clock'
+
+
+def _first_pass(method, state, first):
+  """The state after a visit of all blocks."""
+  _blocks.check_first(first, method.num_blocks)
+  # How many blocks a step will sample is not known: as if they were few.
+  limit = lambda _: method.stable(0, 0)
+
+  def visit(state, batch):
+    sampled = method.sample(state.previous_params, state, batch, limit)
+    rows = _rows.follow(method.dual, sampled, 0.5, 0.5, first_visit=True)
+    state = _rows.write(state, sampled, rows, batch.blocks, 0)
+    return state._replace(info=_info.after(state.info, sampled, batch.blocks))
+
+  return _state.in_chunks(visit, state, first, method.num_blocks)
+
+
+def _estimate(method, params, state, batch):
+  step, num_blocks = state.step, method.num_blocks
+  limit = functools.partial(method.stable, step)
+  sampled = method.sample(params, state, batch, limit)
+  count, accepted = jnp.sum(sampled.use), jnp.sum(sampled.ok)
+  rate = trees.at_step(method.alpha, step)
+  if method.gamma is None:
+    drift = tracking.msvr_gamma(num_blocks, count, rate)
+  else:
+    drift = trees.at_step(method.gamma, step)
+  rows = _rows.follow(method.dual, sampled, rate, drift)
+  value = jnp.sum(jnp.where(sampled.ok, sampled.value, 0)) / accepted
+  hypergrad = _follow_hypergrad(
+    state, sampled, accepted, trees.at_step(method.beta, step)
+  )
+  # An empty batch neither moves a block nor ages one.
+  length = trees.at_step(method.inner_lr, step) * count / num_blocks
+  clock = jnp.stack([_clock.add(state.clock[0], length), state.clock[0]])
+  estimate, new = estimators.accept(
+    accepted > 0,
+    base.Estimate(
+      value.astype(sampled.value.dtype),
+      trees.cast_like(hypergrad, params),
+      aux=sampled.aux,
+    ),
+    (step + 1, hypergrad, params, clock),
+    (step, state.hypergrad, state.previous_params, state.clock),
+  )
+  # Rows that are not to be written are dropped, where they are written.
+  state = _rows.write(state, sampled, rows, batch.blocks, step + 1)
+  return estimate, state._replace(
+    **dict(zip(HELD, new, strict=True)),
+    info=_info.after(state.info, sampled, batch.blocks),
+  )
 
 
 def _follow_hypergrad(state, sampled, accepted, beta):
@@ -299,51 +275,3 @@ def _follow_hypergrad(state, sampled, accepted, beta):
   )
   recursive = tracking.storm(state.hypergrad, now, before, beta)
   return trees.where(state.step == 0, now, recursive)
-
-
-def inner_variables(state: BSVRBState) -> base.ArrayTree:
-  """The lower variables of all blocks as of now, for evaluation.
-
-  Args:
-    state: State of `bsvrb`.
-
-  Returns:
-    Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
-
-  Raises:
-    TypeError: ``state`` is not the state of `bsvrb`.
-  """
-  _check_state(state)
-  elapsed = _elapsed(state)
-  return _clock.advance(state.inner, state.inner_grad, elapsed)
-
-
-def dual_variables(state: BSVRBState) -> base.ArrayTree:
-  """The dual variables of all blocks as of now, before any projection.
-
-  Args:
-    state: State of `bsvrb` with `track_products`.
-
-  Returns:
-    Pytree like ``inner``, leading axis ``num_blocks``. Cost: all blocks.
-
-  Raises:
-    TypeError: ``state`` is not the state of `bsvrb` with `track_products`.
-  """
-  _check_state(state)
-  checks.check_fields(
-    'state.dual',
-    state.dual,
-    _dual.ProductState._fields,
-    'the state of track_products()',
-  )
-  elapsed = _elapsed(state)
-  return _clock.advance(state.dual.dual, state.dual.residual, elapsed)
-
-
-def _elapsed(state):
-  return state.pace.scale * _clock.elapsed(state.clock, state.touched)[0]
-
-
-def _check_state(state):
-  checks.check_fields('state', state, BSVRBState._fields, 'the state of bsvrb')

@@ -1,12 +1,12 @@
 """The sampled blocks of a multi-block step, evaluated at two points.
 
 What `bsvrb` does with the rows of its tables: gather them, bring them up to the
-current and to the previous point, take the samples there, leave out what is not
-finite, and let the trackers follow.
+current and to the previous point, take the samples there, and leave out what is
+not finite.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import flatten_util
@@ -14,42 +14,12 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import tables
-from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _clock
 from optlab.multi_block import _dual
 from optlab.multi_block import _guard
-
-
-class Rows(NamedTuple):
-  """The rows of the tables that one step sampled."""
-
-  touched: jax.Array
-  visited: jax.Array
-  inner: base.ArrayTree
-  inner_grad: base.ArrayTree
-  dual: Any
-  pace: _guard.Pace
-
-
-class Sampled(NamedTuple):
-  """What one step sampled; points are stacked on a leading axis of two."""
-
-  rows: Rows
-  inner: base.ArrayTree  # at both points
-  held: Any  # at both points
-  clock: jax.Array  # shape (2,), now
-  use: jax.Array  # shape (sampled,), those that count
-  ok: jax.Array  # shape (sampled,), those of them that are not rejected
-  concave: jax.Array  # shape (sampled,), those with negative curvature
-  grown: jax.Array  # shape (sampled,), rejected by where they have gone
-  pace: _guard.Pace
-  value: jax.Array  # shape (sampled,)
-  aux: Any  # of the upper objectives, leading axis sampled
-  inner_grad: base.ArrayTree  # samples at both points
-  dual: Any  # samples at both points
-  hypergrad: tuple[base.Updates, base.Updates]  # sums over those, a point each
+from optlab.multi_block import _rows
 
 
 def sample(
@@ -61,12 +31,11 @@ def sample(
   state: Any,
   batch: Any,
   stable: Callable[[jax.Array], jax.Array] | None,
-) -> Sampled:
+) -> _rows.Sampled:
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
   _blocks.check_batch(batch, num_blocks)
-  sampled = batch.blocks.shape[0]
   use = tables.distinct_blocks(batch.blocks, num_blocks)
-  table = Rows(*(getattr(state, name) for name in Rows._fields))
+  table = _rows.Rows(*(getattr(state, name) for name in _rows.Rows._fields))
   rows = tables.gather_rows(table, batch.blocks)
   elapsed = rows.pace.scale * _clock.elapsed(state.clock, rows.touched)
   inner = _clock.advance(rows.inner, rows.inner_grad, elapsed)
@@ -79,6 +48,7 @@ def sample(
 
   data = batch.upper, batch.lower
   blockwise, total, (stretch, concave, aux) = evaluate(inner, held, data, use)
+  (value, _), inner_grad, dual_sample = blockwise
   finite = tables.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
@@ -92,28 +62,8 @@ def sample(
   keep = use & ~verdict.grown
   bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
 
-  # The sum over blocks has taken in what is not finite. Add up anew, one block
-  # at a time. A loop and not a cond, which under vmap would always be taken.
-  def add(carry):
-    index, ok, total = carry
-
-    def one(tree, axis=0):
-      return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis), tree
-      )
-
-    mask = one(keep)
-    alone, part, _ = evaluate(one(inner, 1), one(held, 1), one(data), mask)
-    fine = mask[0] & tables.finite_rows(alone, 1)[0] & trees.all_finite(part)
-    total = trees.where(fine, jax.tree.map(jnp.add, total, part), total)
-    return index + 1, ok.at[index].set(fine), total
-
-  start = jnp.where(bad, 0, sampled).astype(jnp.int32)
-  empty = jax.tree.map(jnp.zeros_like, total)
-  carry = start, keep & ~bad, trees.where(bad, empty, total)
-  _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
-  (value, _), inner_grad, dual_sample = blockwise
-  return Sampled(
+  ok, total = _without_bad(evaluate, inner, held, data, keep, bad, total)
+  return _rows.Sampled(
     rows=rows,
     inner=inner,
     held=held,
@@ -129,6 +79,35 @@ def sample(
     dual=dual_sample,
     hypergrad=total,
   )
+
+
+def _without_bad(evaluate, inner, held, data, keep, bad, total):
+  """Which blocks are fine, and the sum over them.
+
+  The sum over all has taken in what is not finite. Add up anew, one block at a
+  time. A loop and not a cond, which under vmap would always be taken.
+  """
+
+  def add(carry):
+    index, ok, total = carry
+
+    def one(tree, axis=0):
+      return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis), tree
+      )
+
+    mask = one(keep)
+    alone, part, _ = evaluate(one(inner, 1), one(held, 1), one(data), mask)
+    fine = mask[0] & tables.finite_rows(alone, 1)[0] & trees.all_finite(part)
+    total = trees.where(fine, jax.tree.map(jnp.add, total, part), total)
+    return index + 1, ok.at[index].set(fine), total
+
+  sampled = keep.shape[0]
+  start = jnp.where(bad, 0, sampled).astype(jnp.int32)
+  empty = jax.tree.map(jnp.zeros_like, total)
+  carry = start, keep & ~bad, trees.where(bad, empty, total)
+  _, ok, total = jax.lax.while_loop(lambda c: c[0] < sampled, add, carry)
+  return ok, total
 
 
 def _points(upper, lower, dual, points, inner, held, batch, use):
@@ -229,65 +208,3 @@ def _first(tree):
 
 def _stack(*trees):
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def follow(
-  dual: _dual.Dual,
-  sampled: Sampled,
-  alpha: float | jax.Array,
-  gamma: float | jax.Array,
-  *,
-  first_visit: bool = False,
-) -> Rows:
-  """The sampled rows after the step of their trackers."""
-  first = jnp.logical_or(first_visit, sampled.rows.visited < 0)
-
-  def step(tracker, samples):
-    def leaf(old, sample):
-      sample = sample.astype(old.dtype)
-      new = tracking.msvr(old, sample[0], sample[1], alpha, gamma)
-      return jnp.where(trees.align(first, new), sample[0], new)
-
-    return jax.tree.map(leaf, tracker, samples)
-
-  rows = sampled.rows
-  return Rows(
-    touched=jnp.broadcast_to(sampled.clock, rows.touched.shape),
-    visited=rows.visited,
-    inner=_first(sampled.inner),
-    inner_grad=step(rows.inner_grad, sampled.inner_grad),
-    dual=dual.update(
-      rows.dual,
-      sampled.held,
-      lambda tracker: step(tracker, sampled.dual),
-      sampled.ok,
-    ),
-    pace=sampled.pace,
-  )
-
-
-def write(
-  state: Any,
-  sampled: Sampled,
-  rows: Rows,
-  blocks: jax.Array,
-  visited: int | jax.Array,
-) -> Any:
-  """The state with the rows in its tables, those that are ok as visited.
-
-  A rejected block stands where its last visit left it, its trackers as they
-  were; where a whole step is rejected for its data, nothing is written.
-  """
-  # What is written depends on what was read, here as elsewhere: else the write
-  # could come first, and the table would have to be copied.
-  rows = rows._replace(visited=jnp.maximum(rows.visited, visited))
-  old = sampled.rows
-  stands = old._replace(
-    touched=rows.touched,
-    pace=rows.pace._replace(grad_norm=old.pace.grad_norm),
-  )
-  rows = trees.where(sampled.ok, rows, stands)
-  use = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
-  table = Rows(*(getattr(state, name) for name in Rows._fields))
-  table = tables.scatter_rows(table, rows, blocks, use)
-  return state._replace(**table._asdict())

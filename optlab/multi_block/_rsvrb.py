@@ -5,12 +5,9 @@ for multi-task stochastic bilevel optimization
 <https://arxiv.org/abs/2105.02266>`_, 2021. A baseline of `bsvrb`.
 """
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import flatten_util
 import jax.numpy as jnp
 
 from optlab import base
@@ -20,19 +17,9 @@ from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _blocks
-from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
-
-
-class Tracked(NamedTuple):
-  """What `rsvrb` tracks of each block; lower and upper variables are flat."""
-
-  inner_grad: jax.Array  # shape (num_blocks, dim), of d_y g
-  upper_x: jax.Array  # shape (num_blocks, params), of d_x f
-  upper_y: jax.Array  # shape (num_blocks, dim), of d_y f
-  cross: jax.Array  # shape (num_blocks, dim, params), of d_yx g
-  hessian: jax.Array  # shape (num_blocks, dim, dim), of d_yy g
+from optlab.multi_block import _tracked
 
 
 class RSVRBState(NamedTuple):
@@ -43,7 +30,7 @@ class RSVRBState(NamedTuple):
   previous_params: base.Params  # x one step ago
   inner: base.ArrayTree  # y, leading axis num_blocks
   inner_before: base.ArrayTree  # y one step ago
-  tracked: Tracked
+  tracked: _tracked.Tracked
   scale: jax.Array  # shape (num_blocks,), of the steps of each block
   info: _info.BSVRBInfo
 
@@ -145,14 +132,10 @@ def rsvrb(
   def init(params, inner, first=None):
     _blocks.check_levels(params, inner, num_blocks)
     params, inner = trees.own(params), trees.own(inner)
-    tracked = _start_tracked(params, inner)
+    tracked = _tracked.start(params, inner)
     if first is not None:
       _blocks.check_first(first, num_blocks)
-      rows = tables.gather_rows(inner, first.blocks)
-      samples, _, _ = _sample(levels, params, rows, first)
-      use = tables.distinct_blocks(first.blocks, num_blocks)
-      use &= tables.finite_rows(samples)
-      tracked = tables.scatter_rows(tracked, samples, first.blocks, use)
+      tracked = _tracked.first_pass(tracked, levels, params, inner, first)
     return RSVRBState(
       step=jnp.zeros((), jnp.int32),
       hypergrad=trees.zeros_accumulator(params),
@@ -168,25 +151,23 @@ def rsvrb(
     _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
     rate = trees.at_step(beta, state.step)
     use = tables.distinct_blocks(batch.blocks, num_blocks)
-    (now, value, aux), (before, _, _) = (
-      _sample(levels, x, tables.gather_rows(y, batch.blocks), batch)
-      for x, y in (
-        (params, state.inner), (state.previous_params, state.inner_before),
-      )
-    )  # fmt: skip
+    now, value, aux = _tracked.sample(levels, params, state.inner, batch)
+    before, _, _ = _tracked.sample(
+      levels, state.previous_params, state.inner_before, batch
+    )
     ok = use & tables.finite_rows((now, before, value))
     count, accepted = jnp.sum(use), jnp.sum(ok)
-    scale = num_blocks / jnp.maximum(count, 1)
-    index = jnp.where(ok, batch.blocks, num_blocks)
-    follow = functools.partial(
-      _follow, ok=ok, index=index, rate=rate, scale=scale
+    tracked = _tracked.follow(
+      state.tracked, now, before, batch.blocks, ok, rate,
+      num_blocks / jnp.maximum(count, 1),
+    )  # fmt: skip
+    hypergrad = _tracked.follow_hypergrad(
+      state, tracked, batch.outer, rate, floor
     )
-    tracked = jax.tree.map(follow, state.tracked, now, before)
-    hypergrad = _follow_hypergrad(state, tracked, batch.outer, rate, floor)
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, ok)
     scales = tables.scatter_rows(state.scale, seen.pace.scale, batch.blocks, ok)
-    moved = _move(
+    moved = _tracked.move(
       state.inner, tracked.inner_grad, scales * (lr * count / num_blocks)
     )
     mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
@@ -205,81 +186,6 @@ def rsvrb(
     return result, new._replace(info=info)
 
   return base.GradientEstimator(init, estimate)
-
-
-def _start_tracked(params, inner):
-  """Trackers of zeros."""
-  dtype = trees.accumulator_dtype(params, inner)
-  size = sum(leaf.size for leaf in jax.tree.leaves(params))
-  dim = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(inner))
-  shapes = (dim,), (size,), (dim,), (dim, size), (dim, dim)
-  return Tracked(*(trees.zeros_rows(inner, s, dtype) for s in shapes))
-
-
-def _sample(levels, params, inner, batch):
-  """Fresh samples of all tracked quantities for each block, and values."""
-  upper, lower = levels
-  flat_params, unravel_params = flatten_util.ravel_pytree(params)
-
-  def block(inner, upper_batch, lower_batch):
-    flat, unravel = flatten_util.ravel_pytree(inner)
-
-    def upper_flat(x, y):
-      value, aux = upper(unravel_params(x), unravel(y), upper_batch)
-      return value, (value, aux)
-
-    def lower_grad(x, y):
-      def value(y):
-        return lower(unravel_params(x), unravel(y), lower_batch)
-
-      return jax.grad(value)(y)
-
-    (upper_x, upper_y), (value, aux) = jax.grad(
-      upper_flat, (0, 1), has_aux=True
-    )(flat_params, flat)
-    # The lower variables are few and the parameters many: reverse mode.
-    cross = jax.jacrev(lower_grad, 0)(flat_params, flat)
-    hessian = jax.jacfwd(lower_grad, 1)(flat_params, flat)
-    grad = lower_grad(flat_params, flat)
-    return Tracked(grad, upper_x, upper_y, cross, hessian), value, aux
-
-  return jax.vmap(block)(inner, batch.upper, batch.lower)
-
-
-def _follow(table, now, before, *, ok, index, rate, scale):
-  """A tracker after its step; rows that were not sampled forget, too."""
-  fresh = scale * (now - (1 - rate) * before)
-  fresh = jnp.where(trees.align(ok, fresh), fresh, 0)
-  decayed = ((1 - rate) * table).astype(table.dtype)
-  return decayed.at[index].add(
-    fresh.astype(table.dtype), mode='drop', out_sharding=tables.layout(table)
-  )
-
-
-def _follow_hypergrad(state, tracked, outer, rate, floor):
-  """The estimate after its step; at the first, the hypergradient itself."""
-  num_blocks = tracked.hessian.shape[0]
-  use = tables.distinct_blocks(outer, num_blocks)
-  rows = [tables.gather_rows(t, outer) for t in (tracked, state.tracked)]
-  # Both points in one batch: see project_floor on solves that run at once.
-  both = jax.vmap(_hypergradient, (0, None, None))(
-    jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), use, floor
-  )
-  unravel = flatten_util.ravel_pytree(state.hypergrad)[1]
-  new, old = unravel(both[0]), unravel(both[1])
-  recursive = tracking.storm(state.hypergrad, new, old, rate)
-  return trees.where(state.step == 0, new, recursive)
-
-
-def _hypergradient(rows, use, floor):
-  hessian = _dual.project_floor(rows.hessian, floor, use)
-  factor = jnp.linalg.cholesky(hessian)
-  dual = jax.vmap(lambda f, b: jax.scipy.linalg.cho_solve((f, True), b))(
-    factor, rows.upper_y
-  )
-  parts = rows.upper_x - jnp.einsum('idx,id->ix', rows.cross, dual)
-  parts = jnp.where(use[:, None], parts, 0)
-  return jnp.sum(parts, 0) / jnp.maximum(jnp.sum(use), 1)
 
 
 class _Seen(NamedTuple):
@@ -317,17 +223,3 @@ def _pace(state, blocks, hessian, lr, use, ok):
 
 class _Before(NamedTuple):
   pace: _guard.Pace
-
-
-def _move(inner, inner_grad, length):
-  """The lower variables after a step along their trackers, which are flat."""
-  unravel = flatten_util.ravel_pytree(
-    jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), inner)
-  )[1]
-  return jax.tree.map(
-    lambda y, s: (y - trees.align(length, s).astype(s.dtype) * s).astype(
-      y.dtype
-    ),
-    inner,
-    jax.vmap(unravel)(inner_grad),
-  )

@@ -353,7 +353,7 @@ def test_the_first_pass_is_in_chunks(monkeypatch):
   x, inner = jnp.ones(2), jnp.arange(2.0 * BLOCKS).reshape(BLOCKS, 2)
   states = []
   for chunk in (1024, 8):
-    monkeypatch.setattr('optlab.multi_block._bsvrb.CHUNK', chunk)
+    monkeypatch.setattr('optlab.multi_block._state.CHUNK', chunk)
     estimator = optlab.bsvrb(upper, quadratic, BLOCKS)
     states.append(jax.jit(estimator.init)(x, inner, first))
   whole, chunks = (
