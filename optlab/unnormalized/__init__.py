@@ -11,12 +11,16 @@ from optlab.unnormalized._discrete import Product
 from optlab.unnormalized._discrete import bernoulli
 from optlab.unnormalized._discrete import categorical
 from optlab.unnormalized._discrete import product
+from optlab.unnormalized._discrete_samplers import discrete_langevin_sampler
+from optlab.unnormalized._discrete_samplers import gibbs_sampler
 from optlab.unnormalized._flow import Flow
 from optlab.unnormalized._flow import fit_flow
 from optlab.unnormalized._flow import init_flow
 from optlab.unnormalized._follow import follow
 from optlab.unnormalized._grid import GridLogPartition
 from optlab.unnormalized._grid import grid_log_partition
+from optlab.unnormalized._kernels import hmc_sampler
+from optlab.unnormalized._kernels import kernel_sampler
 from optlab.unnormalized._langevin import LangevinResult
 from optlab.unnormalized._langevin import langevin
 from optlab.unnormalized._likelihood import LogDensity
@@ -47,9 +51,6 @@ from optlab.unnormalized._noise_mixture import defensive
 from optlab.unnormalized._noise_mixture import mixture
 from optlab.unnormalized._samplers import Moved
 from optlab.unnormalized._samplers import Sampler
-from optlab.unnormalized._samplers import discrete_langevin_sampler
-from optlab.unnormalized._samplers import gibbs_sampler
-from optlab.unnormalized._samplers import kernel_sampler
 from optlab.unnormalized._samplers import langevin_sampler
 from optlab.unnormalized._score_matching import DenoisingScoreMatchingInfo
 from optlab.unnormalized._score_matching import DenoisingScoreMatchingState
@@ -99,6 +100,7 @@ __all__ = [
   'gaussian_mixture',
   'gibbs_sampler',
   'grid_log_partition',
+  'hmc_sampler',
   'init_flow',
   'kernel_sampler',
   'langevin',

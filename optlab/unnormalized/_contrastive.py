@@ -3,6 +3,7 @@
 The baseline of `meco` that needs no noise distribution.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _contrastive_rows
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _samplers
@@ -38,6 +40,9 @@ class ContrastiveDivergenceState(NamedTuple):
 
   key: jax.Array  # PRNG key
   chains: jax.Array  # shape [chains, ...], where the persistent chains stand
+  stray: (
+    jax.Array
+  )  # shape [chains], bool, which are outside the model's support
   sampler_state: Any  # the sampler's memory: the step size, say
   info: ContrastiveDivergenceInfo
 
@@ -46,7 +51,6 @@ class ContrastiveDivergenceState(NamedTuple):
   log_density=_likelihood.LOG_DENSITY,
   step_size=checks.POSITIVE,
   num_steps=checks.Integer(),
-  sampler=_samplers.SAMPLER._replace(optional=True),
   restart=checks.Real(low=0.0, high=1.0),
 )
 def contrastive_divergence(
@@ -54,9 +58,10 @@ def contrastive_divergence(
   step_size: float | jax.Array = 0.1,
   num_steps: int = 10,
   *,
-  sampler: _samplers.Sampler | None = None,
+  sampler: _samplers.Sampler | Callable[..., jax.Array] | None = None,
   persistent: bool = True,
   restart: float | jax.Array = 0.05,
+  box: tuple[base.ArrayLike, base.ArrayLike] | None = None,
   adjust: bool = True,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
@@ -78,11 +83,16 @@ def contrastive_divergence(
     step_size: Of the Langevin chains, at the start: it follows their
       acceptance.
     num_steps: Langevin steps per training step, a Python integer.
-    sampler: What moves the chains; ``None`` is ``langevin_sampler(step_size,
-      num_steps, adjust=adjust)``. Zeros and ones need a discrete one, such as
+    sampler: What moves the chains: `langevin_sampler`, `hmc_sampler`,
+      `kernel_sampler` of any kernel of blackjax, or a function ``(log_density,
+      key, rows) -> rows``. ``None`` is ``langevin_sampler(step_size, num_steps,
+      adjust=adjust)``. Zeros and ones need a discrete one, such as
       `gibbs_sampler`.
     persistent: Whether chains go on; else they start at the batch's data.
     restart: Probability that a persistent chain starts anew at a noise row.
+    box: ``(low, high)``, numbers or arrays of a row's shape: the model is its
+      density within, and zero elsewhere; rows of data outside are dropped and
+      counted.
     adjust: Whether to use Metropolis tests; without, samples are biased.
     has_aux: Whether ``log_density`` returns auxiliary output beside the log
       densities: `Estimate.aux`, of data rows and chains together.
@@ -95,11 +105,12 @@ def contrastive_divergence(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``step_size`` or ``restart``
-      not a real number, ``num_steps`` no integer, ``sampler`` none, or the
-      batch not a `NoiseBatch`.
-    ValueError: ``step_size`` is not positive, ``num_steps`` below one, or
-      ``restart`` not in [0, 1]; the batch has no rows, shapes that do not
-      match, or zeros and ones where the sampler is not discrete.
+      not a real number, ``num_steps`` no integer, ``sampler`` or ``box`` none,
+      or the batch not a `NoiseBatch`.
+    ValueError: ``step_size`` is not positive, ``num_steps`` below one,
+      ``restart`` not in [0, 1], or ``box`` empty; the batch has no rows, rows
+      that are no array, shapes that do not match, or values that the sampler
+      does not move on.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -128,29 +139,31 @@ def contrastive_divergence(
 
   Notes:
     A data row whose log density is not finite is dropped and counted; so is a
-    chain outside the model's support, or ten times further out than data and
-    noise, which starts anew at the next step. Data of zeros and ones with
-    Langevin chains: the step is held and its value NaN, where the error cannot
-    be raised (under ``jit``). A chain that starts
-    anew counts at once, and must cross from well to well within ``num_steps``:
-    raise it where wells are apart. Cost per step: ``num_steps`` gradients
-    with respect to rows, and one over data and chains together.
+    chain outside the model's support, outside ``box``, or without one ten times
+    further out than data and noise; it starts anew at the next step. Langevin
+    chains clip their gradients (``max_drift`` of `langevin_sampler`); clip that
+    of the parameters by optax. Data of zeros and ones with Langevin chains, or
+    other values than a discrete sampler moves on: the step is held and its
+    value NaN, where the error cannot be raised (under ``jit``). A chain that
+    starts anew counts at once, and must cross from well to well within
+    ``num_steps``: raise it where wells are apart. Cost per step: ``num_steps``
+    gradients with respect to rows, and one over data and chains together.
   """
   checks.enforce(contrastive_divergence, locals())
-  moves = sampler
-  if moves is None:
-    moves = _samplers.langevin_sampler(
-      step_size,
-      num_steps,
-      adjust=adjust,
-      target_acceptance=0.57 if adjust else 0.98,
+  if sampler is None:
+    target = 0.57 if adjust else 0.98
+    sampler = _samplers.langevin_sampler(
+      step_size, num_steps, adjust=adjust, target_acceptance=target
     )
+  moves = _samplers.as_sampler('sampler', sampler)
+  box = _contrastive_rows.as_box(box)
 
   def init(params, key, chains):
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
       key=key,
       chains=trees.own(chains),
+      stray=jnp.zeros(jnp.shape(chains)[:1], bool),
       sampler_state=moves.init(chains),
       info=ContrastiveDivergenceInfo(
         acceptance=jnp.zeros((), dtype),
@@ -166,40 +179,43 @@ def contrastive_divergence(
       'contrastive_divergence', batch, 'its chains would move from one context'
       ' to another; use meco with contexts.'
     )  # fmt: skip
+    _contrastive_rows.check_arrays(batch)
     dtype = state.info.acceptance.dtype
     model = _likelihood.with_aux(log_density, has_aux)
     key, restart_key, chain_key = jax.random.split(state.key, 3)
-    refused = _check_bits(batch.data, moves.discrete)
-    near = _near(batch)
+    refused = _contrastive_rows.check_values(batch.data, moves)
+    near = _contrastive_rows.near(batch, box)
     start, restarted = _start(
-      state.chains, batch, restart_key, persistent, restart, near
+      state, batch, restart_key, restart if persistent else None, near
     )
     run = moves.step(
-      lambda rows: model(params, rows)[0],
+      _contrastive_rows.within(box, lambda rows: model(params, rows)[0]),
       chain_key,
       start,
       state.sampler_state,
     )
-    rule = _rule(state.info, near(run.rows), refused, dtype)
+    inside = near(batch.data) | (box is None), near(run.rows)
+    rule = _rule(state.info, inside, refused, dtype)
     joined = _likelihood.aligned(
       _noise_batch.NoiseBatch(
         batch.data, run.rows, jnp.zeros(run.rows.shape[0])
       )
     )
-    grads, (value, tally), aux = _likelihood.joint_gradient(
+    grads, (value, stray, tally), aux = _likelihood.joint_gradient(
       log_density, params, joined, rule, dtype, has_aux
     )
-    info = _info(state.info, tally, run, restarted)
-    state = ContrastiveDivergenceState(key, run.rows, run.state, info)
+    info = _info(state.info, tally, run, restarted, box)
+    state = ContrastiveDivergenceState(key, run.rows, stray, run.state, info)
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
 
 
-def _info(info, tally, run, restarted):
+def _info(info, tally, run, restarted, box):
   """The diagnostics after a step."""
-  for name in ('rejected', 'total_rejected'):
-    tally[name] += run.rejected
+  if box is None:  # Else a proposal may be out of the box, which is no fault.
+    for name in ('rejected', 'total_rejected'):
+      tally[name] += run.rejected
   return ContrastiveDivergenceInfo(
     acceptance=run.acceptance.astype(info.acceptance.dtype),
     restarted=restarted,
@@ -208,11 +224,13 @@ def _info(info, tally, run, restarted):
   )
 
 
-def _rule(info, chain_near, refused, dtype):
+def _rule(info, near, refused, dtype):
   """How much each row counts: data against chains that are not far out."""
 
   def rule(log_p_data, log_p_chains):
-    goods = jnp.isfinite(log_p_data), jnp.isfinite(log_p_chains) & chain_near
+    goods = jnp.isfinite(log_p_data) & near[0], jnp.isfinite(log_p_chains)
+    stray = ~goods[1]
+    goods = goods[0], goods[1] & near[1]
     usable = jnp.any(goods[0]) & jnp.any(goods[1]) & ~refused
     signs = jnp.asarray([-1, 1], dtype)
     cotangents = (
@@ -223,57 +241,26 @@ def _rule(info, chain_near, refused, dtype):
       log_p_data, goods[0]
     )
     value = jnp.where(refused, jnp.nan, value)
-    return cotangents, (value, _likelihood.tally(info, goods, ~usable))
+    return cotangents, (value, stray, _likelihood.tally(info, goods, ~usable))
 
   return rule
 
 
-def _check_bits(data, discrete):
-  """Whether data are zeros and ones that the sampler cannot move on."""
-  if discrete:
-    return jnp.asarray(False)
-  remedy = (
-    'contrastive_divergence: Langevin chains leave {}; pass a sampler that'
-    ' moves on them, such as sampler=optlab.unnormalized.gibbs_sampler().'
-  )
-  if not jnp.issubdtype(data.dtype, jnp.floating):
-    raise ValueError(remedy.format(f'data of dtype {data.dtype}'))
-  zero, one = data == 0, data == 1
-  bits = jnp.all(zero | one) & jnp.any(zero) & jnp.any(one)
-  if not isinstance(bits, jax.core.Tracer) and bits:
-    raise ValueError(remedy.format('data of zeros and ones'))
-  return bits
-
-
-def _near(batch):
-  """Tells rows that are not ten times further out than data and noise."""
-  rows = batch.data, batch.noise
-  low = jnp.minimum(*(jnp.min(part, 0) for part in rows))
-  high = jnp.maximum(*(jnp.max(part, 0) for part in rows))
-  middle, reach = (low + high) / 2, 10 * (high - low)
-
-  def near(rows):
-    axes = tuple(range(1, rows.ndim))
-    # NaN is not near; without a spread everything is.
-    inside = (jnp.abs(rows - middle) <= reach) | (reach == 0)
-    return jnp.all(inside, axes)
-
-  return near
-
-
-def _start(chains, batch, key, persistent, restart, near):
+def _start(state, batch, key, restart, near):
   """Where the chains of a step start, and how many start anew."""
+  chains = state.chains
   if batch.noise.shape[1:] != chains.shape[1:]:
     raise ValueError(
       'contrastive_divergence: chains must have the shape of the rows of'
       f' noise, {batch.noise.shape[1:]}, got {chains.shape[1:]}.'
     )
   num, m = chains.shape[0], batch.noise.shape[0]
-  if persistent:
-    anew = (jax.random.uniform(key, (num,)) < restart) | ~near(chains)
+  if restart is not None:
+    anew = jax.random.uniform(key, (num,)) < restart
+    anew |= state.stray | ~near(chains)
     fresh = jnp.concatenate([batch.noise] * -(-num // m))[:num]
     restarted = jnp.sum(anew).astype(jnp.int32)
-    return trees.where(anew, fresh, chains), restarted
+    return trees.where(anew, fresh.astype(chains.dtype), chains), restarted
   start = batch.data.astype(chains.dtype)
   if start.shape != chains.shape:
     raise ValueError(

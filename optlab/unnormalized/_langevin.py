@@ -31,6 +31,7 @@ class LangevinResult(NamedTuple):
   log_density=_likelihood.LOG_DENSITY_OF_ROWS,
   step_size=checks.POSITIVE,
   num_steps=checks.Integer(),
+  max_drift=checks.POSITIVE,
 )
 def langevin(
   log_density: Callable[[jax.Array], jax.Array],
@@ -40,6 +41,7 @@ def langevin(
   num_steps: int,
   *,
   adjust: bool = True,
+  max_drift: float | jax.Array = 3.0,
 ) -> LangevinResult:
   r"""Runs Langevin chains on a density known up to its normalizer.
 
@@ -59,6 +61,8 @@ def langevin(
       to ``rows``, one a column, say.
     num_steps: Steps, a Python integer.
     adjust: Whether to correct by Metropolis tests.
+    max_drift: The gradient is clipped so that a step's drift is at most this
+      many kicks long.
 
   Returns:
     A `LangevinResult`.
@@ -66,8 +70,8 @@ def langevin(
   Raises:
     TypeError: ``log_density`` is not a function, ``step_size`` not a real
       number, ``num_steps`` no integer, or ``rows`` are not floating.
-    ValueError: ``step_size`` is not positive or does not fit ``rows``, or
-      ``num_steps`` below one.
+    ValueError: ``step_size`` or ``max_drift`` is not positive, ``step_size``
+      does not fit ``rows``, or ``num_steps`` is below one.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -83,8 +87,8 @@ def langevin(
     <https://doi.org/10.2307/3318418>`_, Bernoulli 1996
 
   Notes:
-    A drift longer than three kicks is cut to that, in the tests too: an
-    unstable chain walks where it would explode. Cost per step: one gradient of
+    The clip counts in the tests too, which stay exact: an unstable chain walks
+    where it would explode. Cost per step: one gradient of
     the model with respect to its rows.
   """
   checks.enforce(langevin, locals())
@@ -94,7 +98,15 @@ def langevin(
       f'rows must be a floating array, got {type(rows).__name__} of dtype'
       f' {dtype}.'
     )
-  run = chains(log_density, key, rows, step_size, num_steps, adjust=adjust)
+  run = chains(
+    log_density,
+    key,
+    rows,
+    step_size,
+    num_steps,
+    adjust=adjust,
+    max_drift=max_drift,
+  )
   return LangevinResult(run.rows, run.acceptance, run.rejected)
 
 
@@ -115,6 +127,7 @@ def chains(
   num_steps: int,
   *,
   adjust: bool,
+  max_drift: float | jax.Array = 3.0,
 ) -> Run:
   """Runs chains, see `langevin`."""
   step_size = jnp.asarray(step_size, rows.dtype)
@@ -129,7 +142,7 @@ def chains(
     )
 
   def step(carry, key):
-    return _step(log_density, carry, key, step_size, adjust)
+    return _step(log_density, carry, key, (step_size, max_drift), adjust)
 
   log_p, slope = score(log_density, rows)
   start = _Chains(rows, log_p, jnp.where(jnp.isfinite(slope), slope, 0))
@@ -162,8 +175,9 @@ def score(log_density, rows):
   return log_p.astype(trees.accumulator_dtype(rows)), slope.astype(rows.dtype)
 
 
-def _drift(slope, step_size):
-  """Half a step along the slope, and never longer than three kicks."""
+def _drift(slope, length_of):
+  """Half a step along the slope, and never longer than so many kicks."""
+  step_size, max_drift = length_of
   axes = tuple(range(1, slope.ndim))
   drift = 0.5 * step_size * slope
   top = jnp.max(jnp.abs(drift), axes, keepdims=True, initial=0)
@@ -172,24 +186,24 @@ def _drift(slope, step_size):
   kick = jnp.sqrt(
     jnp.sum(jnp.broadcast_to(step_size, slope.shape), axes, keepdims=True)
   )
-  short = length <= 3 * kick
-  return jnp.where(short, drift, unit * (3 * kick * top / length))
+  most = jnp.asarray(max_drift, slope.dtype) * kick
+  return jnp.where(length <= most, drift, unit * (most * top / length))
 
 
-def _log_proposal(to, start, slope, step_size):
+def _log_proposal(to, start, slope, length_of):
   """Log density of a proposal, up to what is the same in both directions."""
   wide = trees.accumulator_dtype(start)
-  gap = (to - start - _drift(slope, step_size)).astype(wide)
+  gap = (to - start - _drift(slope, length_of)).astype(wide)
   axes = tuple(range(1, start.ndim))
-  return -jnp.sum(gap**2 / (2 * step_size.astype(wide)), axes)
+  return -jnp.sum(gap**2 / (2 * length_of[0].astype(wide)), axes)
 
 
-def _step(log_density, chains, key, step_size, adjust):
+def _step(log_density, chains, key, length_of, adjust):
   """A step of all chains, its acceptance, and how many turned non-finite."""
   here, log_p, slope = chains
   move_key, test_key = jax.random.split(key)
   kick = jax.random.normal(move_key, here.shape, here.dtype)
-  there = here + _drift(slope, step_size) + jnp.sqrt(step_size) * kick
+  there = here + _drift(slope, length_of) + jnp.sqrt(length_of[0]) * kick
   moved = _Chains(there, *score(log_density, there))
   finite = jnp.isfinite(moved.log_p) & jnp.all(
     jnp.isfinite(moved.slope), tuple(range(1, here.ndim))
@@ -197,8 +211,8 @@ def _step(log_density, chains, key, step_size, adjust):
   log_ratio = (
     moved.log_p
     - log_p
-    + _log_proposal(here, there, moved.slope, step_size)
-    - _log_proposal(there, here, slope, step_size)
+    + _log_proposal(here, there, moved.slope, length_of)
+    - _log_proposal(there, here, slope, length_of)
   )
   # A chain that starts outside the support takes the first way in.
   log_ratio = jnp.where(jnp.isfinite(log_p), log_ratio, 0)

@@ -202,6 +202,7 @@ discrete_langevin_sampler = family(
   'discrete_langevin_sampler', step_size=0.1, num_steps=1
 )
 kernel_sampler = family('kernel_sampler', make=lambda log_p: None, num_steps=1)
+hmc_sampler = family('hmc_sampler', step_size=0.1, num_steps=1)
 bernoulli = family('bernoulli', rates=np.full(2, 0.5))
 categorical = family('categorical', weights=np.ones((2, 3)))
 product = family('product', x=NOISE)
