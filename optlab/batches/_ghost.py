@@ -155,8 +155,14 @@ def _zeros(params, examples):
   falses = [false(leaf, 1) for leaf in jax.tree.leaves(examples)]
   # Only in a shard_map may parameters differ from device to device.
   falses += [
-    false(leaf, 0)
-    for leaf in jax.tree.leaves(params)
-    if getattr(jax.typeof(leaf), 'vma', True)
+    false(leaf, 0) for leaf in jax.tree.leaves(params) if _varies(leaf)
   ]
   return functools.reduce(jnp.logical_or, falses)
+
+
+def _varies(leaf):
+  """Whether the type of an array says that devices hold different ones."""
+  aval = jax.typeof(leaf)
+  if hasattr(aval, 'manual_axis_type'):
+    return bool(aval.manual_axis_type.varying)
+  return bool(getattr(aval, 'vma', True))

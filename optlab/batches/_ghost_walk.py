@@ -12,10 +12,12 @@ from typing import Any
 import jax
 from jax.extend import core as jax_core
 
+from optlab.batches import _ghost_programs as programs
 from optlab.batches import _ghost_taps as taps
-from optlab.batches._ghost_taps import Meeting
-from optlab.batches._ghost_taps import Node
-from optlab.batches._ghost_taps import Value
+from optlab.batches import _ghost_values
+from optlab.batches._ghost_values import Meeting
+from optlab.batches._ghost_values import Node
+from optlab.batches._ghost_values import Value
 
 _CALLS = frozenset(('jit', 'pjit', 'closed_call', 'core_call'))
 _REMAT = frozenset(('remat2', 'checkpoint'))
@@ -65,7 +67,7 @@ def _plan(closed, count, wide):
       if len({meeting.frame for meeting in meetings}) > 1:
         strange.add(leaf)
       else:
-        plans[leaf] = taps.plan(avals[leaf], meetings)
+        plans[leaf] = _ghost_values.plan(avals[leaf], meetings)
     if strange <= opaque:
       return plans, walker.loops
     opaque |= strange
@@ -88,7 +90,8 @@ class Walker:
     self.opaque = frozenset(opaque)
     self.meetings: dict[int, list[Meeting]] = {}
     self.strange: set[int] = set()
-    self.taps = taps.Taps(wide, plans, slots)
+    self.programs = programs.Programs()
+    self.taps = taps.Taps(wide, plans, slots, self.programs)
 
   def open(self, shapes, frame):
     """Makes what meetings add up in, for the leaves of a frame."""
@@ -99,7 +102,9 @@ class Walker:
 
   def loss(self, closed, arrays, count):
     """The value of the loss; a part without data is met at the end."""
-    inputs = [taps.leaf(array, i) for i, array in enumerate(arrays[:count])]
+    inputs = [
+      _ghost_values.leaf(array, i) for i, array in enumerate(arrays[:count])
+    ]
     inputs += [Value(array, True) for array in arrays[count:]]
     (out,) = self.walk(closed.jaxpr, closed.consts, inputs, (), ())
     return self.materialize(out, ('loss',), ())
@@ -114,16 +119,48 @@ class Walker:
         return Value(atom.val)
       return env[atom]
 
+    stretch = programs.Stretch(self.programs)
+    last = programs.last_reads(jaxpr)
+
+    def settle(values, atoms, i):
+      """The same values, with arrays."""
+      if all(value.array is not None for value in values):
+        return values
+      arrays = stretch.run(
+        lambda var: env[var].array, lambda var: last.get(var, -1) >= i
+      )
+      env.update((v, env[v]._replace(array=a)) for v, a in arrays.items())
+      return [read(atom) for atom in atoms]
+
     for i, eqn in enumerate(jaxpr.eqns):
       values = [read(atom) for atom in eqn.invars]
-      outs = self.equation(eqn, values, (*path, i), level)
+      if self.waits(eqn, values):
+        stretch.eqns.append(eqn)
+        has_data = any(value.has_data for value in values)
+        outs = [Value(None, has_data)] * len(eqn.outvars)
+      else:
+        values = settle(values, eqn.invars, i)
+        outs = self.equation(eqn, values, (*path, i), level)
       env |= dict(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    outs = [read(atom) for atom in jaxpr.outvars]
+    return settle(outs, jaxpr.outvars, len(jaxpr.eqns))
+
+  def waits(self, eqn, values):
+    """Whether it may run later, together with others."""
+    return (
+      self.plans is not None
+      and not eqn.effects
+      and not any(value.leaves for value in values)
+    )
 
   def run(self, eqn, arrays):
-    if self.plans is None and eqn is not taps.IDENTITY:
+    if eqn is programs.IDENTITY:
+      return list(arrays)
+    if self.plans is None:
       return [var.aval for var in eqn.outvars]
-    return taps.run(eqn, arrays)
+    return self.programs.of(
+      programs.signature(eqn), lambda *arrays: programs.run(eqn, arrays)
+    )(*arrays)
 
   def equation(self, eqn, values, path, level):
     used = frozenset().union(*(value.leaves for value in values))
@@ -150,7 +187,7 @@ class Walker:
     """An operation before the data is met: redone where it is met."""
     node = Node(eqn, tuple(values))
     outs = self.run(eqn, [value.array for value in values])
-    views = taps.views(eqn, values)
+    views = _ghost_values.views(eqn, values)
     repeated = any(value.repeated for value in values)
     frames = {value.frame for value in values if value.leaves}
     if len(frames) > 1:  # Of a loop's slices and of the world around it.
@@ -167,7 +204,7 @@ class Walker:
       return self.taps.tap(eqn, values, outs, used, path)
     for leaf in used:
       found = [value for value in values if leaf in value.leaves]
-      kind = taps.kind_of(eqn, values) if len(used) == 1 else None
+      kind = _ghost_values.kind_of(eqn, values) if len(used) == 1 else None
       frames = {value.frame for value in found}
       if len(frames) > 1:
         self.strange.add(leaf)
@@ -188,7 +225,7 @@ class Walker:
     """Lets a value without data meet it, in an identity."""
     if not value.leaves:
       return value
-    return self.meet(taps.IDENTITY, [value], path, level)[0]
+    return self.meet(programs.IDENTITY, [value], path, level)[0]
 
   def remat(self, eqn, values, path, level):
     """A checkpointed part stays one."""
@@ -223,7 +260,7 @@ class Walker:
 
   def scan(self, eqn, values, path, level):
     """Layers in a loop: each takes its slice of stacked parameters."""
-    loop = taps.Loop.of(eqn)
+    loop = _ghost_values.Loop.of(eqn)
     if self.plans is None:
       for value in loop.split(values)[2]:
         if not value.view:
@@ -253,7 +290,7 @@ class Walker:
         if value.leaves:
           (i,) = value.leaves
           shapes[i] = array
-          inside.append(taps.leaf(array, i, path))
+          inside.append(_ghost_values.leaf(array, i, path))
         else:
           inside.append(Value(array, value.has_data))
       self.open(shapes, path)
@@ -290,7 +327,7 @@ class Walker:
     """Which carried and stacked values have data, once nothing changes."""
     has_data = [value.has_data for value in carry]
     carry_avals = [value.array for value in carry]
-    slices = [taps.slice_of(value.array) for value in xs]
+    slices = [_ghost_values.slice_of(value.array) for value in xs]
     while True:
       before = {leaf: list(found) for leaf, found in self.meetings.items()}
       outs = [out.has_data for out in body(carry_avals, slices, has_data)]

@@ -1,14 +1,19 @@
 """Ghost norms of the models that people train, against explicit gradients."""
 
+import cProfile
+import functools
+import pstats
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import ghost
 import optlab
 from optlab.batches import _ghost_norms
-from optlab.batches import _ghost_taps
+from optlab.batches import _ghost_values
 from optlab.batches import _ghost_walk
 
 N, T, D, V = 5, 6, 4, 11
@@ -329,6 +334,23 @@ def test_a_large_gradient_is_made_in_parts(x64, monkeypatch):
     )
 
 
+def test_tracing_is_linear_in_depth_and_within_three_of_plain():
+  """In calls of functions, which do not depend on the load of a machine."""
+
+  def calls(norms, depth):
+    stack = [ghost.layers(64)] * depth
+    args = ghost.model(64, 512, 32, stack), ghost.tokens(4, 32)
+    for _ in range(2):  # The first fills the caches of JAX.
+      with cProfile.Profile() as profile:
+        fresh = functools.partial(ghost.language_model)
+        ghost.lowered(fresh, norms, *args)
+    return pstats.Stats(profile).total_calls
+
+  plain, short = calls(False, 4), calls(True, 4)
+  assert short <= 3 * plain
+  assert calls(True, 8) <= 2 * short
+
+
 def test_memory_is_that_of_a_gradient():
   """Temporaries of layers in a loop below an output that is wide."""
 
@@ -456,5 +478,5 @@ def test_the_walk_reads_a_loop_of_every_jax():
   closed = jax.make_jaxpr(
     lambda c, w: jax.lax.scan(lambda x, w: (c * x @ w, x), jnp.ones(D), w)
   )(1.0, jnp.ones((3, D, D)))
-  loop = _ghost_taps.Loop.of(closed.jaxpr.eqns[-1])
+  loop = _ghost_values.Loop.of(closed.jaxpr.eqns[-1])
   assert (loop.consts, loop.carry, loop.length) == (1, 1, 3)
