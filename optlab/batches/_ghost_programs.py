@@ -73,7 +73,7 @@ class Stretch:
     eqns, self.eqns = self.eqns, []
     inner: dict[Any, int] = {}
     outer: dict[Any, int] = {}
-    wires = []
+    wires: list[Any] = []
     for eqn in eqns:
       wires.append(tuple(_wire(atom, inner, outer) for atom in eqn.invars))
       for var in eqn.outvars:
@@ -100,7 +100,7 @@ class Stretch:
     return dict(zip(results, arrays, strict=True))
 
 
-def _wire(atom, inner, outer):
+def _wire(atom: Any, inner: Any, outer: Any) -> tuple[str, Any]:
   """Where an operand comes from."""
   if isinstance(atom, jax_core.Literal):
     value = np.asarray(atom.val)
@@ -112,7 +112,7 @@ def _wire(atom, inner, outer):
 
 def last_reads(jaxpr: Any) -> dict[Any, int]:
   """The place of the last equation that reads a variable."""
-  reads = {}
+  reads: dict[Any, int] = {}
   for i, eqn in enumerate(jaxpr.eqns):
     reads.update((atom, i) for atom in eqn.invars if _is_var(atom))
   reads.update(

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from optlab.batches import _ghost_norms
@@ -226,7 +227,7 @@ class Loop(NamedTuple):
       consts, carry = (len(list(part)) for part in parts[:2])
     jaxpr = params['jaxpr']
     if not hasattr(jaxpr, 'consts'):
-      jaxpr = jax.extend.core.ClosedJaxpr(jaxpr, ())
+      jaxpr = jax_core.ClosedJaxpr(jaxpr, ())
     return cls(jaxpr, consts, carry, params['length'])
 
   def split(self, values: Sequence[Any]) -> tuple[list, list, list]:
