@@ -207,7 +207,7 @@ def draw(found: list[dict], path) -> None:
     axes.set_ylabel(f'{unit} to the target')
     axes.grid(alpha=0.3, which='both')
   panels[0].legend()
-  plots.save(figure, path)
+  plots.save(figure, path, title='parallel speedup in the sampled blocks')
 
 
 @launch.program

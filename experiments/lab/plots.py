@@ -105,7 +105,11 @@ def _space_ticks(axis: Any) -> None:
     return
   low, high = axis.get_view_interval()
   if high < 100.0 * low:
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(
+      ticker.LogLocator(subs=(1.0, 2.0, 5.0))
+      if high > 10.0 * low
+      else ticker.MaxNLocator(4)  # LogLocator's own here is far too dense.
+    )
     axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   axis.set_minor_formatter(ticker.NullFormatter())
 

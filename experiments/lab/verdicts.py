@@ -228,6 +228,7 @@ def show_profile(rows: Sequence[dict], methods: Sequence[str]) -> None:
 def draw_profile(rows: Sequence[dict], methods: Sequence[str], path: Any):
   """The performance profile."""
   ratios = profile(rows, methods)
+  count = len(next(iter(ratios.values())))
   finite = [r for v in ratios.values() for r in v if math.isfinite(r)]
   end = 1.1 * max(finite, default=2.0)
   figure, axes = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
@@ -244,4 +245,4 @@ def draw_profile(rows: Sequence[dict], methods: Sequence[str], path: Any):
   )  # fmt: skip
   figure.legend(fontsize=8, loc='outside right upper')
   axes.grid(alpha=0.3)
-  plots.save(figure, path)
+  plots.save(figure, path, title=f'performance profile of {count} problems')

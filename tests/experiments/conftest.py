@@ -1,0 +1,71 @@
+"""Every picture that a test's program draws is looked at as it is saved."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from experiments.lab import plots
+
+
+def _overlapping(labels):
+  """Pairs of an axis's labels that are written into each other."""
+  boxes = [
+    (label.get_text(), label.get_window_extent())
+    for label in labels
+    if label.get_text() and label.get_visible()
+  ]
+  return [
+    (one, other)
+    for (one, box), (other, beside) in itertools.pairwise(boxes)
+    if box.overlaps(beside)
+  ]
+
+
+def _faults(figure):
+  """What a reader of the picture would stumble over, in words."""
+  faults = []
+  named = figure.get_suptitle() or any(a.get_title() for a in figure.axes)
+  if not named:
+    faults.append('no title')
+  for place, axes in enumerate(figure.axes):
+    if not axes.get_visible():
+      continue
+    where = f'panel {place} ({axes.get_title() or axes.get_ylabel()})'
+    if not (axes.lines or axes.collections or axes.patches or axes.images):
+      if not axes.texts:
+        faults.append(f'{where}: empty, and does not say why')
+      continue
+    for axis in (axes.xaxis, axes.yaxis):
+      low, high = sorted(axis.get_view_interval())
+      labels = [
+        tick.label1
+        for tick in axis.get_major_ticks()
+        if low <= tick.get_loc() <= high
+      ]
+      faults += [
+        f'{where}: {one!r} runs into {other!r}'
+        for one, other in _overlapping(labels)
+      ]
+    if axes.get_xlabel() in plots.LABELS.values():
+      faults += [
+        f'{where}: {line.get_label()!r} goes back in time'
+        for line in axes.lines
+        if line.get_linestyle() != 'None'
+        and np.any(np.diff(line.get_xdata()) < 0)
+      ]
+  return faults
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+  """Fails a test whose picture is empty, untitled, or illegible."""
+  save, seen = plots.save, {}
+
+  def look(figure, path, **kwargs):
+    save(figure, path, **kwargs)
+    seen[str(path)] = _faults(figure)
+
+  monkeypatch.setattr(plots, 'save', look)
+  yield seen
+  assert not any(seen.values()), seen
