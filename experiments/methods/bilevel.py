@@ -109,7 +109,7 @@ def methods(
     'bo_rep_single': _bo_rep(1, 1),
     'soba': Method(optlab.soba, 0, 2, 2),
     'stocbio': Method(stocbio, n, 2 + n, q + 1),
-    'ttsa': Method(ttsa, 1, 3, (q - 1) / 2 + 1, keyed=True),
+    'ttsa': Method(ttsa, 1, 3, (q - 1) / 2 + 2, keyed=True),
     'unrolled': Method(unrolled(True), n, 1 + n, 2 * n),
     'unrolled_cold': Method(unrolled(False), n, 1 + n, 2 * n),
     'implicit': Method(implicit, n, 2 + n, max_steps + 3),

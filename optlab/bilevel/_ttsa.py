@@ -101,9 +101,9 @@ def ttsa(
     are the caller's: decay the upper rate faster than the lower one.
 
     Cost: one upper gradient, one lower gradient, one lower linearization, on
-    average ``(Q - 1) / 2`` Hessian-vector products and one cross product. Under
-    ``vmap`` every member waits for the largest power. The estimate's variance
-    grows with Q.
+    average ``(Q - 1) / 2 + 1`` Hessian-vector products (the last to see whether
+    ``g_yy`` is indefinite) and one cross product. Under ``vmap`` every member
+    waits for the largest power. The estimate's variance grows with Q.
   """
   checks.enforce(ttsa, locals())
   problem = _bilevel.problem_of(
