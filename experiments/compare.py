@@ -22,11 +22,13 @@ import matplotlib.pyplot as plt
 
 from .lab import contests
 from .lab import flags
+from .lab import functions
 from .lab import launch
 from .lab import plots
 from .lab import study
 from .lab import verdicts
 from .lab.session import Session
+from .problems import classic
 
 PIECES = study.PIECES
 # For sets of problems: what runs on all of them.
@@ -52,7 +54,7 @@ class Config(flags.Config):
     ' or a Python file.',
   )
   problems: str = flags.flag(
-    '', 'A set of problems in its place.', choices=('', *contests.SETS)
+    '', 'A set of problems in its place.', choices=('', *classic.SETS)
   )
   data_dir: str = flags.flag(
     '', 'Folder with MNIST, which a set has if it is given.'
@@ -80,16 +82,16 @@ class Config(flags.Config):
 def problems(config: Config) -> dict[str, study.Problem]:
   """The problems of the flags, by name."""
   if config.problems:
-    makers = dict(contests.SETS[config.problems])
+    makers = dict(classic.SETS[config.problems])
     if config.data_dir:
-      makers['mnist'] = functools.partial(contests.mnist, config.data_dir)
+      makers['mnist'] = functools.partial(classic.mnist, config.data_dir)
     return {name: make() for name, make in makers.items()}
-  named = contests.PROBLEMS | contests.CLASSIC
+  named = contests.PROBLEMS | classic.CLASSIC
   name = config.problem
   if name in named:
     return {name: named[name]()}
   if name.endswith('.py') and pathlib.Path(name).is_file():
-    return {pathlib.Path(name).stem: contests.of_file(name)}
+    return {pathlib.Path(name).stem: functions.of_file(name)}
   raise flags.UserError(
     f'--problem={name}: not a Python file, and not one of {", ".join(named)}'
   )

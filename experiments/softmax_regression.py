@@ -8,7 +8,7 @@ import dataclasses
 from .lab import flags
 from .lab import launch
 from .lab import newton
-from .problems import smooth
+from .problems import regressions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config(newton.RegressionConfig):
 @launch.program
 def main(config: Config) -> None:
   """Runs the comparison."""
-  newton.regress('softmax_regression', smooth.softmax, config)
+  newton.regress('softmax_regression', regressions.softmax, config)
 
 
 if __name__ == '__main__':

@@ -124,38 +124,10 @@ def _advance(problem, method, state: Progress, data) -> Progress:
   )  # fmt: skip
 
 
-def _cast(problem: smooth.Problem, dtype) -> smooth.Problem:
-  """The problem with its data and metric in the dtype of the run."""
-  cast = lambda tree: jax.tree.map(
-    lambda leaf: jnp.asarray(
-      leaf, dtype if np.issubdtype(leaf.dtype, np.floating) else None
-    ),
-    tree,
-  )
-  return problem._replace(data=cast(problem.data), metric=cast(problem.metric))
-
-
-def least_value(problem: smooth.Problem) -> float:
-  """The least value: known, or found in float64 by the exact Newton method."""
-  if problem.least is not None:
-    return problem.least
-  with jax.enable_x64(True):
-    wide = _cast(problem, jnp.float64)
-    method = methods.methods(['gns'], ['exact'], wide)[0]
-    run = jax.jit(
-      lambda params, data: (
-        _minimize(
-          wide, method, params, data, max_steps=200, stall_steps=3
-        ).value
-      )
-    )
-    return float(run(jnp.asarray(problem.start(0)), wide.data))
-
-
 def _suboptimality(problem: smooth.Problem, least: float):
   """``params -> value and f - f*``, in float64 whatever the run's precision."""
   with jax.enable_x64(True):
-    wide = _cast(problem, jnp.float64)
+    wide = smooth.cast(problem, jnp.float64)
 
   value_and_grad = jax.jit(jax.value_and_grad(problem.fun))
 
@@ -382,8 +354,8 @@ def compare(
   Returns:
     The session, for its rows.
   """
-  cast = _cast(problem, jnp.dtype(config.precision))
-  least = least_value(problem)
+  cast = smooth.cast(problem, jnp.dtype(config.precision))
+  least = smooth.least_value(problem)
   evaluate = _suboptimality(problem, least)
   header = {'problem': problem.name, 'least': least, 'show': 'suboptimality'}
   with Session(program, config, **header) as session:

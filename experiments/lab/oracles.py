@@ -157,10 +157,10 @@ def count(step: Callable[..., Any], *args: Any, rounds: float = 1) -> Calls:
 def _calls(equation: Any) -> Calls | None:
   """Those that a mark stands for."""
   # A pass back through a gradient gives the products of all variables.
-  products = equation.params.get('variables', 1)
+  all_products = Calls(products=equation.params.get('variables', 1))
   return {
     'oracle_value': Calls(values=1), 'oracle_gradient': Calls(gradients=1),
-    'oracle_product': Calls(products=1), 'oracle_back': Calls(products=products),
+    'oracle_product': Calls(products=1), 'oracle_back': all_products,
   }.get(equation.primitive.name)  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 from experiments import compare
 from experiments.lab import contests
 from experiments.lab import flags
+from experiments.lab import functions
 from experiments.lab import launch as launch_lib
 from experiments.lab import oracles
 from experiments.lab import record
@@ -23,6 +24,7 @@ from experiments.lab import tables
 from experiments.lab import verdicts
 from experiments.methods import bilevel
 from experiments.methods import optimizers
+from experiments.problems import classic
 import optlab
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -331,7 +333,7 @@ def test_a_bad_file_is_one_line(tmp_path, text, match):
   path = tmp_path / 'mine.py'
   path.write_text(text)
   with pytest.raises(flags.UserError, match=f'--problem=.*{match}'):
-    contests.of_file(str(path))
+    functions.of_file(str(path))
 
 
 def test_the_page_on_comparing_runs(tmp_path, monkeypatch):
@@ -353,8 +355,8 @@ def test_the_page_on_comparing_runs(tmp_path, monkeypatch):
 
 
 def test_a_set_of_problems_has_a_profile(tmp_path, capsys, monkeypatch):
-  few = {name: contests.CLASSIC[name] for name in ('linear', 'cutest_box3')}
-  monkeypatch.setitem(contests.SETS, 'classic', few)
+  few = {name: classic.CLASSIC[name] for name in ('linear', 'cutest_box3')}
+  monkeypatch.setitem(classic.SETS, 'classic', few)
   config = compare.Config(
     output_dir=str(tmp_path), problems='classic', methods=('lbfgs', 'sgd'),
     learning_rates=(1e-3, 1e-2), seeds=2, tuning_seeds=1,

@@ -18,6 +18,7 @@ from experiments.lab import flags
 from experiments.lab import newton
 from experiments.lab import record
 from experiments.problems import data
+from experiments.problems import regressions
 from experiments.problems import smooth
 import optlab
 
@@ -104,12 +105,12 @@ def test_softmax_regression(tmp_path, x64, load):
   assert [row['reached'] for row in summaries] == [True, True]
 
 
-@pytest.mark.parametrize('make', [smooth.logistic, smooth.softmax])
+@pytest.mark.parametrize('make', [regressions.logistic, regressions.softmax])
 def test_curvatures_called_exact_gauss_newton_and_fisher_are_one(x64, make):
   rng = np.random.default_rng(0)
   labels = np.arange(12) % 2
   rows = data.Dataset('rows', rng.normal(size=(12, 3)), labels, np.arange(2))
-  problem = newton._cast(make(rows, 0.1), np.float64)
+  problem = smooth.cast(make(rows, 0.1), np.float64)
   x = jax.numpy.asarray(problem.start(1))
   exact, *same = (
     optlab.dense(problem.curvatures[name].factory)(x, problem.data).matrix
@@ -173,7 +174,7 @@ def test_float32_reaches_what_float32_can(small):
 
 
 def test_scikit_learns_calls_are_counted(x64):
-  problem = smooth.logistic(data.load('breast_cancer'), 0.1)
+  problem = regressions.logistic(data.load('breast_cancer'), 0.1)
   with newton._counting(columns=30) as counts:
     newton.fit_sklearn(
       problem.regression, 'newton-cholesky', problem.start(0), 3, np.float64

@@ -1,0 +1,179 @@
+"""Functions of parameters as problems: any optimizer is a method, by its name.
+
+A problem in a file of the user's is one, too.
+"""
+
+from collections.abc import Callable
+import functools
+import runpy
+from typing import Any
+
+import jax
+import optax
+
+import optlab
+
+from ..methods import optimizers
+from . import flags
+from . import oracles
+from .study import Entry
+from .study import Problem
+
+GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def of_optimizers(
+  text: str, make: Callable[[optimizers.Optimizer], Entry]
+) -> Entry:
+  """The entry of an optimizer, or of its search space."""
+  found = {one.text: make(one) for one in optimizers.variants(text)}
+  first = next(iter(found.values()))
+  return first._replace(variants=found if len(found) > 1 else None)
+
+
+def of_function(
+  start: Callable[[jax.Array], Any],
+  loss: Callable[[Any, Any], jax.Array],
+  measure: Callable[[Any], dict[str, jax.Array]],
+  curvature: Callable[[Any, Any], Any] | None = None,
+  **fields: Any,
+) -> Problem:
+  """A function of parameters: every optimizer of optlab and optax is a method.
+
+  Args:
+    start: ``key -> params``.
+    loss: ``(params, key) -> scalar``; the key draws the batch, if there is one.
+    measure: ``params -> dict`` with ``tuning`` and ``value``.
+    curvature: ``(params, key) -> operator``, the Hessian if not given.
+    **fields: Of the `Problem`.
+
+  Returns:
+    The `Problem`. A call is a gradient or a Hessian-vector product; they are
+    counted (`oracles.count`), but for those of a search, which reports them.
+  """
+  curvature = curvature or optlab.hessian(loss)
+  shapes = jax.eval_shape(start, jax.random.key(0))
+
+  def estimator(loss):
+    return optlab.with_curvature(optlab.value_and_grad(loss), curvature)
+
+  own = estimator(loss)
+
+  def make(one):
+    tx = one.make(0.1)
+    found = jax.eval_shape(tx.init, shapes)
+    has = lambda name: optax.tree.get(found, name, None) is not None
+    if has('total_trials'):
+      # Gradients of all trials, and products with the Hessian.
+      total = lambda state: (
+        optax.tree.get(state, 'total_trials')
+        + optax.tree.get(state, 'total_products')
+      )
+      calls = lambda before, after: total(after) - total(before)
+    elif has('num_linesearch_steps'):
+      calls = lambda before, after: optax.tree.get(
+        after, 'num_linesearch_steps'
+      )
+    else:
+      calls = count(one)
+
+    def begin(key, rate, *_):
+      return optlab.init(start(key), own, one.make(rate))
+
+    def step(state, key, rate, *_):
+      return optlab.train_step(own, one.make(rate))(state, key)[0]
+
+    return Entry(begin, step, calls, one.tuned)
+
+  def count(one):
+    marked = estimator(oracles.marked(loss))
+
+    def step(key):
+      state = optlab.init(start(key), marked, one.make(0.1))
+      return optlab.train_step(marked, one.make(0.1))(state, key)[0]
+
+    found = oracles.count(step, jax.random.key(0))
+    if found.open:
+      raise flags.UserError(
+        f'--methods={one.text}: has a loop of gradients that ends on a'
+        ' condition, and does not report how many it took'
+      )
+    return max(found.gradients + found.products, 1)
+
+  def measure_state(state, _):
+    return measure(state.params)
+
+  unit = fields.pop('unit', 'gradients and Hessian-vector products')
+  return Problem(
+    functools.cache(lambda text: of_optimizers(text, make)),
+    measure=measure_state, unit=unit,
+    batched=can_batch(start, loss, measure), **fields,
+  )  # fmt: skip
+
+
+def can_batch(start, loss, measure) -> bool:
+  """Whether several runs can be computed together."""
+
+  def look(key):
+    params = start(key)
+    return measure(params), jax.value_and_grad(loss)(params, key)
+
+  try:
+    jax.eval_shape(jax.vmap(look), jax.random.split(jax.random.key(0)))
+  except NotImplementedError:  # A primitive without a rule for that.
+    return False
+  return True
+
+
+def of_file(path: str) -> Problem:
+  """The problem that a Python file defines.
+
+  Args:
+    path: A file with ``start(key)``, which makes parameters, ``loss(params,
+      key)``, a scalar whose key draws the batch, and ``measure(params)``, what
+      is reported; and, if it likes, ``tuning(params)``, by which rates are
+      picked, ``METHODS``, ``LEARNING_RATES``, ``BUDGET``, ``VALUE`` (its name)
+      and ``TARGET``.
+
+  Returns:
+    The problem.
+
+  Raises:
+    UserError: The file lacks one of them, or does not run.
+  """
+  try:
+    found = runpy.run_path(path)
+  except Exception as error:
+    raise flags.UserError(
+      f'--problem={path}: {type(error).__name__}: {error}'
+    ) from error
+  for name in ('start', 'loss', 'measure'):
+    if not callable(found.get(name)):
+      raise flags.UserError(f'--problem={path}: has no function {name}')
+  start, loss, reported = (found[n] for n in ('start', 'loss', 'measure'))
+  tuning = found.get('tuning', reported)
+  try:
+    key = jax.random.key(0)
+    params = jax.eval_shape(start, key)
+    shapes = [
+      jax.eval_shape(loss, params, key).shape,
+      *(jax.eval_shape(f, params).shape for f in (reported, tuning)),
+    ]
+    grid = tuple(float(rate) for rate in found.get('LEARNING_RATES', GRID))
+    budget = float(found.get('BUDGET', 1000))
+  except Exception as error:
+    raise flags.UserError(
+      f'--problem={path}: {type(error).__name__}: {str(error)[:300]}'
+    ) from error
+  if any(shapes):
+    raise flags.UserError(
+      f'--problem={path}: loss, measure and tuning give scalars, not arrays of'
+      f' shape {next(filter(None, shapes))}'
+    )
+  return of_function(
+    start, loss,
+    lambda params: {'tuning': tuning(params), 'value': reported(params)},
+    methods=tuple(found.get('METHODS', ('sgd', 'adam', 'diffgrad'))),
+    learning_rates=grid, budget=budget,
+    value=str(found.get('VALUE', 'measure')), target=found.get('TARGET'),
+  )  # fmt: skip
