@@ -224,7 +224,7 @@ def _rosenbrock(rows: Rows) -> tuple[str, str]:
 def _diffgrad_minima(rows: Rows) -> tuple[str, str]:
   found = {
     (row['function'], row['optimizer']): row['at_minimum']
-    for row in record.select(rows, 'summary')
+    for row in record.select(rows, 'minimum')
   }
   functions = sorted({function for function, _ in found})
   shares = [

@@ -10,7 +10,6 @@ around the paper's, under one vmap, and seed 0 is the paper's own.
 from collections.abc import Callable
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,9 @@ import optlab
 from .lab import flags
 from .lab import launch
 from .lab import plots
-from .lab import record
+from .lab import study
 from .lab import tables
+from .lab import verdicts
 from .lab.session import Session
 
 
@@ -57,21 +57,15 @@ FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'F1': f1, 'F2': f2, 'F3': f3,
 }  # fmt: skip
 _EVERY = 5  # Steps from one row of the record to the next.
-OPTIMIZERS = ('diffgrad', 'adam', 'adam_half', 'amsgrad', 'adabelief', 'sgd')
-
-
-def optimizer(name: str, config: Any) -> optax.GradientTransformation:
-  """An optimizer with the paper's constants."""
-  rate, b1, b2 = config.learning_rate, config.b1, config.b2
-  return {
-    'diffgrad': lambda: optlab.diffgrad(rate, b1, b2),
-    'adam': lambda: optax.adam(rate, b1, b2),
-    # The friction of diffGrad is near 1/2 where the gradient stands still.
-    'adam_half': lambda: optax.adam(0.5 * rate, b1, b2),
-    'amsgrad': lambda: optax.amsgrad(rate, b1, b2),
-    'adabelief': lambda: optax.adabelief(rate, b1, b2),
-    'sgd': lambda: optax.sgd(rate, momentum=b1),
-  }[name]()
+OPTIMIZERS = {
+  'diffgrad': optlab.diffgrad,
+  'adam': optax.adam,
+  # The friction of diffGrad is near 1/2 where the gradient stands still.
+  'adam_half': lambda rate, b1, b2: optax.adam(0.5 * rate, b1, b2),
+  'amsgrad': optax.amsgrad,
+  'adabelief': optax.adabelief,
+  'sgd': lambda rate, b1, b2: optax.sgd(rate, momentum=b1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +80,7 @@ class Config(flags.Config):
     tuple(FUNCTIONS), 'Functions.', choices=tuple(FUNCTIONS)
   )
   optimizers: tuple[str, ...] = flags.flag(
-    OPTIMIZERS, 'Optimizers.', choices=OPTIMIZERS
+    tuple(OPTIMIZERS), 'Optimizers.', choices=tuple(OPTIMIZERS)
   )
   gradient: str = flags.flag(
     'exact',
@@ -98,42 +92,51 @@ class Config(flags.Config):
   learning_rate: float = flags.flag(0.1, 'Learning rate.', low=0.0)
   b1: float = flags.flag(0.95, 'Decay of the first moment.', low=0.0)
   b2: float = flags.flag(0.999, 'Decay of the second moment.', low=0.0)
-  steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=1, grows=True)
+  steps: int = flags.flag(300, 'Steps, a multiple of 5.', low=_EVERY)
   seeds: int = flags.flag(21, 'Number of starts.', low=1, grows=True)
 
 
-def run(session: Session, config: Config, function: str, name: str) -> None:
-  """One optimizer on one function, from all starts."""
-  dtype = jnp.dtype(config.precision)
+def problem(config: Config, function: str) -> study.Problem:
+  """A function; a seed is a start around the paper's, seed 0 its own."""
   value = FUNCTIONS[function]
   grad = jax.grad(value)
   if function == 'F2' and config.gradient == 'authors':
     grad = _authors_f2_gradient
-  tx = optimizer(name, config)
   offsets = np.random.default_rng(0).uniform(-1.0, 1.0, config.seeds)
   offsets[0] = 0.0
-  starts = jnp.asarray(config.start + config.spread * offsets, dtype)
+  starts = jnp.asarray(config.start + config.spread * offsets, float)
 
-  def advance(state):
-    def one(x, opt_state):
-      updates, opt_state = tx.update(grad(x), opt_state, x)
+  def entry(name):
+    make = lambda rate: OPTIMIZERS[name](rate, config.b1, config.b2)
+
+    def start(key, rate, seed, data):
+      del key, data
+      return starts[seed], make(rate).init(starts[seed])
+
+    def step(state, key, rate, data):
+      del key, data
+      x, opt_state = state
+      updates, opt_state = make(rate).update(grad(x), opt_state, x)
       return optax.apply_updates(x, updates), opt_state
 
-    step = lambda state, _: (jax.vmap(one)(*state), None)
-    return jax.lax.scan(step, state, length=_EVERY)[0]
+    return study.Entry(start, step, 1)
 
-  session.run(
-    f'{function}, {name}',
-    (starts, jax.vmap(tx.init)(starts)),
-    advance,
-    lambda state: {'x': state[0], 'value': jax.vmap(value)(state[0])},
-    steps=config.steps,
-    every=_EVERY,
-    seeds=tuple(range(config.seeds)),
-    prefix=True,
-    function=function,
-    optimizer=name,
-  )
+  return study.Problem(
+    entry, config.optimizers, (config.learning_rate,), config.steps, 'steps',
+    lambda state, _: {'x': state[0], 'value': value(state[0])}, 'value',
+    batched=True,
+  )  # fmt: skip
+
+
+def run(session: Session, config: Config) -> None:
+  """All optimizers on all functions, at the paper's rate."""
+  for function in config.functions:
+    made = problem(config, function)
+    plan = study.Plan(
+      function, made, config.steps, made.learning_rates, config.seeds, 0,
+      pieces=config.steps // _EVERY,
+    )  # fmt: skip
+    study.study(session, plan, config.optimizers)
 
 
 def _minimum(function):
@@ -147,22 +150,20 @@ def summarize(session: Session, config: Config) -> list[dict]:
   """Where each optimizer ends, and how often at the global minimum."""
   summary = []
   for function, name in itertools.product(config.functions, config.optimizers):
-    rows = record.select(
-      session.rows, 'eval', method=f'{function}, {name}', step=config.steps
-    )
+    rows = verdicts.last(session.rows, f'{function}: {name}')
     place, lowest = _minimum(function)
     values = np.array([row['value'] for row in rows])
     row = {
       'function': function,
       'optimizer': name,
-      'minimum': float(place),
+      'place': float(place),
       'x': rows[0]['x'],
       'value': rows[0]['value'],
       'gap': float(values[0] - lowest),
       'median_gap': float(np.median(values) - lowest),
       'at_minimum': float(np.mean(values - lowest < 0.01)),
     }
-    session.write('summary', **row)
+    session.write('minimum', **row)
     summary.append(row)
   return summary
 
@@ -171,7 +172,7 @@ def draw(session: Session, config: Config) -> None:
   """The functions, and x over the steps from the paper's start."""
   figure, panels = plt.subplots(
     2, len(config.functions), figsize=(4.5 * len(config.functions), 7.0),
-    squeeze=False,
+    squeeze=False, layout='constrained',
   )  # fmt: skip
   grid = np.linspace(-1.1, 1.1, 1001)
   for (top, bottom), function in zip(panels.T, config.functions, strict=True):
@@ -181,8 +182,8 @@ def draw(session: Session, config: Config) -> None:
     top.set(xlim=(-1.1, 1.1), xticks=(-1.0, -0.5, 0.0, 0.5, 1.0))
     top.set_ylim(-1.0 if function == 'F2' else -0.1, 1.6)
     for i, name in enumerate(config.optimizers):
-      rows = session.select('eval', method=f'{function}, {name}', seed=0)
-      bottom.plot([row['step'] for row in rows], [row['x'] for row in rows],
+      rows = session.select('eval', method=f'{function}: {name}', seed=0)
+      bottom.plot([row['updates'] for row in rows], [row['x'] for row in rows],
                   color=f'C{i}', label=name)  # fmt: skip
       last = rows[-1]
       top.plot(last['x'], last['value'], 'o', color=f'C{i}', ms=9 - i)
@@ -191,31 +192,29 @@ def draw(session: Session, config: Config) -> None:
     bottom.grid(alpha=0.3)
   panels[0][0].set_ylabel('value; dots: where seed 0 ends')
   panels[1][0].set_ylabel('x')
-  handles, labels = panels[1][0].get_legend_handles_labels()
-  figure.tight_layout()
-  figure.legend(handles, labels, loc='center left', bbox_to_anchor=(1.0, 0.5))
+  plots.legend_right(figure, panels[1][0])
   plots.save(figure, session.folder / 'synthetic_functions.png')
 
 
 @launch.program
 def main(config: Config) -> None:
   """Runs all optimizers on all functions."""
-  pairs = list(itertools.product(config.functions, config.optimizers))
+  if config.steps % _EVERY:
+    raise flags.UserError(f'--steps={config.steps}: not a multiple of {_EVERY}')
   with Session('synthetic_functions', config) as session:
-    for function, name in pairs:
-      run(session, config, function, name)
+    run(session, config)
     summary = summarize(session, config)
     tables.show(
       f'From x = {config.start:g}, {config.steps} steps, rate'
       f' {config.learning_rate:g}, b1 {config.b1:g}; and {config.seeds} starts'
       f' within {config.spread:g}',
       (
-        'function, minimum', 'optimizer', 'x', 'value', 'above minimum',
-        'median over starts', 'starts at the minimum %',
+        'function, optimizer', 'minimum', 'x', 'value', 'above',
+        'median above', 'starts there %',
       ),
       [
         (
-          f'{row["function"]}, {row["minimum"]:.3f}', row['optimizer'],
+          f'{row["function"]}, {row["optimizer"]}', f'{row["place"]:.3f}',
           f'{row["x"]:+.3f}', f'{row["value"]:.4f}', f'{row["gap"]:.4f}',
           f'{row["median_gap"]:.4f}', f'{100.0 * row["at_minimum"]:.0f}',
         )

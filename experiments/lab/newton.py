@@ -7,22 +7,15 @@ wall time the table shows.
 """
 
 from collections.abc import Callable, Sequence
-import contextlib
 import dataclasses
-import functools
 import statistics
 import time
 from typing import Any, NamedTuple
-from unittest import mock
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import exceptions as sklearn_exceptions
-from sklearn import linear_model
-from sklearn.linear_model import _linear_loss
 
 import optlab
 
@@ -32,6 +25,8 @@ from ..problems import smooth
 from . import devices
 from . import flags
 from . import plots
+from . import sklearn_solvers
+from . import study
 from . import tables
 from .session import Session
 
@@ -75,8 +70,8 @@ class RegressionConfig(Config):
   )
 
 
-class Progress(NamedTuple):
-  """State of a trajectory, with the oracle calls so far (int32 scalars)."""
+class State(NamedTuple):
+  """A trajectory, with the oracle calls so far (int32 scalars)."""
 
   params: Any
   opt_state: Any
@@ -84,6 +79,9 @@ class Progress(NamedTuple):
   gradients: jax.Array
   products: jax.Array
   solves: jax.Array
+
+
+COUNTS = ('trials', 'gradients', 'products', 'solves')
 
 
 def _minimize(
@@ -99,29 +97,37 @@ def _minimize(
   )  # fmt: skip
 
 
-def _begin(method: methods.Method, params) -> Progress:
-  zero = jnp.zeros((), jnp.int32)
-  return Progress(params, method.tx.init(params), zero, zero + 1, zero, zero)
+def _entry(
+  problem: smooth.Problem, method: methods.Method, starts: jax.Array
+) -> study.Entry:
+  """A method of the study; a call is a step, and what it cost is kept."""
 
+  def start(key, rate, seed, data):
+    del key, rate, data
+    params = starts[seed]
+    zero = jnp.zeros((), jnp.int32)
+    return State(params, method.tx.init(params), zero, zero + 1, zero, zero)
 
-def _advance(problem, method, state: Progress, data) -> Progress:
-  """One step, with what it cost."""
-  result = _minimize(
-    problem, method, state.params, data,
-    max_steps=1, opt_state=state.opt_state,
-  )  # fmt: skip
-  trials, gradients = method.evaluations(result.opt_state)
-  products, solves = jnp.int32(0), jnp.int32(0)
-  if method.curvature is not None:
-    total = lambda opt_state: optax.tree.get(opt_state, 'total_products')
-    counted = total(result.opt_state) - total(state.opt_state)
-    products = counted + method.curvature.columns
-    solves = optax.tree.get(result.opt_state, 'solves')
-  return Progress(
-    result.params, result.opt_state,
-    state.trials + trials, state.gradients + gradients,
-    state.products + products, state.solves + solves,
-  )  # fmt: skip
+  def step(state, key, rate, data):
+    del key, rate
+    result = _minimize(
+      problem, method, state.params, data, max_steps=1,
+      opt_state=state.opt_state,
+    )  # fmt: skip
+    trials, gradients = method.evaluations(result.opt_state)
+    products, solves = jnp.int32(0), jnp.int32(0)
+    if method.curvature is not None:
+      total = lambda opt_state: optax.tree.get(opt_state, 'total_products')
+      counted = total(result.opt_state) - total(state.opt_state)
+      products = counted + method.curvature.columns
+      solves = optax.tree.get(result.opt_state, 'solves')
+    return State(
+      result.params, result.opt_state,
+      state.trials + trials, state.gradients + gradients,
+      state.products + products, state.solves + solves,
+    )  # fmt: skip
+
+  return study.Entry(start, step, 1, tuned=False)
 
 
 def _suboptimality(problem: smooth.Problem, least: float):
@@ -164,176 +170,59 @@ def _time_loop(problem, method, params, target, max_steps):
   return statistics.median(seconds), compile_seconds
 
 
-def _run_optax(session, problem, method, seed, config, least, evaluate):
-  """Trajectory and time of one optax transformation."""
-  params = jnp.asarray(problem.start(seed), jnp.dtype(config.precision))
+def _study(problem: smooth.Problem, config: Config, named, evaluate):
+  """The problem as one of the study, and how it is studied."""
 
-  def measure(state):
-    counts = {
-      name: getattr(state, name)
-      for name in ('trials', 'gradients', 'products', 'solves')
-    }
-    return evaluate(state.params) | counts
+  def look(state, seed):
+    del seed
+    calls = state.gradients + state.products
+    return evaluate(state.params) | {'calls': calls}
 
   def stop(rows):
     ended = rows[0]['suboptimality'] <= config.f_tol
     return ended or not np.isfinite(rows[0]['value'])
 
-  session.run(
-    method.name,
-    _begin(method, params),
-    functools.partial(_advance, problem, method),
-    measure,
-    steps=config.max_steps,
-    seeds=(seed,),
-    data=problem.data,
-    stop=stop,
-    show='suboptimality',
-    prefix=True,
+  dtype = jnp.dtype(config.precision)
+  starts = jnp.stack(
+    [jnp.asarray(problem.start(seed), dtype) for seed in range(config.seeds)]
   )
+  own = study.Problem(
+    lambda name: _entry(problem, named[name], starts), tuple(named), (1.0,),
+    config.max_steps, 'steps',
+    lambda state, _: {name: getattr(state, name) for name in COUNTS},
+    'f - f*', look=look, data=problem.data,
+  )  # fmt: skip
+  return study.Plan(
+    '', own, config.max_steps, own.learning_rates, config.seeds, 0,
+    pieces=config.max_steps, stop=stop,
+  )  # fmt: skip
+
+
+def _run_optax(session, problem, method, plan, config, seed, least) -> None:
+  """Trajectory and time of one optax transformation."""
+  program = study.program(plan, plan.problem.entry(method.name))
+  lanes = [(seed, 1.0)]
+  study.run(
+    session, plan, program, method.name, lanes, reported=True,
+    show='suboptimality',
+  )  # fmt: skip
   last = session.select('eval', method=method.name, seed=seed)[-1]
   if session.select('summary', method=method.name, seed=seed):
     return
+  params = jnp.asarray(problem.start(seed), jnp.dtype(config.precision))
   target = jnp.asarray(least + config.f_tol, params.dtype)
   seconds, compile_seconds = _time_loop(
     problem, method, params, target, max(last['step'], 1)
   )
+  own = {
+    'kind': 'summary',
+    'reached': last['suboptimality'] <= config.f_tol,
+    'seconds': seconds,
+    'seconds_with_compilation': seconds + compile_seconds,
+  }
   session.write(
-    'summary',
-    **{k: v for k, v in last.items() if k not in ('kind', 'seconds')},
-    reached=last['suboptimality'] <= config.f_tol,
-    seconds=seconds,
-    seconds_with_compilation=seconds + compile_seconds,
-  )
-
-
-@contextlib.contextmanager
-def _counting(columns: int):
-  """Counts the oracle calls of scikit-learn's linear models.
-
-  A formed Hessian counts as ``columns`` products, as it does for ours.
-  """
-  counts = {'trials': 0, 'gradients': 0, 'products': 0, 'solves': 0}
-  loss = _linear_loss.LinearModelLoss
-
-  def counted(name, **per_call):
-    original = getattr(loss, name)
-
-    def call(self, *args, **kwargs):
-      for count, calls in per_call.items():
-        counts[count] += calls
-      return original(self, *args, **kwargs)
-
-    return mock.patch.object(loss, name, call)
-
-  def counted_products():
-    original = loss.gradient_hessian_product
-
-    def call(self, *args, **kwargs):
-      counts['gradients'] += 1
-      grad, product = original(self, *args, **kwargs)
-
-      def counted_product(vector):
-        counts['products'] += 1
-        return product(vector)
-
-      return grad, counted_product
-
-    return mock.patch.object(loss, 'gradient_hessian_product', call)
-
-  with (
-    counted('loss', trials=1),
-    counted('loss_gradient', trials=1, gradients=1),
-    counted('gradient', gradients=1),
-    counted('gradient_hessian', gradients=1, solves=1, products=columns),
-    counted_products(),
-  ):
-    yield counts
-
-
-def fit_sklearn(
-  regression, solver: Any, start: np.ndarray, max_iter: int, dtype
-) -> tuple[np.ndarray, float]:
-  """Fits scikit-learn's logistic regression to the problem's objective.
-
-  Args:
-    regression: ``(features, labels, l2)``.
-    solver: Name of scikit-learn's solver.
-    start: The start, in the shape of the problem's parameters.
-    max_iter: Iterations; the solver's own test is off.
-    dtype: Floating point type of the features.
-
-  Returns:
-    The parameters in the shape of ``start``, and the seconds of ``fit``.
-  """
-  features, labels, l2 = regression
-  features = features.astype(dtype)
-  shape = start.shape
-  # Of two classes it fits the difference of their columns, whose penalty is
-  # half that of both.
-  two = start.ndim == 2 and shape[1] == 2
-  if two:
-    start, l2 = start[:, 1] - start[:, 0], l2 / 2
-  model = linear_model.LogisticRegression(
-    C=1.0 / (l2 * len(labels)), fit_intercept=False, solver=solver,
-    tol=1e-300, max_iter=max_iter, warm_start=True,
-  )  # fmt: skip
-  model.coef_ = np.atleast_2d(start.T).astype(dtype)
-  model.intercept_ = np.zeros(len(model.coef_), dtype)
-  with warnings.catch_warnings():
-    # Stopping at max_iter is what is asked for; at the optimum line searches
-    # fail, which is the end of the road and not an error either.
-    warnings.simplefilter('ignore', sklearn_exceptions.ConvergenceWarning)
-    warnings.simplefilter('ignore', UserWarning)
-    warnings.simplefilter('ignore', RuntimeWarning)
-    began = time.perf_counter()
-    model.fit(features, labels)
-    seconds = time.perf_counter() - began
-  params = model.coef_.T.astype(np.float64)
-  if two:
-    params = np.hstack([-params / 2, params / 2])
-  return params.reshape(shape), seconds
-
-
-def _run_sklearn(session, problem, solver, seed, config, evaluate):
-  """Trajectory of a scikit-learn solver: fits with more and more iterations."""
-  name = f'sklearn {solver}'
-  if session.select('summary', method=name, seed=seed):
-    return
-  start = problem.start(seed)
-  fit = functools.partial(
-    fit_sklearn, problem.regression, solver, start, dtype=config.precision
-  )
-
-  def measure(iterations):
-    with _counting(start.size) as counts:
-      params, _ = fit(max_iter=iterations)
-    times = [fit(max_iter=iterations)[1] for _ in range(_TIMED_RUNS)]
-    row = {
-      'method': name, 'seed': seed, 'step': iterations,
-      'seconds': statistics.median(times), **evaluate(params), **counts,
-    }  # fmt: skip
-    session.write('eval', **row)
-    return row
-
-  low, high, row = 0, 1, measure(1)
-  previous = np.inf
-  while row['suboptimality'] > config.f_tol and high < config.max_steps:
-    if row['suboptimality'] >= previous and high - low > 8:
-      break  # More iterations no longer help.
-    previous = row['suboptimality']
-    low, high = high, min(high + max(1, high // 3), config.max_steps)
-    row = measure(high)
-  reached = row['suboptimality'] <= config.f_tol
-  while reached and high - low > 1:  # The fewest iterations that do.
-    middle = (low + high) // 2
-    candidate = measure(middle)
-    if candidate['suboptimality'] <= config.f_tol:
-      high, row = middle, candidate
-    else:
-      low = middle
-  session.write(
-    'summary', **row, reached=reached, seconds_with_compilation=row['seconds']
+    **{name: value for name, value in last.items() if name not in own},
+    **own,
   )
 
 
@@ -358,14 +247,19 @@ def compare(
   least = smooth.least_value(problem)
   evaluate = _suboptimality(problem, least)
   header = {'problem': problem.name, 'least': least, 'show': 'suboptimality'}
+  named = {
+    method.name: method
+    for method in methods.methods(optimizers, config.curvature, cast)
+  }
+  plan = _study(cast, config, named, evaluate)
   with Session(program, config, **header) as session:
     for seed in range(config.seeds):
-      for method in methods.methods(optimizers, config.curvature, cast):
-        _run_optax(session, cast, method, seed, config, least, evaluate)
+      for method in named.values():
+        _run_optax(session, cast, method, plan, config, seed, least)
       for solver in methods.SKLEARN:
-        named = f'sklearn_{solver.replace("-", "_")}' in optimizers
-        if named and problem.regression is not None:
-          _run_sklearn(session, problem, solver, seed, config, evaluate)
+        wanted = f'sklearn_{solver.replace("-", "_")}' in optimizers
+        if wanted and problem.regression is not None:
+          sklearn_solvers.run(session, problem, solver, seed, config, evaluate)
   _report(problem, config, session, least)
   picture = session.folder / 'suboptimality.png'
   plots.draw(

@@ -114,6 +114,25 @@ def _space_ticks(axis: Any) -> None:
   axis.set_minor_formatter(ticker.NullFormatter())
 
 
+def band(
+  axes: plt.Axes, x: Any, middle: Any, low: Any, high: Any, *,
+  style: str = '-', color: str | None = None, label: str = '',
+  bold: bool = False, **kwargs: Any,
+) -> None:  # fmt: skip
+  """A line with the range around it."""
+  (line,) = axes.plot(
+    x, middle, style, color=color, label=label, lw=2.2 if bold else 1.2,
+    **kwargs,
+  )  # fmt: skip
+  axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
+
+
+def legend_right(figure: plt.Figure, axes: plt.Axes, **kwargs: Any) -> None:
+  """One legend for all panels, beside them."""
+  handles, labels = axes.get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside right center', **kwargs)
+
+
 def draw_lines(
   axes: plt.Axes,
   records: Sequence[tuple[str, Sequence[dict]]],

@@ -64,8 +64,9 @@ class Problem(NamedTuple):
     target: The value that counts as solved, or ``None``.
     more: Whether more of the value is better.
     reported: Other fields of the table.
-    finish: ``(state, seed) -> dict`` of numbers, on the host, once at the end
-      of what is reported; of tuning too if ``measure`` has no ``tuning``.
+    look: ``(state, seed) -> dict`` of numbers, on the host, at every look.
+    finish: The same, once at the end of what is reported; of tuning too if
+      ``measure`` has no ``tuning``.
     data: Arrays that ``start``, ``step`` and ``measure`` are given.
     batched: Whether lanes are computed together, where their steps cost alike;
       else one after the other.
@@ -84,6 +85,7 @@ class Problem(NamedTuple):
   target: float | None = None
   more: bool = False
   reported: tuple[str, ...] = ()
+  look: Callable[..., dict[str, Any]] | None = None
   finish: Callable[..., dict[str, Any]] | None = None
   data: Any = None
   batched: bool = False
@@ -103,6 +105,8 @@ class Plan(NamedTuple):
     tuning_seeds: Number of seeds that pick the rates; 0 takes defaults.
     target: What counts as solved, or ``None``.
     pieces: Looks at a run.
+    stop: Given the rows of a look, whether to end there; a longer budget, with
+      as many more looks, then goes on.
   """
 
   name: str
@@ -113,6 +117,7 @@ class Plan(NamedTuple):
   tuning_seeds: int
   target: float | None = None
   pieces: int = PIECES
+  stop: Callable[[list[dict]], bool] | None = None
 
   def label(self, method: str) -> str:
     """A method's name in the record."""
@@ -242,14 +247,16 @@ def run(
     values = jax.device_get(lanes.values)
     # Budgets are sums of pieces, and may miss it by their rounding.
     ended = done + piece / 2 > plan.budget
-    finish = problem.finish if ended else None
-    if finish and (reported or 'tuning' not in values):
-      ends = [
-        finish(jax.tree.map(lambda leaf, i=i: leaf[i], lanes.state), s)
+    looks = [problem.look]
+    if ended and (reported or 'tuning' not in values):
+      looks.append(problem.finish)
+    for look in filter(None, looks):
+      found = [
+        look(jax.tree.map(lambda leaf, i=i: leaf[i], lanes.state), s)
         for i, s in enumerate(seeds)
       ]
       values |= {
-        name: np.array([end[name] for end in ends]) for name in ends[0]
+        name: np.array([each[name] for each in found]) for name in found[0]
       }
     counts = jax.device_get({
       'updates': lanes.steps, 'calls': lanes.calls, 'reached': lanes.reached,
@@ -257,7 +264,7 @@ def run(
     used = {'learning_rate': rates}
     if rates.ndim > 1:
       used = {'learning_rate': rates[:, 0], 'inner_lr': rates[:, 1]}
-    return {**values, **counts, **used}
+    return {**counts, **used, **values}
 
   data = () if problem.data is None else (problem.data,)
   begin = program.start(jnp.asarray(seeds), jnp.asarray(rates, float), *data)
@@ -267,7 +274,8 @@ def run(
   carry = jnp.zeros(()), jnp.full((), plan.budget / pieces), begin
   return session.run(
     label, carry, program.advance, evaluate, steps=pieces, seeds=seeds,
-    data=problem.data, tables=problem.tables, keep_state=keep_state, **fields,
+    data=problem.data, tables=problem.tables, keep_state=keep_state,
+    stop=plan.stop, prefix=plan.stop is not None, **fields,
   )  # fmt: skip
 
 

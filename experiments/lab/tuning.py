@@ -29,10 +29,9 @@ from .session import Session
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(devices.Config):
-  """Flags of every program that compares tuned methods."""
+class Levels(devices.Config):
+  """Flags of every program that compares bilevel methods."""
 
-  data_dir: str = flags.flag('', 'Folder with data files.')
   steps: int = flags.flag(
     1000, 'Steps of bo_rep; the others have as many calls.', low=1
   )
@@ -59,6 +58,13 @@ class Config(devices.Config):
     ('cosine',), 'Schedules of the upper rate.', choices=bilevel.SCHEDULES
   )
   seeds: int = flags.flag(5, 'Number of seeds.', low=1, grows=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Levels):
+  """Flags of those that tune them."""
+
+  data_dir: str = flags.flag('', 'Folder with data files.')
   tuning_seeds: int = flags.flag(
     2, 'Number of seeds that pick rates.', low=1, grows=True
   )
@@ -111,13 +117,13 @@ def draw_block(
 DEFAULT = ('', 'plain', 'constant')
 
 
-def choices(config: Config) -> list[str]:
+def choices(config: Levels) -> list[str]:
   """All that a configuration compares, as `of_bilevel` knows them."""
   grid = itertools.product(config.methods, config.upper_steps, config.schedules)
   return [', '.join(entry) for entry in grid]
 
 
-def of_bilevel(config: Config, problem: Problem) -> study.Problem:
+def of_bilevel(config: Levels, problem: Problem) -> study.Problem:
   """A bilevel problem as one of the study.
 
   Args:
@@ -128,63 +134,6 @@ def of_bilevel(config: Config, problem: Problem) -> study.Problem:
     What has an entry for ``estimator, upper step, schedule``, with commas or
     colons; without the last ones plain steps at a constant rate.
   """
-  table = bilevel.methods(
-    config.lower_steps, config.neumann_steps, blocks=problem.blocks
-  )
-  refinement = config.lower_steps * (2**config.refine_epochs - 1)
-  budget = table['bo_rep'].calls * config.steps + refinement
-
-  def entry(name):
-    parts = [part.strip() for part in name.replace(':', ',').split(',')]
-    estimator, upper_step, schedule, *_ = *parts, *DEFAULT[len(parts) :], ''
-    if estimator == 'saba' and problem.blocks is None:
-      raise flags.UserError('--methods=saba: this problem is not a finite sum')
-    if estimator not in table or upper_step not in bilevel.UPPER_STEPS:
-      raise flags.UserError(
-        f'--methods={name}: estimators are {", ".join(table)}; upper steps, put'
-        f' behind a colon, {", ".join(bilevel.UPPER_STEPS)}'
-      )
-    method = table[estimator]
-    refined = estimator.startswith('bo_rep') and config.refine_epochs > 0
-    spent = refinement if refined else 0
-    steps = study.steps_of(budget, method.calls, spent)
-
-    def make(rate):
-      decays = schedule == 'cosine'
-      return method.make(
-        problem.upper, problem.lower, problem.lower_optimizer(config.inner_lr),
-        config.dual_lr,
-      ), bilevel.upper_step(
-        upper_step, bilevel.schedule(rate, decays, steps), config.beta
-      )  # fmt: skip
-
-    def sample(key, data):
-      batches = devices.split(problem.sample(key, data))
-      if problem.blocks is None or method.indexed:
-        return batches
-      return tuple(batch.data for batch in batches)
-
-    def start(key, rate, seed, data):
-      del seed
-      start_key, refine_key = jax.random.split(key)
-      x, y = problem.start(start_key, data)
-      if refined:
-        keys = jax.random.split(refine_key, refinement)
-        y = optlab.bilevel.refine(
-          problem.lower, x, y, jax.vmap(lambda key: sample(key, data)[1])(keys),
-          learning_rate=config.inner_lr, first_steps=config.lower_steps,
-          epochs=config.refine_epochs,
-        )  # fmt: skip
-      return method.init(*make(rate), x, y, start_key)
-
-    def step(state, key, rate, data):
-      batch = bilevel.draw(
-        key, lambda key: sample(key, data), method.step_samples
-      )
-      return optlab.train_step(*make(rate))(state, batch)[0]
-
-    return study.Entry(start, step, method.calls, spent=spent)
-
   first = problem.reported[0]
 
   def measure(state, data):
@@ -198,12 +147,80 @@ def of_bilevel(config: Config, problem: Problem) -> study.Problem:
     ends = state.params, state.estimator_state.inner
     return problem.finish(*jax.device_get(ends))
 
+  methods = bilevel.methods(
+    config.lower_steps, config.neumann_steps, blocks=problem.blocks
+  )
+  budget = methods['bo_rep'].calls * config.steps + refinement(config)
   return study.Problem(
-    entry, tuple(choices(config)), config.learning_rates, budget,
+    lambda name: _entry(config, problem, methods, budget, name),
+    tuple(choices(config)), config.learning_rates, budget,
     'gradients and products of a sample', measure, first.replace('_', ' '),
     more=first.endswith(('accuracy', 'auroc')), reported=problem.reported[1:],
     finish=finish, data=problem.data, batched=True,
   )  # fmt: skip
+
+
+def refinement(config: Levels) -> int:
+  """Lower steps of the initialization refinement."""
+  return config.lower_steps * (2**config.refine_epochs - 1)
+
+
+def _parse(name: str, problem: Problem, methods: Any) -> tuple[str, str, str]:
+  """Estimator, upper step and schedule."""
+  parts = [part.strip() for part in name.replace(':', ',').split(',')]
+  estimator, upper_step, schedule, *_ = *parts, *DEFAULT[len(parts) :], ''
+  if estimator == 'saba' and problem.blocks is None:
+    raise flags.UserError('--methods=saba: this problem is not a finite sum')
+  if estimator not in methods or upper_step not in bilevel.UPPER_STEPS:
+    raise flags.UserError(
+      f'--methods={name}: estimators are {", ".join(methods)}; upper steps, put'
+      f' behind a colon, {", ".join(bilevel.UPPER_STEPS)}'
+    )
+  return estimator, upper_step, schedule
+
+
+def _entry(config, problem: Problem, methods, budget, name) -> study.Entry:
+  estimator, upper_step, schedule = _parse(name, problem, methods)
+  method = methods[estimator]
+  refined = estimator.startswith('bo_rep') and config.refine_epochs > 0
+  spent = refinement(config) if refined else 0
+  steps = study.steps_of(budget, method.calls, spent)
+
+  def make(rate):
+    decays = schedule == 'cosine'
+    return method.make(
+      problem.upper, problem.lower, problem.lower_optimizer(config.inner_lr),
+      config.dual_lr,
+    ), bilevel.upper_step(
+      upper_step, bilevel.schedule(rate, decays, steps), config.beta
+    )  # fmt: skip
+
+  def sample(key, data):
+    batches = devices.split(problem.sample(key, data))
+    if problem.blocks is None or method.indexed:
+      return batches
+    return tuple(batch.data for batch in batches)
+
+  def start(key, rate, seed, data):
+    del seed
+    start_key, refine_key = jax.random.split(key)
+    x, y = problem.start(start_key, data)
+    if refined:
+      keys = jax.random.split(refine_key, spent)
+      y = optlab.bilevel.refine(
+        problem.lower, x, y, jax.vmap(lambda key: sample(key, data)[1])(keys),
+        learning_rate=config.inner_lr, first_steps=config.lower_steps,
+        epochs=config.refine_epochs,
+      )  # fmt: skip
+    return method.init(*make(rate), x, y, start_key)
+
+  def step(state, key, rate, data):
+    batch = bilevel.draw(
+      key, lambda key: sample(key, data), method.step_samples
+    )
+    return optlab.train_step(*make(rate))(state, batch)[0]
+
+  return study.Entry(start, step, method.calls, spent=spent)
 
 
 def compare(
@@ -244,36 +261,28 @@ def draw(session: Session, config: Config, field: str, program: str) -> None:
   groups = list(dict.fromkeys(row.get('problem', '') for row in rows))
   pairs = list(itertools.product(config.upper_steps, config.schedules))
   figure, panels = plt.subplots(
-    len(groups),
-    len(pairs),
-    figsize=(4.6 * len(pairs), 1.0 + 3.0 * len(groups)),
-    squeeze=False,
-    sharex=True,
-    sharey='row',
-  )
+    len(groups), len(pairs),
+    figsize=(4.2 * len(pairs) + 1.6, 1.0 + 3.0 * len(groups)), squeeze=False,
+    sharex=True, sharey='row', layout='constrained',
+  )  # fmt: skip
   for line, group in zip(panels, groups, strict=True):
     for axes, (upper_step, schedule) in zip(line, pairs, strict=True):
       for i, method in enumerate(config.methods):
         label = f'{group}: ' * bool(group)
         label += ', '.join((method, upper_step, schedule))
         x, middle, low, high = plots.curves(rows, label, 'calls', field)
-        axes.plot(
-          x,
-          middle,
-          '-' if method.startswith('bo_rep') else '--',
-          color=f'C{i % 10}',
-          label=method,
-          lw=2.2 if method == 'bo_rep' else 1.2,
-        )
         # A seed that diverged would leave no room for the others.
         high = np.minimum(high, 2 * np.nanmax(middle, initial=0.0))
-        axes.fill_between(x, low, high, color=f'C{i % 10}', alpha=0.12, lw=0)
+        style = '-' if method.startswith('bo_rep') else '--'
+        plots.band(
+          axes, x, middle, low, high, style=style, color=f'C{i % 10}',
+          label=method, bold=method == 'bo_rep',
+        )  # fmt: skip
       title = ', '.join(p for p in (group, upper_step, schedule) if p)
       axes.set_title(title, fontsize=10)
       axes.grid(alpha=0.3)
     line[0].set_ylabel(field.replace('_', ' '))
   for axes in panels[-1]:
     axes.set_xlabel('gradients + products')
-  handles, labels = panels[0][0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='center left', bbox_to_anchor=(0.92, 0.5))
+  plots.legend_right(figure, panels[0][0])
   plots.save(figure, session.folder / f'{program}.png')

@@ -175,7 +175,7 @@ def test_synthetic_functions_end_where_the_paper_says(tmp_path, x64, capsys):
   )  # fmt: skip
   synthetic_functions.main(config)
   _, rows = record.read(tmp_path)
-  ends = {row['optimizer']: row['x'] for row in record.select(rows, 'summary')}
+  ends = {row['optimizer']: row['x'] for row in record.select(rows, 'minimum')}
   assert ends['diffgrad'] == pytest.approx(-0.3, abs=1e-3)
   assert ends['adam'] == pytest.approx(0.2, abs=1e-3)
   assert '-0.300' in capsys.readouterr().out

@@ -15,8 +15,8 @@ from experiments import nonlinear_equations
 from experiments import plot
 from experiments import softmax_regression
 from experiments.lab import flags
-from experiments.lab import newton
 from experiments.lab import record
+from experiments.lab import sklearn_solvers
 from experiments.problems import data
 from experiments.problems import regressions
 from experiments.problems import smooth
@@ -175,8 +175,8 @@ def test_float32_reaches_what_float32_can(small):
 
 def test_scikit_learns_calls_are_counted(x64):
   problem = regressions.logistic(data.load('breast_cancer'), 0.1)
-  with newton._counting(columns=30) as counts:
-    newton.fit_sklearn(
+  with sklearn_solvers.counting(columns=30) as counts:
+    sklearn_solvers.fit_sklearn(
       problem.regression, 'newton-cholesky', problem.start(0), 3, np.float64
     )
   assert counts['solves'] in (3, 4)
