@@ -161,7 +161,7 @@ def make_problem(config: Config, dimension: int = 10) -> study.Problem:
   return made._replace(entry=entry, measure=measure, finish=None)
 
 
-def fields_of(label: str) -> dict[str, str]:
+def fields_of(label: str) -> dict[str, Any]:
   """What a label of the study says."""
   names = 'estimator', 'upper_step', 'schedule'
   return dict(zip(names, label.split(', '), strict=True))
