@@ -25,45 +25,42 @@ class Counts(NamedTuple):
   solves: jax.Array
 
 
-def start(evaluated: jax.Array) -> Counts:
-  """The counts before the first step.
+def evaluated(counts: Counts, whether: jax.Array) -> Counts:
+  """The counts with a value and gradient more, where there was one.
 
   Args:
-    evaluated: Whether the start was evaluated.
+    counts: Those before it.
+    whether: Whether a point was evaluated outside of the transformation.
 
   Returns:
     The counts.
   """
-  calls = jnp.asarray(evaluated, jnp.int32)
-  zero = jnp.zeros((), jnp.int32)
-  return Counts(calls, calls, zero, zero)
+  calls = jnp.asarray(whether, jnp.int32)
+  return counts._replace(
+    values=counts.values + calls, gradients=counts.gradients + calls
+  )
 
 
 def after(
-  counts: Counts,
-  evaluated: jax.Array,
-  before: base.OptState,
-  state: base.OptState,
+  counts: Counts, before: base.OptState, state: base.OptState
 ) -> Counts:
-  """The counts after one more step.
+  """The counts after what the transformation itself did in a step.
 
   Args:
     counts: Those before it.
-    evaluated: Whether its end was evaluated outside of the transformation.
     before: The transformation's state before the step.
     state: The state after it.
 
   Returns:
     The counts.
   """
-  calls = jnp.asarray(evaluated, jnp.int32)
   change = lambda name: _sum(state, name) - _sum(before, name)
   trials = change('total_trials') + _zoom(state)
   # Armijo's test compares values, and may evaluate the gradient at its end.
   values, gradients = _backtracking(state)
   return Counts(
-    counts.values + calls + trials + values,
-    counts.gradients + calls + trials + gradients,
+    counts.values + trials + values,
+    counts.gradients + trials + gradients,
     counts.products + change('total_products'),
     counts.solves + change('total_solves'),
   )

@@ -7,6 +7,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
+from optlab import _box
 from optlab import base
 from optlab import trees
 
@@ -29,58 +30,83 @@ def minimizer(
   params: base.Params,
   value: jax.Array,
   ok: jax.Array,
+  box: _box.Box | None = None,
+  active: Any = (),
 ) -> tuple[base.Params, jax.Array]:
   r"""A minimizer and its value, with their derivatives.
 
-  With respect to whatever ``fun`` closes over,
+  With respect to whatever ``fun`` closes over, and the bounds,
 
   .. math:: \dot x = -(\nabla^2 f)^{-1}\, \partial_\theta \nabla f\,
     \dot \theta, \quad \dot f = \partial_\theta f\, \dot \theta +
     \langle \nabla f, \dot x \rangle
+
+  With bounds the system is that of the free coordinates; an active one moves as
+  its bound does.
 
   Args:
     fun: The objective.
     params: Where it is least, a constant.
     value: The objective there, a constant.
     ok: Whether ``params`` may be taken for a minimizer.
+    box: The bounds, if any.
+    active: Which of them hold ``params``.
 
   Returns:
     ``params`` and ``value``. The derivatives are NaN unless ``ok`` and the
-    Hessian is positive definite as far as the solver sees.
+    Hessian is positive definite as far as the solver sees, and where the
+    gradient does not say that an active bound holds: on one side of there, the
+    coordinate would leave it.
   """
   closed, constants = jax.closure_convert(fun, params)
-  if not constants:
+  if not constants and box is None:
     return params, value
 
   @jax.custom_jvp
-  def attach(params, value, constants):
-    del constants
+  def attach(params, value, constants, box, active):
+    del constants, box, active
     return params, value
 
   @attach.defjvp
   def rule(primals, tangents):
-    constants, moves = primals[2], tangents[2]
+    constants, box, active = primals[2:]
+    moves, box_moves = tangents[2:4]
     # Its own derivative: that of the minimizer, where it is differentiated.
     params, value = attach(*primals)
     grad = lambda params, constants: jax.grad(closed)(params, *constants)
     shift = jax.jvp(lambda c: grad(params, c), (constants,), (moves,))[1]
-    product = jax.linearize(lambda p: grad(p, constants), params)[1]
+    slope, product = jax.linearize(lambda p: grad(p, constants), params)
+    inner, is_free, sure = product, None, ok
+    if box is not None:
+      carried = _box.carried(active, *box_moves)
+      shift = jax.tree.map(jnp.add, shift, product(carried))
+      shift = _box.free(active, shift)
+      inner = lambda v: jax.tree.map(
+        lambda a, bent, old: jnp.where(a == 0, bent, old),
+        active, product(_box.free(active, v)), v,
+      )  # fmt: skip
+      is_free = ravel_pytree(active)[0] == 0
+      sure &= _box.is_strict(box, active, slope)
     step = jax.lax.custom_linear_solve(
-      product, shift, lambda _, b: _solve(product, b, ok), symmetric=True
+      inner, shift, lambda _, b: _solve(inner, b, sure, is_free), symmetric=True
     )
     step = jax.tree.map(jnp.negative, step)
+    if box is not None:
+      step = jax.tree.map(jnp.add, step, carried)
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
 
-  return attach(params, value, constants)
+  return attach(params, value, constants, box, active)
 
 
-def _solve(product, b, ok):
+def _solve(product, b, ok, is_free):
   """``H x = b`` for a positive definite operator; NaN where it is not."""
   flat, unravel = ravel_pytree(b)
   if flat.size <= DENSE:
     columns = lambda unit: ravel_pytree(product(unravel(unit)))[0]
     matrix = jax.vmap(columns)(jnp.eye(flat.size, dtype=flat.dtype))
+    if is_free is not None:
+      matrix = _box.face(matrix, is_free)
     lower = jax.lax.linalg.cholesky(matrix)  # NaN where it fails.
     pivots = jnp.diagonal(lower) ** 2
     scale = jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0.0)
@@ -89,7 +115,8 @@ def _solve(product, b, ok):
   else:
     x, found, definite = conjugate_gradient(product, b)
     # The right side may not reach a direction of negative curvature.
-    probe = unravel(jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2))
+    probe = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2)
+    probe = unravel(probe if is_free is None else jnp.where(is_free, probe, 0))
     ok &= found & definite & conjugate_gradient(product, probe, 20)[2]
   return jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
 

@@ -15,13 +15,16 @@ class MinimizeResult(NamedTuple):
     params: The last iterate.
     opt_state: The transformation's state.
     value: Scalar, the objective at ``params``.
-    grad_norm: Scalar, the Euclidean norm of the gradient at ``params``.
+    grad_norm: Scalar, the Euclidean norm of the gradient at ``params``, with
+      bounds of the part of it that no active bound holds.
     steps: int32 scalar, the steps taken.
     status: int32 scalar, one of the constants below.
     trace: What ``trace`` returned before each step and at the end, stacked on a
       leading axis of ``max_steps + 1``; rows beyond ``steps`` are zero.
     aux: Auxiliary output of ``fun`` at ``params``; ``()`` where there is none.
     counts: Values, gradients, products and solves of the run, `Counts`.
+    active: Which bounds hold the point: a tree of int8 like ``params``, -1 at
+      the lower one, 1 at the upper one, else 0; ``()`` without bounds.
   """
 
   params: base.Params
@@ -33,6 +36,7 @@ class MinimizeResult(NamedTuple):
   trace: Any
   aux: Any = ()
   counts: Any = ()
+  active: Any = ()
 
   @property
   def success(self) -> jax.Array:
@@ -46,7 +50,7 @@ class MinimizeResult(NamedTuple):
 
 
 MAX_STEPS, GRAD_TOL, TARGET_VALUE, STALLED, NON_FINITE, REJECTED = range(6)
-STOPPED = 6
+STOPPED, MAX_SECONDS = 6, 7
 MESSAGES = (
   'max_steps were taken.',
   'The norm of the gradient is at most grad_tol.',
@@ -55,6 +59,7 @@ MESSAGES = (
   'The value or the gradient is not finite.',
   'All that the transformation tried was rejected.',
   'The callback stopped it.',
+  'max_seconds have passed.',
 )
 
 

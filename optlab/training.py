@@ -13,9 +13,10 @@ from optlab import trees
 from optlab._argmin import ArgminResult
 from optlab._argmin import argmin
 from optlab._counts import Counts
+from optlab._kept import takes_extras
 from optlab._minimize import minimize
-from optlab._minimize import takes_extras
 from optlab._results import GRAD_TOL
+from optlab._results import MAX_SECONDS
 from optlab._results import MAX_STEPS
 from optlab._results import NON_FINITE
 from optlab._results import REJECTED
@@ -27,6 +28,7 @@ from optlab._results import Progress
 
 __all__ = [
   'GRAD_TOL',
+  'MAX_SECONDS',
   'MAX_STEPS',
   'NON_FINITE',
   'REJECTED',

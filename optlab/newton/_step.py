@@ -188,6 +188,8 @@ def _start(method, state, params, updates, value, value_fn, curvature):
     value_and_grad=jax.value_and_grad(value_fn),
     shift_of=shift_of,
     rejections=state.rejections,
+    # What `minimize` shows of its bounds.
+    project=getattr(value_fn, 'project', None),
   )
   return start, gamma, products + prepared.products
 

@@ -27,6 +27,7 @@ class Start(NamedTuple):
     value_and_grad: Of the objective.
     shift_of: ``gamma -> lambda``.
     rejections: Attempts in vain in the steps since the last accepted one.
+    project: Where a step lands; ``None`` is where it leads.
   """
 
   params: base.Params
@@ -39,6 +40,7 @@ class Start(NamedTuple):
   value_and_grad: Callable[[base.Params], tuple[jax.Array, base.Updates]]
   shift_of: Callable[[jax.Array], jax.Array]
   rejections: jax.Array
+  project: Callable[[base.Params], base.Params] | None = None
 
 
 class Point(NamedTuple):
@@ -158,6 +160,13 @@ def _try(start, shift):
     start.params,
   )
   params = trees.rounded(optax.apply_updates(start.params, step))
+  if start.project is not None:
+    landed = start.project(params)
+    move = start.space.lift(landed, start.params)
+    # Cut short, a step may ascend: only a larger shift turns it around.
+    uncut = ~trees.is_nonzero(jax.tree.map(jnp.subtract, landed, params))
+    solved &= uncut | (trees.dot(start.dual, move) < 0)
+    params = landed
   like = jax.eval_shape(start.value_and_grad, params)
   value, grad = jax.lax.cond(
     solved,
