@@ -53,19 +53,20 @@ def make(bounds: Any, params: base.Params) -> Box | None:
     )
   lower = _ends('lower', bounds[0], params, -np.inf)
   upper = _ends('upper', bounds[1], params, np.inf)
-  for (path, low), high in zip(
-    jax.tree.leaves_with_path(lower), jax.tree.leaves(upper), strict=True
-  ):
-    if (
-      _is_known(low)
-      and _is_known(high)
-      and not np.all(np.asarray(low) <= np.asarray(high))
-    ):
+  leaves = jax.tree.leaves_with_path(params)
+  for (path, _), low, high in zip(leaves, lower, upper, strict=True):
+    known = _is_known(low) and _is_known(high)
+    if known and not np.all(np.asarray(low) <= np.asarray(high)):
       raise ValueError(
         'bounds must have lower <= upper, got'
         f' lower{jax.tree_util.keystr(path)} = {low} and upper = {high}.'
       )
-  return Box(lower, upper)
+  like = lambda ends: jax.tree.map(
+    lambda leaf, end: jnp.asarray(end, jnp.result_type(leaf)),
+    params,
+    jax.tree.structure(params).unflatten(ends),
+  )
+  return Box(like(lower), like(upper))
 
 
 def _is_known(x):
@@ -73,34 +74,26 @@ def _is_known(x):
 
 
 def _ends(name, bound, params, absent):
-  """A bound of each leaf, ``absent`` where there is none."""
+  """The bounds of all leaves in a list, ``absent`` where there is none."""
   is_none = lambda x: x is None
-  leaves, treedef = jax.tree.flatten(params)
-  given = jax.tree.leaves(bound, is_leaf=is_none)
-  kind = jax.tree.structure(bound, is_leaf=is_none)
-  if kind == jax.tree.structure(0) and not jnp.ndim(
-    0 if bound is None else bound
-  ):
+  leaves = jax.tree.leaves_with_path(params)
+  given, kind = jax.tree.flatten(bound, is_leaf=is_none)
+  if jax.tree_util.treedef_is_leaf(kind) and np.ndim(given[0]) == 0:
     given = given * len(leaves)
-  elif kind != treedef:
+  elif kind != jax.tree.structure(params):
     raise ValueError(
       f'the {name} end of bounds must be a tree like params, a number or None:'
-      f' got {kind}, expected {treedef}.'
+      f' got {kind}, expected {jax.tree.structure(params)}.'
     )
-  paths = [
-    jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)
-  ]
-  return treedef.unflatten([
-    _end(f'{name}{path}', absent if end is None else end, leaf)
-    for path, end, leaf in zip(paths, given, leaves, strict=True)
-  ])  # fmt: skip
+  ends = [absent if end is None else end for end in given]
+  for (path, leaf), end in zip(leaves, ends, strict=True):
+    _check_end(f'{name}{jax.tree_util.keystr(path)}', end, leaf)
+  return ends
 
 
-def _end(where, end, leaf):
-  dtype = jnp.result_type(end) if jnp.ndim(end) else np.result_type(end)
-  if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(
-    dtype, jnp.integer
-  ):
+def _check_end(where, end, leaf):
+  dtype = getattr(end, 'dtype', None) or np.asarray(end).dtype
+  if not any(jnp.issubdtype(dtype, kind) for kind in (np.floating, np.integer)):
     raise TypeError(f'bounds must be real numbers, got {where} = {end!r}.')
   if jnp.shape(end) not in ((), jnp.shape(leaf)):
     raise ValueError(
@@ -109,7 +102,6 @@ def _end(where, end, leaf):
     )
   if _is_known(end) and np.any(np.isnan(np.asarray(end, np.float64))):
     raise ValueError(f'bounds must not be NaN, got {where} = {end!r}.')
-  return jnp.asarray(end, jnp.result_type(leaf))
 
 
 def inside(box: Box, params: base.Params) -> base.Params:

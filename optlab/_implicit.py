@@ -78,21 +78,24 @@ def minimizer(
     slope, product = jax.linearize(lambda p: grad(p, constants), params)
     inner, is_free, sure = product, None, ok
     if box is not None:
+      sure &= _box.is_strict(box, active, slope)
+      # Where an active coordinate may leave its bound, nothing is known of it:
+      # NaN before and behind the system, which leaves it out, in both modes.
+      known = lambda tree: trees.scaled(jnp.where(sure, 1.0, jnp.nan), tree)
       carried = _box.carried(active, *box_moves)
-      shift = jax.tree.map(jnp.add, shift, product(carried))
+      shift = jax.tree.map(jnp.add, known(shift), product(carried))
       shift = _box.free(active, shift)
       inner = lambda v: jax.tree.map(
         lambda a, bent, old: jnp.where(a == 0, bent, old),
         active, product(_box.free(active, v)), v,
       )  # fmt: skip
       is_free = ravel_pytree(active)[0] == 0
-      sure &= _box.is_strict(box, active, slope)
     step = jax.lax.custom_linear_solve(
       inner, shift, lambda _, b: _solve(inner, b, sure, is_free), symmetric=True
     )
     step = jax.tree.map(jnp.negative, step)
     if box is not None:
-      step = jax.tree.map(jnp.add, step, carried)
+      step = known(jax.tree.map(jnp.add, step, carried))
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
 

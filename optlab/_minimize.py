@@ -115,13 +115,29 @@ def minimize(
     >>> print(jax.grad(centre)(jnp.ones(2)).round(3))
     [1. 1.]
 
+    >>> result = optlab.minimize(
+    ...     fun, jnp.zeros(3), optlab.gns_newton(), max_steps=100,
+    ...     grad_tol=1e-6, bounds=(None, jnp.array([0.5, 2.0, jnp.inf])))
+    >>> print(result.params, result.active)
+    [0.5 1.  1. ] [1 0 0]
+
   Notes:
+    In a box each step lands at the nearest point of it, and a coordinate that
+    the gradient holds at its bound stays out of the gradient and the curvature
+    until it is released. `gns_newton` tries the points where its steps land
+    (projected Newton: Bertsekas, `Projected Newton Methods
+    <https://doi.org/10.1137/0320018>`_, 1982); line searches do too, along
+    their own direction; ``optax.sgd`` is projected gradient descent, and the
+    memory of others, momentum for example, is not told of the bounds.
+
     ``params`` and ``value`` have derivatives, forward and backward, by the
     implicit function theorem: one linear system with the Hessian, formed for at
     most 256 parameters, else conjugate gradients. They are NaN where the point
     is no minimizer: the Hessian is not positive definite there (as far as
     products with a few vectors tell, beyond 256 parameters), or the run neither
     met ``grad_tol`` nor reduced the gradient's norm a thousandfold.
+    With ``bounds`` the derivatives are those of the free coordinates, an active
+    one moves with its bound; NaN where the gradient does not press on it.
     What else is in the result (``trace``, ``opt_state``) and the start count as
     constants; complex parameters have no derivatives.
   """

@@ -78,6 +78,49 @@ for wrong, params, error, match in (
     error,
     match,
   )
+for wrong, bounds, error, match in (
+  (
+    'pairs of ends, as in scipy',
+    [(0, 1)] * 3,
+    ValueError,
+    r'bounds must be a pair \(lower, upper\)',
+  ),
+  ('a number for bounds', 1.0, ValueError, 'bounds must be a pair .*got 1.0'),
+  ('words for a bound', ('a', 1.0), TypeError, "real numbers, got lower = 'a'"),
+  ('a NaN bound', (None, NAN), ValueError, 'not be NaN, got upper = nan'),
+  (
+    'bounds that are turned around',
+    (X + 1, X),
+    ValueError,
+    'lower <= upper, got lower = .* and upper = ',
+  ),
+  (
+    'a bound of another shape',
+    (np.zeros(7), None),
+    ValueError,
+    r'lower has shape \(7,\), the parameter \(2,\)',
+  ),
+  (
+    'a bound of another tree',
+    ({'a': 0.0}, None),
+    ValueError,
+    'the lower end of bounds must be a tree like params',
+  ),
+):
+  row(
+    'minimize',
+    wrong,
+    lambda bounds=bounds: traced(lambda: minimize(bounds=bounds)),
+    error,
+    match,
+  )
+row(
+  'minimize',
+  'bounds of complex params',
+  lambda: traced(lambda: minimize(params=X * 1j, bounds=(0.0, 1.0))),
+  TypeError,
+  'bounds need real params',
+)
 row(
   'minimize',
   'a vector where a scalar belongs',

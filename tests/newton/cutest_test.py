@@ -5,6 +5,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 
+from benchmarks import bounds
 from benchmarks import cutest
 
 METHODS = ('gns', 'gns lanczos', 'gns cg', 'trust-exact')
@@ -33,3 +34,15 @@ def test_solves_as_many_as_the_best_trust_region_in_as_few_evaluations():
 
 def test_the_list_is_whole():
   assert len(cutest.NAMES) == len(set(cutest.NAMES)) == 54
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_problems(), reason='no sif2jax on this machine')
+def test_solves_all_that_lbfgsb_solves_in_a_box():
+  rows = bounds.table()
+  print(*cutest.summary(rows), sep='\n')
+  assert len(rows) >= 10
+  for name, row in rows.items():
+    assert all(row.values()), (name, row)
+  ratios = [row['gns'] / row['L-BFGS-B'] for row in rows.values()]
+  assert np.median(ratios) <= 0.9
