@@ -77,6 +77,8 @@ def minimizer(
     shift = jax.jvp(lambda c: grad(params, c), (constants,), (moves,))[1]
     slope, product = jax.linearize(lambda p: grad(p, constants), params)
     inner, is_free, sure = product, None, ok
+    known: Any = None
+    carried: Any = None
     if box is not None:
       sure &= _box.is_strict(box, active, slope)
       # Where an active coordinate may leave its bound, nothing is known of it:

@@ -201,7 +201,7 @@ def _ask_host(run, now):
   result = now.result
   if run.callback is None and run.max_seconds is None:
     return no, no, now.began
-  progress = _results.Progress(
+  progress: Any = _results.Progress(
     result.params, result.value, result.grad_norm, result.steps, result.counts
   )
   if run.callback is None:
