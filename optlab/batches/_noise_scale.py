@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optlab import checks
@@ -62,9 +63,11 @@ def noise_scale(
     averaged squared gradient is not above 0 it keeps the size.
 
   Raises:
-    TypeError: ``eta`` or ``decay`` is not a real number.
+    TypeError: ``eta`` or ``decay`` is not a real number; in ``init``, ``mask``
+      holds something else than bools.
     ValueError: ``eta`` is not a finite number above 0, or ``decay`` outside
-      (0, 1).
+      (0, 1); in ``init``, ``mask`` is no prefix of the parameters or keeps
+      none.
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -94,6 +97,7 @@ def noise_scale(
     return jax.tree.map(lambda leaf: zero, params) if by_leaf else zero
 
   def init(params):
+    _check_mask(mask, params)
     zero = jnp.zeros((), _statistics.real(params))
     return trees.own(
       NoiseScaleState(
@@ -121,12 +125,39 @@ def noise_scale(
 
 
 def _total(tree: Any, mask: Any) -> Any:
-  if mask is None:
-    return sum(jax.tree.leaves(tree))
+  return sum(jax.tree.leaves(tree) if mask is None else _kept(tree, mask))
+
+
+def _kept(tree: Any, mask: Any) -> list[Any]:
+  """The leaves that a mask keeps."""
   chosen = jax.tree.map(
     lambda keep, part: jax.tree.leaves(part) if keep else [], mask, tree
   )
-  return sum(jax.tree.leaves(chosen))
+  return jax.tree.leaves(chosen)
+
+
+def _check_mask(mask, params):
+  """Raises unless a mask says of each array whether it counts, and one does."""
+  if mask is None:
+    return
+  for path, keep in jax.tree.leaves_with_path(mask):
+    if not isinstance(keep, (bool, np.bool_)):
+      raise TypeError(
+        f'mask{jax.tree_util.keystr(path)} must be a bool, got {keep!r} of type'
+        f' {type(keep).__name__}.'
+      )
+  try:
+    kept = _kept(params, mask)
+  except ValueError as error:
+    raise ValueError(
+      'mask must be a prefix of the parameters, got'
+      f' {jax.tree.structure(mask)} for {jax.tree.structure(params)}.'
+    ) from error
+  if not kept:
+    raise ValueError(
+      f'mask must keep at least one array, got {mask}, by which no gradient is'
+      ' left to have a noise scale.'
+    )
 
 
 def _moments(grads, extras, by_leaf):

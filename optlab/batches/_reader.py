@@ -12,11 +12,11 @@ from optlab.batches._losses import batch_length
 
 
 class StreamState(NamedTuple):
-  """Where a `stream` stands; a checkpoint holds it."""
+  """Where a `stream` stands; of several processes, with a row for each."""
 
-  epoch: int  # passes over the source that have ended
-  chunks: int  # of this pass, those that are used up
-  offset: int  # examples that are used of the next one
+  epoch: Any  # int, passes over the source that have ended
+  chunks: Any  # int, of this pass, those that are used up
+  offset: Any  # int, examples that are used of the next one
   source: Any  # what the source says of itself there, or ``None``
 
 
@@ -111,8 +111,8 @@ class Reader:
       self._ahead.append(self._thread.submit(self._read))
     return self._ahead.pop(0).result()
 
-  def rows(self, size: int) -> base.Batch:
-    """The next examples; on an error none of them is lost."""
+  def fill(self, size: int) -> None:
+    """Reads until so many examples are held; on an error none is lost."""
     have = sum(chunk.length for chunk in self._held) - self._offset
     while have < size:
       chunk = self._next()
@@ -123,6 +123,10 @@ class Reader:
         )
       self._held.append(chunk)
       have += chunk.length
+
+  def rows(self, size: int) -> base.Batch:
+    """The next examples; on an error none of them is lost."""
+    self.fill(size)
     parts = []
     while size:
       chunk = self._held[0]
@@ -135,6 +139,10 @@ class Reader:
       size -= cut.stop - cut.start
       self._offset = cut.stop
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+  def kind(self) -> bytes:
+    """Structure, shapes and dtypes of an example."""
+    return str(self._like).encode()
 
   def position(self) -> StreamState:
     """Of the next example."""

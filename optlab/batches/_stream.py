@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from optlab import checks
+from optlab.batches import _processes
 from optlab.batches._reader import Reader
 from optlab.batches._reader import StreamState
 from optlab.batches._windows import PaddedBatch
@@ -85,8 +86,9 @@ def stream(
   Raises:
     TypeError: ``source`` is not iterable, or a size not an integer.
     ValueError: ``microbatch_size`` is below 1 or no multiple of the devices of
-      ``sharding``, or ``prefetch`` is below 0. In ``take``: a size below 1 or
-      above ``microbatch_size``; the source is empty, yields examples of other
+      ``sharding``, ``prefetch`` is below 0, or ``sharding`` not over all of
+      several processes. In ``take``: a size below 1 or above
+      ``microbatch_size``; the source is empty, yields examples of other
       shapes or dtypes than its first ones, or what is not finite. In ``seek``:
       the source has been read and cannot begin again, or ends too early.
     EOFError: In ``take``, the source has ended: no example is lost, and as many
@@ -111,9 +113,15 @@ def stream(
     has them: then `StreamState.source` is what they give. Else ``seek`` reads a
     new source again up to the place, which is right where it repeats itself.
 
-    One process: in several, each would fill up its own part of a batch.
+    In several processes each has a source of its own, with its part of the
+    data, and gives an equal part of every microbatch, in the order of the
+    devices; ``take``, ``position`` and ``seek`` are then called by all. Sizes
+    are multiples of ``microbatch_size`` (``multiple_of`` of `grow_batch`).
+    Where one source ends or fails, every process raises and none loses an
+    example. A `StreamState` has a row a process.
   """
   checks.enforce(stream, locals())
+  several = jax.process_count() > 1
   put = _placement(microbatch_size, sharding)
   reader = Reader(source, batched, prefetch, finite)
 
@@ -125,7 +133,16 @@ def stream(
         f'size must be at most microbatch_size={microbatch_size}, got {size}:'
         ' stream_step takes larger batches in parts.'
       )
-    rows = reader.rows(size)
+    if several and size < microbatch_size:
+      raise ValueError(
+        f'size must be microbatch_size={microbatch_size} in several processes,'
+        f' got {size}: batch sizes must be multiples of it, as by'
+        f' multiple_of={microbatch_size} in grow_batch.'
+      )
+    if several:
+      rows = _processes.rows(reader, size // jax.process_count())
+    else:
+      rows = reader.rows(size)
 
     def pad(leaf):
       fill = np.repeat(leaf[:1], microbatch_size - size, 0)
@@ -133,18 +150,19 @@ def stream(
 
     return PaddedBatch(jax.tree.map(pad, rows), np.asarray(size, np.int32))
 
-  return Stream(
-    take, reader.position, reader.seek, reader.close, microbatch_size
-  )
+  def position():
+    return _processes.position(reader) if several else reader.position()
+
+  def seek(state):
+    go = lambda: reader.seek(_processes.own_position(state)) or 0
+    _ = _processes.together(go) if several else go()
+
+  return Stream(take, position, seek, reader.close, microbatch_size)
 
 
 def _placement(microbatch_size, sharding):
   if jax.process_count() > 1:
-    raise ValueError(
-      f'stream must run in one process, got {jax.process_count()}: make batches'
-      ' by jax.make_array_from_process_local_data, and pass them to'
-      ' train_step.'
-    )
+    _processes.check_sharding(sharding)
   if sharding is None:
     return lambda leaf: leaf
   try:
@@ -154,4 +172,6 @@ def _placement(microbatch_size, sharding):
       f'microbatch_size must be a multiple of the devices of {sharding}, got'
       f' {microbatch_size}.'
     ) from error
+  if jax.process_count() > 1:
+    return _processes.placement(sharding, microbatch_size)
   return lambda leaf: jax.device_put(leaf, sharding)

@@ -119,6 +119,21 @@ row(
 )
 
 noise_scale = family('noise_scale')
+for mask, error, match in (
+  ({'a': False, 'b': False}, ValueError, 'mask must keep at least one array'),
+  (False, ValueError, 'mask must keep at least one array'),
+  ({'a': True}, ValueError, 'mask must be a prefix of the parameters'),
+  ([True, True], ValueError, 'mask must be a prefix of the parameters'),
+  ({'a': 'norm', 'b': True}, TypeError, r"mask\['a'\] must be a bool"),
+  ({'a': 1.0, 'b': True}, TypeError, r"mask\['a'\] must be a bool"),
+):
+  row(
+    'noise_scale',
+    f'mask={mask}',
+    lambda mask=mask: noise_scale(mask=mask).init({'a': X, 'b': X}),
+    error,
+    match,
+  )
 family('batch_learning_rate', learning_rate=0.1, batch_size=8)
 size_schedule = family('size_schedule', schedule=optax.constant_schedule(8))
 
