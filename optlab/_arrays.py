@@ -52,6 +52,22 @@ def check_params(name: str, tree: Any) -> None:
       )
 
 
+def check_real_params(name: str, tree: Any) -> None:
+  """As `check_params`; complex leaves raise too.
+
+  For methods that do not conjugate: on complex leaves what `jax.grad` returns
+  points the wrong way.
+  """
+  check_params(name, tree)
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
+        f' {jnp.result_type(leaf)}: pass real and imaginary parts as two'
+        ' leaves.'
+      )
+
+
 def as_key(name: str, value: Any) -> jax.Array:
   """A copy of a PRNG key, typed; or a ``TypeError`` that names it."""
   dtype = getattr(value, 'dtype', None)

@@ -21,6 +21,7 @@ from optlab._arrays import as_array
 from optlab._arrays import as_key
 from optlab._arrays import check_floating
 from optlab._arrays import check_params
+from optlab._arrays import check_real_params
 from optlab._arrays import check_same_tree
 from optlab._numbers import check_int
 from optlab._numbers import check_non_negative

@@ -1,6 +1,7 @@
 """One training step for every method, and a compiled loop to a tolerance."""
 
 from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -79,8 +80,18 @@ def init(
   Raises:
     TypeError: ``estimator`` is not a `GradientEstimator`, or ``tx`` not an
       optax transformation.
+    ValueError: ``inner`` is more or less than the estimator has.
   """
   checks.enforce(init, locals())
+  signature = inspect.signature(estimator.init)
+  try:
+    signature.bind(params, *inner)
+  except TypeError as error:
+    raise ValueError(
+      f'the estimator is initialized by ({", ".join(signature.parameters)}),'
+      f' got {1 + len(inner)} of them: optlab.init passes on params and what'
+      ' follows tx.'
+    ) from error
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=trees.strong(params),

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from optlab import base
+from optlab import checks
 from optlab.batches import _ghost_walk
 from optlab.batches import _independence
 from optlab.batches import _layout
@@ -109,6 +110,7 @@ def ghost_sq_norms(
     >>> print(optlab.batches.ghost_sq_norms(losses, jnp.ones(2), rows))
     [25.  1.]
   """
+  checks.check_params('params', params)
   length = _losses.batch_length(examples)
   real = jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
   mask = _layout.like_rows(jnp.ones(length, real.dtype), examples)

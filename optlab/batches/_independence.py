@@ -60,7 +60,8 @@ def check_losses(
     examples: Batch of n examples on the leading axes, at least 2.
 
   Raises:
-    TypeError: ``losses`` is not a function.
+    TypeError: ``losses`` is not a function, or a leaf of ``params`` not a
+      floating array.
     ValueError: The losses differ, or are not one an example.
 
   Examples:
@@ -73,6 +74,7 @@ def check_losses(
     loss i must depend on example i alone:
   """
   checks.check_callable('losses', losses, '(params, examples) -> (n,) losses')
+  checks.check_params('params', params)
   length = _losses.batch_length(examples)
   check_program(losses, params, examples)
   mask = jnp.ones(length)

@@ -126,7 +126,7 @@ def estimator(
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
-    _state.check_real('params', params)
+    checks.check_real_params('params', params)
     inner, lower_opt_state = state.inner, state.lower_opt_state
     held = state.info.constrained
     if move is not None:

@@ -129,7 +129,7 @@ def f2sa(
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
-    _state.check_real('params', params)
+    checks.check_real_params('params', params)
     strength = trees.at_step(penalty, state.step)
     weight = 1 / strength
     (y, opt_state), memory = _descend(

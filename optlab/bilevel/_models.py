@@ -12,6 +12,7 @@ from optlab import losses
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _problem
+from optlab.bilevel import _saba
 from optlab.bilevel import _state
 
 
@@ -129,6 +130,13 @@ def with_models(
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
+    if isinstance(
+      getattr(state.estimator_state, 'memory', ()), _saba.SabaMemory
+    ):
+      raise ValueError(
+        'with_models has no model state and no keys for saba, whose memory of'
+        ' an IndexedBatch assumes that a block has one gradient: take soba.'
+      )
     loss = state.loss
     result, new = estimator.estimate(
       params, state.estimator_state, _with_models(batch, loss, has_key)

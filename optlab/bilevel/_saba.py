@@ -190,11 +190,12 @@ def saba(
   dual = _bilevel.dual_of(dual_lr, dual_optimizer, 1, dual_radius)
 
   def init(params, inner):
+    state = _state.init_state(problem, params, inner, dual=dual)
     memory = SabaMemory(
       _empty_memory((params, inner), upper_blocks),
       _empty_memory((inner, params, inner), lower_blocks),
     )
-    return _state.init_state(problem, params, inner, dual=dual, memory=memory)
+    return state._replace(memory=memory)
 
   def estimate(params, state, batch):
     _state.check_batch(batch)

@@ -155,7 +155,7 @@ def recursive_estimator(
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
-    _state.check_real('params', params)
+    checks.check_real_params('params', params)
     now = params, state.inner, state.dual
     look = functools.partial(_look, problem, state.step)
     (value, lower_value, size, convex), moves = renew(look, now, state, batch)

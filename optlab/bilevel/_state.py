@@ -69,7 +69,7 @@ def init_state(
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0`` if it has one."""
   for name, tree in (('params', params), ('inner', inner)):
-    check_real(name, tree)
+    checks.check_real_params(name, tree)
   inner = trees.own(inner)
   if problem.lower_map is None and dual:
     _lower.check_free(problem.optimizer, inner)
@@ -96,17 +96,6 @@ def init_state(
       total_rejected=zero(jnp.int32),
     ),
   )
-
-
-def check_real(name: str, tree: Any) -> None:
-  """Raises a ``TypeError`` for a leaf that no hypergradient exists for."""
-  checks.check_params(name, tree)
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-      raise TypeError(
-        f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
-        f' {leaf.dtype}: pass real and imaginary parts as two leaves.'
-      )
 
 
 def accept(

@@ -97,13 +97,7 @@ def check_levels(
 ) -> None:
   """Raises unless both variables are real, and ``inner`` is a table."""
   for name, tree in (('params', params), (called, inner)):
-    checks.check_params(name, tree)
-    for path, leaf in jax.tree.leaves_with_path(tree):
-      if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-        raise TypeError(
-          f'{name}{jax.tree_util.keystr(path)} must be real, got dtype'
-          f' {jnp.result_type(leaf)}; keep real and imaginary part apart.'
-        )
+    checks.check_real_params(name, tree)
   if not jax.tree.leaves(inner):
     raise ValueError(f'{called} must have at least one leaf, got none.')
   tables.check_rows(called, inner, num_blocks)

@@ -159,6 +159,7 @@ def contrastive_divergence(
   box = _contrastive_rows.as_box(box)
 
   def init(params, key, chains):
+    checks.check_real_params('params', params)
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
       key=key,

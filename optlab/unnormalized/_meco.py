@@ -181,6 +181,7 @@ def meco(
     )
 
   def init(params):
+    checks.check_real_params('params', params)
     dtype = trees.accumulator_dtype(params)
     shape = () if contexts is None else (contexts,)
     return MecoState(

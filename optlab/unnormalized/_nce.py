@@ -241,7 +241,7 @@ def _contrastive(
   """The estimator of a loss that is a sum over rows of a function of h."""
 
   def init(params):
-    del params
+    checks.check_real_params('params', params)
     return NceState(NceInfo(**_likelihood.zero_tally()))
 
   def estimate(params, state, batch):

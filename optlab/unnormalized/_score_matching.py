@@ -92,7 +92,7 @@ def denoising_score_matching(
   checks.enforce(denoising_score_matching, locals())
 
   def init(params, key):
-    del params
+    checks.check_real_params('params', params)
     return DenoisingScoreMatchingState(
       key=checks.as_key('key', key),
       info=DenoisingScoreMatchingInfo(**_likelihood.zero_tally()),

@@ -193,6 +193,6 @@ def test_what_is_forgotten_is_named():
     has_state=True,
     has_key=True,
   )
-  with pytest.raises((TypeError, ValueError), match='IndexedBatch'):
+  with pytest.raises((TypeError, ValueError), match='take soba'):
     block = optlab.bilevel.IndexedBatch(jnp.int32(0), ROWS)
     saba.estimate(X, start(saba), optlab.BilevelBatch(block, block))

@@ -352,6 +352,9 @@ def test_what_is_forgotten_is_named():
     )
   with pytest.raises(TypeError, match='key must be a PRNG key'):
     optlab.init(START[0], estimator, optax.sgd(0.1), START[1], 0)
+  meco = optlab.meco(lambda p, rows: rows @ p)
+  with pytest.raises(ValueError, match=r'initialized by \(params\), got 2'):
+    optlab.init(START[0], meco, optax.sgd(0.1), START[1])
   plain = optlab.value_and_grad(lambda p, b: (jnp.sum(p), b))
   with pytest.raises(ValueError, match='tuple of 2: declare has_aux=True'):
     plain.estimate(jnp.ones(2), plain.init(jnp.ones(2)), ROWS)
@@ -394,9 +397,35 @@ def test_what_is_no_parameter_is_named_where_a_state_is_made(leaf):
   """A function among the arrays, as of a model that was not taken apart."""
   plain = optlab.value_and_grad(lambda p, batch: jnp.sum(p['w'] * batch))
   params = {'w': jnp.ones(3), 'z': leaf}
-  for estimator in (plain, optlab.with_storm(plain, 0.1)):
+  log_density = lambda p, rows: rows @ p['w']
+  key, rows = jax.random.key(0), jnp.ones((4, 3))
+  losses = lambda p, rows: jnp.square(rows @ p['w'])
+  upper = lambda x, y, batch: jnp.sum(y**2)
+  saba = optlab.saba(
+    upper, upper, optax.sgd(0.1), 0.1, upper_blocks=2, lower_blocks=2
+  )
+  likelihoods = (
+    optlab.meco(log_density).init,
+    optlab.nce(log_density).init,
+    lambda p: optlab.contrastive_divergence(log_density).init(p, key, rows),
+    lambda p: optlab.unnormalized.denoising_score_matching(
+      log_density, 0.1
+    ).init(p, key),
+  )
+  for refused in (
+    *likelihoods,
+    plain.init,
+    optlab.with_storm(plain, 0.1).init,
+    lambda p: saba.init(p, jnp.ones(2)),
+    lambda p: optlab.batches.ghost_sq_norms(losses, p, rows),
+    lambda p: optlab.batches.check_losses(losses, p, rows),
+  ):
     with pytest.raises(TypeError, match=r"params\['z'\] must be"):
-      estimator.init(params)
+      refused(params)
+  # The likelihood's gradient is not conjugated: it would lead uphill.
+  for refused in likelihoods:
+    with pytest.raises(TypeError, match=r'params must be real'):
+      refused(jnp.ones(3, jnp.complex64))
   stateful = optlab.value_and_grad(lambda p, s, batch: (0.0, s), has_state=True)
   with pytest.raises(TypeError, match=r"model_state\['f'\] must be an array"):
     stateful.init({'w': jnp.ones(3)}, {'f': jnp.tanh})
