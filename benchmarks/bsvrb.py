@@ -111,12 +111,12 @@ def indices(split, steps):
   )
 
 
-def ours(split, scales, dtype, dual=None):
+def ours(split, scales, dtype, **system):
   """The compiled run over stacked indices, and the state that it starts at."""
   levels = logistic.Levels(L2)
   estimator = optlab.bsvrb(
     levels.upper, levels.lower, NUM_BLOCKS,
-    inner_lr=STEP_SIZE, alpha=ALPHA, beta=BETA, dual=dual,
+    inner_lr=STEP_SIZE, alpha=ALPHA, beta=BETA, **system,
   )  # fmt: skip
   tx = optax.sgd(RATE)
   train_step = optlab.train_step(estimator, tx)
@@ -182,8 +182,8 @@ def against_numpy(split, scales, dtype, table):
 
 def v1(split, scales, dtype, table):
   index = indices(split, 20)
-  dual = optlab.multi_block.track_hessians(1e-3, damping=1e-2)
-  run, start = ours(split, scales, dtype, dual)
+  dual = optlab.multi_block.track_hessians(1e-3)
+  run, start = ours(split, scales, dtype, dual=dual, damping=1e-2)
   compile_seconds, compiled = timed(lambda: run.lower(start(), index).compile())
   times = []
   for _ in range(5):

@@ -47,11 +47,11 @@ def methods(
     `Method` by name.
   """
 
-  def bsvrb(dual):
+  def bsvrb(dual, damped=False):
     def make(upper, lower, num_blocks, inner_lr):
       return optlab.bsvrb(
         upper, lower, num_blocks, inner_lr=inner_lr, alpha=alpha, beta=beta,
-        dual=dual,
+        dual=dual, damping=damping if damped else None,
       )  # fmt: skip
 
     return Method(make)
@@ -63,7 +63,7 @@ def methods(
     )  # fmt: skip
 
   return {
-    'bsvrb_v1': bsvrb(optlab.multi_block.track_hessians(floor, damping)),
+    'bsvrb_v1': bsvrb(optlab.multi_block.track_hessians(floor), True),
     'bsvrb_v2': bsvrb(optlab.multi_block.track_products()),
     'rsvrb': Method(rsvrb, paired=True),
   }

@@ -5,8 +5,9 @@ methods with parallel speedup for multi-block bilevel optimization
 <https://arxiv.org/abs/2305.18730>`_, ICML 2023.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,13 @@ from optlab.multi_block import _info
 from optlab.multi_block import _points
 from optlab.multi_block import _rows
 from optlab.multi_block import _state
+from optlab.multi_block import _system
 
 
 class _Method(NamedTuple):
   """The problem, and how `bsvrb` is to follow it."""
 
-  upper: Any
-  lower: Any
-  num_blocks: int
+  problem: _system.Problem
   dual: _dual.Dual
   inner_lr: base.ScalarOrSchedule
   alpha: base.ScalarOrSchedule
@@ -41,7 +41,7 @@ class _Method(NamedTuple):
 
   def sample(self, params, state, batch, stable):
     return _points.sample(
-      self.upper, self.lower, self.dual, self.num_blocks, params, state, batch,
+      self.problem, self.dual, params, state, batch,
       stable if self.guarded else None,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ class _Method(NamedTuple):
       trees.at_step(self.inner_lr, step),
       self.dual.lr_ratio,
       trees.at_step(self.alpha, step),
-      count / self.num_blocks,
+      count / self.problem.num_blocks,
     )
 
 
@@ -66,6 +66,7 @@ class _Method(NamedTuple):
   dual=checks.Pair(
     _dual.Dual._fields, 'a Dual such as track_products()', optional=True
   ),
+  **_system.SYSTEM,
 )
 def bsvrb(
   upper: _blocks.BlockObjective,
@@ -77,6 +78,8 @@ def bsvrb(
   beta: base.ScalarOrSchedule = 0.1,
   gamma: base.ScalarOrSchedule | None = None,
   dual: _dual.Dual | None = None,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
   guarded: bool = True,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
@@ -111,6 +114,12 @@ def bsvrb(
     beta: Rate of the hypergradient, in (0, 1].
     gamma: The paper's :math:`\gamma`; ``None`` is `msvr_gamma`.
     dual: `track_products` (v2, the default) or `track_hessians` (v1).
+    damping: Added to :math:`d_{yy} g_i` in the system of :math:`v_i`, a number
+      or a schedule; ``None`` is none. Where it may be singular or indefinite,
+      and for `track_hessians` where it would lie below the floor.
+    curvature: ``(params, inner_i, batch_i) -> operator`` on ``inner_i`` in
+      place of :math:`d_{yy} g_i`, such as `gauss_newton` of a network, which is
+      never indefinite.
     guarded: Whether a block whose curvature is more than its steps can bear
       takes shorter ones, see the notes. False is the paper's form to the
       letter: one such block ruins the run.
@@ -198,9 +207,12 @@ def bsvrb(
       'inner_lr must be a number where guarded is False, got None; the guard'
       ' measures the curvature that would set it.'
     )
+  lr = LONGEST if inner_lr is None else inner_lr
   method = _Method(
-    *_blocks.objectives(upper, lower, has_aux), num_blocks, dual,
-    LONGEST if inner_lr is None else inner_lr, alpha, beta, gamma, guarded,
+    _system.Problem(
+      *_blocks.objectives(upper, lower, has_aux), num_blocks, curvature, damping
+    ),
+    dual, lr, alpha, beta, gamma, guarded,
   )  # fmt: skip
 
   def init(params, inner, first=None):
@@ -218,7 +230,7 @@ HELD = 'step', 'hypergrad', 'previous_params', 'clock'
 
 def _first_pass(method, state, first):
   """The state after a visit of all blocks."""
-  _blocks.check_first(first, method.num_blocks)
+  _blocks.check_first(first, method.problem.num_blocks)
   # How many blocks a step will sample is not known: as if they were few.
   limit = lambda _: method.stable(0, 0)
 
@@ -228,11 +240,11 @@ def _first_pass(method, state, first):
     state = _rows.write(state, sampled, rows, batch.blocks, 0)
     return state._replace(info=_info.after(state.info, sampled, batch.blocks))
 
-  return _state.in_chunks(visit, state, first, method.num_blocks)
+  return _state.in_chunks(visit, state, first, method.problem.num_blocks)
 
 
 def _estimate(method, params, state, batch):
-  step, num_blocks = state.step, method.num_blocks
+  step, num_blocks = state.step, method.problem.num_blocks
   limit = functools.partial(method.stable, step)
   sampled = method.sample(params, state, batch, limit)
   count, accepted = jnp.sum(sampled.use), jnp.sum(sampled.ok)

@@ -150,11 +150,8 @@ class HessianState(NamedTuple):
   floor=checks.POSITIVE._replace(
     remedy='It bounds the eigenvalues of every Hessian from below.'
   ),
-  damping=checks.NON_NEGATIVE,
 )
-def track_hessians(
-  floor: float | jax.Array = 1e-2, damping: float | jax.Array = 0.0
-) -> Dual:
+def track_hessians(floor: float | jax.Array = 1e-2) -> Dual:
   r"""Tracks Hessians and solves with them: BSVRB v1.
 
   Choose it for lower variables of few entries, where it needs no step size for
@@ -162,24 +159,24 @@ def track_hessians(
 
   .. math::
     H_i \leftarrow \text{Proj}_{H \succeq \mu I} (\text{MSVR of }
-      d_{yy} g_i + \delta I), \qquad v_i = H_i^{-1} d_y f_i
+      d_{yy} g_i), \qquad v_i = H_i^{-1} d_y f_i
 
   A block whose tracker lies above the floor costs two Cholesky factorizations;
   the spectrum is only computed for a block whose tracker does not.
 
   Args:
     floor: Scalar :math:`\mu`, at most the strong convexity of the lower
-      problems (plus the damping) for a hypergradient without bias.
-    damping: Scalar :math:`\delta`. Where the lower Hessians are singular to
-      working precision, 1e-2 or more keeps the trackers above the floor, and
-      so the step cheap, at the price of a bias.
+      problems (plus the ``damping`` of `bsvrb`) for a hypergradient without
+      bias. Where the lower Hessians are singular to working precision, a
+      damping of 1e-2 or more keeps the trackers above the floor, and so the
+      step cheap, at the price of a bias.
 
   Returns:
     A `Dual` for `bsvrb`.
 
   Raises:
-    TypeError: One of them is not a real number.
-    ValueError: ``floor`` is not positive, or ``damping`` is negative.
+    TypeError: ``floor`` is not a real number.
+    ValueError: ``floor`` is not positive.
 
   Examples:
     >>> import optlab
@@ -227,9 +224,7 @@ def track_hessians(
 
   def sample(product, upper_grad, hessian):
     del product, upper_grad
-    matrix = hessian()
-    shift = jnp.asarray(damping, matrix.dtype)
-    return matrix + shift * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return hessian()
 
   def update(rows, held, follow, use):
     del held

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import trees
-from optlab.multi_block import _blocks
+from optlab.multi_block import _system
 
 PRODUCTS = 6  # Hessian-vector products of a look.
 GROWTH = 4.0  # A gradient above so many times its average is looked at.
@@ -82,7 +82,7 @@ def largest_eigenvalue(matrix: jax.Array) -> jax.Array:
 
 
 def look(
-  lower: _blocks.BlockObjective,
+  problem: _system.Problem,
   params: base.Params,
   stable: jax.Array,
   step: jax.Array,
@@ -97,7 +97,7 @@ def look(
   """Looks at blocks that are new or suspicious, and judges them.
 
   Args:
-    lower: The lower objective of a block.
+    problem: The objectives of a block, with the damping of now.
     params: The current point.
     stable: From `stable_curvature`.
     step: The steps so far.
@@ -126,13 +126,18 @@ def look(
 
   def measure(_):
     before, curvature = jax.vmap(
-      lambda *args: _measure(lower, params, *args)
+      lambda *args: _measure(problem.lower, params, *args)
     )(rows.inner, now, slope, norm, batch)  # fmt: skip
     return jnp.asarray(True), before.astype(dtype), curvature.astype(dtype)
 
   # A loop of at most one turn: a cond is always taken under vmap.
   carry = ~jnp.any(suspect), jnp.full_like(norm, jnp.inf), rows.pace.curvature
   _, before, measured = jax.lax.while_loop(lambda c: ~c[0], measure, carry)
+  if problem.curvature is not None:
+    # Steps of the dual variable feel this one.
+    measured = jnp.maximum(measured, stretch.astype(dtype))
+  elif problem.damping is not None:
+    measured += jnp.asarray(problem.damping, dtype)
   known = suspect & jnp.isfinite(measured)
   measured = jnp.maximum(measured, 0.25 * rows.pace.curvature)
   curvature = jnp.where(known, measured, rows.pace.curvature)

@@ -6,6 +6,7 @@ not finite.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -20,21 +21,20 @@ from optlab.multi_block import _clock
 from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _rows
+from optlab.multi_block import _system
 
 
 def sample(
-  upper: _blocks.BlockObjective,
-  lower: _blocks.BlockObjective,
+  problem: _system.Problem,
   dual: _dual.Dual,
-  num_blocks: int,
   params: base.Params,
   state: Any,
   batch: Any,
   stable: Callable[[jax.Array], jax.Array] | None,
 ) -> _rows.Sampled:
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
-  _blocks.check_batch(batch, num_blocks)
-  use = tables.distinct_blocks(batch.blocks, num_blocks)
+  _blocks.check_batch(batch, problem.num_blocks)
+  use = tables.distinct_blocks(batch.blocks, problem.num_blocks)
   table = _rows.Rows(*(getattr(state, name) for name in _rows.Rows._fields))
   rows = tables.gather_rows(table, batch.blocks)
   elapsed = rows.pace.scale * _clock.elapsed(state.clock, rows.touched)
@@ -42,9 +42,10 @@ def sample(
   just_visited = (rows.visited == state.step) & (rows.visited > 0)
   held = dual.held(rows.dual, elapsed, just_visited)
   points = params, state.previous_params
+  problem = problem.at_step(state.step)
 
   def evaluate(inner, held, batch, use):
-    return _points(upper, lower, dual, points, inner, held, batch, use)
+    return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
   blockwise, total, (stretch, concave, aux) = evaluate(inner, held, data, use)
@@ -56,7 +57,7 @@ def sample(
   verdict = _guard.Verdict(jnp.zeros_like(use), rows.pace)
   if stable is not None:
     verdict = _guard.look(
-      lower, params, stable(jnp.sum(use)), state.step, rows,
+      problem, params, stable(jnp.sum(use)), state.step, rows,
       _first(inner), _first(blockwise[1]), stretch, batch.lower, finite, use,
     )  # fmt: skip
   keep = use & ~verdict.grown
@@ -110,7 +111,7 @@ def _without_bad(evaluate, inner, held, data, keep, bad, total):
   return ok, total
 
 
-def _points(upper, lower, dual, points, inner, held, batch, use):
+def _points(problem, dual, points, inner, held, batch, use):
   """Samples of all blocks at both points, and the sums of hypergradients.
 
   The points are spelled out where the params come in: under a vmap over them,
@@ -124,11 +125,12 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   inners = first, second
 
   def total_upper(params, inner):
-    value, aux = jax.vmap(upper, (None, 0, 0))(params, inner, upper_batch)
+    each = jax.vmap(problem.upper, (None, 0, 0))
+    value, aux = each(params, inner, upper_batch)
     return jnp.sum(jnp.where(use, value, 0)), (value, aux)
 
   def total_lower(params, inner):
-    value = jax.vmap(lower, (None, 0, 0))(params, inner, lower_batch)
+    value = jax.vmap(problem.lower, (None, 0, 0))(params, inner, lower_batch)
     return jnp.sum(value), value
 
   value, aux, upper_x, upper_y = [], [], [], []
@@ -161,14 +163,11 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
       has_aux=True,
     )
     lower_values.append(lower_value)
-
-    def hessian(x=x, y=y):
-      def block(y, batch):
-        flat, unravel = flatten_util.ravel_pytree(y)
-        return jax.hessian(lambda flat: lower(x, unravel(flat), batch))(flat)
-
-      return jax.vmap(block)(y, lower_batch)
-
+    product = _system.products(
+      problem, x, y, lower_batch,
+      jax.tree.map(lambda leaf, k=k: leaf[k], directions), product,
+    )  # fmt: skip
+    hessian = functools.partial(_hessians, problem, x, y, lower_batch)
     lower_y.append(slope)
     if not stretch:
       stretch = _stretch(product, _first(directions))
@@ -186,6 +185,19 @@ def _points(upper, lower, dual, points, inner, held, batch, use):
   values = jnp.stack(value), jnp.stack(lower_values)
   blockwise = values, _stack(*lower_y), _stack(*samples)
   return blockwise, tuple(total), (*stretch, aux[0])
+
+
+def _hessians(problem, x, y, batch):
+  """The matrix of each block."""
+
+  def block(y, batch):
+    flat, unravel = flatten_util.ravel_pytree(y)
+    value = lambda flat: problem.lower(x, unravel(flat), batch)
+    return _system.matrix(
+      problem, x, y, batch, lambda: jax.hessian(value)(flat)
+    )
+
+  return jax.vmap(block)(y, batch)
 
 
 def _stretch(products, directions):

@@ -5,6 +5,7 @@ for multi-task stochastic bilevel optimization
 <https://arxiv.org/abs/2105.02266>`_, 2021. A baseline of `bsvrb`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
+from optlab.multi_block import _system
 from optlab.multi_block import _tracked
 
 
@@ -42,6 +44,7 @@ class RSVRBState(NamedTuple):
   inner_lr=checks.NON_NEGATIVE._replace(schedule=True),
   beta=tracking.RATE._replace(schedule=True),
   floor=checks.POSITIVE,
+  **_system.SYSTEM,
 )
 def rsvrb(
   upper: _blocks.BlockObjective,
@@ -51,6 +54,8 @@ def rsvrb(
   inner_lr: base.ScalarOrSchedule = 0.1,
   beta: base.ScalarOrSchedule = 0.1,
   floor: float | jax.Array = 1e-2,
+  damping: base.ScalarOrSchedule | None = None,
+  curvature: Callable[..., base.Operator] | None = None,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""The hypergradient of many bilevel problems, with every part tracked.
@@ -79,6 +84,8 @@ def rsvrb(
     inner_lr: As in `bsvrb`: :math:`\tau = \text{inner\_lr} \cdot I / m`.
     beta: Rate of all trackers, in (0, 1).
     floor: The smallest eigenvalue that a tracked Hessian is given.
+    damping: As in `bsvrb`.
+    curvature: As in `bsvrb`.
     has_aux: As in `bsvrb`.
 
   Returns:
@@ -127,33 +134,22 @@ def rsvrb(
     tables are rewritten.
   """
   checks.enforce(rsvrb, locals())
-  levels = _blocks.objectives(upper, lower, has_aux)
+  problem = _system.Problem(
+    *_blocks.objectives(upper, lower, has_aux), num_blocks, curvature, damping
+  )
 
   def init(params, inner, first=None):
     _blocks.check_levels(params, inner, num_blocks)
-    params, inner = trees.own(params), trees.own(inner)
-    tracked = _tracked.start(params, inner)
-    if first is not None:
-      _blocks.check_first(first, num_blocks)
-      tracked = _tracked.first_pass(tracked, levels, params, inner, first)
-    return RSVRBState(
-      step=jnp.zeros((), jnp.int32),
-      hypergrad=trees.zeros_accumulator(params),
-      previous_params=params,
-      inner=inner,
-      inner_before=trees.own(inner),
-      tracked=tracked,
-      scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
-      info=_info.start(inner),
-    )
+    return _start(problem, trees.own(params), trees.own(inner), first)
 
   def estimate(params, state, batch):
     _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
     rate = trees.at_step(beta, state.step)
     use = tables.distinct_blocks(batch.blocks, num_blocks)
-    now, value, aux = _tracked.sample(levels, params, state.inner, batch)
+    level = problem.at_step(state.step)
+    now, value, aux = _tracked.sample(level, params, state.inner, batch)
     before, _, _ = _tracked.sample(
-      levels, state.previous_params, state.inner_before, batch
+      level, state.previous_params, state.inner_before, batch
     )
     ok = use & tables.finite_rows((now, before, value))
     count, accepted = jnp.sum(use), jnp.sum(ok)
@@ -186,6 +182,26 @@ def rsvrb(
     return result, new._replace(info=info)
 
   return base.GradientEstimator(init, estimate)
+
+
+def _start(problem, params, inner, first):
+  """The state before the first step."""
+  tracked = _tracked.start(params, inner)
+  if first is not None:
+    _blocks.check_first(first, problem.num_blocks)
+    tracked = _tracked.first_pass(
+      tracked, problem.at_step(0), params, inner, first
+    )
+  return RSVRBState(
+    step=jnp.zeros((), jnp.int32),
+    hypergrad=trees.zeros_accumulator(params),
+    previous_params=params,
+    inner=inner,
+    inner_before=trees.own(inner),
+    tracked=tracked,
+    scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
+    info=_info.start(inner),
+  )
 
 
 class _Seen(NamedTuple):

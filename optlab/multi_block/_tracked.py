@@ -11,6 +11,7 @@ from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _dual
+from optlab.multi_block import _system
 
 
 class Tracked(NamedTuple):
@@ -32,9 +33,8 @@ def start(params, inner):
   return Tracked(*(trees.zeros_rows(inner, s, dtype) for s in shapes))
 
 
-def sample(levels, params, table, batch):
+def sample(problem, params, table, batch):
   """Fresh samples of all tracked quantities for each block, and values."""
-  upper, lower = levels
   rows = tables.gather_rows(table, batch.blocks)
   flat_params, unravel_params = flatten_util.ravel_pytree(params)
 
@@ -42,12 +42,12 @@ def sample(levels, params, table, batch):
     flat, unravel = flatten_util.ravel_pytree(inner)
 
     def upper_flat(x, y):
-      value, aux = upper(unravel_params(x), unravel(y), upper_batch)
+      value, aux = problem.upper(unravel_params(x), unravel(y), upper_batch)
       return value, (value, aux)
 
     def lower_grad(x, y):
       def value(y):
-        return lower(unravel_params(x), unravel(y), lower_batch)
+        return problem.lower(unravel_params(x), unravel(y), lower_batch)
 
       return jax.grad(value)(y)
 
@@ -56,16 +56,19 @@ def sample(levels, params, table, batch):
     )(flat_params, flat)
     # The lower variables are few and the parameters many: reverse mode.
     cross = jax.jacrev(lower_grad, 0)(flat_params, flat)
-    hessian = jax.jacfwd(lower_grad, 1)(flat_params, flat)
+    hessian = _system.matrix(
+      problem, params, inner, lower_batch,
+      lambda: jax.jacfwd(lower_grad, 1)(flat_params, flat),
+    )  # fmt: skip
     grad = lower_grad(flat_params, flat)
     return Tracked(grad, upper_x, upper_y, cross, hessian), value, aux
 
   return jax.vmap(block)(rows, batch.upper, batch.lower)
 
 
-def first_pass(tracked, levels, params, inner, first):
+def first_pass(tracked, problem, params, inner, first):
   """Trackers that are set to their samples."""
-  samples, _, _ = sample(levels, params, inner, first)
+  samples, _, _ = sample(problem, params, inner, first)
   use = tables.distinct_blocks(first.blocks, tracked.hessian.shape[0])
   use &= tables.finite_rows(samples)
   return tables.scatter_rows(tracked, samples, first.blocks, use)

@@ -506,8 +506,6 @@ def test_bad_duals_and_batches_are_refused():
   for floor in (0.0, -1.0, float('nan')):
     with pytest.raises(ValueError, match='floor'):
       optlab.multi_block.track_hessians(floor)
-  with pytest.raises(ValueError, match='damping'):
-    optlab.multi_block.track_hessians(damping=-1.0)
   with pytest.raises(ValueError, match='radius'):
     optlab.multi_block.track_products(radius=0.0)
   with pytest.raises(ValueError, match='dual_lr_ratio'):
@@ -709,3 +707,44 @@ def test_sharded_over_blocks_and_data_gives_the_same_numbers():
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
   assert 'same numbers' in done.stdout
+
+
+@pytest.mark.parametrize('method', ['v1', 'v2', 'rsvrb'])
+def test_damping_and_curvature_take_the_place_of_the_lower_hessian(x64, method):
+  """Two blocks, one concave: v solves the system that the user asks for."""
+  curvatures = jnp.array([[2.0, 3.0], [-1.0, 3.0]])
+  x, rate = jnp.ones(()), 0.25
+
+  def hypergradient(**system):
+    arguments = (
+      lambda x, y, batch: jnp.sum(y),
+      lambda x, y, a: 0.5 * jnp.sum(a * y**2) - x * jnp.sum(y),
+      2,
+    )
+    if method == 'rsvrb':
+      make = optlab.multi_block.rsvrb
+      kind = optlab.multi_block.PairedBlockBatch
+      rest = (jnp.arange(2),)
+      system |= {'inner_lr': 0.0, 'floor': 0.1}
+    else:
+      make, kind, rest = optlab.bsvrb, optlab.BlockBatch, ()
+      chosen = optlab.multi_block.track_hessians(0.1)
+      system |= {'dual': chosen if method == 'v1' else None, 'inner_lr': rate}
+    estimator = make(*arguments, **system)
+    batch = kind(jnp.arange(2), None, curvatures, *rest)
+    step = jax.jit(
+      lambda s: jax.lax.scan(
+        lambda s, _: estimator.estimate(x, s, batch)[::-1], s, length=200
+      )
+    )
+    _, estimates = step(estimator.init(x, jnp.zeros((2, 2))))
+    return estimates.grads[-1]
+
+  # d_x f - d_xy g v with d_xy g = -1 and d_y f = 1, a mean over two blocks.
+  damped = hypergradient(damping=3.0)
+  expected = 0.5 * (1 / 5 + 1 / 6 + 1 / 2 + 1 / 6)
+  np.testing.assert_allclose(damped, expected, rtol=1e-9)
+  positive = lambda x, y, a: lambda v: jnp.abs(a) * v
+  curved = hypergradient(curvature=positive)
+  expected = 0.5 * (1 / 2 + 1 / 3 + 1 / 1 + 1 / 3)
+  np.testing.assert_allclose(curved, expected, rtol=1e-9)
