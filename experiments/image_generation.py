@@ -26,9 +26,12 @@ import optlab
 from .lab import flags
 from .lab import launch
 from .lab import plots
+from .lab import study
 from .lab import tables
 from .lab import tilted
+from .lab import verdicts
 from .lab.session import Session
+from .problems import small_images
 
 SHOWN = 40
 
@@ -40,6 +43,8 @@ class Config(tilted.Config):
   QUICK = {
     'steps': 300,
     'seeds': 1,
+    'tuning_seeds': 0,
+    'learning_rates': (2e-3,),
   }
 
   chain_steps: int = flags.flag(200, 'Langevin steps of a chain.', low=1)
@@ -78,7 +83,11 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def sample(
-  params: Any, noise: tilted.Noise, key: jax.Array, num: int, config: Config
+  params: Any,
+  noise: small_images.Noise,
+  key: jax.Array,
+  num: int,
+  config: Config,
 ) -> tuple[jax.Array, jax.Array]:
   """Chains on the model in coordinates that whiten the noise.
 
@@ -105,64 +114,58 @@ def main(config: Config) -> None:
   """Trains, samples, and reports."""
   if config.step_size <= 0:
     raise flags.UserError(f'--step_size={config.step_size}: must be positive')
-  data = tilted.load(config.dataset, config.data_dir, seed=0)
+  data = small_images.load(config.dataset, config.data_dir, seed=0)
   with Session('image_generation', config, show='ess') as session:
-    run(session, config, data)
+    summary = run(session, config, data)
+  verdicts.show(
+    f'{config.dataset}, {config.steps} steps, {config.seeds} splits',
+    'held-out nats, log Z by the noise', summary,
+  )  # fmt: skip
   show(session.rows, config)
   path = session.folder / 'samples.png'
   draw(session.rows, config, data.side, path)
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(session: Session, config: Config, data: tilted.Images) -> None:
-  """Fits noise and features for every seed, then trains and samples."""
-  test_rows, noises, bases, log_qs, features = [], [], [], [], []
-  for seed in range(config.seeds):
+def run(
+  session: Session, config: Config, data: small_images.Images
+) -> list[dict]:
+  """Fits noise and features of every split; tunes, trains and samples."""
+  parts, features = [], []
+  for seed in tilted.seeds(config):
     order = np.random.default_rng(seed).permutation(len(data.rows))
     cut = int(0.67 * len(order))
     train, test = data.rows[order[:cut]], data.rows[order[cut:]]
-    noise = tilted.fit_noise(train, config.components, seed)
+    noise = small_images.fit_noise(train, config.components, seed)
+    parts.append((train, test, noise))
+    if seed >= config.seeds:
+      continue
     features.append(Features(train, data.labels[order[:cut]]))
-    noises.append(noise)
-    test_rows.append(test)
-    bases.append(tilted.with_base(noise.fitted, train))
-    log_qs.append(noise.noise.log_prob(jnp.asarray(train)))
     seen = frechet_row(session, features[seed], test, seed)
-    num = min(len(test), len(train))
-    seen('real training images', train[:num])
-    q_rows = noise.fitted.sample(jax.random.key(77 + seed), len(test))
-    seen('mixture q', q_rows)
+    seen('real training images', train[: len(test)])
+    seen('mixture q', noise.fitted.sample(jax.random.key(77 + seed), len(test)))
     accuracy = features[seed].accuracy(test, data.labels[order[cut:]])
     session.write('classifier', seed=seed, accuracy=accuracy)
-  stack = lambda *leaves: jnp.stack(leaves)
-  for method in config.methods:
-    params = tilted.train(
-      session,
-      method,
-      config,
-      jnp.stack(bases),
-      jax.tree.map(stack, *noises),
-      config.hidden,
-      jnp.stack(log_qs),
-    )
+
+  def score(method, choice, states):
+    del choice
     chains = jax.jit(
-      functools.partial(sample, num=len(test_rows[0]), config=config)
+      functools.partial(sample, num=len(parts[0][1]), config=config)
     )
     for seed in range(config.seeds):
-      if session.select('score', method=method, seed=seed):
+      own = {'method': method, 'seed': seed}
+      if session.select('score', **own):
         continue
-      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
-      rows, acceptance = chains(mine, noises[seed], jax.random.key(55 + seed))
-      frechet_row(session, features[seed], test_rows[seed], seed)(method, rows)
-      test = jnp.asarray(test_rows[seed])
-      session.write(
-        'score',
-        method=method,
-        seed=seed,
-        acceptance=acceptance,
-        q_nll=-jnp.mean(noises[seed].fitted.log_prob(test)),
-        **tilted.held_out_nll(mine, noises[seed], test, seed),
-      )
+      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states)
+      mine = tilted.model_of(mine.train.params)
+      _, test, noise = parts[seed]
+      rows, acceptance = chains(mine, noise, jax.random.key(55 + seed))
+      frechet_row(session, features[seed], test, seed)(method, rows)
+      found = tilted.held_out_nll(mine, noise, jnp.asarray(test), seed)
+      session.write('score', **own, acceptance=acceptance, **found)
+
+  plan = tilted.problem(config, parts)
+  return study.study(session, plan, config.methods, score)
 
 
 def frechet_row(session, features, test, seed):

@@ -25,9 +25,12 @@ import optlab
 from .lab import flags
 from .lab import launch
 from .lab import plots
+from .lab import study
 from .lab import tables
 from .lab import tilted
+from .lab import verdicts
 from .lab.session import Session
+from .problems import small_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Config(tilted.Config):
   QUICK = {
     'steps': 300,
     'seeds': 2,
+    'tuning_seeds': 0,
+    'learning_rates': (2e-3,),
   }
 
   seeds: int = flags.flag(
@@ -44,7 +49,7 @@ class Config(tilted.Config):
   )
 
 
-def split(data: tilted.Images, seed: int) -> tuple[np.ndarray, ...]:
+def split(data: small_images.Images, seed: int) -> tuple[np.ndarray, ...]:
   """Training rows, test rows of the same classes, and rows of the others."""
   left_out = [(2 * seed) % 10, (2 * seed + 1) % 10]
   outside = np.isin(data.labels, left_out)
@@ -87,64 +92,50 @@ def auroc(inside: Any, outside: Any) -> float:
 @launch.program
 def main(config: Config) -> None:
   """Trains, scores, and reports."""
-  data = tilted.load(config.dataset, config.data_dir, seed=0)
+  data = small_images.load(config.dataset, config.data_dir, seed=0)
   with Session('ood_detection', config, show='ess') as session:
-    run(session, config, data)
+    summary = run(session, config, data)
+  verdicts.show(
+    f'{config.dataset}, {config.steps} steps, {config.seeds} splits',
+    'held-out nats, log Z by the noise', summary,
+  )  # fmt: skip
   show(session.rows, config)
   path = session.folder / 'auroc.png'
   draw(session.rows, config, path)
   print(f'record:  {session.folder / "record.jsonl"}\npicture: {path}')
 
 
-def run(session: Session, config: Config, data: tilted.Images) -> None:
-  """Fits the noise of every seed, then trains and scores each method."""
-  parts: list[Any] = []
-  noises: list[tilted.Noise] = []
-  for seed in range(config.seeds):
-    parts.append(split(data, seed))
-    noises.append(tilted.fit_noise(parts[-1][0], config.components, seed))
-    train, inside, outside = parts[-1]
-    score_baselines(session, seed, train, inside, outside, noises[-1])
-  stack = lambda *leaves: jnp.stack(leaves)
-  all_noise = jax.tree.map(stack, *noises)
-  train_rows = jnp.stack(
-    [
-      tilted.with_base(noise.fitted, part[0])
-      for noise, part in zip(noises, parts, strict=True)
-    ]
-  )
-  log_q = jnp.stack(
-    [
-      noise.noise.log_prob(jnp.asarray(part[0]))
-      for noise, part in zip(noises, parts, strict=True)
-    ]
-  )
-  for method in config.methods:
-    params = tilted.train(
-      session, method, config, train_rows, all_noise, config.hidden, log_q
-    )
+def run(
+  session: Session, config: Config, data: small_images.Images
+) -> list[dict]:
+  """Fits the noise of every split; tunes, trains and scores each method."""
+  parts, outsides = [], []
+  for seed in tilted.seeds(config):
+    train, inside, outside = split(data, seed)
+    noise = small_images.fit_noise(train, config.components, seed)
+    if seed < config.seeds:
+      score_baselines(session, seed, train, inside, outside, noise)
+    parts.append((train, inside, noise))
+    outsides.append(outside)
+
+  def score(method, choice, states):
+    del choice
     for seed in range(config.seeds):
-      if session.select('score', method=method, seed=seed):
-        continue
-      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
-      noise, (_, inside, outside) = noises[seed], parts[seed]
-      score = lambda rows, mine=mine, noise=noise: tilted.log_density(
-        mine, tilted.with_base(noise.fitted, rows)
-      )
-      session.write(
-        'auroc',
-        method=method,
-        seed=seed,
-        auroc=auroc(score(inside), score(outside)),
-      )
-      q_nll = -jnp.mean(noise.fitted.log_prob(jnp.asarray(inside)))
-      session.write(
-        'score',
-        method=method,
-        seed=seed,
-        q_nll=q_nll,
-        **tilted.held_out_nll(mine, noise, jnp.asarray(inside), seed),
-      )
+      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], states)
+      mine = tilted.model_of(mine.train.params)
+      _, inside, noise = parts[seed]
+      found = [
+        tilted.log_density(mine, small_images.with_base(noise.fitted, rows))
+        for rows in (inside, outsides[seed])
+      ]
+      own = {'method': method, 'seed': seed}
+      session.write('auroc', **own, auroc=auroc(*found))
+      if not session.select('score', **own):
+        nll = tilted.held_out_nll(mine, noise, jnp.asarray(inside), seed)
+        session.write('score', **own, **nll)
+
+  plan = tilted.problem(config, parts)
+  return study.study(session, plan, config.methods, score)
 
 
 def show(rows: Sequence[dict], config: Config) -> None:

@@ -15,6 +15,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+# Where and how a run goes: they do not change its numbers, but for rounding.
+FREE = (
+  'output_dir', 'resume', 'checkpoint_every', 'coordinator', 'process',
+  'processes', 'mesh', 'timeout',
+)  # fmt: skip
+
 
 class UserError(Exception):
   """Something the user can mend; shown as one line, without a traceback."""
@@ -107,13 +113,12 @@ class Config(BareConfig):
     super().__post_init__()
 
   def is_default(self) -> bool:
-    """Whether no flag but those of where and how changes what a run costs."""
-    free = {'output_dir', 'resume', 'checkpoint_every'}
+    """Whether no flag but those of where and how is given."""
     plain = type(self)(quick=self.quick)
     return all(
       getattr(self, field.name) == getattr(plain, field.name)
       for field in dataclasses.fields(self)
-      if field.name not in free
+      if field.name not in FREE
     )
 
 

@@ -11,17 +11,11 @@ from . import flags
 from . import folders
 from . import record
 
-# Flags that do not change the numbers of a run, but for rounding.
-_FREE = (
-  'output_dir', 'resume', 'checkpoint_every', 'coordinator', 'process',
-  'processes', 'mesh', 'timeout',
-)  # fmt: skip
-
 
 def identity(config: flags.Config) -> dict[str, Any]:
   """The flags that a run's numbers depend on, as JSON has them."""
   values = dataclasses.asdict(config)
-  for name in _FREE:
+  for name in flags.FREE:
     values.pop(name, None)
   return json.loads(json.dumps(values))
 
@@ -66,7 +60,7 @@ def compare(
   """
   if old['program'] != new['program']:
     raise flags.UserError(f'--resume: {folder} holds a run of {old["program"]}')
-  theirs = {k: v for k, v in old['identity'].items() if k not in _FREE}
+  theirs = {k: v for k, v in old['identity'].items() if k not in flags.FREE}
   ours = new['identity']
   changed = [
     name

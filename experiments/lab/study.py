@@ -107,6 +107,7 @@ class Plan(NamedTuple):
     pieces: Looks at a run.
     stop: Given the rows of a look, whether to end there; a longer budget, with
       as many more looks, then goes on.
+    held: The problem that rates are picked on, if that is another one.
   """
 
   name: str
@@ -118,6 +119,7 @@ class Plan(NamedTuple):
   target: float | None = None
   pieces: int = PIECES
   stop: Callable[[list[dict]], bool] | None = None
+  held: Problem | None = None
 
   def label(self, method: str) -> str:
     """A method's name in the record."""
@@ -382,6 +384,16 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
   return min(found, key=lambda choice: choice.found.values[choice.found.rate])
 
 
+def _choose(session: Session, plan: Plan, method: str) -> Choice:
+  """Tunes on what is held for that, and makes what is reported."""
+  if plan.held is None:
+    return tune(session, plan, method)
+  budget = plan.held.budget
+  found = tune(session, plan._replace(problem=plan.held, budget=budget), method)
+  entry = plan.problem.entry(found.variant)
+  return found._replace(entry=entry, program=program(plan, entry))
+
+
 def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
   rates = sorted(plan.learning_rates) if entry.tuned else [1.0]
   inner = plan.problem.inner_lrs
@@ -448,7 +460,7 @@ def study(
   rows = []
   for method in methods:
     try:
-      choice = tune(session, plan, method)
+      choice = _choose(session, plan, method)
       lanes = [(seed, choice.rates) for seed in range(plan.seeds)]
       found = run(
         session, plan, choice.program, plan.label(method), lanes,
@@ -473,6 +485,7 @@ def study(
       'learning_rate': choice.found.rate if choice.entry.tuned else None,
       'inner_lr': choice.inner_lr,
       'edge': choice.found.edge,
+      'tuning': choice.found.values[choice.found.rate],
       **verdicts.summary(ends, first, 'value', more=plan.problem.more),
       'reached': float(np.median([end['reached'] for end in ends])),
       'updates': int(np.median([end['updates'] for end in ends])),

@@ -1,9 +1,7 @@
-"""Small images, the noise fitted to them, and energies on top of that noise.
+"""Energies on top of a noise that was fitted to small images.
 
 The model is log p0(x) = log q(x) + f(x): a mixture of Gaussians q, fitted by
-scikit-learn, tilted by a network f that starts at zero. The noise is q with a
-wide component mixed in; both are fixed, so their log densities of data and of a
-pool of draws are computed once, and a training row carries its own.
+scikit-learn, tilted by a network f that starts at zero.
 """
 
 from collections.abc import Sequence
@@ -15,21 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import mixture as sklearn_mixture
 
 import optlab
 
-from ..problems import data as data_lib
 from ..problems import densities
+from ..problems import small_images
 from . import devices
 from . import flags
+from . import study
 from . import tables
-from .session import Session
 
 METHODS = ('meco', 'nce')
-POOL = 20_000
 LOG_Z_DRAWS = 100_000
-WIDE_SHARE, WIDE_INFLATION = 0.05, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +36,16 @@ class Config(devices.Config):
   methods: tuple[str, ...] = flags.flag(
     METHODS, 'Energies to train.', choices=METHODS
   )
-  steps: int = flags.flag(1000, 'Steps.', low=1, grows=True)
+  steps: int = flags.flag(1000, 'Steps.', low=1)
   batch: int = flags.flag(128, 'Rows of data, and of noise, in a batch.', low=1)
   hidden: int = flags.flag(128, 'Width of the energy.', low=1)
   components: int = flags.flag(10, 'Components of the noise.', low=1)
-  learning_rate: float = flags.flag(2e-3, 'Of Adam, at the start.', low=0.0)
+  learning_rates: tuple[float, ...] = flags.flag(
+    (5e-4, 2e-3, 8e-3), 'Grid of rates of Adam, at the start.', low=0.0
+  )
+  tuning_seeds: int = flags.flag(
+    1, 'Splits that pick rates; 0 takes the first rate.', low=0, grows=True
+  )
   weight_decay: float = flags.flag(1e-2, "Of Adam's, decoupled.", low=0.0)
   gamma: float = flags.flag(0.1, 'Weight of the newest batch in MECO.')
   precision: str = flags.flag(
@@ -56,87 +56,6 @@ class Config(devices.Config):
     super().__post_init__()
     if not 0 < self.gamma <= 1:
       raise flags.UserError(f'--gamma={self.gamma}: must be in (0, 1]')
-
-
-class Images(NamedTuple):
-  """Pixels around [0, 1], with noise where they were quantized; classes."""
-
-  rows: np.ndarray  # float32 [rows, side * side]
-  labels: np.ndarray
-  side: int
-  levels: int  # Of a pixel's values.
-
-
-def load(name: str, data_dir: str, seed: int) -> Images:
-  """Digits 8x8, or MNIST averaged to 14x14; dequantized.
-
-  Args:
-    name: ``digits`` or ``mnist``.
-    data_dir: Folder of MNIST's files.
-    seed: Of the added noise.
-
-  Returns:
-    `Images`.
-  """
-  dataset = data_lib.load(name, data_dir)
-  pixels = data_lib.dense(dataset)
-  side, levels = 8, 16
-  if name == 'mnist':
-    side, levels = 14, 255
-    blocks = pixels.reshape(-1, side, 2, side, 2)
-    pixels = blocks.mean((2, 4)).reshape(-1, side * side)
-  rng = np.random.default_rng(seed)
-  # A twentieth of the range at least: flat pixels have no density to learn.
-  width = max(1 / levels, 0.05)
-  rows = pixels + width * (rng.uniform(size=pixels.shape) - 0.5)
-  return Images(rows.astype(np.float32), dataset.labels, side, levels)
-
-
-class Noise(NamedTuple):
-  """The fitted mixture, the noise made of it, and a pool of its draws."""
-
-  fitted: optlab.unnormalized.GaussianMixture
-  noise: optlab.unnormalized.GaussianMixture
-  pool: jax.Array  # [POOL, columns + 1], the last the fitted log density
-  pool_log_prob: jax.Array  # [POOL]
-
-
-def fit_noise(rows: np.ndarray, components: int, seed: int) -> Noise:
-  """Fits the mixture to ``rows`` and fills the pool."""
-  fit = sklearn_mixture.GaussianMixture(
-    components, reg_covar=1e-3, random_state=seed, max_iter=50
-  ).fit(rows)
-  mean = rows.mean(0)[None]
-  wide = WIDE_INFLATION * np.cov(rows.T)[None]
-  wide += 1e-3 * np.eye(rows.shape[1])
-  weights, means = np.asarray(fit.weights_), np.asarray(fit.means_)
-  covariances = 1.1 * np.asarray(fit.covariances_)
-  fitted = optlab.unnormalized.gaussian_mixture(weights, means, covariances)
-  noise = optlab.unnormalized.gaussian_mixture(
-    np.append((1 - WIDE_SHARE) * weights, WIDE_SHARE),
-    np.concatenate([means, mean]),
-    np.concatenate([covariances, wide]),
-  )
-  fitted, noise = jax.tree.map(
-    lambda leaf: jnp.asarray(leaf, jnp.float32), (fitted, noise)
-  )
-  draws = noise.sample(jax.random.key(seed), POOL)
-  pool = with_base(fitted, draws)
-  return Noise(fitted, noise, pool, _in_chunks(noise.log_prob, draws))
-
-
-def _in_chunks(function: Any, rows: jax.Array, chunk: int = 1000) -> jax.Array:
-  parts = [
-    jax.jit(function)(rows[i : i + chunk]) for i in range(0, len(rows), chunk)
-  ]
-  return jnp.concatenate(parts)
-
-
-def with_base(fitted: Any, rows: jax.typing.ArrayLike) -> jax.Array:
-  """Rows with a last column that holds the fitted log density."""
-  pixels = jnp.asarray(rows)
-  base = _in_chunks(fitted.log_prob, pixels)
-  return jnp.concatenate([pixels, base[:, None]], 1)
 
 
 def init_energy(key: jax.Array, columns: int, hidden: int) -> Any:
@@ -161,103 +80,124 @@ def log_density(params: Any, rows: jax.Array) -> jax.Array:
   return tilt(params, rows[..., :-1]) + rows[..., -1]
 
 
-class Lane(NamedTuple):
-  """One seed."""
+class State(NamedTuple):
+  """One lane."""
 
   train: optlab.TrainState
-  key: jax.Array
+  place: jax.Array  # Of its seed's data.
   ess: jax.Array
 
 
-def train(
-  session: Session,
-  method: str,
-  config: Any,
-  data: jax.Array,
-  noises: Noise,
-  hidden: int,
-  log_q_data: jax.Array,
-) -> Any:
-  """Trains one method on every seed.
+class Data(NamedTuple):
+  """Of each seed, those that pick rates last, along a leading axis."""
+
+  rows: jax.Array  # [seeds, rows, columns + 1]
+  log_q: jax.Array  # [seeds, rows], the noise's log density of them
+  held: jax.Array  # [seeds, held rows, columns + 1]
+  noise: small_images.Noise
+
+
+def seeds(config: Config) -> tuple[int, ...]:
+  """Those that are reported, and those that pick rates."""
+  first = study.TUNING_SEED
+  return (*range(config.seeds), *range(first, first + config.tuning_seeds))
+
+
+def model_of(params: Any) -> Any:
+  """The energy's parameters, without what NCE learns beside."""
+  normalized = isinstance(params, optlab.unnormalized.NceParams)
+  return params.model if normalized else params
+
+
+def problem(
+  config: Config,
+  parts: Sequence[tuple[np.ndarray, np.ndarray, small_images.Noise]],
+) -> study.Plan:
+  """Training of energies on splits of images, as the study has it.
 
   Args:
-    session: The run.
-    method: One of `METHODS`.
-    config: A `Config`.
-    data: ``[seeds, rows, columns + 1]``.
-    noises: With a leading axis of seeds.
-    hidden: Width of the network.
-    log_q_data: ``[seeds, rows]``, the noise's log density of ``data``.
+    config: The flags.
+    parts: Training rows, held-out rows and noise of each of `seeds`.
 
   Returns:
-    The energies' parameters, with a leading axis of seeds.
+    The plan. Rates are picked by the held-out likelihood of other splits, with
+    log Z by the draws of the noise.
   """
-  decay = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-  tx = optax.chain(
-    optax.clip_by_global_norm(10.0),
-    optax.adamw(decay, weight_decay=config.weight_decay),
-  )
+  fewest = min(len(held) for _, held, _ in parts)
+  stack = lambda *leaves: jnp.stack(leaves)
+
+  def one(rows, held, noise):
+    based = lambda rows: small_images.with_base(noise.fitted, rows)
+    log_q = noise.noise.log_prob(jnp.asarray(rows))
+    return Data(based(rows), log_q, based(held[:fewest]), noise)
+
+  data = jax.tree.map(stack, *(one(*part) for part in parts))
+
+  def measure(state, data):
+    params = model_of(state.train.params)
+    held, pool, log_prob = jax.tree.map(
+      lambda leaf: leaf[state.place],
+      (data.held, data.noise.pool, data.noise.pool_log_prob),
+    )
+    weights = log_density(params, pool) - log_prob
+    log_z = jax.nn.logsumexp(weights) - math.log(len(weights))
+    nll = log_z - jnp.mean(log_density(params, held))
+    return {'tuning': nll, 'value': nll, 'ess': state.ess}
+
+  own = study.Problem(
+    lambda method: _entry(config, method, data.rows.shape[-1] - 1),
+    config.methods, config.learning_rates, config.steps, 'steps', measure,
+    'held-out nats, log Z by the noise', data=data,
+  )  # fmt: skip
+  return study.Plan(
+    '', own, config.steps, config.learning_rates, config.seeds,
+    config.tuning_seeds,
+  )  # fmt: skip
+
+
+def _entry(config: Config, method: str, columns: int) -> study.Entry:
+  estimator = optlab.meco(log_density, config.gamma)
   if method == 'nce':
     estimator = optlab.nce(optlab.unnormalized.with_log_normalizer(log_density))
-  else:
-    estimator = optlab.meco(log_density, config.gamma)
-  model_of = lambda params: params.model if method == 'nce' else params
-  step = optlab.train_step(estimator, tx)
-  every = math.gcd(config.steps, 100)
 
-  def begin(seed):
-    init_key, key = jax.random.split(jax.random.key(seed))
-    params = init_energy(init_key, data.shape[-1] - 1, hidden)
+  def tx(rate):
+    decay = optax.cosine_decay_schedule(1.0, config.steps)
+    return optax.chain(
+      optax.clip_by_global_norm(10.0),
+      optax.adamw(
+        lambda count: rate * decay(count), weight_decay=config.weight_decay
+      ),
+    )
+
+  def start(key, rate, seed, data):
+    params = init_energy(key, columns, config.hidden)
     if method == 'nce':
       params = optlab.unnormalized.NceParams(params, jnp.zeros(()))
-    return Lane(optlab.init(params, estimator, tx), key, jnp.zeros(()))
+    tuning = seed - study.TUNING_SEED
+    place = jnp.where(tuning < 0, seed, config.seeds + tuning)
+    return State(optlab.init(params, estimator, tx(rate)), place, jnp.zeros(()))
 
-  def advance_lane(args):
-    lane, rows, log_q, pool, pool_log_prob = args
+  def step(state, key, rate, data):
+    row_key, noise_key = jax.random.split(key)
+    shape, place = (config.batch,), state.place
+    index = jax.random.randint(row_key, shape, 0, data.rows.shape[1])
+    drawn = jax.random.randint(noise_key, shape, 0, data.noise.pool.shape[1])
+    batch = optlab.NoiseBatch(
+      data.rows[place, index], data.noise.pool[place, drawn],
+      data.noise.pool_log_prob[place, drawn], data.log_q[place, index],
+    )  # fmt: skip
+    train, _ = optlab.train_step(estimator, tx(rate))(
+      state.train, devices.split(batch)
+    )
+    found = optax.tree.get(train.estimator_state, 'ess', jnp.nan)
+    return State(train, place, jnp.asarray(found, jnp.float32))
 
-    def body(carry, _):
-      state, key, ess = carry
-      key, row_key, noise_key = jax.random.split(key, 3)
-      index = jax.random.randint(row_key, (config.batch,), 0, rows.shape[0])
-      drawn = jax.random.randint(noise_key, (config.batch,), 0, POOL)
-      batch = optlab.NoiseBatch(
-        rows[index], pool[drawn], pool_log_prob[drawn], log_q[index]
-      )
-      state, _ = step(state, devices.split(batch))
-      found = optax.tree.get(state.estimator_state, 'ess', None)
-      ess += jnp.asarray(jnp.nan if found is None else found, jnp.float32)
-      return (state, key, ess), None
-
-    carry = (lane.train, lane.key, jnp.zeros(()))
-    carry, _ = jax.lax.scan(body, carry, length=every)
-    return Lane(*carry)
-
-  def evaluate(lanes):
-    done = int(lanes.train.step[0])
-    return {
-      'ess': lanes.ess / every / config.batch if done else jnp.nan,
-      'gradients': done,
-      'samples': 2 * done * config.batch,
-    }
-
-  lanes = session.run(
-    method,
-    jax.vmap(begin)(jnp.arange(config.seeds)),
-    lambda lanes: jax.lax.map(
-      advance_lane,
-      (lanes, data, log_q_data, noises.pool, noises.pool_log_prob),
-    ),
-    evaluate,
-    steps=config.steps,
-    every=every,
-    seeds=tuple(range(config.seeds)),
-    show='ess',
-    keep_state=True,
-  )
-  return model_of(lanes.train.params)
+  return study.Entry(start, step, 1)
 
 
-def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
+def held_out_nll(
+  params: Any, noise: small_images.Noise, test: jax.Array, seed: int
+) -> dict:
   """Negative log-likelihood of ``test``, or NaN where log Z is refused.
 
   log Z is estimated twice, with the noise and with one whose wide component is
@@ -267,7 +207,7 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
   def model(rows):
     return tilt(params, rows) + noise.fitted.log_prob(rows)
 
-  share = jnp.log(jnp.asarray(10 * WIDE_SHARE))
+  share = jnp.log(jnp.asarray(10 * small_images.WIDE_SHARE))
   weights = noise.noise.log_weights
   rest = jax.nn.log_softmax(weights[:-1]) + jnp.log1p(-jnp.exp(share))
   wider = noise.noise._replace(log_weights=jnp.append(rest, share))
@@ -282,7 +222,8 @@ def held_out_nll(params: Any, noise: Noise, test: jax.Array, seed: int) -> dict:
   agree = bool(optlab.unnormalized.agree(first, second))
   log_z = first.value if agree else jnp.nan
   return {
-    'nll': log_z - jnp.mean(_in_chunks(model, test)),
+    'nll': log_z - jnp.mean(small_images.in_chunks(model, test)),
+    'q_nll': -jnp.mean(noise.fitted.log_prob(test)),
     'standard_error': first.standard_error,
     'log_z_ess': first.ess,
     'largest_share': first.largest_share,

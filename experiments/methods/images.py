@@ -1,13 +1,22 @@
-"""Optimizers and batch rules of image classification."""
+"""Optimizers and batch rules of image classification, on split images."""
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optlab
 
+from ..lab import devices
 from ..lab import flags
+from ..lab import study
+from ..problems import image_classifiers
+
+WATCHED = 1024  # Images on which the signal-to-noise ratio is measured.
+REPORTED = ('test_loss', 'train_loss', 'average_batch', 'batch_size')
 
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
   'adagrad': optax.adagrad,
@@ -105,3 +114,126 @@ def batches(name: str, first_size: int, length: int) -> Batches:
     )
   except ValueError as error:
     raise flags.UserError(f'--batches={name}: {error}') from error
+
+
+def problem(
+  config: Any, data: image_classifiers.Images, methods: tuple[str, ...]
+) -> study.Problem:
+  """Training on images, by the flags of the program; a call is an image.
+
+  Args:
+    config: The flags.
+    data: The images, with some held out: rates are picked by the loss on these
+      where they are for validation.
+    methods: What is compared, ``optimizer, batches``.
+
+  Returns:
+    The problem.
+  """
+  dtype = jnp.dtype(config.precision)
+  model = image_classifiers.model(
+    config.model, data.train[0].shape[1], data.classes, dtype
+  )
+  watch = optlab.per_example(model.losses, optlab.ghost_norms)
+  length = len(data.train[1])
+
+  def measure(state, resident):
+    (x, y), (held_x, held_y) = resident
+    train = state.run.train
+    params = train.params
+    estimate, _ = watch.estimate(params, (), (x[:WATCHED], y[:WATCHED]))
+    count = estimate.extras['sample_size'] - 1
+    variance = estimate.extras['sum_sq_diff_norm'] / count
+    signal = optax.tree.norm(estimate.grads) ** 2 / variance
+    right = jnp.argmax(model.logits(params, held_x), -1) == held_y
+    loss = jnp.mean(model.losses(params, (held_x, held_y)))
+    accuracy = jnp.mean(right.astype(dtype))
+    values = {} if data.name == 'test' else {'tuning': loss}
+    return values | {
+      'value': accuracy,
+      f'{data.name}_loss': loss,
+      f'{data.name}_accuracy': accuracy,
+      'train_loss': jnp.mean(model.losses(params, (x, y))),
+      'signal_to_noise': signal,
+      # Of the mean gradient of the batch that comes next.
+      'batch_signal_to_noise': signal * state.size,
+      'batch_size': state.size,
+      'average_batch': images_seen(state.run, length)
+      / jnp.maximum(train.step, 1),
+    }
+
+  return study.Problem(
+    lambda name: entry(config, model, length, name),
+    methods, config.learning_rates, config.epochs * length, 'images', measure,
+    'test accuracy', more=True, reported=REPORTED,
+    data=jax.tree.map(jnp.asarray, (data.train, data.held)), batched=True,
+  )  # fmt: skip
+
+
+class State(NamedTuple):
+  """One lane."""
+
+  run: optlab.batches.GrowingState
+  size: jax.Array  # Of the batch that comes next.
+
+
+def entry(
+  config: Any, model: image_classifiers.Model, length: int, name: str
+) -> study.Entry:
+  """An optimizer with a batch rule, on so many images."""
+  optimizer, rule_name = name.split(', ')
+  if rule_name.isdigit():  # A growing batch's average, while rates are tuned.
+    rule_name = str(min(int(rule_name), length))
+  rule = batches(rule_name, config.first_size, length)
+  microbatch, route = config.microbatch, rule.moments
+  if route is optlab.batches.microbatch_means:
+    microbatch = min(microbatch, rule.size // 2)
+  else:
+    route = lambda losses, params, *rows: rule.moments(
+      losses, params, *devices.split(rows)
+    )
+  estimator = optlab.per_example(
+    model.losses, route, inner_products=rule.inner_products,
+    microbatch_size=min(microbatch, rule.limit),
+  )  # fmt: skip
+
+  def make(rate):
+    # A constant batch would only watch: it pays for no moments.
+    grow = optax.identity()
+    if rule.grows:
+      grow = optlab.grow_batch(rule.test, rule.size, rule.limit)
+    return optax.chain(grow, OPTIMIZERS[optimizer](rate))
+
+  def state_of(run):
+    size = optax.tree.get(run.train.opt_state, 'batch_size', rule.size)
+    return State(run, jnp.asarray(size, jnp.int32))
+
+  def start(key, rate, seed, data):
+    del seed
+    keys = jax.random.split(key)
+    return state_of(
+      optlab.growing_init(
+        model.start(keys[0]), estimator, make(rate), data[0], keys[1]
+      )
+    )
+
+  def step(state, key, rate, data):
+    del key
+    advance = optlab.growing_step(
+      estimator, make(rate), batch_size=None if rule.grows else rule.size,
+      rest=optlab.batches.keep,  # Equally many samples in every epoch.
+    )  # fmt: skip
+    return state_of(advance(state.run, data[0])[0])
+
+  def moved(before, after):
+    return images_seen(after.run, length) - images_seen(before.run, length)
+
+  # The seeds of a constant batch are computed together; a vmap of loops would
+  # be as slow as its largest batch.
+  average = length / math.ceil(length / rule.size)
+  return study.Entry(start, step, moved if rule.grows else average)
+
+
+def images_seen(run: optlab.batches.GrowingState, length: int) -> jax.Array:
+  """How many images a run has passed over."""
+  return run.epochs.epoch * length + run.epochs.position

@@ -16,6 +16,7 @@ from experiments.lab import flags
 from experiments.lab import record
 from experiments.lab import study
 from experiments.lab.session import Session
+from experiments.methods import images
 from experiments.problems import image_classifiers
 
 
@@ -24,7 +25,7 @@ def config(tmp_path):
   """197 digits to train on, 137 of them while rates are tuned."""
   return image_classification.Config(
     output_dir=str(tmp_path / 'run'), model='logistic', epochs=2,
-    batches=('16', 'norm:1'), learning_rates=(1e-4, 0.1), microbatch=16,
+    batches=('40', 'norm:1'), learning_rates=(1e-4, 0.1), microbatch=16,
     test_size=1600, valid_size=60, tuning_seeds=1, seeds=2,
     checkpoint_every=0.0,
   )  # fmt: skip
@@ -35,15 +36,17 @@ def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
   shown = capsys.readouterr().out
   _, rows = record.read(config.output_dir)
   summaries = record.select(rows, 'summary')
-  assert [row['batches'] for row in summaries[:2]] == ['16', 'norm:1']
+  assert [row['method'] for row in summaries[:2]] == [
+    'adagrad, 40', 'adagrad, norm:1',
+  ]  # fmt: skip
   # The third is the constant batch of the growing one's average size.
   average = summaries[1]['average_batch']
   assert 8.0 < average < 137.0
-  assert summaries[2]['batches'] == str(round(average))
+  assert summaries[2]['method'] == f'adagrad, {round(average)}'
   steps = summaries[1]['updates']
   assert abs(summaries[2]['updates'] - steps) <= 0.2 * steps + 1
   for summary in summaries:
-    label = f'adagrad, {summary["batches"]}'
+    label = summary['method']
     tuning = record.select(
       rows, 'eval', method=f'{label}: tuning, grid 0', step=2
     )
@@ -54,19 +57,19 @@ def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
     assert {row['seed'] for row in tuning} == {study.TUNING_SEED}
     assert not summary['edge']
     assert summary['learning_rate'] == 0.1
-    assert summary['valid_loss'] == losses[0.1]
+    assert summary['tuning'] == losses[0.1]
     ends = record.select(rows, 'eval', method=label, step=2)
     assert [row['seed'] for row in ends] == [0, 1]
-    assert all(row['samples'] == 2 * 197 for row in ends)
+    assert all(row['calls'] == pytest.approx(2 * 197, rel=1e-5) for row in ends)
     accuracies = [row['test_accuracy'] for row in ends]
-    assert summary['test_accuracy'] == pytest.approx(np.mean(accuracies))
-    assert summary['test_accuracy'] > 0.3
+    assert summary['median'] == pytest.approx(np.median(accuracies))
+    assert summary['median'] > 0.3
   compared = record.select(rows, 'comparison', batches='norm:1')
-  same = summaries[2]['batches']
+  same = round(average)
   assert [row['against'] for row in compared] == [
-    'smallest, 16', 'best, 16', f'same average, {same}',
+    'smallest, 40', 'best, 40', f'same average, {same}',
   ]  # fmt: skip
-  gap = summaries[1]['test_accuracy'] - summaries[0]['test_accuracy']
+  gap = summaries[1]['median'] - summaries[0]['median']
   assert compared[0]['accuracy_gap'] == pytest.approx(gap)
   assert 'same average' in shown
   assert max(len(t) for t in shown.split('\n') if 'png' not in t) <= 80
@@ -75,32 +78,31 @@ def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
 
 
 def test_a_run_of_growing_batches_resumes(config):
-  choice = image_classification.Choice('adagrad', 'norm:1')
   data = image_classifiers.load('digits', '', config.test_size, np.float32)
-  task = image_classification.task(config, data)
-  lanes = [(0, 0.1), (1, 0.1)]
+  problem = images.problem(config, data, ('adagrad, norm:1',))
 
-  def go(folder, measure, resume=False):
+  def go(folder, look, resume=False):
     now = dataclasses.replace(config, output_dir=str(folder), resume=resume)
+    own = problem._replace(look=look)
+    plan = study.Plan('', own, own.budget, (0.1,), 2, 0, pieces=config.epochs)
     with Session('image_classification', now) as session:
-      image_classification.run(
-        session, now, task._replace(measure=measure), choice, 'it', lanes
-      )
+      study.study(session, plan, own.methods)
     return record.without_times(record.read(folder)[1])
 
   calls = []
 
-  def interrupt(params, resident):
+  def interrupt(state, seed):
     calls.append(1)
     if len(calls) == 3:  # The first of two lanes, after the first epoch.
       os.kill(os.getpid(), signal.SIGINT)
-    return task.measure(params, resident)
+    return {'seed_seen': seed}
 
   folder = pathlib.Path(config.output_dir)
-  whole = go(folder / 'whole', task.measure)
-  with pytest.raises(flags.InterruptedRun, match='at step 1 of it'):
+  look = lambda state, seed: {'seed_seen': seed}
+  whole = go(folder / 'whole', look)
+  with pytest.raises(flags.InterruptedRun, match='at step 1 of adagrad, norm'):
     go(folder / 'cut', interrupt)
-  assert go(folder / 'cut', task.measure, resume=True) == whole
+  assert go(folder / 'cut', look, resume=True) == whole
   ends = record.select(whole, 'eval', step=2)
   assert all(row['batch_size'] > config.first_size for row in ends)
 

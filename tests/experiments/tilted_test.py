@@ -10,6 +10,7 @@ from experiments import ood_detection
 from experiments.lab import flags
 from experiments.lab import record
 from experiments.lab import tilted
+from experiments.problems import small_images
 
 
 def test_frechet_distance_of_two_gaussians():
@@ -28,7 +29,7 @@ def test_auroc_of_scores_in_any_units():
 def test_left_out_classes_are_in_no_other_part():
   labels = np.repeat(np.arange(10), 20)
   rows = np.arange(200.0, dtype=np.float32)[:, None]
-  data = tilted.Images(rows, labels, 1, 2)
+  data = small_images.Images(rows, labels, 1, 2)
   train, inside, outside = ood_detection.split(data, seed=4)
   parts = [set(labels[part[:, 0].astype(int)]) for part in (train, outside)]
   assert parts == [set(range(8)), {8, 9}]
@@ -47,7 +48,7 @@ def test_an_energy_starts_as_the_noise_and_stays_bounded():
 
 @pytest.fixture
 def few_draws(monkeypatch):
-  monkeypatch.setattr(tilted, 'POOL', 2000)
+  monkeypatch.setattr(small_images, 'POOL', 2000)
   monkeypatch.setattr(tilted, 'LOG_Z_DRAWS', 4000)
 
 
@@ -55,7 +56,7 @@ def test_ood_detection_end_to_end(tmp_path, capsys, few_draws):
   """Every score is an AUROC, and training improved on the noise."""
   config = ood_detection.Config(
     output_dir=str(tmp_path / 'run'), steps=100, seeds=1, hidden=16,
-    components=3,
+    components=3, learning_rates=(5e-4, 2e-3), tuning_seeds=1,
   )  # fmt: skip
   ood_detection.main(config)
   shown = capsys.readouterr().out
@@ -79,7 +80,7 @@ def test_image_generation_end_to_end(tmp_path, capsys, few_draws):
   """Real images are nearer to real ones than the noise that chains start at."""
   config = image_generation.Config(
     output_dir=str(tmp_path / 'run'), steps=100, seeds=1, hidden=16,
-    components=3, chain_steps=20,
+    components=3, chain_steps=20, learning_rates=(2e-3,), tuning_seeds=0,
   )  # fmt: skip
   image_generation.main(config)
   assert 'Frechet' in capsys.readouterr().out
