@@ -116,7 +116,7 @@ def _space_ticks(axis: Any) -> None:
 
 def band(
   axes: plt.Axes, x: Any, middle: Any, low: Any, high: Any, *,
-  style: str = '-', color: str | None = None, label: str = '',
+  style: str = '-', color: Any = None, label: str = '',
   bold: bool = False, **kwargs: Any,
 ) -> None:  # fmt: skip
   """A line with the range around it."""
