@@ -1,7 +1,5 @@
 """The contracts on many devices: layout, abstract shapes, meshes, platforms."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,13 +8,10 @@ import optlab
 from tests import contract_test as contract
 from tests.contract_test import over_rows
 from tests.contract_test import over_transformations
+from tests.layout import COLLECTIVES
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 SPECS = {'w': jax.P(None, 'data'), 'b': jax.P('data'), 'empty': {}}
-COLLECTIVES = re.compile(
-  r'\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)'
-  r'(?:-start)?\('
-)
 
 # Norms over all parameters: the squares, and in a branch that is seldom taken
 # the largest number, where the squares would over- or underflow.
@@ -57,17 +52,6 @@ def abstract(tree):
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )
-
-
-def bytes_a_device(tree):
-  """Bytes on the fullest device."""
-  held = {}
-  for leaf in jax.tree.leaves(tree):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      leaf = jax.random.key_data(leaf)
-    for shard in leaf.addressable_shards:
-      held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-  return max(held.values())
 
 
 @over_rows

@@ -46,21 +46,35 @@ def _diffgrad_leaf(grad, mu, nu, prev_grad, step, b1, b2, eps, eps_root, late):
   correction1 = _bias_correction(b1, step, real)
   correction2 = _bias_correction(b2, step, real)
 
-  g = grad.astype(dtype)
+  g = _with_a_square(grad.astype(dtype), real)
   new_mu = b1_ * mu.astype(dtype) + rest1 * g
   new_nu = b2_ * nu + rest2 * jnp.square(jnp.abs(g))
   friction = jax.nn.sigmoid(jnp.abs(prev_grad.astype(dtype) - g))
   if late:
     eps_ = eps_ / jnp.sqrt(correction2)
   denominator = jnp.sqrt(new_nu / correction2 + eps_root_) + eps_
-  # Zero only where eps is zero and every gradient was: then mu is zero too.
-  denominator = jnp.where(denominator == 0.0, 1.0, denominator)
-  update = friction * (new_mu / correction1) / denominator
+  mean = new_mu / correction1
+  # Where eps is zero and every gradient was, or their squares underflowed:
+  # then the step is of the length of one gradient over its root, one.
+  length = jnp.where(mean == 0.0, 1.0, jnp.abs(mean))
+  denominator = jnp.where(denominator == 0.0, length, denominator)
+  update = friction * mean / denominator
   # The gradient itself, but made to wait for the update: XLA then overwrites
   # the buffer of prev_grad after its last read, instead of copying it first
   # (1.6 times Adam's time in place of 2.3).
   last = jnp.where(jnp.isnan(update), update, grad)
   return update, new_mu.astype(mu.dtype), new_nu, last
+
+
+def _with_a_square(g, real):
+  """The gradient, shortened where its square would overflow.
+
+  Else the second moment would be infinite from then on, and no step move the
+  coordinate again.
+  """
+  largest = 0.25 * float(jnp.finfo(real).max) ** 0.5
+  size = jnp.abs(g)
+  return jnp.where(jnp.isfinite(size) & (size > largest), g / size * largest, g)
 
 
 DECAY = checks.DECAY._replace(remedy='It is the decay of a moving average.')

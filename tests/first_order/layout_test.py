@@ -125,6 +125,32 @@ def test_norms_neither_over_nor_underflow(name, scale):
     np.testing.assert_allclose(updates['b'], 0.08 * length, rtol=1e-5)
 
 
+@pytest.mark.parametrize('scale', [1e-30, 1e-22, 1.0, 1e22, 1e30])
+def test_second_moments_neither_over_nor_underflow(scale):
+  """Of one gradient twice: the length is the rate's, but for the friction."""
+  tx = optlab.diffgrad(0.1, eps=0.0)
+  grads = {
+    'a': scale * jnp.asarray([3.0, -4.0]),
+    'z': scale * jnp.asarray([3.0 - 4.0j]),
+  }
+  state = tx.init(grads)
+  for before in (0.0, scale):
+    updates, state = tx.update(grads, state)
+    friction = jax.nn.sigmoid(jnp.asarray([3.0, 4.0]) * (scale - before))
+    np.testing.assert_allclose(
+      updates['a'], friction * np.asarray([-0.1, 0.1]), rtol=1e-5
+    )
+    friction = jax.nn.sigmoid(5.0 * (scale - before))
+    np.testing.assert_allclose(
+      updates['z'], (-0.06 + 0.08j) * friction, rtol=1e-5
+    )
+  updates, _ = tx.update(
+    {'a': jnp.ones(2), 'z': jnp.full(1, 1j * jnp.inf)}, state
+  )
+  assert np.all(np.isfinite(updates['a']))
+  assert not np.any(np.isfinite(updates['z']))
+
+
 @pytest.mark.parametrize('scale', [1e-25, 1e25])
 def test_adagrad_norm_after_a_gradient_of_another_scale(scale):
   tx = optlab.first_order.scale_by_adagrad_norm(0.0)
