@@ -87,12 +87,19 @@ def numbers(tree):
   """Keys as the numbers that they are, for comparisons."""
   return jax.tree.map(
     lambda leaf: (
-      jax.random.key_data(leaf)
+      np.asarray(jax.random.key_data(leaf))
       if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
       else np.asarray(leaf)
     ),
     tree,
   )
+
+
+def on_no_device(leaf):
+  """An array, or a key, that any program may take."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)))
+  return np.asarray(leaf)
 
 
 def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
@@ -151,41 +158,40 @@ def stack(data):
 
 
 @over_rows
-def test_jit_scan_and_donation_agree_and_the_loss_falls(row):
-  step, state, batch = setup(row, tree_params())
-  data = [*batches(row, 2), *[batch] * (STEPS - 2)]
-  jitted = compiled(row.name)
-  scanned, values = jax.jit(
-    lambda state: jax.lax.scan(step, state, stack(data))
-  )(state)
-  for batch in data:
-    state, _ = jitted(state, batch)  # Donated: the same state, in place.
-  assert jitted._cache_size() == 1, 'recompiled on the second call'
-  assert_close(scanned, state, 1e-4, 1e-5)
-  assert np.all(np.isfinite(values))
-  assert values[-1] < values[2]
-
-
-@over_rows
-def test_vmap_over_seeds_and_hyperparameters(row):
+def test_jit_scan_vmap_and_donation_agree_and_the_loss_falls(row):
+  """Lanes of seeds and hyperparameters in a scan; steps that donate."""
   hypers = np.asarray([row.hyper, 0.5 * row.hyper], np.float32)
   scales = np.asarray([1.0, 0.5], np.float32)
+  _, state, batch = setup(row, tree_params())
+  data = [*batches(row, 2), *[batch] * (STEPS - 2)]
 
   def run(hyper, scale):
+    estimator, tx = row.make(hyper)
     params = jax.tree.map(lambda leaf: scale * leaf, tree_params())
-    step, state, batch = setup(row, params, hyper=hyper)
-    step_ = lambda state, _: step(state, batch)
-    return jax.lax.scan(step_, state, length=2)[0].params
+    start = optlab.init(params, estimator, tx, *row.inner(jnp.float32))
+    step = optlab.train_step(estimator, tx)
+
+    def advance(state, batch):
+      state, value = step(state, batch)
+      return state, (state, value)
+
+    return jax.lax.scan(advance, start, stack(data))[1]
 
   together = jax.jit(jax.vmap(run))
-  lanes = numbers(together(hypers, scales))
-  swapped = numbers(together(hypers[::-1], scales[::-1]))
-  assert_close(jax.tree.map(lambda leaf: leaf[::-1], swapped), lanes)
-  _, alone, batch = setup(row, tree_params())
-  for _ in range(2):
-    alone, _ = compiled(row.name)(alone, batch)
-  first = jax.tree.map(lambda leaf: leaf[0], lanes)
-  assert_close(first, alone.params, 1e-4, 1e-5)
+  lanes, values = numbers(together(hypers, scales))
+  swapped, _ = numbers(together(hypers[::-1], scales[::-1]))
+  turned = jax.tree.map(lambda leaf: leaf[::-1], swapped.params)
+  assert_close(turned, lanes.params)
+  jitted = compiled(row.name)
+  for k, batch in enumerate(data):
+    state, _ = jitted(state, batch)  # Donated: the same state, in place.
+    lane = jax.tree.map(lambda leaf, k=k: leaf[0, k], lanes)
+    assert_close(lane.params, state.params, 1e-4, 1e-5)
+    if k < 3:  # Later, what a search keeps may be the rounding of its loss.
+      assert_close(lane, state, 1e-4, 1e-5)
+  assert jitted._cache_size() == 1, 'recompiled on the second call'
+  assert np.all(np.isfinite(values[0]))
+  assert values[0][-1] < values[0][2]
 
 
 @over_rows
@@ -225,6 +231,8 @@ def test_resumes_bit_for_bit_from_orbax(row, tmp_path):
     checkpointer.wait_until_finished()
     _, fresh, _ = setup(row, tree_params())
     restored = checkpointer.restore(tmp_path / 'state', fresh)
+  # A device that is given by name would be another program of the same step.
+  restored = jax.tree.map(on_no_device, restored)
   for batch in data[2:]:
     state, _ = jitted(state, batch)
     restored, _ = jitted(restored, batch)
