@@ -46,10 +46,11 @@ def _diffgrad_leaf(grad, mu, nu, prev_grad, step, b1, b2, eps, eps_root, late):
   correction1 = _bias_correction(b1, step, real)
   correction2 = _bias_correction(b2, step, real)
 
-  g = _with_a_square(grad.astype(dtype), real)
+  g = grad.astype(dtype)
+  friction = jax.nn.sigmoid(jnp.abs(prev_grad.astype(dtype) - g))
+  g = _with_a_square(g, real)
   new_mu = b1_ * mu.astype(dtype) + rest1 * g
   new_nu = b2_ * nu + rest2 * jnp.square(jnp.abs(g))
-  friction = jax.nn.sigmoid(jnp.abs(prev_grad.astype(dtype) - g))
   if late:
     eps_ = eps_ / jnp.sqrt(correction2)
   denominator = jnp.sqrt(new_nu / correction2 + eps_root_) + eps_
