@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import types
@@ -244,9 +245,14 @@ def run(
 
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)
+    listener = stopping.Listener()
     try:
-      with stopping.Listener():
+      with listener:
         _run(main, config_type, argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # As of `| head`.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      _fail(f'nobody reads the standard output; {listener.way_on}')
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:

@@ -81,9 +81,12 @@ def save(
   """Writes a picture whole or not at all, and closes it."""
   if title:
     figure.suptitle(title)
-  for axes in figure.axes:
-    for axis in (axes.xaxis, axes.yaxis):
-      _space_ticks(axis)
+  both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+  for axis in both:
+    _choose_ticks(axis)
+  figure.draw_without_rendering()  # Now labels have places.
+  for axis in both:
+    _thin_ticks(axis)
   path = pathlib.Path(path)
   temporary = path.with_name(f'.{path.name}')
   try:
@@ -99,8 +102,8 @@ def save(
     plt.close(figure)
 
 
-def _space_ticks(axis: Any) -> None:
-  """Numbers on a logarithmic axis that do not run into each other."""
+def _choose_ticks(axis: Any) -> None:
+  """Numbers on a logarithmic axis where powers of ten are too few."""
   if axis.get_scale() != 'log':
     return
   low, high = axis.get_view_interval()
@@ -131,6 +134,31 @@ def legend_right(figure: plt.Figure, axes: plt.Axes, **kwargs: Any) -> None:
   """One legend for all panels, beside them."""
   handles, labels = axes.get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside right center', **kwargs)
+
+
+def labels(axis: Any) -> list[tuple[float, str, Any]]:
+  """Place, text and box of the numbers that are seen on a drawn axis."""
+  low, high = sorted(axis.get_view_interval())
+  return [
+    (tick.get_loc(), tick.label1.get_text(), tick.label1.get_window_extent())
+    for tick in axis.get_major_ticks()
+    if low <= tick.get_loc() <= high
+    and tick.label1.get_text()
+    and tick.label1.get_visible()
+  ]
+
+
+def _thin_ticks(axis: Any) -> None:
+  """Leaves out the numbers that would run into the ones before them."""
+  kept: list[tuple[float, str, Any]] = []
+  seen = labels(axis)
+  for label in seen:
+    if not kept or not kept[-1][2].padded(2.0).overlaps(label[2]):
+      kept.append(label)
+  if len(kept) < len(seen):
+    places, texts, _ = zip(*kept, strict=True)
+    axis.set_major_locator(ticker.FixedLocator(places))
+    axis.set_major_formatter(ticker.FixedFormatter(texts))
 
 
 def draw_lines(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: said at once, obeyed at the next safe place.
+"""SIGINT, SIGTERM, SIGHUP: said at once, obeyed at the next safe place.
 
 While a `Listener` is open the first signal raises `flags.InterruptedRun` where
 the program is, unless that is inside of `held`: then it waits for the end of
@@ -20,7 +20,9 @@ from typing import Any
 
 from . import flags
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Where there is one: a terminal that was closed, a connection that broke.
+_HANGUP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 STATUS = 130  # Of a program that was asked to stop.
 _open: list['Listener'] = []  # The one that listens, if any.
 
@@ -54,7 +56,10 @@ class Listener:
       self._writer.fileno(), warn_on_full_buffer=False
     )
     self._old = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    for number in _HANGUP:  # `nohup` says that it is not to be heard.
+      if self._old[number] is signal.SIG_IGN:
+        del self._old[number]
+    for number in self._old:
       signal.signal(number, self._obey)
     self._thread = threading.Thread(target=self._tell, daemon=True)
     self._thread.start()
@@ -82,7 +87,7 @@ class Listener:
   def _tell(self) -> None:
     told = False
     while received := self._reader.recv(1):
-      if received[0] not in SIGNALS:
+      if received[0] not in self._old:
         continue
       if told and not self.children:
         say(f'interrupted at once; {self.way_on}')

@@ -8,20 +8,6 @@ import pytest
 from experiments.lab import plots
 
 
-def _overlapping(labels):
-  """Pairs of an axis's labels that are written into each other."""
-  boxes = [
-    (label.get_text(), label.get_window_extent())
-    for label in labels
-    if label.get_text() and label.get_visible()
-  ]
-  return [
-    (one, other)
-    for (one, box), (other, beside) in itertools.pairwise(boxes)
-    if box.overlaps(beside)
-  ]
-
-
 def _faults(figure):
   """What a reader of the picture would stumble over, in words."""
   faults = []
@@ -36,17 +22,14 @@ def _faults(figure):
       if not axes.texts:
         faults.append(f'{where}: empty, and does not say why')
       continue
-    for axis in (axes.xaxis, axes.yaxis):
-      low, high = sorted(axis.get_view_interval())
-      labels = [
-        tick.label1
-        for tick in axis.get_major_ticks()
-        if low <= tick.get_loc() <= high
-      ]
-      faults += [
-        f'{where}: {one!r} runs into {other!r}'
-        for one, other in _overlapping(labels)
-      ]
+    faults += [
+      f'{where}: {one!r} runs into {other!r}'
+      for axis in (axes.xaxis, axes.yaxis)
+      for (_, one, box), (_, other, beside) in itertools.pairwise(
+        plots.labels(axis)
+      )
+      if box.overlaps(beside)
+    ]
     if axes.get_xlabel() in plots.LABELS.values():
       faults += [
         f'{where}: {line.get_label()!r} goes back in time'
@@ -64,6 +47,7 @@ def pictures(monkeypatch):
 
   def look(figure, path, **kwargs):
     save(figure, path, **kwargs)
+    figure.draw_without_rendering()  # The file has another resolution.
     seen[str(path)] = _faults(figure)
 
   monkeypatch.setattr(plots, 'save', look)

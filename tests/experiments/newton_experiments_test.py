@@ -1,6 +1,7 @@
 """The Newton programs from end to end, and what they say of bad input."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -79,6 +80,19 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
       plot.main(plot.Config(records=(str(folder),), output=wrong))
   with pytest.raises(flags.UserError, match='no rows with both'):
     plot.main(plot.Config(records=(str(folder),), output=output, y='energy'))
+
+  # A reader of the table that goes away ends it with a line, no traceback.
+  command = [sys.executable, '-m', 'experiments.plot', str(folder)]
+  reading, writing = os.pipe()
+  os.close(reading)
+  ended = subprocess.run(
+    [*command, f'--output={output}'],
+    cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+  )  # fmt: skip
+  os.close(writing)
+  assert ended.returncode == 1
+  assert ended.stderr.startswith('error: nobody reads the standard output; ')
+  assert ended.stderr.count('\n') == 1
 
   # Resumed, there is nothing left to do.
   before = (folder / 'record.jsonl').read_bytes()

@@ -19,6 +19,7 @@ from experiments.lab import flags
 from experiments.lab import launch
 from experiments.lab import progress
 from experiments.lab import record
+from experiments.lab import stopping
 from experiments.lab.session import Session
 
 
@@ -291,7 +292,7 @@ def test_fewer_are_refused(config):
     Session('test', resumed(config, seeds=1))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', stopping.SIGNALS)
 def test_a_signal_stops_at_once_where_no_piece_is_made(config, number, capfd):
   with (
     pytest.raises(flags.InterruptedRun, match='go on with --resume'),
@@ -304,6 +305,17 @@ def test_a_signal_stops_at_once_where_no_piece_is_made(config, number, capfd):
   assert time.perf_counter() - began < 2.0
   assert f'the record is in {session.folder}' in capfd.readouterr().err
   assert numbers(config.output_dir)[-1]['kind'] == 'done'
+
+
+def test_nohup_is_obeyed():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with stopping.Listener():
+      os.kill(os.getpid(), signal.SIGHUP)
+      time.sleep(0.1)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_lines_where_there_is_no_terminal(config, capsys, monkeypatch):
