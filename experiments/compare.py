@@ -121,7 +121,7 @@ def main(config: Config) -> None:
     given = config.methods != ('default',)
     methods[name] = config.methods if given else default
     if name == next(iter(chosen)):  # Those of a set take the same ones.
-      study.check_methods(problem, methods[name])
+      study.check_methods(problem, methods[name], skip=len(chosen) > 1)
   with Session('compare', config) as session:
     for name, problem in chosen.items():
       own = plan(config, name, problem)

@@ -93,55 +93,50 @@ def run_mean(session: Session, config: Config) -> list[dict]:
 def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
   """Densities beside data, energy surfaces, and ESS over training."""
   surfaces = [row for row in rows if row['kind'] == 'surface']
+  draw_surfaces(
+    surfaces, folder / 'densities.png', 'density', np.exp,
+    cmap='magma',
+  )  # fmt: skip
+  draw_surfaces(
+    surfaces, folder / 'energies.png', 'energy, clipped at 12 nats',
+    lambda log: -log, cmap='viridis', vmax=12,
+  )  # fmt: skip
+  pictures = ['densities.png', 'energies.png']
+  if draw_ess(rows, config, folder / 'ess.png'):
+    pictures.append('ess.png')
+  return pictures
+
+
+def draw_surfaces(surfaces, path, what: str, shown, **style: Any) -> None:
+  """A column a set: its data, and below them each method's model."""
   methods = list(dict.fromkeys(row['algorithm'] for row in surfaces))
   sets = list(dict.fromkeys(row['set'] for row in surfaces))
   extent = (-PICTURE_HALF_WIDTH, PICTURE_HALF_WIDTH) * 2
-  for picture in ('densities', 'energies'):
-    figure, panels = plt.subplots(
-      len(methods) + 1,
-      len(sets),
-      figsize=(2.2 * len(sets), 2.2 * (len(methods) + 1)),
-      squeeze=False,
-      layout='constrained',
-    )
-    for axes in panels.flat:
-      axes.set(xticks=[], yticks=[])
-    for i, name in enumerate(sets):
-      distribution = densities.distribution(name)
-      points = distribution.sample(jax.random.key(0), 4000)
-      panels[0, i].scatter(*np.asarray(points).T, s=0.4, lw=0, color='k')
-      panels[0, i].set(
-        xlim=extent[:2], ylim=extent[:2], title=name, aspect='equal'
-      )
-      for j, method in enumerate(methods):
-        chosen = [
-          row
-          for row in surfaces
-          if row['set'] == name and row['algorithm'] == method
-        ]
-        if not chosen:
-          continue
-        surface = np.asarray(chosen[-1]['log_density'])
-        surface = surface.reshape(PICTURE_CELLS, PICTURE_CELLS)
-        surface = surface - surface.max()
-        shown = np.exp(surface) if picture == 'densities' else -surface
-        panels[j + 1, i].imshow(
-          shown,
-          origin='lower',
-          extent=extent,
-          cmap='magma' if picture == 'densities' else 'viridis',
-          vmin=0,
-          vmax=None if picture == 'densities' else 12,
-        )
-    for axes, text in zip(panels[:, 0], ['data', *methods], strict=True):
-      axes.set_ylabel(text)
-    what = 'density' if picture == 'densities' else 'energy, clipped at 12 nats'
-    plots.save(
-      figure,
-      folder / f'{picture}.png',
-      title=f'model {what}, seed 0, best learning rate',
-    )
-  pictures = ['densities.png', 'energies.png']
+  figure, panels = plt.subplots(
+    len(methods) + 1, len(sets), squeeze=False, layout='constrained',
+    figsize=(2.2 * len(sets), 2.2 * (len(methods) + 1)),
+  )  # fmt: skip
+  for axes in panels.flat:
+    axes.set(xticks=[], yticks=[])
+  for axes, name in zip(panels[0], sets, strict=True):
+    points = densities.distribution(name).sample(jax.random.key(0), 4000)
+    axes.scatter(*np.asarray(points).T, s=0.4, lw=0, color='k')
+    axes.set(xlim=extent[:2], ylim=extent[:2], title=name, aspect='equal')
+  # The last of several noises.
+  for row in surfaces:
+    surface = np.reshape(row['log_density'], (PICTURE_CELLS, PICTURE_CELLS))
+    place = methods.index(row['algorithm']) + 1, sets.index(row['set'])
+    panels[place].imshow(
+      shown(surface - surface.max()), origin='lower', extent=extent, vmin=0,
+      **style,
+    )  # fmt: skip
+  for axes, text in zip(panels[:, 0], ['data', *methods], strict=True):
+    axes.set_ylabel(text)
+  plots.save(figure, path, title=f'model {what}, seed 0, best learning rate')
+
+
+def draw_ess(rows: Sequence[dict], config: Config, path: Any) -> bool:
+  """Effective sample sizes over training; whether there are some."""
   names = planes(config)
   figure, panels = plt.subplots(
     1, len(names), figsize=(2.6 * len(names), 3.2), squeeze=False,
@@ -149,24 +144,20 @@ def draw_plane(rows: Sequence[dict], config: Config, folder: Any) -> list[str]:
   )  # fmt: skip
   for axes, name in zip(panels[0], names, strict=True):
     for method in config.methods:
-      xs, middle, low, high = plots.curves(
-        rows, f'{name}: {method}', 'updates', 'ess'
-      )
-      shown = np.isfinite(middle)
-      if not np.any(shown):
-        continue
-      axes.plot(xs[shown], middle[shown] / config.noise_rows, label=method)
-      low, high = (end[shown] / config.noise_rows for end in (low, high))
-      axes.fill_between(xs[shown], low, high, alpha=0.15)
+      curves = plots.curves(rows, f'{name}: {method}', 'updates', 'ess')
+      shown = np.isfinite(curves[1])
+      if np.any(shown):
+        ranges = (end[shown] / config.noise_rows for end in curves[1:])
+        plots.band(axes, curves[0][shown], *ranges, label=method)
     axes.set(title=name, xlabel='steps', ylim=(0, 1))
   panels[0, 0].set_ylabel('effective sample size / noise rows')
   handles, labels = panels[0, 0].get_legend_handles_labels()
   if not handles:
     plt.close(figure)
-    return pictures
+    return False
   figure.legend(handles, labels, loc='outside lower center', ncols=4)
-  plots.save(figure, folder / 'ess.png', title='median and range over seeds')
-  return [*pictures, 'ess.png']
+  plots.save(figure, path, title='median and range over seeds')
+  return True
 
 
 @launch.program

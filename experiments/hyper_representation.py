@@ -110,12 +110,54 @@ def class_table(labels: np.ndarray, classes: list[int]) -> np.ndarray:
   return np.stack([np.resize(r, longest) for r in rows]).astype(np.int32)
 
 
-def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
-  """Pairs of classes as tasks; the last frequent class is held out."""
+def few_shot(config, sentences, support, query, seen, held_out) -> float:
+  """Accuracy of ridge heads on few sentences of a class and the held-out one.
+
+  Args:
+    config: The flags.
+    sentences: The text.
+    support: Encoded training sentences.
+    query: Encoded test sentences.
+    seen: The other classes.
+    held_out: The class that training never saw.
+
+  Returns:
+    The mean over tasks.
+  """
+  random, scores = np.random.RandomState(0), []
+  labels, signs = sentences.test.labels, np.array([-1.0, 1.0])
+  for other in seen * 10:
+    pair = (other, held_out)
+    rows = [
+      random.choice(
+        np.flatnonzero(sentences.train.labels == c), config.shots, False
+      )
+      for c in pair
+    ]
+    a = support[np.concatenate(rows)]
+    gram = a.T @ a + config.l2 * len(a) * np.eye(a.shape[1])
+    head = 0 * a[0]
+    if np.all(np.isfinite(a)):
+      head = np.linalg.solve(gram, a.T @ np.repeat(signs, config.shots))
+    accuracies = [
+      np.mean(sign * (query[labels == c] @ head) > 0)
+      for c, sign in zip(pair, signs, strict=True)
+    ]
+    scores.append(np.mean(accuracies))
+  return float(np.mean(scores))
+
+
+def classes(sentences: text.Text) -> tuple[list[int], int | None]:
+  """The frequent classes, and the one of them that is held out."""
   counts = np.bincount(sentences.train.labels, minlength=sentences.classes)
   frequent = [c for c in range(sentences.classes) if counts[c] >= 200]
   held_out = frequent[-1] if len(frequent) > 2 else None
-  seen = [c for c in frequent if c != held_out]
+  return [c for c in frequent if c != held_out], held_out
+
+
+def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
+  """Pairs of classes as tasks; the last frequent class is held out."""
+  seen, held_out = classes(sentences)
   pairs = np.array(list(itertools.combinations(range(len(seen)), 2)))
   vectors = None
   if config.vectors:
@@ -186,37 +228,18 @@ def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
       values[f'{part}_accuracy'] = jnp.mean((margins > 0).astype(loss.dtype))
     return values
 
-  encode_jit = jax.jit(encode)
+  encoded = jax.jit(encode)
 
   def finish(x, y):
-    """Ridge heads on a few sentences of the held-out class and another."""
     del y
     if held_out is None:
       return {}
-    support = np.asarray(encode_jit(x, sentences.train.tokens))
-    query = np.asarray(encode_jit(x, sentences.test.tokens))
-    random, scores = np.random.RandomState(0), []
-    for other in seen * 10:
-      pair = (other, held_out)
-      rows = [
-        random.choice(
-          np.flatnonzero(sentences.train.labels == c), config.shots, False
-        )
-        for c in pair
-      ]
-      a = support[np.concatenate(rows)]
-      b = np.repeat([-1.0, 1.0], config.shots)
-      gram = a.T @ a + config.l2 * len(a) * np.eye(a.shape[1])
-      head = (
-        np.linalg.solve(gram, a.T @ b) if np.all(np.isfinite(a)) else 0 * a[0]
-      )
-      labels = sentences.test.labels
-      accuracies = [
-        np.mean(sign * (query[labels == c] @ head) > 0)
-        for c, sign in zip(pair, (-1, 1), strict=True)
-      ]
-      scores.append(np.mean(accuracies))
-    return {'few_shot_accuracy': float(np.mean(scores))}
+    support, query = (
+      np.asarray(encoded(x, part.tokens))
+      for part in (sentences.train, sentences.test)
+    )
+    found = few_shot(config, sentences, support, query, seen, held_out)
+    return {'few_shot_accuracy': found}
 
   reported = ('test_loss', 'test_accuracy')
   if held_out is not None:

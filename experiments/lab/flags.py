@@ -133,7 +133,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     raise UserError(f'{name} is empty: give at least one value')
   for entry in entries:
     if choices is not None and entry not in choices:
-      raise UserError(f'{name}={entry}: not one of {", ".join(choices)}')
+      allowed = ', '.join(filter(None, choices))
+      raise UserError(f'{name}={entry}: not one of {allowed}')
     if isinstance(entry, float) and math.isnan(entry):
       raise UserError(f'{name}={entry}: not a number')
     if low is not None and entry is not None and entry < low:

@@ -5,6 +5,7 @@ A problem in a file of the user's is one, too.
 
 from collections.abc import Callable
 import functools
+import math
 import runpy
 from typing import Any
 
@@ -143,10 +144,8 @@ def of_file(path: str) -> Problem:
   """
   try:
     found = runpy.run_path(path)
-  except Exception as error:
-    raise flags.UserError(
-      f'--problem={path}: {type(error).__name__}: {error}'
-    ) from error
+  except (Exception, SystemExit) as error:
+    raise _bad_file(path, error) from error
   for name in ('start', 'loss', 'measure'):
     if not callable(found.get(name)):
       raise flags.UserError(f'--problem={path}: has no function {name}')
@@ -155,25 +154,39 @@ def of_file(path: str) -> Problem:
   try:
     key = jax.random.key(0)
     params = jax.eval_shape(start, key)
-    shapes = [
-      jax.eval_shape(loss, params, key).shape,
-      *(jax.eval_shape(f, params).shape for f in (reported, tuning)),
-    ]
-    grid = tuple(float(rate) for rate in found.get('LEARNING_RATES', GRID))
-    budget = float(found.get('BUDGET', 1000))
+    shapes = [jax.eval_shape(loss, params, key)]
+    shapes += [jax.eval_shape(f, params) for f in (reported, tuning)]
+    bad = [shape for shape in shapes if getattr(shape, 'shape', None) != ()]
+    if bad:
+      raise ValueError(f'loss, measure and tuning give scalars, not {bad[0]}')
+    jax.eval_shape(jax.grad(loss), params, key)
+    fields = _settings(found)
   except Exception as error:
-    raise flags.UserError(
-      f'--problem={path}: {type(error).__name__}: {str(error)[:300]}'
-    ) from error
-  if any(shapes):
-    raise flags.UserError(
-      f'--problem={path}: loss, measure and tuning give scalars, not arrays of'
-      f' shape {next(filter(None, shapes))}'
-    )
+    raise _bad_file(path, error) from error
   return of_function(
     start, loss,
     lambda params: {'tuning': tuning(params), 'value': reported(params)},
-    methods=tuple(found.get('METHODS', ('sgd', 'adam', 'diffgrad'))),
-    learning_rates=grid, budget=budget,
-    value=str(found.get('VALUE', 'measure')), target=found.get('TARGET'),
+    value=str(found.get('VALUE', 'measure')), **fields,
   )  # fmt: skip
+
+
+def _bad_file(path: str, error: BaseException) -> flags.UserError:
+  text = ' '.join(str(error).split())[:300]
+  return flags.UserError(f'--problem={path}: {type(error).__name__}: {text}')
+
+
+def _settings(found: dict[str, Any]) -> dict[str, Any]:
+  """What a file says in capitals, or defaults."""
+  methods = found.get('METHODS', ('sgd', 'adam', 'diffgrad'))
+  rates = tuple(float(rate) for rate in found.get('LEARNING_RATES', GRID))
+  budget, target = float(found.get('BUDGET', 1000)), found.get('TARGET')
+  if not rates or not all(0 <= rate < math.inf for rate in rates):
+    raise ValueError(f'LEARNING_RATES are numbers of at least 0, not {rates}')
+  if not 0 < budget < math.inf:
+    raise ValueError(f'BUDGET is a positive number, not {budget}')
+  return {
+    'methods': (methods,) if isinstance(methods, str) else tuple(methods),
+    'learning_rates': rates,
+    'budget': budget,
+    'target': None if target is None else float(target),
+  }

@@ -7,334 +7,29 @@ arguments; and it then runs on the reported seeds, the same for all, to an equal
 budget of oracle calls. What is said of the numbers is in `verdicts`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 import math
 import sys
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from . import entries
 from . import flags
+from . import searching
 from . import verdicts
 from .session import Session
 from .verdicts import last
 
 TUNING_SEED = 10_000
-EXTENSIONS = 2  # How often a grid is continued, by its own length.
-PIECES, TUNING_PIECES = 20, 5  # Looks at a run.
 
-
-class Entry(NamedTuple):
-  """A method on a problem.
-
-  Attributes:
-    start: ``(key, rate, seed, data) -> state``; of a problem with inner rates
-      the rate is an array of both.
-    step: ``(state, key, rate, data) -> state``.
-    calls: Oracle calls of a step in the problem's unit: a number, or ``(state
-      before, state after) -> calls`` of the step between.
-    tuned: Whether it has a learning rate.
-    variants: What is tuned in its place, by name, if it has a search space.
-    spent: Oracle calls of the start.
-  """
-
-  start: Callable[..., Any]
-  step: Callable[..., Any]
-  calls: float | Callable[[Any, Any], Any]
-  tuned: bool = True
-  variants: dict[str, 'Entry'] | None = None
-  spent: float = 0.0
-
-
-class Problem(NamedTuple):
-  """What is compared.
-
-  Attributes:
-    entry: ``method -> Entry``; raises `flags.UserError` for a name it lacks.
-    methods: The default methods.
-    learning_rates: The default grid of rates.
-    budget: The default budget of calls.
-    unit: What a call is.
-    measure: ``(state, data) -> dict`` of scalars, at every look; with
-      ``tuning``, which rates are picked by, less is better, and ``value``,
-      which is reported.
-    value: What the value is.
-    target: The value that counts as solved, or ``None``.
-    more: Whether more of the value is better.
-    reported: Other fields of the table.
-    look: ``(state, seed) -> dict`` of numbers, on the host, at every look.
-    finish: The same, once at the end of what is reported; of tuning too if
-      ``measure`` has no ``tuning``.
-    data: Arrays that ``start``, ``step`` and ``measure`` are given.
-    batched: Whether lanes are computed together, where their steps cost alike;
-      else one after the other.
-    tables: Length of the block tables in a state, see `Session.run`.
-    inner_lrs: Rates of the lower level; each learning rate is tried with all of
-      them, and has the one that it likes best.
-  """
-
-  entry: Callable[[str], Entry]
-  methods: tuple[str, ...]
-  learning_rates: tuple[float, ...]
-  budget: float
-  unit: str
-  measure: Callable[..., dict[str, Any]]
-  value: str
-  target: float | None = None
-  more: bool = False
-  reported: tuple[str, ...] = ()
-  look: Callable[..., dict[str, Any]] | None = None
-  finish: Callable[..., dict[str, Any]] | None = None
-  data: Any = None
-  batched: bool = False
-  tables: int | None = None
-  inner_lrs: tuple[float, ...] = ()
-
-
-class Plan(NamedTuple):
-  """How a problem is studied.
-
-  Attributes:
-    name: The problem's name, in the record; empty if there is but one.
-    problem: The problem.
-    budget: Oracle calls of a run.
-    learning_rates: Where the grid begins; one alone is not tuned.
-    seeds: Number of reported seeds.
-    tuning_seeds: Number of seeds that pick the rates; 0 takes defaults.
-    target: What counts as solved, or ``None``.
-    pieces: Looks at a run.
-    stop: Given the rows of a look, whether to end there; a longer budget, with
-      as many more looks, then goes on.
-    held: The problem that rates are picked on, if that is another one.
-  """
-
-  name: str
-  problem: Problem
-  budget: float
-  learning_rates: tuple[float, ...]
-  seeds: int
-  tuning_seeds: int
-  target: float | None = None
-  pieces: int = PIECES
-  stop: Callable[[list[dict]], bool] | None = None
-  held: Problem | None = None
-
-  def label(self, method: str) -> str:
-    """A method's name in the record."""
-    return f'{self.name}: {method}' if self.name else method
-
-
-class Lane(NamedTuple):
-  """One seed at one rate."""
-
-  state: Any
-  key: jax.Array
-  rate: jax.Array
-  steps: jax.Array
-  calls: jax.Array
-  reached: jax.Array  # Calls at the first look at or below the target.
-  values: dict[str, jax.Array]  # At the last look.
-
-
-class Program(NamedTuple):
-  """A method's functions of lanes: compiled once for tuning and for report."""
-
-  start: Callable[..., Any]  # (seeds, rates, data)
-  advance: Callable[..., Any]  # ((budget done, of a piece, lanes), data)
-
-
-def program(plan: Plan, entry: Entry) -> Program:
-  """The functions that start lanes, and advance them from look to look."""
-  problem, calls = plan.problem, entry.calls
-  sign = -1.0 if problem.more else 1.0
-  target = -np.inf if plan.target is None else sign * plan.target
-  together = problem.batched and not callable(calls)
-
-  def each(function, *lanes):
-    if together:
-      return jax.vmap(function)(*lanes)
-    # One after the other: each takes as many steps as it needs, and not all
-    # functions can be batched.
-    return jax.lax.map(lambda lane: function(*lane), lanes)
-
-  def look(lane, data):
-    values = problem.measure(lane.state, data)
-    value = sign * jnp.asarray(values.get('value', jnp.inf), float)
-    now = (value <= target) & jnp.isinf(lane.reached)
-    reached = jnp.where(now, lane.calls, lane.reached)
-    return lane._replace(values=values, reached=reached)
-
-  def start(seeds, rates, data=None):
-    def one(seed, rate):
-      start_key, key = jax.random.split(jax.random.key(seed))
-      state = entry.start(start_key, rate, seed, data)
-      # Floats: calls of a step may be an average.
-      spent, infinite = (
-        jnp.full((), number, float) for number in (entry.spent, jnp.inf)
-      )
-      zero = jnp.zeros((), jnp.int32)
-      return look(Lane(state, key, rate, zero, spent, infinite, {}), data)
-
-    return each(one, seeds, rates)
-
-  def step(lane, data):
-    key = jax.random.fold_in(lane.key, lane.steps)
-    state = entry.step(lane.state, key, lane.rate, data)
-    cost = calls(lane.state, state) if callable(calls) else calls
-    # A step that costs nothing, as of a method that stands still, costs some.
-    total = jnp.maximum(lane.calls + cost, lane.calls + 1e-3)
-    total = jnp.asarray(total, lane.calls.dtype)
-    return lane._replace(state=state, steps=lane.steps + 1, calls=total)
-
-  def advance(carry, data=None):
-    done, piece, lanes = carry
-    due = done + piece
-    if callable(calls):
-      run = lambda lane: jax.lax.while_loop(
-        lambda lane: lane.calls < due, lambda lane: step(lane, data), lane
-      )
-    else:
-      # The same for all lanes.
-      until = jnp.ceil((due - entry.spent) / calls - 1e-3).astype(jnp.int32)
-      count = jnp.maximum(until - lanes.steps[0], 0)
-      run = lambda lane: jax.lax.fori_loop(
-        0, count, lambda _, lane: step(lane, data), lane
-      )
-    return due, piece, each(lambda lane: look(run(lane), data), lanes)
-
-  # It runs once: what it takes is to compile it.
-  quickly = {'xla_backend_optimization_level': 0}
-  return Program(jax.jit(start, compiler_options=quickly), advance)
-
-
-def steps_of(budget: float, calls: float, spent: float = 0.0) -> int:
-  """Steps of constant cost that a budget allows: where a schedule ends."""
-  return max(1, math.ceil((budget - spent) / calls - 1e-3))
-
-
-def run(
-  session: Session,
-  plan: Plan,
-  program: Program,
-  label: str,
-  lanes: list[tuple[int, Any]],
-  *,
-  reported: bool = False,
-  keep_state: bool = False,
-  **fields: Any,
-) -> Any:
-  """Runs lanes to the budget, and records them.
-
-  Args:
-    session: The open session.
-    plan: The plan.
-    program: The method's.
-    label: Its name in the record.
-    lanes: Pairs of a seed and its rates.
-    reported: Whether these are the runs that are reported.
-    keep_state: See `Session.run`.
-    **fields: More fields of its rows.
-
-  Returns:
-    What `Session.run` returns.
-  """
-  problem = plan.problem
-  seeds = tuple(seed for seed, _ in lanes)
-  rates = np.array([rate for _, rate in lanes])
-
-  def evaluate(carry):
-    done, piece, lanes = carry
-    values = jax.device_get(lanes.values)
-    # Budgets are sums of pieces, and may miss it by their rounding.
-    ended = done + piece / 2 > plan.budget
-    looks = [problem.look]
-    if ended and (reported or 'tuning' not in values):
-      looks.append(problem.finish)
-    for look in filter(None, looks):
-      found = [
-        look(jax.tree.map(lambda leaf, i=i: leaf[i], lanes.state), s)
-        for i, s in enumerate(seeds)
-      ]
-      values |= {
-        name: np.array([each[name] for each in found]) for name in found[0]
-      }
-    counts = jax.device_get({
-      'updates': lanes.steps, 'calls': lanes.calls, 'reached': lanes.reached,
-    })  # fmt: skip
-    used = {'learning_rate': rates}
-    if rates.ndim > 1:
-      used = {'learning_rate': rates[:, 0], 'inner_lr': rates[:, 1]}
-    return {**counts, **used, **values}
-
-  data = () if problem.data is None else (problem.data,)
-  begin = program.start(jnp.asarray(seeds), jnp.asarray(rates, float), *data)
-  pieces = plan.pieces if reported else min(plan.pieces, TUNING_PIECES)
-  if plan.name:
-    fields['problem'] = plan.name
-  carry = jnp.zeros(()), jnp.full((), plan.budget / pieces), begin
-  return session.run(
-    label, carry, program.advance, evaluate, steps=pieces, seeds=seeds,
-    data=problem.data, tables=problem.tables, keep_state=keep_state,
-    stop=plan.stop, prefix=plan.stop is not None, **fields,
-  )  # fmt: skip
-
-
-def continued(rates: list[float], best: float, count: int) -> list[float]:
-  """So many rates beyond the edge that ``best`` is at; none if it is inside."""
-  if len(rates) < 2 or best not in (rates[0], rates[-1]):
-    return []
-  edge, inside = rates[:2] if best == rates[0] else rates[:-3:-1]
-  # Three digits, so that powers of ten and the like stay what they are.
-  return [
-    float(f'{edge * (edge / inside) ** k:.3g}') for k in range(1, count + 1)
-  ]
-
-
-class Found(NamedTuple):
-  """What a search found.
-
-  Attributes:
-    rate: The best rate.
-    values: The median value of each rate, by rate, sorted.
-    edge: Whether it is at an edge of all that were tried.
-  """
-
-  rate: float
-  values: dict[float, float]
-  edge: bool
-
-
-def search(
-  rates: Sequence[float],
-  measure: Callable[[list[float], int], Iterable[tuple[float, float]]],
-) -> Found:
-  """The rate of the least value, of a grid that goes on past its edges.
-
-  Args:
-    rates: The first grid.
-    measure: ``(rates, number of the grid) -> pairs`` of a rate and a value, one
-      for each tuning seed. What is not a number counts as infinite.
-
-  Returns:
-    `Found`, by medians over the seeds; of equal ones the least rate.
-  """
-  tried: dict[float, list[float]] = {}
-  best, new = rates[0], sorted(rates)
-  medians: dict[float, float] = {}
-  for grid in range(1 + EXTENSIONS):
-    for rate, value in measure(new, grid):
-      tried.setdefault(rate, []).append(
-        math.inf if math.isnan(value) else value
-      )
-    medians = {rate: float(np.median(tried[rate])) for rate in sorted(tried)}
-    best = min(medians, key=lambda rate: medians[rate])
-    new = continued(list(medians), best, len(rates))
-    if not new:
-      break
-  edge = len(medians) > 1 and best in (min(medians), max(medians))
-  return Found(best, medians, edge)
+# What programs take from here.
+Entry, Problem, Plan = entries.Entry, entries.Problem, entries.Plan
+Program, Found = entries.Program, searching.Found
+program, run, steps_of = entries.program, entries.run, entries.steps_of
+search, PIECES, TUNING_PIECES = (
+  searching.search, entries.PIECES, entries.TUNING_PIECES,
+)  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -466,9 +161,8 @@ def study(
         session, plan, choice.program, plan.label(method), lanes,
         reported=True, keep_state=after is not None, algorithm=method,
       )  # fmt: skip
-    except (TypeError, ValueError, NotImplementedError) as error:
-      reason = ' '.join(str(error).split())[:300]
-      said = f'{method} does not run on {plan.name or "this problem"}: {reason}'
+    except NOT_RUNNING as error:
+      said = _said(method, plan.name, error)
       if skip:
         session.write('skipped', problem=plan.name, method=method, reason=said)
         print(said, file=sys.stderr)
@@ -501,9 +195,30 @@ def study(
   return rows
 
 
-def check_methods(problem: Problem, methods: Sequence[str]) -> None:
-  """Raises a `UserError` before work begins for a name that is not known."""
+def check_methods(
+  problem: Problem, methods: Sequence[str], *, skip: bool = False
+) -> None:
+  """Raises a `UserError` before work begins for a name that is not known.
+
+  Args:
+    problem: The problem.
+    methods: The methods.
+    skip: Whether one that is known and does not run here is no error.
+  """
   for method in methods:
-    problem.entry(method)
+    try:
+      problem.entry(method)
+    except NOT_RUNNING as error:
+      if not skip:
+        raise flags.UserError(_said(method, '', error)) from error
   if len(set(methods)) < len(methods):
     raise flags.UserError(f'--methods={",".join(methods)}: one is there twice')
+
+
+# What a method says that does not run on a problem.
+NOT_RUNNING = (TypeError, ValueError, NotImplementedError)
+
+
+def _said(method: str, name: str, error: Exception) -> str:
+  reason = ' '.join(str(error).split())[:300]
+  return f'{method} does not run on {name or "this problem"}: {reason}'

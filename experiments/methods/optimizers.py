@@ -52,7 +52,8 @@ def variants(text: str) -> list[Optimizer]:
   Raises:
     UserError: There is none of that name, or it needs other arguments.
   """
-  match = re.fullmatch(r'\s*([\w.:]+)\s*(?:\((.*)\))?\s*', text, re.DOTALL)
+  name = r'\w+(?:\.\w+)*(?::\w+(?:\.\w+)*)?'
+  match = re.fullmatch(rf'\s*({name})\s*(?:\((.*)\))?\s*', text, re.DOTALL)
   if match is None:
     raise flags.UserError(f'--methods={text}: is not NAME or NAME(key=value)')
   name, arguments = match[1], _arguments(text, match[2] or '')
@@ -76,6 +77,8 @@ def _arguments(text: str, inside: str) -> dict[str, Any]:
     found = {
       keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
     }
+    if len(found) < len(call.keywords):
+      raise ValueError('an argument is there twice')
     if any(value == [] for value in found.values()):
       raise ValueError('a search space is empty')
     return found
@@ -113,7 +116,8 @@ def resolve(name: str) -> Callable[..., Any]:
     )
     found, where = _import(splits)
   if not callable(found):
-    raise flags.UserError(f'--methods={name}: {where}')
+    reason = where or f'{type(found).__name__} {name} cannot be called'
+    raise flags.UserError(f'--methods={name}: {reason}')
   return found
 
 

@@ -15,6 +15,7 @@ from experiments import hyperparameter_optimization
 from experiments import unbounded_smoothness
 from experiments.lab import flags
 from experiments.lab import record
+from experiments.lab import searching
 from experiments.lab import study
 from experiments.lab import tuning
 from experiments.lab.session import Session
@@ -130,10 +131,10 @@ def test_budgets_are_equal_calls():
 
 def test_a_grid_goes_on_where_its_best_rate_is_at_the_edge():
   grid = [0.1, 0.3, 1.0]
-  assert study.continued(grid, 0.3, 3) == []
-  assert study.continued(grid, 1.0, 2) == [3.33, 11.1]
-  assert study.continued(grid, 0.1, 2) == [0.0333, 0.0111]
-  assert study.continued([0.1], 0.1, 1) == []
+  assert searching.continued(grid, 0.3, 3) == []
+  assert searching.continued(grid, 1.0, 2) == [3.33, 11.1]
+  assert searching.continued(grid, 0.1, 2) == [0.0333, 0.0111]
+  assert searching.continued([0.1], 0.1, 1) == []
 
 
 def test_a_run_that_diverged_is_never_picked():

@@ -147,6 +147,10 @@ def test_unknown_methods_are_refused(problem, method, match):
     ('adam(b1=)', 'invalid syntax'),
     ('adam(b1=[])', 'a search space is empty'),
     ('adam b1', 'is not NAME or NAME'),
+    (':make', 'is not NAME or NAME'),
+    ('optax.contrib.', 'is not NAME or NAME'),
+    ('optax.contrib', 'module optax.contrib cannot be called'),
+    ('adam(b1=0.8, b1=0.9)', 'an argument is there twice'),
     ('optax.tree.norm(tree=1.0)', 'no optimizer'),
   ],
 )
@@ -324,7 +328,15 @@ def test_a_problem_of_the_users_own(tmp_path, capsys):
     ('', 'has no function start'),
     (MINE.replace('def measure', 'def other'), 'has no function measure'),
     (MINE.replace('jnp.zeros(4)', 'jnp.zeros(3)'), 'TypeError: dot_general'),
-    (MINE.replace('jnp.sum', ''), 'scalars, not arrays of shape'),
+    (MINE.replace('jnp.sum', ''), 'scalars, not ShapeDtypeStruct'),
+    (MINE.replace('jnp.sum((params - 1) ** 2)', 'params.sum(), 1'), 'scalars'),
+    (MINE.replace('jnp.zeros(4)', 'jnp.zeros(4, int)'), 'TypeError: grad'),
+    (MINE + 'BUDGET = 0', 'BUDGET is a positive number, not 0'),
+    (MINE + 'BUDGET = "x"', 'could not convert string'),
+    (MINE + 'LEARNING_RATES = ()', 'LEARNING_RATES are numbers'),
+    (MINE + 'LEARNING_RATES = (0.1, -1.0)', 'LEARNING_RATES are numbers'),
+    (MINE + 'TARGET = "low"', 'could not convert string'),
+    ('raise SystemExit(3)', 'SystemExit: 3'),
     ('import nothing_at_all', 'ModuleNotFoundError: No module'),
     ('def', 'SyntaxError'),
   ],
@@ -334,6 +346,14 @@ def test_a_bad_file_is_one_line(tmp_path, text, match):
   path.write_text(text)
   with pytest.raises(flags.UserError, match=f'--problem=.*{match}'):
     functions.of_file(str(path))
+
+
+def test_a_method_that_does_not_run_is_said_before_work_begins(tmp_path):
+  (tmp_path / 'mine.py').write_text(MINE)
+  problem = functions.of_file(str(tmp_path / 'mine.py'))
+  with pytest.raises(flags.UserError, match='adam.* does not run on this'):
+    study.check_methods(problem, ["adam(b1='x')"])
+  study.check_methods(problem, ["adam(b1='x')"], skip=True)
 
 
 def test_the_page_on_comparing_runs(tmp_path, monkeypatch):
