@@ -41,7 +41,8 @@ def soba(
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
     lower: The lower objective g, ``(x, y, batch) -> scalar``.
     lower_optimizer: Any optax optimizer, for ``y``; it gets ``value``, ``grad``
-      and ``value_fn``. ``None`` beside ``lower_map``: y moves by the map.
+      and ``value_fn``. It must not decay weights: a penalty belongs into
+      ``lower``. ``None`` beside ``lower_map``: y moves by the map.
     dual_lr: The rate :math:`\nu`, below two over the largest eigenvalue of
       ``g_yy``; a number or a schedule of accepted steps.
     dual_optimizer: An optax optimizer for ``z``, in place of ``dual_lr``.

@@ -348,6 +348,23 @@ def test_projections_that_move_all_numbers_are_refused(name):
   bilevel.f2sa(upper, lower, kept, 10.0).init(X, Y)
 
 
+def test_a_lower_optimizer_that_decays_weights_is_refused():
+  """Its y* is not that of lower: here 1 / 1.5, while the formula says 1."""
+  upper, lower = quadratic(np.eye(3))
+  decay = optax.add_decayed_weights(0.5)
+  for optimizer in (
+    optax.chain(decay, SGD),
+    optax.MultiSteps(optax.chain(optax.add_decayed_weights(1e-4), SGD), 3),
+    optax.adamw(0.1, weight_decay=0.01),
+    optax.inject_hyperparams(optax.adamw)(0.1, weight_decay=0.01),
+  ):
+    with pytest.raises(ValueError, match='must not decay y, got one that move'):
+      optlab.soba(upper, lower, optimizer, 0.1).init(X, Y)
+  optlab.unrolled(upper, lower, optax.chain(decay, SGD)).init(X, Y)
+  # Noise is no decay.
+  optlab.soba(upper, lower, optax.noisy_sgd(0.1, key=0), 0.1).init(X, Y)
+
+
 def test_free_optimizers_are_not_refused_and_ok():
   upper, lower = quadratic(np.diag([1.0, 2.0, 3.0]))
   warmup = optax.linear_schedule(0.0, 0.1, 10)

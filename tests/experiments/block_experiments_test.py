@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import few_shot_sine
 from experiments import multi_block_hyperparameters
 from experiments import parallel_speedup
 from experiments import ranking
@@ -132,3 +133,19 @@ def test_bad_flags_are_one_line():
     multi_block_hyperparameters.main(
       multi_block_hyperparameters.Config(dataset='nothing')
     )
+
+
+@pytest.mark.slow
+def test_few_shot_sine_end_to_end(tmp_path):
+  config = few_shot_sine.Config(
+    output_dir=str(tmp_path), num_tasks=6, tasks=3, shots=4, width=3, steps=20,
+    looks=2, seeds=2, adapt_steps=2, methods=('bsvrb', 'unrolled'),
+  )  # fmt: skip
+  few_shot_sine.main(config)
+  rows = record.read(tmp_path)[1]
+  for name in config.methods:
+    ends = verdicts.last(rows, name)
+    assert [(row['seed'], row['updates']) for row in ends] == [(0, 20), (1, 20)]
+    assert all(0.0 < row['value'] < 10.0 for row in ends)
+    assert all(row['total_not_ok'] == 0 for row in ends)
+  assert (tmp_path / 'few_shot_sine.png').stat().st_size > 1000
