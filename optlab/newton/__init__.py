@@ -1,6 +1,7 @@
 """GNS-Newton: curvature, solvers for shifted systems, and the search."""
 
 from optlab.base import Prepared
+from optlab.newton._conjugate import cg
 from optlab.newton._curvature import empirical_fisher
 from optlab.newton._curvature import fisher
 from optlab.newton._curvature import gauss_newton
@@ -8,16 +9,23 @@ from optlab.newton._curvature import hessian
 from optlab.newton._curvature import linear_gauss_newton
 from optlab.newton._gns import gns_newton
 from optlab.newton._gns import gns_newton_paper
-from optlab.newton._krylov import cg
 from optlab.newton._krylov import lanczos
 from optlab.newton._least_squares import least_squares
 from optlab.newton._linear import cholesky
 from optlab.newton._linear import eigh
 from optlab.newton._linear import woodbury
+from optlab.newton._multishift import multishift_cg
 from optlab.newton._operators import Dense
 from optlab.newton._operators import LowRank
 from optlab.newton._operators import OperatorFactory
 from optlab.newton._operators import dense
+from optlab.newton._preconditioners import Blocks
+from optlab.newton._preconditioners import Diagonal
+from optlab.newton._preconditioners import blockwise
+from optlab.newton._preconditioners import hutchinson
+from optlab.newton._preconditioners import layerwise
+from optlab.newton._preconditioners import leaf_blocks
+from optlab.newton._preconditioners import row_norms
 from optlab.newton._search import SearchRule
 from optlab.newton._search import Trial
 from optlab.newton._search import adaptive
@@ -30,7 +38,9 @@ from optlab.newton._step import GNSNewtonInfo
 from optlab.newton._step import GNSNewtonState
 
 __all__ = [
+  'Blocks',
   'Dense',
+  'Diagonal',
   'GNSNewtonInfo',
   'GNSNewtonState',
   'LowRank',
@@ -40,6 +50,7 @@ __all__ = [
   'SparseMatrix',
   'Trial',
   'adaptive',
+  'blockwise',
   'cg',
   'cholesky',
   'dense',
@@ -52,10 +63,15 @@ __all__ = [
   'gns_newton_paper',
   'hessian',
   'hold',
+  'hutchinson',
   'lanczos',
+  'layerwise',
+  'leaf_blocks',
   'least_squares',
   'linear_gauss_newton',
   'measured',
+  'multishift_cg',
+  'row_norms',
   'sparse_matrix',
   'woodbury',
 ]

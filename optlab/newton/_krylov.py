@@ -1,4 +1,4 @@
-"""Shifted solvers by products alone; `optlab.newton` compares them all."""
+"""A Krylov basis for all shifts; `optlab.newton` compares the solvers."""
 
 import jax
 import jax.numpy as jnp
@@ -6,80 +6,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.newton import _operators
-
-
-@checks.domains(
-  max_steps=checks.Integer(1),
-  rtol=checks.NON_NEGATIVE._replace(optional=True),
-  power=checks.NON_NEGATIVE,
-)
-def cg(
-  max_steps: int = 100,
-  rtol: float | jax.Array | None = None,
-  power: float | jax.Array = 0.5,
-) -> base.Solver:
-  r"""Conjugate gradients, anew for each shift.
-
-  Stops where the residual is below :math:`\min(\text{rtol}, |b|^{\text{power}})
-  |b|`, the forcing term of inexact Newton methods, which keeps superlinear
-  convergence. Choose it over `lanczos` where memory for a basis is short and
-  rejected trials are rare. ``ok`` is false where a direction of non-positive
-  curvature was met.
-
-  Args:
-    max_steps: The most products per shift; the iterate reached is returned.
-    rtol: The largest relative residual; ``None`` is 0.1, and 0.01 for up to 20
-      parameters, where the last products are few and save evaluations.
-    power: The power of the norm in the forcing term; 0 leaves ``rtol`` alone.
-
-  Returns:
-    A solver.
-
-  Raises:
-    TypeError: ``max_steps`` is not an integer.
-    ValueError: ``max_steps`` is below one, or ``rtol`` or ``power`` negative.
-
-  Examples:
-    >>> import jax.numpy as jnp, optlab
-    >>> solver = optlab.cg(rtol=1e-6)
-    >>> solve = solver(lambda v: v * jnp.array([3.0, 15.0]), jnp.ones(2), 1.0)
-    >>> print(solve(1.0)[0].round(4), solve(-4.0)[1])
-    [0.25   0.0625] False
-  """
-  checks.enforce(cg, locals())
-
-  def solver(operator, b, shift):
-    del shift
-    unit, norm, product = _unit_and_product(operator, b)
-    tolerance = _forcing(norm, _rtol(rtol, unit), power)
-
-    def solve(shift):
-      def step(carry):
-        x, residual, direction, square, _, k = carry
-        image = trees.scale_add(shift, direction, product(direction))
-        bend = trees.dot(direction, image)
-        ok = bend > 0
-        length = square / jnp.where(ok, bend, 1.0)
-        x = trees.where(ok, trees.scale_add(length, direction, x), x)
-        residual = trees.scale_add(-length, image, residual)
-        new_square = trees.dot(residual, residual)
-        direction = trees.scale_add(new_square / square, direction, residual)
-        return x, residual, direction, new_square, ok, k + 1
-
-      def unfinished(carry):
-        *_, square, ok, k = carry
-        return ok & (jnp.sqrt(square) > tolerance) & (k < max_steps)
-
-      start = (jax.tree.map(jnp.zeros_like, unit), unit, unit)
-      start += (trees.dot(unit, unit), jnp.asarray(True))
-      start += (jnp.zeros((), jnp.int32),)
-      x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
-      return _like(trees.scaled(norm, x), b), ok & trees.is_finite(x), k
-
-    return base.Prepared(solve, jnp.zeros((), jnp.int32))
-
-  return solver
+from optlab.newton import _conjugate
 
 
 @checks.domains(
@@ -129,7 +56,7 @@ def lanczos(
   checks.enforce(lanczos, locals())
 
   def solver(operator, b, shift):
-    unit, norm, product = _unit_and_product(operator, b)
+    unit, norm, product = _conjugate.unit_and_product(operator, b)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(b))
     size = max(1, min(max_steps, numbers))
     basis, diagonal, off, k = _krylov_basis(
@@ -139,7 +66,7 @@ def lanczos(
       # At several shifts at once.
       shift * 4.0 ** jnp.arange(16, dtype=norm.dtype),
       size,
-      _forcing(norm, _rtol(rtol, unit), power),
+      _conjugate.forcing(norm, rtol, power, unit),
     )
     inside = jnp.arange(size) < k
     off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
@@ -150,7 +77,7 @@ def lanczos(
       )
       x = _combination(y, basis)
       ok = ok & trees.is_finite(x)
-      return _like(x, b), ok, jnp.zeros((), jnp.int32)
+      return _conjugate.like(x, b), ok, jnp.zeros((), jnp.int32)
 
     return base.Prepared(solve, k)
 
@@ -235,21 +162,6 @@ def _solve_tridiagonal(diagonal, off, first):
   return y, jnp.all(pivots > 0)
 
 
-def _rtol(rtol, b):
-  """The relative residual, where it is not given.
-
-  On CUTEst problems 0.1 takes 1.07 times the evaluations of exact solves, 0.01
-  as many, and no more products; on regressions 0.1 takes the fewest.
-  """
-  few = sum(leaf.size for leaf in jax.tree.leaves(b)) <= 20
-  return (0.01 if few else 0.1) if rtol is None else rtol
-
-
-def _forcing(norm, rtol, power):
-  tiny = 10 * jnp.finfo(norm.dtype).eps
-  return jnp.maximum(jnp.minimum(rtol, norm**power), tiny).astype(norm.dtype)
-
-
 def _inner_products(basis, vector, size, dtype):
   """Those of a vector with all vectors of a basis."""
   products = jax.tree.leaves(jax.tree.map(trees.leaf_dot, basis, vector))
@@ -269,19 +181,3 @@ def _combination(weights, basis):
     return jnp.sum(own.reshape((-1,) + (1,) * (rows.ndim - 1)) * rows, 0)
 
   return jax.tree.map(leaf_wise, basis)
-
-
-def _unit_and_product(operator, b):
-  """``b / |b|`` in float32 or wider, ``|b|``, and the products with such."""
-  vector = trees.wide(b)
-  _operators.check_operator(
-    'operator', operator, sum(leaf.size for leaf in jax.tree.leaves(vector))
-  )
-  norm = trees.norm(vector)
-  unit = trees.divided(vector, jnp.where(norm > 0, norm, 1.0))
-  return unit, norm, lambda v: trees.wide(operator(_like(v, b)))
-
-
-def _like(vector, b):
-  """In the dtypes of the right-hand side."""
-  return trees.cast_like(vector, jax.tree.map(jnp.asarray, b))

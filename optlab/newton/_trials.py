@@ -53,6 +53,8 @@ class Point(NamedTuple):
     dual: The gradient in the coordinates of the space.
     grad_norm: Its norm.
     move: The step that rounding left, which may be none, in them.
+    still: Whether no parameter changes by more than a few units of rounding;
+      where the value stands still too, gradients of such points are noise.
     solved: Whether the solver found the system positive definite.
     ok: Whether it did, and value and gradient are finite.
     products: int32, operator-vector products.
@@ -64,6 +66,7 @@ class Point(NamedTuple):
   dual: Any
   grad_norm: jax.Array
   move: Any
+  still: jax.Array
   solved: jax.Array
   ok: jax.Array
   products: jax.Array
@@ -187,6 +190,7 @@ def _try(start, shift):
     dual=dual,
     grad_norm=grad_norm,
     move=start.space.lift(params, start.params),
+    still=_is_rounding(step, params),
     solved=solved,
     ok=solved & finite,
     products=products,
@@ -206,7 +210,7 @@ def _judge(start, point, shift, limits):
   if limits.safeguard:
     smaller = point.grad_norm <= 0.9 * start.grad_norm
     smaller |= -trees.dot(point.dual, point.move) >= needed
-    accepted = jnp.where(flat, smaller & ~_is_rounding(point, start), accepted)
+    accepted = jnp.where(flat, smaller & ~point.still, accepted)
   return accepted & point.ok, flat
 
 
@@ -223,15 +227,13 @@ def _predicted(start, point, shift):
   return (shift * length * length - trees.dot(start.dual, point.move)) / 2
 
 
-def _is_rounding(point, start):
-  """Whether a step changes no parameter by more than a few units of rounding.
-
-  Where the value stands still too, gradients of such points are noise.
-  """
+def _is_rounding(step, params):
+  """Whether a step to ``params`` changes none by more than a few roundings."""
+  # Of the start's parameters the compiler would keep the magnitudes.
   small = jax.tree.map(
     lambda d, x: jnp.all(jnp.abs(d) <= 4 * jnp.finfo(x.dtype).eps * jnp.abs(x)),
-    point.step,
-    start.params,
+    step,
+    params,
   )
   return jnp.all(jnp.asarray(jax.tree.leaves(small)))
 

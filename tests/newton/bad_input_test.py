@@ -82,8 +82,9 @@ for wrong, params in (('a tree', {'a': X}), ('a cube', np.ones((2, 2, 2)))):
     r'params that are one array of shape \(d,\) or \(d, classes\), got',
   )
 
-SOLVERS = ('cholesky', 'eigh', 'woodbury', 'cg', 'lanczos')
-for name in ('cg', 'lanczos'):
+KRYLOV = ('cg', 'lanczos', 'multishift_cg')
+SOLVERS = ('cholesky', 'eigh', 'woodbury', *KRYLOV)
+for name in KRYLOV:
   family(name)
 for name in SOLVERS:
   solver = family(name)()
@@ -116,7 +117,7 @@ for name in SOLVERS:
       error,
       match,
     )
-for name in ('cholesky', 'eigh', 'cg', 'lanczos'):
+for name in ('cholesky', 'eigh', *KRYLOV):
   row(
     name,
     'an indefinite matrix: not ok',
@@ -124,7 +125,7 @@ for name in ('cholesky', 'eigh', 'cg', 'lanczos'):
       not PUBLIC[name]()(optlab.Dense(INDEFINITE), X, 0.5)(0.5)[1]
     ),
   )
-for name in ('cholesky', 'eigh', 'woodbury', 'cg', 'lanczos'):
+for name in SOLVERS:
   row(
     name,
     'a shift that is NaN: not ok',
@@ -133,6 +134,38 @@ for name in ('cholesky', 'eigh', 'woodbury', 'cg', 'lanczos'):
         optlab.newton.LowRank(np.ones((1, 2), np.float32)), X, jnp.float32(NAN)
       )(jnp.float32(NAN))[1]
     ),
+  )
+
+KEY = jax.random.key(0)
+for name in ('hutchinson', 'row_norms'):
+  make = family(name, key=KEY)
+  for bad in (0, None, 'key'):
+    row(
+      name,
+      f'key={bad!r}',
+      functools.partial(make, key=bad),
+      TypeError,
+      r'key must be a PRNG key such as jax.random.key\(0\), got',
+    )
+family('layerwise', factory=optlab.hessian(loss))
+for name in ('leaf_blocks', 'blockwise'):
+  family(name)
+row(
+  'blockwise',
+  'an operator without blocks',
+  lambda: traced(lambda: PUBLIC['blockwise']()(lambda v: v, X, 1.0)(1.0)),
+  TypeError,
+  'blockwise needs an operator with blocks, such as layerwise',
+)
+for bad in (lambda *_: X, lambda *_: (X, 2), lambda *_: None):
+  row(
+    'cg',
+    f'a preconditioner that returns {bad()}',
+    lambda bad=bad: traced(
+      lambda: PUBLIC['cg'](preconditioner=bad)(lambda v: v, X, 1.0)(1.0)
+    ),
+    TypeError,
+    r'preconditioner must return \(operator, products\)',
   )
 
 family('least_squares', residuals=lambda x: x - 1.0, params=X)

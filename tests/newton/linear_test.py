@@ -39,6 +39,9 @@ EXACT = {
   'eigh': optlab.newton.eigh(),
   'cg': optlab.cg(max_steps=200, rtol=1e-13, power=0.0),
   'lanczos': optlab.lanczos(rtol=1e-13, power=0.0),
+  'multishift_cg': optlab.newton.multishift_cg(
+    max_steps=200, rtol=1e-13, power=0.0
+  ),
 }
 over_solvers = pytest.mark.parametrize(
   'solver', EXACT.values(), ids=EXACT.keys()
@@ -214,7 +217,51 @@ def test_dense_solvers_count_the_products_that_form_the_matrix():
   )
 
 
-@pytest.mark.parametrize('make', [optlab.cg, optlab.lanczos])
+def test_multishift_takes_one_sequence_for_its_shifts(x64):
+  operator = optlab.Dense(jnp.asarray(symmetric(INDEFINITE)))
+  b = jnp.asarray(right_side())
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(make, shift, shifts):
+    prepared = make(rtol=1e-3, power=0.0)(operator, b, shift)
+    return prepared.products, jax.vmap(prepared.solve)(shifts)
+
+  def both(shift, shifts):
+    basis, _ = run(optlab.lanczos, shift, shifts)
+    products, all_of = run(optlab.newton.multishift_cg, shift, shifts)
+    for x, ok, s in zip(*all_of[:2], shifts, strict=True):
+      assert ok == (s > 1.0)
+      matrix = operator.matrix + s * np.eye(N)
+      assert not ok or np.linalg.norm(matrix @ x - b) < 1e-3 * np.linalg.norm(b)
+    return int(basis), int(products), all_of[2].tolist()
+
+  # Three of them, and then each by itself.
+  basis, products, own = both(1.1, 1.1 * 4.0 ** np.arange(5.0))
+  assert products == basis and own[:3] == [0, 0, 0] and own[3] > 0
+  # Too small ones are found by products that are done again; one that is
+  # smaller than those takes none.
+  ladder = 2.0 ** np.arange(-9.0, 11.0, 2.0)
+  basis, products, own = both(ladder[0], np.append(ladder, ladder[0] / 2))
+  assert basis < products < 2 * basis
+  assert own[:6] == [0] * 6 and min(own[8:10]) > 0 and own[10] == 0
+  # Beside the ladder: conjugate gradients of its own.
+  assert both(1.1, np.array([1.5]))[2][0] > 0
+
+
+def test_multishift_takes_no_more_products_than_a_basis_where_it_must_not(x64):
+  values = np.geomspace(1e-4, 1.0, 60)
+  system = optlab.Dense(jnp.diag(jnp.asarray(values))), jnp.ones(60), 1e-3
+  for rtol in (0.1, 1e-2, 1e-4):
+    basis, few = (
+      make(rtol=rtol, power=0.0)(*system).products
+      for make in (optlab.lanczos, optlab.newton.multishift_cg)
+    )
+    assert few <= basis + (rtol < 1e-2)
+
+
+@pytest.mark.parametrize(
+  'make', [optlab.cg, optlab.lanczos, optlab.newton.multishift_cg]
+)
 def test_bad_arguments(make):
   with pytest.raises(TypeError, match='max_steps must be an integer'):
     make(max_steps=1.5)
