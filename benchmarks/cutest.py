@@ -206,6 +206,9 @@ def scipys(problem: Problem, method: str) -> int | None:
 METHODS = {
   'gns': lambda p: ours(p, optlab.gns_newton(), True),
   'gns lanczos': lambda p: ours(p, optlab.gns_newton(optlab.lanczos())),
+  'multishift': lambda p: ours(
+    p, optlab.gns_newton(optlab.newton.multishift_cg())
+  ),
   'gns cg': lambda p: ours(p, optlab.gns_newton(optlab.cg())),
   'trust-exact': lambda p: scipys(p, 'trust-exact'),
   'trust-krylov': lambda p: scipys(p, 'trust-krylov'),

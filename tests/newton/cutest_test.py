@@ -8,7 +8,7 @@ import pytest
 from benchmarks import bounds
 from benchmarks import cutest
 
-METHODS = ('gns', 'gns lanczos', 'gns cg', 'trust-exact')
+METHODS = ('gns', 'gns lanczos', 'multishift', 'gns cg', 'trust-exact')
 
 
 def has_problems():
@@ -26,9 +26,8 @@ def test_solves_as_many_as_the_best_trust_region_in_as_few_evaluations():
   solved = {
     key: sum(row[key] is not None for row in rows.values()) for key in METHODS
   }
-  assert solved['trust-exact'] <= 49 <= solved['gns']
-  # All but LOGHAIRY, on which dense matrices take 1,836 evaluations.
-  assert min(solved['gns lanczos'], solved['gns cg']) >= 49
+  # On LOGHAIRY rounding decides between 480 evaluations and more than 2,000.
+  assert solved['trust-exact'] <= 49 < min(solved[key] for key in METHODS[:4])
   assert np.median(cutest.ratios(rows, 'gns', 'trust-exact')) <= 1.0
 
 

@@ -248,15 +248,15 @@ def test_multishift_takes_one_sequence_for_its_shifts(x64):
   assert both(1.1, np.array([1.5]))[2][0] > 0
 
 
-def test_multishift_takes_no_more_products_than_a_basis_where_it_must_not(x64):
+def test_without_a_basis_it_takes_a_few_products_more(x64):
   values = np.geomspace(1e-4, 1.0, 60)
   system = optlab.Dense(jnp.diag(jnp.asarray(values))), jnp.ones(60), 1e-3
-  for rtol in (0.1, 1e-2, 1e-4):
+  for rtol, more in ((0.3, 1.0), (0.1, 1.1), (1e-4, 1.5)):
     basis, few = (
       make(rtol=rtol, power=0.0)(*system).products
       for make in (optlab.lanczos, optlab.newton.multishift_cg)
     )
-    assert few <= basis + (rtol < 1e-2)
+    assert basis <= few <= more * basis
 
 
 @pytest.mark.parametrize(
