@@ -53,7 +53,8 @@ def gns_newton(
   Args:
     solver: Solves ``(H + shift B) x = g``, see `optlab.base.Solver`; ``None``
       takes `cholesky` for operators with a ``matrix``, `woodbury` for those
-      with a ``factor`` and `lanczos` for others.
+      with a ``factor``, `blockwise` for those with ``blocks``, `lanczos` for
+      others, and `multishift_cg` beyond ten thousand parameters.
     metric: ``B`` of the norm :math:`|d|^2 = \langle B d, d \rangle`: a pytree
       like the parameters (its positive diagonal), a `Dense` operator, or
       ``None`` for the identity.

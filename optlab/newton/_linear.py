@@ -14,7 +14,9 @@ solver           to prepare                        a shift
 `eigh`           its eigenvalues, about 13         :math:`2 n^2`
                  Cholesky factorizations
 `woodbury`       a Gram matrix, :math:`r^2 n`      :math:`r^3 / 3 + 4 r n`
+`blockwise`      nothing                           :math:`\sum_i n_i^3 / 3`
 `lanczos`        k products, :math:`k^2 n`         :math:`k n`
+`multishift_cg`  k products, :math:`10 k n`        nothing
 `cg`             nothing                           k products
 ================ ================================= ==========================
 """

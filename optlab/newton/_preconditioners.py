@@ -300,9 +300,10 @@ def _diagonal(key, samples, rounds, estimate):
         diagonal,
         sums,
       )
-      # Rows of zeros have no scale.
+      # Rows of zeros have no scale, nor those whose squares overflow.
+      usable = lambda f: (f > 0) & jnp.isfinite(f)
       return jax.tree.map(
-        lambda d, f: d * jnp.where(f > 0, f, 1.0), diagonal, found
+        lambda d, f: d * jnp.where(usable(f), f, 1.0), diagonal, found
       ), None
 
     ones = jax.tree.map(jnp.ones_like, trees.wide(like))

@@ -55,6 +55,7 @@ def overflowing():
 SOLVERS = {
   'cg': optlab.cg(),
   'lanczos': optlab.lanczos(),
+  'multishift_cg': optlab.newton.multishift_cg(),
   'cholesky': optlab.cholesky(),
   'eigh': optlab.newton.eigh(),
 }
@@ -127,6 +128,20 @@ def test_a_stall_leaves_gamma_as_it_was():
     )
     assert state.info.stalled or state.info.accepted
     assert state.gamma == before
+
+
+@pytest.mark.parametrize('make', [optlab.newton.adaptive, optlab.newton.hold])
+def test_a_regularization_falls_no_further_than_rounding(x64, make):
+  # LUKSAN11LS had one of 1e-58 when its Hessian turned indefinite.
+  one = jnp.ones(())
+  trial = optlab.newton.Trial(
+    gamma=3 * one, shift=one, attempt=1, accepted=True, start_norm=3 * one,
+    grad_norm=3 * one, step_norm=1.5 * one, residual_norm=0 * one,
+  )  # fmt: skip
+  for _ in range(60):
+    gamma, _ = make().update(trial, ())
+    trial = trial._replace(gamma=gamma, shift=trial.grad_norm / gamma)
+  np.testing.assert_allclose(trial.shift, 2 * jnp.finfo(one.dtype).eps)
 
 
 def test_a_flat_search_at_its_limit_leaves_gamma_as_it_was():
