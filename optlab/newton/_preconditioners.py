@@ -7,6 +7,7 @@ They show ``inverse(shift)``, which returns the function :math:`v \mapsto
 from typing import Any, NamedTuple
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from optlab import base
@@ -320,7 +321,7 @@ def _shown_diagonal(operator, like):
   if matrix is None and factor is None:
     return None
   flat = jnp.diagonal(matrix) if factor is None else jnp.sum(factor**2, 0)
-  wide, unravel = jax.flatten_util.ravel_pytree(trees.wide(like))
+  wide, unravel = ravel_pytree(trees.wide(like))
   return unravel(jnp.abs(flat).astype(wide.dtype))
 
 
@@ -369,5 +370,6 @@ def _blocks_of(operator, like):
 
 
 def _check_key(key):
-  if not jnp.issubdtype(getattr(key, 'dtype', None), jax.dtypes.prng_key):
+  dtype = getattr(key, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
     raise TypeError(f'key must be {KEY}, got {key!r}.')
