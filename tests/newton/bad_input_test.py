@@ -151,6 +151,15 @@ family('layerwise', factory=optlab.hessian(loss))
 for name in ('leaf_blocks', 'blockwise'):
   family(name)
 row(
+  'leaf_blocks',
+  'an indefinite operator: not ok',
+  lambda: (
+    not PUBLIC['cg'](preconditioner=PUBLIC['leaf_blocks']())(
+      optlab.Dense(INDEFINITE), X, 0.5
+    )(0.5)[1]
+  ),
+)
+row(
   'blockwise',
   'an operator without blocks',
   lambda: traced(lambda: PUBLIC['blockwise']()(lambda v: v, X, 1.0)(1.0)),
