@@ -46,8 +46,9 @@ def mrbo(
     v_t = D(u_t; \xi_t) + (1 - \beta)\,(v_{t-1} - D(u_{t-1}; \xi_t))
 
   with :math:`u = (x, y, z)` and :math:`D = (f_x - g_{xy} z,\ g_y,\
-  g_{yy} z - f_y)`. AccBO is ``lower_beta=1``, ``optax.sgd(rate, 0.9,
-  nesterov=True)`` below and `normalized_momentum` of decay 0 above.
+  g_{yy} z - f_y)`. AccBO without its average of y is ``lower_beta=1``,
+  ``optax.sgd(rate, 0.9, nesterov=True)`` below and `normalized_momentum` of
+  decay 0 above.
 
   Args:
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
@@ -90,8 +91,15 @@ def mrbo(
     Smoothness <https://arxiv.org/abs/2409.19212>`_, NeurIPS 2024.
 
   Notes:
-    Departure: ``z`` takes one step on its linear system a step, with the same
-    recursion, in place of the papers' Neumann series.
+    The recursions of x and y, one sample at both points and both moved at once,
+    are MRBO's, checked against `benchmark_bilevel
+    <https://github.com/benchopt/benchmark_bilevel>`_'s solver; the first
+    direction is the first sample, where that one starts from zero. Departures:
+    ``z`` takes one step on its linear system a step, with the same recursion,
+    in place of the papers' Neumann series. AccBO takes the hypergradient at a
+    moving average of y, and moves y in rounds: neither is here. Its authors'
+    code subtracts the last step's direction on the last step's sample; the
+    paper's recursion, with one sample at both points, is followed.
 
     Cost: twice that of `soba`. Memory: two x, y and z more, half of what
     `with_storm` over `soba` keeps.
