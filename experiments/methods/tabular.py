@@ -18,6 +18,7 @@ from ..problems import tabular
 
 ROWS = 256  # Of data, and of noise, in a step.
 LOOK_EVERY, LOOK_DRAWS = 25, 4096
+SMC_LOOK_EVERY = 100
 DRAWS = 40_000
 UNNORMALIZED = ('meco', 'snis', 'nce', 'ence', 'dsm')
 NORMALIZED = ('flow', 'mixture', 'kernel')
@@ -106,10 +107,18 @@ def start_of(name: str, key: jax.Array, split: tabular.Split) -> Any:
   return mlp
 
 
-def look(params: Any, run: Run, rows: jax.Array) -> jax.Array:
+def look(params: Any, run: Run, rows: jax.Array, smc: bool) -> jax.Array:
   """The loss on some rows; infinite where so few draws cannot tell."""
   if isinstance(params, optlab.unnormalized.Flow):
     return -jnp.mean(params.log_prob(rows))
+  if smc:  # In more columns importance sampling cannot tell from early on.
+    method = optlab.unnormalized.tempered_smc(128, repeats=3, num_steps=5)
+    model = functools.partial(log_density, params)
+    found = optlab.log_partition(
+      model, run.noise, jax.random.key(2), method=method
+    )
+    loss = found.value - jnp.mean(model(rows))
+    return jnp.where(found.ok, loss, jnp.inf)
   log_w = log_density(params, run.draws) - run.noise.log_prob(run.draws)
   log_z = jax.nn.logsumexp(log_w) - jnp.log(LOOK_DRAWS)
   ess = jnp.exp(2 * jax.nn.logsumexp(log_w) - jax.nn.logsumexp(2 * log_w))
@@ -140,7 +149,7 @@ def measure(
     )
     return found.value - jnp.mean(model(split.test))
 
-  cheap = lambda: look(params, state, split.test)
+  cheap = lambda: look(params, state, split.test, smc)
   if isinstance(params, optlab.unnormalized.Flow):
     value = cheap()
   else:
@@ -150,7 +159,9 @@ def measure(
   }  # fmt: skip
 
 
-def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
+def trained(
+  name: str, rows: jax.Array, keep: int | None, steps: int, smc: bool
+) -> Entry:
   """A method with steps and a learning rate."""
   base = name.partition(':')[0]
   estimator, batch_of = estimator_of(name)
@@ -174,7 +185,7 @@ def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
     return kept(Run(train, best, split, noise, draws, zero))
 
   def kept(run):
-    loss = look(run.train.params, run, run.split.valid)
+    loss = look(run.train.params, run, run.split.valid, smc)
     found = Best(run.train.params, loss, run.steps)
     better = loss < run.best.loss
     best = jax.tree.map(
@@ -191,7 +202,7 @@ def trained(name: str, rows: jax.Array, keep: int | None, steps: int) -> Entry:
       run.train, batch_of(batch)
     )
     run = run._replace(train=train, steps=run.steps + 1)
-    due = run.steps % LOOK_EVERY == 0
+    due = run.steps % (SMC_LOOK_EVERY if smc else LOOK_EVERY) == 0
     return jax.lax.cond(due, kept, lambda run: run, run)
 
   return Entry(start, step, 1.0)
@@ -251,12 +262,12 @@ def problem(name: str, steps: int, smc: bool) -> Problem:
       return fitted(method, rows, keep, steps)
     if method == 'dsm':
       variants = {
-        f'dsm:{scale}': trained(f'dsm:{scale}', rows, keep, steps)
+        f'dsm:{scale}': trained(f'dsm:{scale}', rows, keep, steps, smc)
         for scale in (0.1, 0.2, 0.4)
       }
       first = next(iter(variants.values()))
       return first._replace(variants=variants)
-    return trained(method, rows, keep, steps)
+    return trained(method, rows, keep, steps, smc)
 
   return Problem(
     entry, METHODS, (0.001, 0.003, 0.01), steps, 'steps',

@@ -23,6 +23,8 @@ from optlab.unnormalized._kernels import hmc_sampler
 from optlab.unnormalized._kernels import kernel_sampler
 from optlab.unnormalized._langevin import LangevinResult
 from optlab.unnormalized._langevin import langevin
+from optlab.unnormalized._learned_normalizer import NceParams
+from optlab.unnormalized._learned_normalizer import with_log_normalizer
 from optlab.unnormalized._likelihood import LogDensity
 from optlab.unnormalized._log_partition import LogPartition
 from optlab.unnormalized._log_partition import agree
@@ -31,11 +33,9 @@ from optlab.unnormalized._meco import MecoInfo
 from optlab.unnormalized._meco import MecoState
 from optlab.unnormalized._meco import meco
 from optlab.unnormalized._nce import NceInfo
-from optlab.unnormalized._nce import NceParams
 from optlab.unnormalized._nce import NceState
 from optlab.unnormalized._nce import ence
 from optlab.unnormalized._nce import nce
-from optlab.unnormalized._nce import with_log_normalizer
 from optlab.unnormalized._noise import Gaussian
 from optlab.unnormalized._noise import GaussianMixture
 from optlab.unnormalized._noise import fit_gaussian

@@ -164,7 +164,7 @@ def contrastive_divergence(
     return ContrastiveDivergenceState(
       key=key,
       chains=trees.own(chains),
-      stray=jnp.zeros(jnp.shape(chains)[:1], bool),
+      stray=jnp.zeros(jnp.shape(jax.tree.leaves(chains)[0])[:1], bool),
       sampler_state=moves.init(chains),
       info=ContrastiveDivergenceInfo(
         acceptance=jnp.zeros((), dtype),

@@ -135,6 +135,7 @@ def fit_flow(
   batch_size: int = 256,
   learning_rate: float | jax.Array = 2e-3,
   jitter: float | jax.Array = 0.0,
+  log_weights: jax.Array | None = None,
 ) -> tuple[Flow, jax.Array]:
   """Trains a flow by maximum likelihood; again later to refit it.
 
@@ -147,6 +148,10 @@ def fit_flow(
     learning_rate: At the start.
     jitter: Standard deviation of noise added to the rows, so that the flow
       stays wider than the data.
+    log_weights: ``[num]``, importance weights of the rows: with noise rows and
+      ``log_density(params, noise) - noise_log_prob`` the flow follows the
+      model. Rows that are not finite then must weigh -inf or NaN; where none
+      weighs anything the flow stays. ``None`` weighs alike.
 
   Returns:
     The flow, and the loss of each step.
@@ -154,7 +159,8 @@ def fit_flow(
   Raises:
     TypeError: A count is not an integer, or a rate not a real number.
     ValueError: ``num_steps`` or ``batch_size`` is below one, a rate negative,
-      or ``rows`` have another width than the flow, or are not finite.
+      ``rows`` have another width than the flow, or are not finite, or there is
+      not one weight a row.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -181,8 +187,12 @@ def fit_flow(
       f'rows must have shape [num, {flow.mean.shape[0]}] with num at least 1,'
       f' as the flow has, got {jnp.shape(rows)}.'
     )
-  checks.check_real('rows', rows, low_open=True, high_open=True)
+  if log_weights is None:
+    checks.check_real('rows', rows, low_open=True, high_open=True)
   rows = jnp.asarray(rows, flow.mean.dtype)
+  usable, ends = jnp.asarray(True), None
+  if log_weights is not None:
+    rows, ends, usable = _weighed(rows, log_weights)
   schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
   tx = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
   fixed, weights = flow[:3], flow[3:]
@@ -193,7 +203,12 @@ def fit_flow(
   def step(carry, key):
     weights, opt_state = carry
     row_key, jitter_key = jax.random.split(key)
-    index = jax.random.randint(row_key, (batch_size,), 0, rows.shape[0])
+    if ends is None:
+      index = jax.random.randint(row_key, (batch_size,), 0, rows.shape[0])
+    else:
+      uniform = jax.random.uniform(row_key, (batch_size,), ends.dtype)
+      index = jnp.searchsorted(ends, uniform * ends[-1], side='right')
+      index = jnp.minimum(index, rows.shape[0] - 1)
     batch = rows[index]
     batch += jitter * jax.random.normal(jitter_key, batch.shape, batch.dtype)
     value, grads = jax.value_and_grad(loss)(weights, batch)
@@ -203,4 +218,23 @@ def fit_flow(
   carry, losses = jax.lax.scan(
     step, (weights, tx.init(weights)), jax.random.split(key, num_steps)
   )
-  return Flow(*fixed, *carry[0]), losses
+  fitted = jax.tree.map(
+    lambda new, old: jnp.where(usable, new, old), carry[0], weights
+  )
+  return Flow(*fixed, *fitted), losses
+
+
+def _weighed(rows, log_weights):
+  """Finite rows, their weights summed up, and whether any weighs something."""
+  log_weights = jnp.asarray(log_weights)
+  if log_weights.shape != rows.shape[:1]:
+    raise ValueError(
+      f'log_weights must have shape {rows.shape[:1]}, one a row, got'
+      f' {log_weights.shape}.'
+    )
+  good = (log_weights < jnp.inf) & jnp.all(jnp.isfinite(rows), 1)  # NaN is not.
+  log_weights = jnp.where(good, log_weights, -jnp.inf)
+  usable = jnp.any(log_weights > -jnp.inf)
+  rows = jnp.where(good[:, None], rows, 0)
+  weights = jax.nn.softmax(jnp.where(usable, log_weights, 0))
+  return rows, jnp.cumsum(weights), usable

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab.unnormalized import _importance
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
-from optlab.unnormalized import _pareto
-from optlab.unnormalized import _walk
+from optlab.unnormalized import _tempered as _tempered_smc
 
 
 class LogPartition(NamedTuple):
@@ -31,6 +31,8 @@ class LogPartition(NamedTuple):
     second: A second estimate, which sees mass that the noise misses.
     second_error: The standard error of its difference to the first.
     rejected: int32, draws whose weight was NaN or infinite.
+    data_gap: By how much rows of ``data`` say that log Z is larger; NaN without
+      any.
     ok: Whether the estimate may be used.
   """
 
@@ -42,6 +44,7 @@ class LogPartition(NamedTuple):
   second: jax.Array
   second_error: jax.Array
   rejected: jax.Array
+  data_gap: jax.Array
   ok: jax.Array
 
 
@@ -68,6 +71,7 @@ def log_partition(
   max_k_hat: float | jax.Array = 0.7,
   walk_steps: int = 50,
   method: Callable[..., Any] | None = None,
+  data: base.ArrayTree | None = None,
 ) -> LogPartition:
   r"""Estimates log Z by importance sampling with fresh draws.
 
@@ -100,6 +104,9 @@ def log_partition(
     method: ``None`` is importance sampling. `tempered_smc` is for ten to a
       hundred dimensions; the arguments above after ``key`` are then not used,
       and k-hat is minus infinity.
+    data: Rows that lie where the model should have its mass, those that it was
+      trained on, say: a mode that holds some of them and that the estimate
+      missed is then seen. ``None`` leaves that unseen.
 
   Returns:
     A `LogPartition`.
@@ -108,7 +115,8 @@ def log_partition(
     TypeError: ``log_density`` is not a function, ``noise`` no distribution,
       a count no integer, or a bound not a real number.
     ValueError: ``num`` is not a positive multiple of ``chunk``, a bound out of
-      range, or ``noise`` a batch of distributions.
+      range, or ``noise`` a batch of distributions; ``data`` have no rows, or
+      rows of another shape than the noise's.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -128,9 +136,18 @@ def log_partition(
     The standard error is the delta method's, times ``1 + 5 h + 20 h^2`` where
     k-hat is above 0.3 by h: the sample variance of heavy weights is too small
     just where the estimate is. The factor is fitted to the coverage in
-    ``tests/unnormalized/log_partition_test.py``, no theory. A second mode that
-    no draw met, behind a valley that no walk crosses, is seen by neither: draw
-    from a wider noise as well, and see that both `agree`. Cost: ``num``
+    ``tests/unnormalized/log_partition_test.py``, no theory.
+
+    A second mode that no draw met, behind a valley that no walk crosses, is
+    seen by neither. With ``data`` it is, if four rows and more are in it: rows
+    that weigh more than every draw are mass that no draw stands for, and more
+    of them than the largest draw explains refuse the estimate; tempering runs
+    from the data to the noise as well, and refuses where that finds more mass.
+    A model that is far from its data, or noise that is, is then refused too. A
+    mode where neither noise nor data are stays invisible: draw from a wider
+    noise as well, and see that both `agree`.
+
+    Cost: ``num``
     evaluations of the model and of the noise's density, and ``walk_steps``
     times the walking rows; no gradient.
   """
@@ -140,104 +157,36 @@ def log_partition(
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
 
   noise = _noise_batch.as_noise('noise', noise)
+  if data is not None:
+    _importance.check_data(data, noise)
   if method is not None:
-    return _tempered(method(log_density, noise, key))
-  draws, reservoir, layout = _draw(log_density, noise, key, num, chunk)
-  log_w, rejected = draws
-  weights = _likelihood.importance_weights(log_w)
-  some = weights.log_scale > -jnp.inf
-  value = weights.log_scale + jnp.log(weights.total) - jnp.log(float(num))
-  share = jnp.where(some, 1 / weights.total, 1)
-  k_hat = _pareto.k_hat(log_w)
-  variance = 1 / jnp.maximum(weights.ess, 1e-30) - 1 / num
-  plain_error = jnp.sqrt(jnp.maximum(variance, 0))
-  heavy = jnp.clip(k_hat - 0.3, 0, 1)
-  error = plain_error * (1 + 5 * heavy + 20 * heavy**2)
-
-  walked = _walk.walk(
-    log_density,
-    noise,
-    jax.random.fold_in(key, 1),
-    reservoir,
-    layout,
-    walk_steps,
-  )
-  change, second_error = _walk.change_of(
-    value, reservoir.log_w, walked.log_w, weights.ess
-  )
-  rejected += walked.infinite
-  # Rounding alone is no disagreement.
-  bound = 3 * jnp.hypot(second_error, plain_error)
-  bound += jnp.finfo(log_w.dtype).eps ** 0.5
-  ok = (
-    some
-    & (rejected == 0)
-    & ~walked.escaped
-    & (weights.ess >= min_ess)
-    & (share <= max_share)
-    & (k_hat <= jnp.minimum(max_k_hat, _pareto.largest_ok(num)))
-    & (jnp.abs(change) <= bound)
-  )
+    with_data = {} if data is None else {'data': data}
+    return _tempered(method(log_density, noise, key, **with_data))
+  bounds = _importance.Bounds(min_ess, max_share, max_k_hat)
   return LogPartition(
-    value=jnp.where(ok, value, jnp.nan),
-    standard_error=error,
-    ess=weights.ess,
-    largest_share=share,
-    k_hat=k_hat,
-    second=value + change,
-    second_error=second_error,
-    rejected=rejected,
-    ok=ok,
+    *_importance.estimate(
+      log_density, noise, key, (num, chunk, walk_steps), bounds, data
+    )
   )
 
 
 def _tempered(found):
   """The result of tempering in the form of the others."""
-  value, error, second, second_error, runs, rejected, ok = found
+  found = _tempered_smc.Found(*found)
+  value, ok = found.value, found.ok
+  smallest_ess = jnp.min(found.runs.smallest_ess)
   return LogPartition(
     value=jnp.where(ok, value, jnp.nan),
-    standard_error=error,
-    ess=jnp.min(runs.smallest_ess),
-    largest_share=1 / jnp.min(runs.smallest_ess),
+    standard_error=found.standard_error,
+    ess=smallest_ess,
+    largest_share=1 / smallest_ess,
     k_hat=jnp.full((), -jnp.inf, value.dtype),
-    second=second,
-    second_error=second_error,
-    rejected=rejected,
+    second=found.second,
+    second_error=found.second_error,
+    rejected=found.rejected,
+    data_gap=jnp.asarray(found.data_gap, value.dtype),
     ok=ok,
   )
-
-
-def _draw(log_density, noise, key, num, chunk):
-  """All log weights, the rejected draws, and rows resampled by weight."""
-  rows = jax.eval_shape(lambda: noise.sample(key, chunk))
-  log_q = jax.eval_shape(
-    lambda rows: _noise_batch.scores('noise', noise, rows), rows
-  )
-  dtype = jnp.promote_types(jnp.float32, log_q.dtype)
-  layout = _walk.layout(rows)
-  chains = min(num, chunk, 2000)
-
-  def add(carry, key):
-    reservoir, rejected = carry
-    rows = noise.sample(key, chunk)
-    log_q = noise.log_prob(rows).astype(dtype)
-    log_p = log_density(rows).astype(dtype)
-    _likelihood.check_rows(log_p, chunk)
-    good = _likelihood.good_noise(log_p, log_q)
-    log_w = jnp.where(good, log_p - log_q, -jnp.inf)
-    flat = _walk.flatten(rows, dtype)
-    reservoir = _walk.add(
-      reservoir, jax.random.fold_in(key, 1), flat, log_w, log_p
-    )
-    rejected += jnp.sum(~good).astype(jnp.int32)
-    return (reservoir, rejected), log_w
-
-  start = _walk.empty(chains, layout.discrete.size, dtype)
-  keys = jax.random.split(key, num // chunk)
-  (reservoir, rejected), log_w = jax.lax.scan(
-    add, (start, jnp.zeros((), jnp.int32)), keys
-  )
-  return (log_w.reshape(num), rejected), reservoir, layout
 
 
 ESTIMATE = checks.Pair(LogPartition._fields, 'a result of log_partition')

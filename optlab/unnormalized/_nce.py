@@ -4,7 +4,7 @@ What MECO is compared with, in the same form: estimators over `NoiseBatch`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,59 +12,11 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _coverage
+from optlab.unnormalized import _learned_normalizer
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _trackers
-
-
-class NceParams(NamedTuple):
-  """A model's parameters beside the log-normalizer that is learned with them.
-
-  Attributes:
-    model: The parameters of the unnormalized model.
-    log_normalizer: Scalar; start it at an estimate of log Z if there is one.
-  """
-
-  model: base.Params
-  log_normalizer: jax.Array
-
-
-@checks.domains(log_density=_likelihood.LOG_DENSITY)
-def with_log_normalizer(
-  log_density: _likelihood.LogDensity,
-) -> _likelihood.LogDensity:
-  """Subtracts a log-normalizer that is a parameter, as `nce` needs it.
-
-  Args:
-    log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
-
-  Returns:
-    The same with `NceParams` as its parameters; auxiliary output passes.
-
-  Raises:
-    TypeError: ``log_density`` is not a function.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> from optlab import unnormalized
-    >>> log_density = unnormalized.with_log_normalizer(lambda mean, x: mean * x)
-    >>> params = unnormalized.NceParams(2.0, jnp.ones(()))
-    >>> print(log_density(params, jnp.ones(1)))
-    [1.]
-  """
-  checks.enforce(with_log_normalizer, locals())
-
-  def normalized(params, rows) -> Any:
-    checks.check_fields(
-      'params', params, NceParams._fields, 'NceParams(model, log_normalizer)'
-    )
-    out = log_density(params.model, rows)
-    if isinstance(out, tuple):
-      log_p, aux = out
-      return log_p - params.log_normalizer, aux
-    return out - params.log_normalizer
-
-  return normalized
 
 
 class NceInfo(NamedTuple):
@@ -74,6 +26,8 @@ class NceInfo(NamedTuple):
   total_rejected: jax.Array  # shape (), int32
   held: jax.Array  # shape (), bool, whether the step gave no gradient
   total_held: jax.Array  # shape (), int32
+  # Shape (), bool, whether data and noise share a column of distinct numbers.
+  conditional: jax.Array
 
 
 class NceState(NamedTuple):
@@ -85,11 +39,13 @@ class NceState(NamedTuple):
 @checks.domains(
   log_density=_likelihood.LOG_DENSITY,
   nu=checks.POSITIVE._replace(optional=True),
+  contexts=checks.Integer(optional=True),
 )
 def nce(
   log_density: _likelihood.LogDensity,
   nu: float | jax.Array | None = None,
   *,
+  contexts: int | None = None,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""Noise-contrastive estimation: classify data against noise.
@@ -107,6 +63,10 @@ def nce(
     log_density: The model with its learned normalizer, ``(params, rows) ->
       [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     nu: Weight of noise against data, positive; ``None`` takes m / n.
+    contexts: How many contexts a conditional model has. Each has a normalizer
+      in `NceParams`, of shape ``[contexts]``, which is subtracted here: then
+      ``log_density`` is the model alone, and batches name their contexts
+      (`conditional_batch`).
     has_aux: Whether ``log_density`` returns auxiliary output beside the log
       densities: `Estimate.aux`, of data and noise rows together.
 
@@ -114,10 +74,12 @@ def nce(
     A `GradientEstimator` over `NoiseBatch` with ``data_log_prob``.
 
   Raises:
-    TypeError: ``log_density`` is not a function, ``nu`` not a real number, or
-      the batch not a `NoiseBatch`.
-    ValueError: ``nu`` is not positive; the batch has no rows, or shapes that do
-      not match, or no ``data_log_prob``.
+    TypeError: ``log_density`` is not a function, ``nu`` not a real number,
+      ``contexts`` or what the batch names not integers, the batch not a
+      `NoiseBatch`, or with ``contexts`` the parameters not `NceParams`.
+    ValueError: ``nu`` is not positive, or ``contexts`` below one; the batch has
+      no rows, shapes that do not match, no ``data_log_prob``, one array in data
+      and noise, or contexts where there are none, and none where there are.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -147,6 +109,14 @@ def nce(
     its term is exactly zero. A batch without a good row of data or of noise
     gives a zero gradient and counts in ``info.total_held``. Cost per step: one
     gradient over n + m rows, and the noise's log density on data as well.
+
+    A conditional model p(y given x) has a normalizer for every x. With
+    `NceParams` and no ``contexts`` there is one, and where data and noise share
+    a column of numbers that differ, row by row, the step is held, its value is
+    NaN, and ``info.conditional`` says so. A model whose normalizers are part of
+    it goes without `NceParams`. With ``contexts`` rows whose context is out of
+    range are padding; the normalizer of a context that is seldom seen is the
+    one it was started with, nearly.
   """
   checks.enforce(nce, locals())
 
@@ -157,17 +127,19 @@ def nce(
       (-jax.nn.sigmoid(-h_data), nu * jax.nn.sigmoid(h_noise)),
     )
 
-  return _contrastive('nce', log_density, rule, nu, has_aux)
+  return _contrastive('nce', log_density, rule, nu, contexts, has_aux)
 
 
 @checks.domains(
   log_density=_likelihood.LOG_DENSITY,
   max_exponent=checks.Real(low=0.0, low_open=True),
+  contexts=checks.Integer(optional=True),
 )
 def ence(
   log_density: _likelihood.LogDensity,
   max_exponent: float | jax.Array = 40.0,
   *,
+  contexts: int | None = None,
   has_aux: bool = False,
 ) -> base.GradientEstimator:
   r"""NCE with the exponential loss, for normalized gradient descent.
@@ -186,6 +158,7 @@ def ence(
       [rows]``: `with_log_normalizer`, unless the model has a bias of its own.
     max_exponent: Exponents are clipped from above to this; the gradient of a
       clipped row keeps its direction.
+    contexts: As in `nce`.
     has_aux: As in `nce`.
 
   Returns:
@@ -193,9 +166,8 @@ def ence(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``max_exponent`` not a real
-      number, or the batch not a `NoiseBatch`.
-    ValueError: ``max_exponent`` is not positive; the batch has no rows, or
-      shapes that do not match, or no ``data_log_prob``.
+      number, or as for `nce`.
+    ValueError: ``max_exponent`` is not positive, or as for `nce`.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -218,7 +190,7 @@ def ence(
     <https://arxiv.org/abs/2110.11271>`_, ICLR 2022
 
   Notes:
-    Bad rows and cost as in `nce`.
+    Bad rows, conditional models and cost as in `nce`.
   """
   checks.enforce(ence, locals())
 
@@ -228,7 +200,7 @@ def ence(
     noise = 0.5 * jnp.exp(jnp.minimum(0.5 * h_noise, max_exponent))
     return (data, noise), (-0.5 * data, 0.5 * noise)
 
-  return _contrastive('ence', log_density, rule, None, has_aux)
+  return _contrastive('ence', log_density, rule, None, contexts, has_aux)
 
 
 def _contrastive(
@@ -236,44 +208,84 @@ def _contrastive(
   log_density: _likelihood.LogDensity,
   rule: Callable[..., tuple],
   nu: float | jax.Array | None,
+  contexts: int | None,
   has_aux: bool,
 ) -> base.GradientEstimator:
   """The estimator of a loss that is a sum over rows of a function of h."""
+  model = log_density
+  if contexts is not None:
+    model = _learned_normalizer.with_log_normalizers(log_density, has_aux)
 
   def init(params):
     checks.check_real_params('params', params)
-    return NceState(NceInfo(**_likelihood.zero_tally()))
+    tally = _likelihood.zero_tally()
+    return NceState(NceInfo(conditional=jnp.zeros((), bool), **tally))
 
   def estimate(params, state, batch):
-    n, m = _noise_batch.check_batch(method, batch, needs_data_log_prob=True)
-    _trackers.refuse(
-      method, batch, 'add a normalizer for each to the model, learned, and'
-      ' leave the contexts out of the batch.'
-    )  # fmt: skip
+    n, m = _check(method, params, batch, contexts)
     batch = _likelihood.aligned(batch)
     dtype = trees.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)
     log_q_data = jnp.asarray(batch.data_log_prob, dtype)
     log_q_noise = batch.noise_log_prob.astype(dtype)
+    conditional = jnp.zeros((), bool)
+    named = jnp.ones(n, bool), jnp.ones(m, bool)
+    if contexts is not None:
+      batch, named = _learned_normalizer.beside(batch, contexts)
+    elif isinstance(params, _learned_normalizer.NceParams):
+      conditional = _coverage.is_conditional(batch)
 
     def joint_rule(log_p_data, log_p_noise):
       # Where the noise has no density a row of data is told for certain: its
       # term is zero, and counts.
       data_good = jnp.isfinite(log_p_data) & (log_q_data < jnp.inf)
       noise_good = _likelihood.good_noise(log_p_noise, log_q_noise)
-      usable = jnp.any(data_good) & jnp.any(noise_good)
       h_data = jnp.where(data_good, log_p_data - log_q_data, 0)
       h_noise = jnp.where(noise_good, log_p_noise - log_q_noise, -jnp.inf)
       losses, slopes = rule(h_data, h_noise, ratio)
-      goods = (data_good & usable, noise_good & usable)
-      value = sum(map(_likelihood.mean_of, losses, goods))
-      cotangents = map(_likelihood.mean_cotangent, slopes, goods)
-      tally = _likelihood.tally(state.info, (data_good, noise_good), ~usable)
-      return cotangents, (value, NceState(NceInfo(**tally)))
+      rejected = (data_good | ~named[0], noise_good | ~named[1])
+      good = (data_good & named[0], noise_good & named[1])
+      usable = jnp.any(good[0]) & jnp.any(good[1]) & ~conditional
+      good = (good[0] & usable, good[1] & usable)
+      value = sum(map(_likelihood.mean_of, losses, good))
+      value = jnp.where(conditional, jnp.nan, value)
+      cotangents = map(_likelihood.mean_cotangent, slopes, good)
+      tally = _likelihood.tally(state.info, rejected, ~usable)
+      return cotangents, (
+        value,
+        NceState(NceInfo(conditional=conditional, **tally)),
+      )
 
     grads, (value, state), aux = _likelihood.joint_gradient(
-      log_density, params, batch, joint_rule, dtype, has_aux
+      model, params, batch, joint_rule, dtype, has_aux
     )
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
+
+
+def _check(method, params, batch, contexts):
+  """Raises unless the batch is one; returns its numbers of rows."""
+  n, m = _noise_batch.check_batch(method, batch, needs_data_log_prob=True)
+  if contexts is not None:
+    _trackers.check(method, batch, n, m)
+    checks.check_fields(
+      'params',
+      params,
+      _learned_normalizer.NceParams._fields,
+      'NceParams(model, log_normalizer)',
+    )
+    shape = jnp.shape(params.log_normalizer)
+    if shape != (contexts,):
+      raise ValueError(
+        f'{method} with contexts={contexts} needs params.log_normalizer of'
+        f' shape ({contexts},), got {shape}.'
+      )
+    return n, m
+  _trackers.refuse(
+    method, batch, f'give {method} the number of contexts, and NceParams a'
+    ' normalizer for each.',
+  )  # fmt: skip
+  if isinstance(params, _learned_normalizer.NceParams):
+    _coverage.check_apart(method, batch)
+  return n, m

@@ -1,7 +1,6 @@
 """log Z by adaptive tempered sequential Monte Carlo, sampled by blackjax."""
 
 from collections.abc import Callable
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +9,24 @@ import jax.numpy as jnp
 from jax.scipy import special
 
 from optlab import checks
+from optlab.unnormalized import _kernels
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _samplers
+from optlab.unnormalized import _temper
 from optlab.unnormalized import _walk
 
 
-class Tempered(NamedTuple):
-  """What one run of tempering found."""
+class Found(NamedTuple):
+  """What a ``method`` of `log_partition` returns, in this order."""
 
-  forward: jax.Array  # shape (), log Z by weights of the particles before
-  backward: jax.Array  # shape (), by those after each temperature
-  smallest_ess: jax.Array  # shape (), of all temperatures
-  infinite: jax.Array  # shape (), int32, particles of no or infinite density
-  stages: jax.Array  # shape (), int32, temperatures
-  finished: jax.Array  # shape (), bool, whether it came to the model
+  value: jax.Array  # shape (), log Z
+  standard_error: jax.Array  # shape ()
+  second: jax.Array  # shape (), log Z by backward weights
+  second_error: jax.Array  # shape ()
+  runs: Any  # what has smallest_ess, of each repeat
+  rejected: jax.Array  # shape (), int32
+  ok: jax.Array  # shape (), bool
+  data_gap: Any = jnp.nan  # shape (), by how much data say that log Z is larger
 
 
 @checks.domains(
@@ -35,23 +39,28 @@ class Tempered(NamedTuple):
 def tempered_smc(
   num_particles: int = 256,
   *,
+  sampler: _samplers.Sampler | Callable[..., jax.Array] | None = None,
   repeats: int = 6,
   num_steps: int = 10,
   target_ess: float | jax.Array = 0.6,
   max_stages: int = 100,
-) -> Callable[..., tuple[jax.Array, ...]]:
+) -> Callable[..., Found]:
   r"""A ``method`` of `log_partition` for ten to a hundred dimensions.
 
   Particles go from the noise to the model through :math:`q^{1 - \beta}
-  p_0^\beta`, with temperatures chosen by their effective sample size and MALA
-  steps of blackjax, whose size follows the acceptance, at each. The error bar
-  is that of independent repeats; weights taken backward, from the particles
-  after a temperature's steps, must agree.
+  p_0^\beta`, with temperatures chosen by their effective sample size and steps
+  of a sampler at each. The error bar is that of independent repeats; weights
+  taken backward, from the particles after a temperature's steps, must agree.
 
   Args:
     num_particles: Particles of a repeat.
+    sampler: What moves them, in units of the noise's spread: `hmc_sampler`, any
+      kernel of blackjax by `kernel_sampler`, or what else
+      `contrastive_divergence` takes. ``None`` is blackjax's MALA, whose step
+      size follows the acceptance. Bits and categories need a discrete one, such
+      as `gibbs_sampler`, and move as they are.
     repeats: Independent runs.
-    num_steps: MALA steps of a particle at each temperature.
+    num_steps: Calls of the sampler at each temperature.
     target_ess: Share of the particles that a change of temperature leaves
       effective.
     max_stages: The most temperatures; a run that needs more is refused.
@@ -61,172 +70,156 @@ def tempered_smc(
 
   Raises:
     ImportError: In `log_partition`, where blackjax is not installed.
-    TypeError: An argument is not a number or no integer.
+    TypeError: An argument is not a number or no integer, ``sampler`` is none;
+      in `log_partition`, rows are discrete and the sampler is not.
     ValueError: A count is too small, or ``target_ess`` not in (0, 1).
 
   References:
     Del Moral, Doucet, Jasra, `Sequential Monte Carlo samplers
-    <https://doi.org/10.1111/j.1467-9868.2006.00553.x>`_, JRSS B 2006; `blackjax
+    <https://doi.org/10.1111/j.1467-9868.2006.00553.x>`_, JRSS B 2006; the check
+    by data is the reverse run of Grosse, Ghahramani, Adams, `Sandwiching the
+    marginal likelihood using bidirectional Monte Carlo
+    <https://arxiv.org/abs/1511.02543>`_, 2015; `blackjax
     <https://github.com/blackjax-devs/blackjax>`_
 
   Notes:
-    Rows are floating, and not bits or counts in floats. It takes the noise's
-    density on trust: one that does not integrate to one is seen by importance
-    sampling alone. Cost: ``repeats * num_particles * num_steps`` gradients of
-    model and noise at each
-    temperature.
+    It takes the noise's density on trust: one that does not integrate to one is
+    seen by importance sampling alone. Bits and counts in floats are refused
+    without a discrete sampler. Cost: ``repeats * num_particles * num_steps``
+    gradients of model and noise at each temperature; with ``data`` of
+    `log_partition` somewhat more than twice that.
   """
   checks.enforce(tempered_smc, locals())
+  if sampler is not None:
+    sampler = _samplers.as_sampler('sampler', sampler)
 
-  def method(log_density, noise, key):
-    blackjax, adaptive, resampling = _blackjax()
+  def method(log_density, noise, key, data=None):
+    library = _temper.library('tempered_smc')
+    moves = sampler
 
     def run(key):
       rows = noise.sample(key, num_particles)
-      logs, positions, back = _on_unit_scale(log_density, noise, rows)
-      kernel = adaptive.build_kernel(
-        *logs,
-        blackjax.mala.build_kernel(),
-        blackjax.mala.init,
-        resampling.systematic,
-        target_ess,
+      space = _space(log_density, noise, rows, moves)
+      path = _temper.Path(
+        moves or _mala(library.blackjax, space.positions.shape[1]),
+        space.log_q, space.log_ratio, num_steps, target_ess, max_stages,
+      )  # fmt: skip
+      found, last = _temper.climb(library, path, key, space.positions)
+      if data is None:
+        return found, space.back(last), jnp.nan
+      start = _spread(space.to(data), num_particles)
+      reverse = _temper.descend(
+        library, path, jax.random.fold_in(key, 2), start, space.positions
       )
-      start = adaptive.init(positions)
-      found, last = _temper(
-        kernel, start, key, logs[1], positions, num_steps, max_stages
-      )
-      return found, back(last)
+      return found, space.back(last), reverse
 
-    runs, rows = jax.vmap(run)(jax.random.split(key, repeats))
+    runs, rows, reverse = jax.vmap(run)(jax.random.split(key, repeats))
     flat = rows.reshape(-1, rows.shape[-1])
     found = _summary(runs)
-    return _stand(found, log_density, noise, jax.random.fold_in(key, 1), flat)
+    discrete = moves is not None and moves.discrete
+    found = _stand(
+      found, log_density, noise, jax.random.fold_in(key, 1), flat, discrete
+    )
+    return found if data is None else _reached(found, reverse)
 
   return method
 
 
-def _blackjax():
-  try:
-    return tuple(
-      importlib.import_module(name)
-      for name in (
-        'blackjax',
-        'blackjax.smc.adaptive_tempered',
-        'blackjax.smc.resampling',
-      )
-    )
-  except ImportError as error:
-    raise ImportError(
-      'tempered_smc samples by blackjax, which is not installed: pip install'
-      " blackjax, or optlab with its extra 'scores'."
-    ) from error
+def _mala(blackjax, size):
+  """MALA of blackjax, with the step that is right for a Gaussian."""
+  return _kernels.kernel_sampler(
+    blackjax.mala, 1, step_size=size ** (-1 / 3), target_acceptance=0.57
+  )
 
 
-def _on_unit_scale(log_density, noise, rows):
-  """Log q and log p / q of a vector, in units of the noise's spread."""
+class _Space(NamedTuple):
+  """Where particles move: vectors, and what is known of them."""
+
+  positions: jax.Array  # shape [num, size], of the noise's draws
+  log_q: Callable[[jax.Array], jax.Array]
+  log_ratio: Callable[[jax.Array], jax.Array]
+  to: Callable[[Any], jax.Array]
+  back: Callable[[jax.Array], jax.Array]
+
+
+def _space(log_density, noise, rows, sampler):
+  """Rows as vectors, floating ones in units of the noise's spread."""
+  discrete = sampler is not None and sampler.discrete
   for leaf in jax.tree.leaves(rows):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not discrete and not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(
-        f'tempered_smc moves floating rows, got dtype {leaf.dtype}; score'
-        ' discrete rows by importance sampling, method=None.'
+        f'tempered_smc moves floating rows, got dtype {leaf.dtype}; give it a'
+        ' discrete sampler, such as gibbs_sampler, or score by importance'
+        ' sampling, method=None.'
       )
+  if discrete and (not hasattr(rows, 'dtype') or rows.ndim != 2):
+    raise TypeError(
+      'tempered_smc with a discrete sampler moves rows that are one array'
+      ' [num, columns].'
+    )
   first = jax.tree.map(lambda leaf: leaf[0], rows)
   _, unravel = flatten_util.ravel_pytree(first)
-  flat = jax.vmap(lambda row: flatten_util.ravel_pytree(row)[0])(rows)
+  flatten = jax.vmap(lambda row: flatten_util.ravel_pytree(row)[0])
+  flat = flatten(rows)
   mean, scale = jnp.mean(flat, 0), jnp.std(flat, 0)
   scale = jnp.where(scale > 0, scale, 1)
   wide = jnp.promote_types(flat.dtype, jnp.float32)
+  if discrete:
+    to, back = lambda rows: rows.astype(flat.dtype), lambda rows: rows
+  else:
+    to = lambda rows: ((flatten(rows) - mean) / scale).astype(wide)
+    back = lambda positions: mean + scale * positions
 
-  def row_of(position):
-    return jax.tree.map(
-      lambda leaf: leaf[None], unravel(mean + scale * position)
-    )
+  def log_q(positions):
+    return noise.log_prob(jax.vmap(unravel)(back(positions))).astype(wide)
 
-  def log_q(position):
-    return noise.log_prob(row_of(position))[0].astype(wide)
+  def log_ratio(positions):
+    log_p = log_density(jax.vmap(unravel)(back(positions)))
+    _likelihood.check_rows(log_p, positions.shape[0])
+    return log_p.astype(wide) - log_q(positions)
 
-  def log_ratio(position):
-    log_p = log_density(row_of(position))
-    _likelihood.check_rows(log_p, 1)
-    return log_p[0].astype(wide) - log_q(position)
-
-  back = lambda positions: mean + scale * positions
-  return (log_q, log_ratio), ((flat - mean) / scale).astype(wide), back
-
-
-class _Loop(NamedTuple):
-  state: Any
-  key: jax.Array
-  log_step: jax.Array
-  delta: jax.Array  # the last change of temperature
-  result: Tempered
+  return _Space(to(rows), log_q, log_ratio, to, back)
 
 
-def _temper(kernel, start, key, log_ratio, positions, num_steps, max_stages):
-  """Moves particles from temperature zero to one, and once at one."""
-  num, size = positions.shape
-  dtype = positions.dtype
-  zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-  result = Tempered(
-    zero, zero, jnp.full((), num, dtype), none, none, jnp.asarray(False)
-  )
-  start = start._replace(
-    tempering_param=jnp.asarray(start.tempering_param, dtype),
-    weights=start.weights.astype(dtype),
-  )
-
-  def body(loop):
-    key, step_key = jax.random.split(loop.key)
-    parameters = {'step_size': jnp.exp(loop.log_step)[None]}
-    before = loop.state.tempering_param
-    state, info = kernel(step_key, loop.state, num_steps, parameters)
-    delta = state.tempering_param - before
-    ratios = jax.vmap(log_ratio)(state.particles)
-    bad = jnp.sum(~(ratios < jnp.inf)).astype(jnp.int32)
-    back = -special.logsumexp(-loop.delta * ratios) + jnp.log(float(num))
-    accepted = jnp.mean(info.update_info.acceptance_rate)
-    result = Tempered(
-      loop.result.forward + info.log_likelihood_increment,
-      loop.result.backward + jnp.where(loop.delta > 0, back, 0),
-      jnp.minimum(loop.result.smallest_ess, 1 / jnp.sum(state.weights**2)),
-      loop.result.infinite + bad,
-      loop.result.stages + 1,
-      before >= 1,
-    )
-    log_step = loop.log_step + 2 * (accepted - 0.57)
-    return _Loop(state, key, log_step, delta, result)
-
-  log_step = jnp.log(jnp.asarray(size ** (-1 / 3), dtype))
-  loop = _Loop(start, key, log_step, zero, result)
-  loop = jax.lax.while_loop(
-    lambda loop: ~loop.result.finished & (loop.result.stages <= max_stages),
-    body,
-    loop,
-  )
-  return loop.result, loop.state.particles
+def _spread(rows, num):
+  """So many of the rows, evenly, or each of them several times."""
+  return rows[jnp.arange(num) * rows.shape[0] // num]
 
 
-def _stand(found, log_density, noise, key, flat):
+def _reached(found, reverse):
+  """Refuses where runs from the data to the noise find more mass."""
+  num = reverse.shape[0]
+  # 1 / Z is what a run estimates.
+  log_z = jnp.log(float(num)) - special.logsumexp(-reverse)
+  gap = log_z - found.value
+  error = jnp.std(reverse, ddof=1) / jnp.sqrt(float(num))
+  bound = 3 * jnp.hypot(error, found.standard_error) + 0.1
+  return found._replace(ok=found.ok & (gap <= bound), data_gap=gap)
+
+
+def _stand(found, log_density, noise, key, flat, discrete):
   """Refuses where the last particles do not stand still, as draws must not."""
-  value, error, second, second_error, runs, rejected, ok = found
+  value, ok = found.value, found.ok
   layout = _walk.layout(jax.eval_shape(lambda: noise.sample(key, 1)))
   rows = jax.vmap(layout.unravel)(flat)
   log_p = log_density(rows).astype(value.dtype)
   log_w = log_p - noise.log_prob(rows).astype(value.dtype)
   fresh = noise.sample(key, 64)
-  whole = _walk.whole(_walk.flatten(fresh, flat.dtype))
+  floats = flat.astype(log_p.dtype)
+  whole = _walk.whole(_walk.flatten(fresh, floats.dtype))
   reservoir = _walk.Reservoir(
-    value, flat, log_w, log_p, jnp.min(flat, 0), jnp.max(flat, 0), whole
+    value, floats, log_w, log_p, jnp.min(floats, 0), jnp.max(floats, 0), whole
   )
   walked = _walk.walk(log_density, noise, key, reservoir, layout, 50)
+  # Particles share ancestors: a fifth of them are their own.
   change, change_error = _walk.change_of(
-    value, log_w, walked.log_w, jnp.asarray(flat.shape[0], value.dtype)
+    value, log_w, walked.log_w, jnp.asarray(flat.shape[0] / 5, value.dtype)
   )
-  rejected += walked.infinite
   ok &= (walked.infinite == 0) & ~walked.escaped
-  ok &= ~jnp.any(whole)  # MALA does not move bits.
+  if not discrete:
+    ok &= ~jnp.any(whole)  # MALA does not move bits.
   ok &= jnp.abs(change) <= 3 * change_error + 1e-3
-  return value, error, second, second_error, runs, rejected, ok
+  return found._replace(rejected=found.rejected + walked.infinite, ok=ok)
 
 
 def _summary(runs):
@@ -251,4 +244,4 @@ def _summary(runs):
     & (standard_error < 0.5)
     & (jnp.abs(jnp.mean(difference)) <= 3 * second_error + 0.1)
   )
-  return value, standard_error, second, second_error, runs, rejected, ok
+  return Found(value, standard_error, second, second_error, runs, rejected, ok)

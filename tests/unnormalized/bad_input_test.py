@@ -483,7 +483,12 @@ for wrong, arguments, match in (
     match,
   )
 for wrong, arguments, error, match in (
-  ('noise=None', {'noise': None}, TypeError, 'noise must be a Gaussian, with'),
+  (
+    'noise=None',
+    {'noise': None},
+    TypeError,
+    'noise must be a Gaussian, a Gauss',
+  ),
   (
     'rows of another size',
     {'rows': ROWS[:, :1]},

@@ -234,6 +234,86 @@ def test_tables_split_over_devices(kind, rows_too):
     np.testing.assert_allclose(leaf, want.grads[name], rtol=1e-5)
 
 
+# Noise contrastive estimation with a normalizer for each context.
+
+
+@pytest.mark.parametrize('method', ['nce', 'ence'])
+def test_nce_subtracts_each_row_s_normalizer(method):
+  keys = jax.random.split(jax.random.key(0), 4)
+  rows = lambda key, num: jax.random.normal(key, (num, 2))
+  contexts = jnp.asarray([0, 2, 2, 1, 9], jnp.int8)  # The last is padding.
+  noise_contexts = jnp.asarray([2, -1, 0, 0, 1, 2])
+  data, noise = rows(keys[0], 5), rows(keys[1], 6)
+  batch = optlab.NoiseBatch(
+    data, noise, rows(keys[2], 6)[:, 0], rows(keys[3], 5)[:, 0], contexts,
+    noise_contexts,
+  )  # fmt: skip
+  model = lambda theta, x: theta * x[:, 0] - x[:, 1] ** 2
+  params = optlab.unnormalized.NceParams(
+    jnp.float32(0.3), jnp.asarray([0.1, -0.4, 0.8])
+  )
+  make = {'nce': optlab.nce, 'ence': optlab.unnormalized.ence}[method]
+  got, state = jax.jit(
+    lambda batch: make(model, contexts=3).estimate(
+      params, make(model, contexts=3).init(params), batch
+    )
+  )(batch)
+  # The same rows, without padding, of a model that knows their contexts.
+  good, noise_good = np.arange(4), np.asarray([0, 2, 3, 4, 5])
+  pairs = lambda x, index: jnp.concatenate([x, index[:, None] * 1.0], 1)
+  plain = optlab.NoiseBatch(
+    pairs(data, contexts)[good],
+    pairs(noise, noise_contexts)[noise_good],
+    batch.noise_log_prob[noise_good],
+    batch.data_log_prob[good],
+  )
+
+  def normalized(params, x):
+    index = x[:, 2].astype(int)
+    return model(params['model'], x) - params['log_normalizer'][index]
+
+  if method == 'nce':
+    single = optlab.nce(normalized, 6 / 5)
+  else:
+    single = make(normalized)
+  params = params._asdict()
+  want, _ = single.estimate(params, single.init(params), plain)
+  np.testing.assert_allclose(got.value, want.value, rtol=1e-5)
+  for name, leaf in want.grads.items():
+    np.testing.assert_allclose(getattr(got.grads, name), leaf, rtol=1e-5)
+  assert state.info.rejected == 0
+  assert not state.info.held
+
+
+def test_nce_finds_a_conditional_model():
+  # With one normalizer for all contexts the slope is far off.
+  keys = jax.random.split(jax.random.key(0), 3)
+  index = jnp.arange(600) % 20
+  x = jnp.linspace(-2.0, 2.0, 20)[index]
+  y = x + jnp.exp(x / 2) * jax.random.normal(keys[0], x.shape)
+  best = jnp.sum(x * y / jnp.exp(x)) / jnp.sum(x * x / jnp.exp(x))
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), 9 * jnp.eye(1))
+  estimator = optlab.nce(conditional, contexts=20)
+  tx = optax.adam(optax.cosine_decay_schedule(0.1, 400))
+  step = optlab.train_step(estimator, tx)
+
+  def advance(state, key):
+    return step(
+      state,
+      optlab.unnormalized.conditional_batch(
+        noise, key, x, y[:, None], index, 4
+      ),
+    )
+
+  params = optlab.unnormalized.NceParams(jnp.zeros(()), jnp.zeros(20))
+  state = optlab.init(params, estimator, tx)
+  keys = jax.random.split(keys[2], 400)
+  state, _ = jax.jit(lambda s: jax.lax.scan(advance, s, keys))(state)
+  assert abs(state.params.model - best) < 0.05
+  truth = jnp.linspace(-2.0, 2.0, 20) / 2 + HALF_LOG_2PI
+  assert abs(jnp.mean(state.params.log_normalizer - truth)) < 0.05
+
+
 def test_bad_arguments():
   batch, plain = some_batch(), optlab.meco(model)
   many = optlab.meco(model, contexts=SIZE)
@@ -252,6 +332,17 @@ def test_bad_arguments():
   scored = batch._replace(data_log_prob=jnp.zeros(N))
   with pytest.raises(ValueError, match='nce.*a normalizer for each'):
     run(optlab.nce(model), scored)
+  for params, error, match in (
+    (PARAMS, TypeError, 'params must be NceParams'),
+    (
+      optlab.unnormalized.NceParams(PARAMS, jnp.zeros(())),
+      ValueError,
+      rf'log_normalizer of shape \({SIZE},\), got \(\)',
+    ),
+  ):
+    estimator = optlab.nce(model, contexts=SIZE)
+    with pytest.raises(error, match=match):
+      estimator.estimate(params, estimator.init(params), scored)
   chains = optlab.contrastive_divergence(model, 0.1, 1)
   with pytest.raises(ValueError, match='contrastive_divergence.*from one con'):
     state = chains.init(PARAMS, jax.random.key(0), batch.data)

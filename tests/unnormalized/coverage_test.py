@@ -186,6 +186,30 @@ def test_one_array_in_data_and_noise_is_refused():
     )
 
 
+def test_nce_with_one_normalizer_refuses_a_conditional_model():
+  batch = conditional_batch(jax.random.key(0))
+  # Classes repeat; that noise has those of the data row by row tells.
+  classes = (jnp.arange(64) * 7) % 3
+  data, noise = ({'class': classes + 0, 'y': rows[:, 1]} for rows in batch[:2])
+  model = lambda theta, rows: -((rows['y'] - theta * rows['class']) ** 2)
+  labelled = optlab.NoiseBatch(data, noise, batch.noise_log_prob)
+  meco = optlab.meco(model)
+  theta = jnp.zeros(())
+  _, state = jax.jit(meco.estimate)(theta, meco.init(theta), labelled)
+  assert state.info.coverage.conditional
+  nce = optlab.nce(optlab.unnormalized.with_log_normalizer(model))
+  params = optlab.unnormalized.NceParams(theta, theta)
+  labelled = labelled._replace(data_log_prob=jnp.zeros(64))
+  got, state = jax.jit(nce.estimate)(params, nce.init(params), labelled)
+  assert np.isnan(got.value)
+  assert got.grads.model == 0
+  assert state.info.conditional
+  assert state.info.held
+  shared = labelled._replace(noise=noise | {'class': data['class']})
+  with pytest.raises(ValueError, match=r"nce: data\['class'\].*one array"):
+    nce.estimate(params, nce.init(params), shared)
+
+
 def test_columns_that_are_alike_by_chance_are_no_condition():
   # A constant column, bits, and noise equal to the data as a whole.
   bits = jnp.asarray([[1.0, 0.0, 1.0], [1.0, 1.0, 2.0], [1.0, 0.0, 3.0]])

@@ -148,6 +148,87 @@ def test_follow_ignores_bad_rows_and_holds_without_weight():
   np.testing.assert_array_equal(held.scale, start.scale)
 
 
+WIDE_EYE = np.broadcast_to(np.eye(2, dtype=np.float32), (2, 2, 2))
+
+
+def two_modes(x):
+  far = jnp.sum((x - 2.0) ** 2, -1), jnp.sum((x + 2.0) ** 2, -1)
+  return jnp.logaddexp(-2 * far[0], -2 * far[1])
+
+
+def test_a_mixture_follows_the_model_by_weighted_rows():
+  start = optlab.unnormalized.gaussian_mixture(
+    jnp.ones(2), jnp.asarray([[1.0, 0.0], [-0.5, -1.0]]), 4 * WIDE_EYE
+  )
+  wide = optlab.unnormalized.gaussian(jnp.zeros(2), 9 * jnp.eye(2))
+  noise = optlab.unnormalized.defensive(start, wide)
+
+  def ess(noise, rows):
+    log_w = two_modes(rows) - noise.log_prob(rows)
+    weights = jax.nn.softmax(log_w)
+    return log_w, 1 / jnp.sum(weights**2) / len(rows)
+
+  def step(noise, key):
+    rows = noise.sample(key, 256)
+    log_w, share = ess(noise, rows)
+    return optlab.unnormalized.follow(noise, rows, 0.2, log_w), share
+
+  moved, shares = jax.jit(
+    lambda noise: jax.lax.scan(
+      step, noise, jax.random.split(jax.random.key(0), 60)
+    )
+  )(noise)
+  assert shares[0] < 0.3
+  assert shares[-1] > 0.8
+  first = moved.components[0]
+  order = np.argsort(first.means[:, 0])
+  want = [[-2.0, -2.0], [2.0, 2.0]]
+  np.testing.assert_allclose(first.means[order], want, atol=0.15)
+  scales = first.scales @ jnp.swapaxes(first.scales, 1, 2)
+  np.testing.assert_allclose(scales, WIDE_EYE / 4, atol=0.1)
+  np.testing.assert_allclose(jnp.exp(first.log_weights), 0.5, atol=0.1)
+  # The wide one and the weights are what they were.
+  np.testing.assert_array_equal(moved.components[1].scale, wide.scale)
+  np.testing.assert_array_equal(moved.log_weights, noise.log_weights)
+  # Nothing to follow, and one row that has all the weight.
+  none = jnp.full(256, -jnp.inf)
+  rows = noise.sample(jax.random.key(1), 256)
+  held = optlab.unnormalized.follow(start, rows, 0.5, none)
+  for got, want in zip(held, start, strict=True):
+    np.testing.assert_array_equal(got, want)
+  one = optlab.unnormalized.follow(start, rows, 0.5, none.at[0].set(0.0))
+  assert np.all(jnp.linalg.svd(one.scales)[1] > 1.5)
+
+
+def test_kinds_that_do_not_follow_are_named():
+  follow = optlab.unnormalized.follow
+  rows = bent_rows()
+  flow = optlab.unnormalized.init_flow(jax.random.key(0), rows, 1, 1)
+  with pytest.raises(TypeError, match='got Flow. Refit a flow by fit_flow'):
+    follow(flow, rows, 0.1)
+  with pytest.raises(TypeError, match='first, got float'):
+    follow(1.0, rows, 0.1)
+
+
+def test_a_flow_is_refitted_to_weighted_rows():
+  rows = jnp.concatenate([bent_rows(), jnp.full((10, 2), jnp.nan)])
+  log_w = jnp.where(rows[:, 0] > 0, 0.0, -jnp.inf)
+  flow = optlab.unnormalized.init_flow(jax.random.key(0), bent_rows(), 2, 8)
+  fit = jax.jit(
+    lambda log_w: optlab.unnormalized.fit_flow(
+      flow, jax.random.key(1), rows, 200, learning_rate=1e-2, log_weights=log_w
+    )
+  )
+  found, losses = fit(log_w)
+  assert losses[-20:].mean() < losses[:20].mean() - 0.2
+  assert jnp.mean(found.sample(jax.random.key(2), 1000)[:, 0] > 0) > 0.8
+  held, _ = fit(jnp.full(len(rows), -jnp.inf))
+  for got, want in zip(held, flow, strict=True):
+    np.testing.assert_array_equal(got, want)
+  with pytest.raises(ValueError, match='log_weights must have shape'):
+    fit(log_w[:3])
+
+
 def test_adaptive_noise_recompiles_nothing():
   traces = []
 

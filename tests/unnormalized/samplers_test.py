@@ -64,6 +64,8 @@ def test_a_kernel_is_no_sampler():
   for bad in (kernel, 1.0, 'hmc'):
     with pytest.raises(TypeError, match='blackjax by .*kernel_sampler'):
       estimate_once(bad, jnp.ones((3, 2)))
+    with pytest.raises(TypeError, match='sampler must be a Sampler such as'):
+      WING.tempered_smc(sampler=bad)
 
 
 def test_a_box_cuts_the_model_off():

@@ -113,3 +113,110 @@ def test_bits_in_floats_are_not_ok():
     method=optlab.unnormalized.tempered_smc(32, repeats=2, num_steps=2),
   )
   assert not result.ok
+
+
+def lost(size=4):
+  """Two modes, five away, and noise around one of them."""
+  far = lambda x, to: -0.5 * jnp.sum((x - to) ** 2, -1)
+  log_density = lambda x: jnp.logaddexp(far(x, 5.0), far(x, -5.0))
+  noise = optlab.unnormalized.gaussian(jnp.full(size, 5.0), 4 * jnp.eye(size))
+  rows = 5 + jax.random.normal(jax.random.key(0), (40, size))
+  return log_density, noise, rows, size * HALF_LOG_2PI
+
+
+@pytest.mark.parametrize('method', [None, 'tempered'])
+def test_data_show_a_mode_that_the_noise_missed(method):
+  # What is held back: .919 was ok where the truth is 1.612.
+  if method:
+    pytest.importorskip('blackjax')
+    method = optlab.unnormalized.tempered_smc(64)
+  log_density, noise, rows, one_mode = lost()
+  score = jax.jit(
+    lambda data: optlab.log_partition(
+      log_density, noise, jax.random.key(0), method=method, data=data
+    )
+  )
+  both = score(rows.at[:20].add(-10.0))
+  assert not both.ok
+  assert np.isnan(both.value)
+  np.testing.assert_allclose(both.data_gap, math.log(2), atol=0.4)
+  # Rows of the mode that was seen say nothing of the other.
+  one = score(rows)
+  assert one.ok
+  assert abs(one.value - one_mode) < 3 * one.standard_error
+  assert one.data_gap < 0.2
+  for bad in (rows[:, 0], rows[:0], {'x': rows}):
+    with pytest.raises(ValueError, match="data must be rows of the noise's"):
+      score(bad)
+
+
+def test_data_outside_the_noise_are_not_reached():
+  # What the model is there nobody knows, but where it is nothing.
+  rows = jnp.linspace(0.0, 3.0, 40)[:, None]
+  noise = log_partition_test.Uniform(1.0)
+
+  @jax.jit
+  def score(value):
+    return optlab.log_partition(
+      lambda x: jnp.where(jnp.abs(x[:, 0]) < 1, 0.0, value),
+      noise, jax.random.key(0), 2000, chunk=2000, walk_steps=1, data=rows,
+    )  # fmt: skip
+
+  for value in (-9.0, jnp.nan):
+    result = score(value)
+    assert not result.ok
+    assert result.data_gap > 0.5
+  result = score(-jnp.inf)
+  assert result.ok
+  assert result.data_gap == 0
+
+
+@pytest.mark.parametrize('kind', ['hmc', 'langevin', 'function'])
+def test_samplers_move_particles(kind):
+  pytest.importorskip('blackjax')
+  wing = optlab.unnormalized
+  log_density, _, _, one_mode = lost()
+  noise = wing.gaussian(jnp.zeros(4), 36 * jnp.eye(4))
+
+  def walk(log_p, key, rows):  # A Metropolis walk of one's own.
+    there = rows + 0.1 * jax.random.normal(key, rows.shape)
+    key = jax.random.fold_in(key, 1)
+    uniform = jax.random.uniform(key, rows.shape[:1])
+    accept = jnp.log(uniform) < log_p(there) - log_p(rows)
+    return jnp.where(accept[:, None], there, rows)
+
+  sampler, steps = {
+    'hmc': (wing.hmc_sampler(0.1, 1, 5), 3),
+    'langevin': (wing.langevin_sampler(0.3, 1), 10),
+    'function': (walk, 10),
+  }[kind]
+  method = wing.tempered_smc(200, sampler=sampler, num_steps=steps)
+  result = jax.jit(
+    lambda key: optlab.log_partition(log_density, noise, key, method=method)
+  )(jax.random.key(0))
+  assert result.ok
+  assert result.standard_error < 0.2
+  truth = one_mode + math.log(2)
+  assert abs(result.value - truth) < 3 * result.standard_error
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.int32])
+def test_gibbs_scores_bits_by_tempering(dtype):
+  pytest.importorskip('blackjax')
+  bonds = jnp.triu(0.6 * jax.random.normal(jax.random.key(1), (8, 8)), 1)
+  model = lambda x: jnp.einsum('ni,ij,nj->n', x, bonds, x * jnp.float32(1.0))
+  rows = (np.arange(256)[:, None] >> np.arange(8)) & 1
+  truth = jax.nn.logsumexp(model(rows * 1.0))
+  if dtype == np.int32:
+    noise = optlab.unnormalized.categorical(jnp.ones((8, 2)))
+  else:
+    noise = optlab.unnormalized.bernoulli(jnp.full(8, 0.5))
+  method = optlab.unnormalized.tempered_smc(
+    sampler=optlab.unnormalized.gibbs_sampler(), num_steps=2
+  )
+  result = jax.jit(
+    lambda key: optlab.log_partition(model, noise, key, method=method)
+  )(jax.random.key(0))
+  assert result.ok
+  assert result.standard_error < 0.1
+  assert abs(result.value - truth) < 3 * result.standard_error

@@ -1,0 +1,151 @@
+"""log Z by importance sampling, and what speaks against the figure."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _noise_batch
+from optlab.unnormalized import _pareto
+from optlab.unnormalized import _walk
+
+
+class Bounds(NamedTuple):
+  """What is still not refused, see `log_partition`."""
+
+  min_ess: Any
+  max_share: Any
+  max_k_hat: Any
+
+
+def estimate(
+  log_density: Any,
+  noise: _noise_batch.Noise,
+  key: jax.Array,
+  sizes: tuple[int, int, int],
+  bounds: Bounds,
+  data: Any,
+) -> tuple[jax.Array, ...]:
+  """The fields of `LogPartition`, in their order.
+
+  Args:
+    log_density: The model, ``rows -> [rows]``.
+    noise: The noise.
+    key: PRNG key.
+    sizes: Draws in all, draws at a time, steps of the walk.
+    bounds: What is still not refused.
+    data: Rows where the model should have mass, or ``None``.
+  """
+  num, chunk, walk_steps = sizes
+  draws, reservoir, layout = _draw(log_density, noise, key, num, chunk)
+  log_w, rejected = draws
+  weights = _likelihood.importance_weights(log_w)
+  some = weights.log_scale > -jnp.inf
+  value = weights.log_scale + jnp.log(weights.total) - jnp.log(float(num))
+  share = jnp.where(some, 1 / weights.total, 1)
+  k_hat = _pareto.k_hat(log_w)
+  variance = 1 / jnp.maximum(weights.ess, 1e-30) - 1 / num
+  plain_error = jnp.sqrt(jnp.maximum(variance, 0))
+  heavy = jnp.clip(k_hat - 0.3, 0, 1)
+  error = plain_error * (1 + 5 * heavy + 20 * heavy**2)
+
+  walked = _walk.walk(
+    log_density,
+    noise,
+    jax.random.fold_in(key, 1),
+    reservoir,
+    layout,
+    walk_steps,
+  )
+  change, second_error = _walk.change_of(
+    value, reservoir.log_w, walked.log_w, weights.ess
+  )
+  rejected += walked.infinite
+  # Rounding alone is no disagreement.
+  bound = 3 * jnp.hypot(second_error, plain_error)
+  bound += jnp.finfo(log_w.dtype).eps ** 0.5
+  ok = (
+    some
+    & (rejected == 0)
+    & ~walked.escaped
+    & (weights.ess >= bounds.min_ess)
+    & (share <= bounds.max_share)
+    & (k_hat <= jnp.minimum(bounds.max_k_hat, _pareto.largest_ok(num)))
+    & (jnp.abs(change) <= bound)
+  )
+  data_gap = jnp.full((), jnp.nan, log_w.dtype)
+  if data is not None:
+    data_gap, reached = _reached(
+      log_density, noise, data, weights.log_scale, share
+    )
+    ok &= reached
+  return (
+    jnp.where(ok, value, jnp.nan), error, weights.ess, share, k_hat,
+    value + change, second_error, rejected, data_gap, ok,
+  )  # fmt: skip
+
+
+def check_data(data, noise):
+  """Raises a ``ValueError`` unless data are rows of the noise's kind."""
+  like = jax.eval_shape(lambda: noise.sample(jax.random.key(0), 1))
+  shapes = lambda rows: [
+    (path, jnp.shape(leaf)[1:])
+    for path, leaf in jax.tree.leaves_with_path(rows)
+  ]
+  if shapes(data) != shapes(like) or not all(
+    jnp.shape(leaf) and jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data)
+  ):
+    raise ValueError(
+      "data must be rows of the noise's kind, at least one, got shapes"
+      f' {jax.tree.map(jnp.shape, data)} beside'
+      f' {jax.tree.map(jnp.shape, like)}.'
+    )
+
+
+def _reached(log_density, noise, data, largest, share):
+  """What rows that weigh more than every draw say, and whether they are few."""
+  if data is None:
+    return jnp.full((), jnp.nan, largest.dtype), jnp.asarray(True)
+  log_p, log_q = log_density(data), noise.log_prob(data)
+  n = jnp.shape(jax.tree.leaves(data)[0])[0]
+  _likelihood.check_rows(log_p, n)
+  log_w = (log_p - log_q).astype(largest.dtype)
+  # Where the model has no density a row has nothing to say; NaN is more.
+  missed = (log_p != -jnp.inf) & ~(log_w <= largest)
+  count = jnp.sum(missed)
+  gap = -jnp.log1p(-count / n).astype(largest.dtype)
+  return gap, count <= 3 + 4 * n * share
+
+
+def _draw(log_density, noise, key, num, chunk):
+  """All log weights, the rejected draws, and rows resampled by weight."""
+  rows = jax.eval_shape(lambda: noise.sample(key, chunk))
+  log_q = jax.eval_shape(
+    lambda rows: _noise_batch.scores('noise', noise, rows), rows
+  )
+  dtype = jnp.promote_types(jnp.float32, log_q.dtype)
+  layout = _walk.layout(rows)
+  chains = min(num, chunk, 2000)
+
+  def add(carry, key):
+    reservoir, rejected = carry
+    rows = noise.sample(key, chunk)
+    log_q = noise.log_prob(rows).astype(dtype)
+    log_p = log_density(rows).astype(dtype)
+    _likelihood.check_rows(log_p, chunk)
+    good = _likelihood.good_noise(log_p, log_q)
+    log_w = jnp.where(good, log_p - log_q, -jnp.inf)
+    flat = _walk.flatten(rows, dtype)
+    reservoir = _walk.add(
+      reservoir, jax.random.fold_in(key, 1), flat, log_w, log_p
+    )
+    rejected += jnp.sum(~good).astype(jnp.int32)
+    return (reservoir, rejected), log_w
+
+  start = _walk.empty(chains, layout.discrete.size, dtype)
+  keys = jax.random.split(key, num // chunk)
+  (reservoir, rejected), log_w = jax.lax.scan(
+    add, (start, jnp.zeros((), jnp.int32)), keys
+  )
+  return (log_w.reshape(num), rejected), reservoir, layout
