@@ -100,15 +100,17 @@ SGD = optax.sgd(1e-3)
 MEANS = optlab.per_example(
   losses, optlab.batches.microbatch_means, microbatch_size=8
 )
+GROWING = optlab.adadagrad(1e-3, optlab.norm_test(0.5), 16, BATCH)
 SINGLE = {
   'optax.adam': (GRADIENT, optax.adam(1e-3)),
   'diffgrad': (GRADIENT, optlab.diffgrad(1e-3)),
   'adagrad_norm': (GRADIENT, optlab.adagrad_norm(1.0)),
   'normalized_momentum': (GRADIENT, optlab.normalized_momentum(1e-3)),
   'with_storm': (optlab.with_storm(GRADIENT, 0.1), SGD),
-  'adadagrad, group means': (
-    MEANS,
-    optlab.adadagrad(1e-3, optlab.norm_test(0.5), 16, BATCH),
+  'adadagrad, group means': (MEANS, GROWING),
+  'adadagrad, ghost norms': (
+    optlab.per_example(losses, optlab.ghost_norms),
+    GROWING,
   ),
   'gns_newton, cg of 10': (
     GRADIENT,
@@ -118,6 +120,23 @@ SINGLE = {
 BILEVEL = {
   'soba': optlab.soba(upper, lower, SGD, 1e-3),
   'bo_rep': optlab.bo_rep(upper, lower, SGD, 1e-3, lower_steps=1),
+}
+
+
+# The score of a whole sequence, up to a normalizer, against sampled ones.
+LIKELIHOOD = {
+  'nce': optlab.nce(lambda params, tokens: -losses(params, tokens)),
+  'meco': optlab.meco(lambda params, tokens: -losses(params, tokens)),
+}
+# The worst of eight domains, softly.
+COMPOSITIONS = {
+  'fcco, 8 domains': optlab.multi_block.fcco(
+    lambda params, tokens: jnp.mean(
+      losses(params, tokens.reshape(-1, LENGTH + 1)).reshape(8, -1), 1
+    ),
+    lambda u, tokens: jnp.exp(u),
+    8,
+  )
 }
 
 
@@ -181,6 +200,24 @@ def measure(name):
     estimator, tx = SINGLE[name]
     state = jax.eval_shape(lambda p: optlab.init(p, estimator, tx), params)
     batch, own = tokens, 1
+  elif name in LIKELIHOOD:
+    estimator, tx = LIKELIHOOD[name], optax.adam(1e-3)
+    state = jax.eval_shape(lambda p: optlab.init(p, estimator, tx), params)
+    scores = jax.ShapeDtypeStruct(
+      (BATCH,), jnp.float32, sharding=tokens.sharding
+    )
+    batch, own = optlab.NoiseBatch(tokens, tokens, scores, scores), 1
+  elif name in COMPOSITIONS:
+    estimator, tx = COMPOSITIONS[name], optax.adam(1e-3)
+    trackers = jax.ShapeDtypeStruct((8,), jnp.float32)
+    state = jax.eval_shape(
+      lambda p, u: optlab.init(p, estimator, tx, u), params, trackers
+    )
+    by_domain = jax.ShapeDtypeStruct(
+      (8, BATCH // 8, LENGTH + 1), jnp.int32, sharding=tokens.sharding
+    )
+    blocks = jax.ShapeDtypeStruct((8,), jnp.int32)
+    batch, own = optlab.multi_block.FCCOBatch(blocks, by_domain), 1
   else:
     estimator, tx = BILEVEL[name], optax.adam(1e-2)
     weights = jax.ShapeDtypeStruct((8,), jnp.float32)
@@ -220,7 +257,7 @@ def main():
     ' program'
   )
   print(f'{"":24} {"B/par.":>6} {"B/par.":>8} {"volumes":>8}')
-  for name in (*SINGLE, *BILEVEL):
+  for name in (*SINGLE, *BILEVEL, *COMPOSITIONS, *LIKELIHOOD):
     _devices.run('transformer', name, DEVICES)
   print(
     'moved: volumes of all parameters that a device gets from its collectives,'

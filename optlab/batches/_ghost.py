@@ -130,10 +130,11 @@ def _backward(losses, params, examples, mask) -> Any:
     one = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), examples
     )
-  tapped = _ghost_walk.tap(_losses.single(losses), params, one, wide)
+  tapped, along = _ghost_walk.tap(_losses.single(losses), params, one, wide)
 
   def mapped(params, slots):
-    return jax.vmap(tapped, (None, 0, 0))(params, examples, slots)
+    over_examples = jax.vmap(tapped, (None, 0, 0), spmd_axis_name=along)
+    return over_examples(params, examples, slots)
 
   values, pullback = jax.vjp(mapped, params, slots)
   # Masked examples get the cotangent 0, and with it gradient and norm 0.

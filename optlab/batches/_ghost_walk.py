@@ -25,7 +25,7 @@ _REMAT = frozenset(('remat2', 'checkpoint'))
 
 def tap(
   loss: Callable[..., Any], params: Any, example: Any, wide: Any
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Any]:
   """A loss of one example with norms in the cotangents of a last argument.
 
   Args:
@@ -36,12 +36,13 @@ def tap(
 
   Returns:
     ``(params, example, slots) -> scalar``, with a scalar of ``slots`` for each
-    leaf of ``params``.
+    leaf of ``params``; and the axis of a mesh that the loss spreads its
+    examples over, or ``None``.
   """
   closed = jax.make_jaxpr(loss)(params, example)
   leaves, treedef = jax.tree.flatten(params)
   shapes = [leaf.aval for leaf in closed.jaxpr.invars[: len(leaves)]]
-  plans, loops = _plan(closed, len(leaves), wide)
+  plans, loops, along = _plan(closed, len(leaves), wide)
   del leaves
 
   def tapped(params, example, slots):
@@ -52,7 +53,7 @@ def tap(
     arrays = [*leaves, *jax.tree.leaves(example)]
     return walker.loss(closed, arrays, len(leaves)).array
 
-  return tapped
+  return tapped, along.pop() if len(along) == 1 else None
 
 
 def _plan(closed, count, wide):
@@ -69,7 +70,7 @@ def _plan(closed, count, wide):
       else:
         plans[leaf] = _ghost_values.plan(avals[leaf], meetings)
     if strange <= opaque:
-      return plans, walker.loops
+      return plans, walker.loops, walker.along
     opaque |= strange
 
 
@@ -80,6 +81,7 @@ class Walker:
     plans: By leaf; ``None`` while looking.
     meetings: By leaf, what was found while looking.
     strange: Leaves that a loop does not take slice by slice.
+    along: The axes of a mesh that the loss spreads its examples over.
     loops: By path of a loop, which of its carried and of its stacked results
       have data; ``None`` where it is met as one operation.
   """
@@ -90,6 +92,7 @@ class Walker:
     self.opaque = frozenset(opaque)
     self.meetings: dict[int, list[Meeting]] = {}
     self.strange: set[int] = set()
+    self.along: set[Any] = set()
     self.programs = programs.Programs()
     self.taps = taps.Taps(wide, plans, slots, self.programs)
 
@@ -150,6 +153,7 @@ class Walker:
     return (
       self.plans is not None
       and not eqn.effects
+      and eqn.primitive.name != 'sharding_constraint'
       and not any(value.leaves for value in values)
     )
 
@@ -166,6 +170,8 @@ class Walker:
     used = frozenset().union(*(value.leaves for value in values))
     has_data = any(value.has_data for value in values)
     name = eqn.primitive.name
+    if name == 'sharding_constraint' and has_data:
+      return [values[0]._replace(array=self.constrain(eqn, values[0].array))]
     if not used:
       outs = self.run(eqn, [value.array for value in values])
       return [Value(out, has_data) for out in outs]
@@ -220,6 +226,18 @@ class Walker:
         )
       )
     return [Value(out, True) for out in outs]
+
+  def constrain(self, eqn, array):
+    """Moves a word on where the examples lie to the axis of their map."""
+    sharding = eqn.params['sharding']
+    spec = getattr(sharding, 'spec', None)
+    if not spec or array.shape[0] != 1 or spec[0] is None:
+      return self.run(eqn, [array])[0]
+    if self.plans is None:
+      self.along.add(spec[0])
+      return array
+    rest = sharding.update(spec=jax.P(None, *spec[1:]))
+    return jax.lax.with_sharding_constraint(array, rest)
 
   def materialize(self, value, path, level):
     """Lets a value without data meet it, in an identity."""

@@ -286,7 +286,7 @@ def test_norms_by_example_and_array_are_exact(x64, losses):
 def kinds(losses, params, examples):
   one = lambda p, e: losses(p, jax.tree.map(lambda leaf: leaf[None], e))[0]
   closed = jax.make_jaxpr(one)(params, jax.tree.map(lambda e: e[0], examples))
-  plans, _ = _ghost_walk._plan(
+  plans, *_ = _ghost_walk._plan(
     closed, len(jax.tree.leaves(params)), jnp.float32
   )
   return {plans[i].kind for i in plans}
@@ -376,6 +376,36 @@ def test_memory_is_that_of_a_gradient():
     )
   ]
   assert memory[1] <= 1.3 * memory[0], memory
+
+
+def test_examples_lie_where_the_loss_says():
+  """A constraint on their axis holds for that which they are mapped over."""
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((2,), ('data',), axis_types=auto)
+  split = jax.NamedSharding(mesh, jax.P('data'))
+
+  def losses(p, x, constrain=lambda x: x):
+    hidden = constrain(jnp.tanh(x @ p['w']))
+    return jnp.sum((hidden @ p['v']) ** 2, 1)
+
+  def constrained(p, x):
+    pin = lambda x: jax.lax.with_sharding_constraint(x, split)
+    return losses(p, x, pin)
+
+  params = {'w': dense(16, 32), 'v': dense(32, 8)}
+  examples = vectors(16)[:4]
+  norms = optlab.batches.ghost_sq_norms
+  flops = []
+  for function in (losses, constrained):
+    step = jax.jit(lambda p, x, f=function: norms(f, p, x))
+    compiled = step.lower(params, jax.device_put(examples, split)).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+    close(
+      compiled(params, jax.device_put(examples, split)),
+      norms(losses, params, examples),
+      1e-4,
+    )
+  assert flops[1] <= 1.05 * flops[0], flops
 
 
 def test_a_part_of_two_meetings_of_one_position(x64):
