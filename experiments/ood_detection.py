@@ -184,6 +184,7 @@ def draw(rows: Sequence[dict], config: Config, path: Any) -> None:
     yticklabels=names,
     xlabel='AUROC, known against left-out classes',
   )
+  axes.locator_params(axis='x', nbins=6)
   axes.grid(alpha=0.3)
   plots.save(figure, path, title=f'{config.dataset}, {config.seeds} seeds')
 
