@@ -14,7 +14,7 @@ import optax
 
 from experiments.lab import tables
 from experiments.methods import bilevel
-from experiments.problems import text
+from experiments.problems import encoders
 import optlab
 
 WIDTH, LENGTH, WORDS, ROWS, LOWER_STEPS, PERIOD = 64, 24, 4000, 64, 5, 2
@@ -23,7 +23,9 @@ LOWER_RATE, LINEAR_RATE, RATE, BETA, L2 = 0.1, 0.1, 0.03, 0.9, 0.1
 
 def rnn_task():
   """GRU encoder above, linear head below, random sentences."""
-  init, encode = text.functional(lambda rngs: text.Encoder(WORDS, WIDTH, rngs))
+  init, encode = encoders.functional(
+    lambda rngs: encoders.Encoder(WORDS, WIDTH, rngs)
+  )
 
   def loss(x, y, batch):
     tokens, labels = batch

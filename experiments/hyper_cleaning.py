@@ -10,6 +10,7 @@ fitted to all sentences and to the clean ones.
 """
 
 import dataclasses
+from typing import NamedTuple
 import warnings
 
 import jax
@@ -76,39 +77,74 @@ def fit(config, features, labels, weights) -> linear_model.LogisticRegression:
     return model.fit(features, labels, sample_weight=weights)
 
 
-def make_problem(
-  config: Config, sentences: text.Text, share: float
-) -> tuple[tuning.Problem, dict[str, float]]:
-  """The problem at one share of flipped labels, and its baselines."""
-  size = len(sentences.vocabulary)
-  count = config.clean
-  if 2 * count > len(sentences.train.labels):
+class Rows(NamedTuple):
+  """The sentences by what they are for, as bags of words."""
+
+  train: text.Bags
+  noisy: np.ndarray  # Labels to train on.
+  flipped: np.ndarray  # Which of them are wrong.
+  upper: text.Bags
+  upper_labels: np.ndarray
+  valid: text.Bags
+  test: text.Bags
+  blocks: tuple[int, int]  # Upper and lower.
+
+
+def split(config: Config, sentences: text.Text, share: float) -> Rows:
+  """Clean sentences train the weights; those for validation pick the rates."""
+  count, labels = config.clean, sentences.train.labels
+  if 2 * count > len(labels):
     raise flags.UserError(
-      f'--clean={count}: more than half of the'
-      f' {len(sentences.train.labels)} training sentences'
+      f'--clean={count}: more than half of the {len(labels)} training sentences'
     )
   if count % config.batch:
     raise flags.UserError(
       f'--clean={count}: must be a multiple of --batch={config.batch}'
     )
-  # Clean sentences train the weights; those for validation pick the rates.
-  upper_blocks = count // config.batch
-  lower_blocks = (len(sentences.train.labels) - count) // config.batch
-  rows = slice(count, count + lower_blocks * config.batch)
-  noisy, flipped = text.flip(
-    sentences.train.labels[rows], sentences.classes, share, seed=0
-  )
+  blocks = count // config.batch, (len(labels) - count) // config.batch
+  rows = slice(count, count + blocks[1] * config.batch)
+  noisy, flipped = text.flip(labels[rows], sentences.classes, share, seed=0)
   bags, valid, test = (
     text.bags_of_words(getattr(sentences, part).tokens)
     for part in ('train', 'valid', 'test')
   )
   train = text.Bags(*(part[rows] for part in bags))
-  upper_bags = text.Bags(*(part[:count] for part in bags))
+  upper = text.Bags(*(part[:count] for part in bags))
+  return Rows(train, noisy, flipped, upper, labels[:count], valid, test, blocks)
+
+
+def refitted(config: Config, sentences: text.Text, rows: Rows):
+  """``(bags, labels, weights) -> accuracy`` of a classifier fitted anew."""
+  size = len(sentences.vocabulary)
+
+  def accuracy(bags, labels, weights=None):
+    model = fit(config, bags.matrix(size), labels, weights)
+    return float(model.score(rows.test.matrix(size), sentences.test.labels))
+
+  return accuracy
+
+
+def baselines(config: Config, sentences: text.Text, rows: Rows) -> dict:
+  """Test accuracy of the same classifier without cleaning."""
+  accuracy, clean = refitted(config, sentences, rows), ~rows.flipped
+  kept = text.Bags(*(part[clean] for part in rows.train))
+  return {
+    'all': accuracy(rows.train, rows.noisy),
+    'clean': accuracy(kept, rows.noisy[clean]),
+    'upper_only': accuracy(rows.upper, rows.upper_labels),
+  }
+
+
+def make_problem(
+  config: Config, sentences: text.Text, rows: Rows
+) -> tuning.Problem:
+  """The problem at one share of flipped labels."""
+  noisy, flipped = rows.noisy, rows.flipped
   data = {
-    'train': (np.arange(len(noisy)), train, noisy),
-    'upper': (upper_bags, sentences.train.labels[:count]),
-    'valid': (valid, sentences.valid.labels),
-    'test': (test, sentences.test.labels),
+    'train': (np.arange(len(noisy)), rows.train, noisy),
+    'upper': (rows.upper, rows.upper_labels),
+    'valid': (rows.valid, sentences.valid.labels),
+    'test': (rows.test, sentences.test.labels),
   }
 
   def scores(y, bags):
@@ -124,22 +160,24 @@ def make_problem(
     return jnp.mean(cross_entropy(y, *batch))
 
   def lower(x, y, batch):
-    rows, bags, labels = batch
-    weights = jax.nn.sigmoid(x[rows])
+    places, bags, labels = batch
+    weights = jax.nn.sigmoid(x[places])
     losses = jnp.mean(weights * cross_entropy(y, bags, labels))
     return losses + 0.5 * config.l2 * jnp.sum(y**2)
 
   def sample(key, data):
     keys = jax.random.split(key)
     return (
-      tuning.draw_block(keys[0], data['upper'], upper_blocks),
-      tuning.draw_block(keys[1], data['train'], lower_blocks),
+      tuning.draw_block(keys[0], data['upper'], rows.blocks[0]),
+      tuning.draw_block(keys[1], data['train'], rows.blocks[1]),
     )
 
   def start(key, data):
     del key
     zeros = lambda *shape: jnp.zeros(shape, config.precision)
-    return zeros(len(noisy)), zeros(size, sentences.classes)
+    return zeros(len(noisy)), zeros(
+      len(sentences.vocabulary), sentences.classes
+    )
 
   def measure(x, y, data):
     del x
@@ -150,9 +188,7 @@ def make_problem(
       'test_accuracy': jnp.mean(correct.astype(y.dtype)),
     }
 
-  def accuracy(bags, labels, weights=None):
-    model = fit(config, bags.matrix(size), labels, weights)
-    return float(model.score(test.matrix(size), sentences.test.labels))
+  accuracy = refitted(config, sentences, rows)
 
   def finish(x, y):
     del y
@@ -164,27 +200,13 @@ def make_problem(
       'auroc': float(metrics.roc_auc_score(~flipped, weights))
       if found
       else float('nan'),
-      'refitted_accuracy': accuracy(train, noisy, scaled),
+      'refitted_accuracy': accuracy(rows.train, noisy, scaled),
     }
 
-  kept = text.Bags(*(part[~flipped] for part in train))
-  baselines = {
-    'all': accuracy(train, noisy),
-    'clean': accuracy(kept, noisy[~flipped]),
-    'upper_only': accuracy(*data['upper']),
-  }
-  problem = tuning.Problem(
-    upper,
-    lower,
-    data,
-    sample,
-    start,
-    measure,
-    REPORTED,
-    finish=finish,
-    blocks=(upper_blocks, lower_blocks),
-  )
-  return problem, baselines
+  return tuning.Problem(
+    upper, lower, data, sample, start, measure, REPORTED, finish=finish,
+    blocks=rows.blocks,
+  )  # fmt: skip
 
 
 @launch.program
@@ -198,8 +220,10 @@ def main(config: Config) -> None:
       raise flags.UserError(f'--flipped={share}: must be below 1')
   with Session('hyper_cleaning', config, show='valid_loss') as session:
     for share in config.flipped:
-      problem, baselines = make_problem(config, sentences, share)
-      session.write('baseline', flipped=share, **baselines)
+      parts = split(config, sentences, share)
+      problem = make_problem(config, sentences, parts)
+      without = baselines(config, sentences, parts)
+      session.write('baseline', flipped=share, **without)
       rows = tuning.compare(session, config, problem, f'{share:.0%} flipped')
       title = f'{sentences.name}, {share:.0%} of the labels flipped'
       tuning.show(title, problem, rows)
@@ -207,9 +231,9 @@ def main(config: Config) -> None:
         'Test accuracy of the same classifier without cleaning',
         ('trained on', 'accuracy'),
         [
-          ('all sentences', baselines['all']),
-          ('the clean ones', baselines['clean']),
-          ('those of the upper level', baselines['upper_only']),
+          ('all sentences', without['all']),
+          ('the clean ones', without['clean']),
+          ('those of the upper level', without['upper_only']),
         ],
       )
     tuning.draw(session, config, REPORTED[0], 'hyper_cleaning')

@@ -21,6 +21,7 @@ from .lab import flags
 from .lab import launch
 from .lab import tuning
 from .lab.session import Session
+from .problems import encoders
 from .problems import text
 
 
@@ -162,8 +163,8 @@ def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
   vectors = None
   if config.vectors:
     vectors = read_vectors(config.vectors, sentences.vocabulary, config.width)
-  init, encode = text.functional(
-    lambda rngs: text.Encoder(
+  init, encode = encoders.functional(
+    lambda rngs: encoders.Encoder(
       len(sentences.vocabulary),
       config.width,
       rngs,

@@ -18,6 +18,7 @@ from .lab import flags
 from .lab import launch
 from .lab import tuning
 from .lab.session import Session
+from .problems import encoders
 from .problems import penalties
 from .problems import text
 
@@ -72,8 +73,8 @@ def text_problem(config: Config) -> tuning.Problem:
     raise flags.UserError(
       '--problem=text needs --precision=float32: the cells carry float32'
     )
-  init, encode = text.functional(
-    lambda rngs: text.Encoder(
+  init, encode = encoders.functional(
+    lambda rngs: encoders.Encoder(
       len(sentences.vocabulary), config.width, rngs, cell=config.cell
     )
   )

@@ -17,12 +17,11 @@ have the same model, queries a step, rates and steps.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
 
 import optlab
@@ -35,6 +34,7 @@ from .lab import study
 from .lab import verdicts
 from .lab.session import Session
 from .methods import multi_block
+from .problems import queries
 
 METHODS = ('bsvrb_v1', 'bsvrb_v2', 'pointwise', 'listwise')
 CUTS = (5, 10)
@@ -83,116 +83,6 @@ class Config(devices.Config):
   )
 
 
-class Queries(NamedTuple):
-  """Documents and relevance of queries."""
-
-  features: jax.Array  # shape (queries, documents, features)
-  relevance: jax.Array  # shape (queries, documents), 0 to 4
-
-
-class Data(NamedTuple):
-  """Queries for training, for tuning, and for the report."""
-
-  train: Queries
-  validation: Queries
-  test: Queries
-
-
-def synthesize(config: Config) -> Data:
-  """Draws the queries and grades their documents by fixed quantiles."""
-  random = np.random.default_rng(0)
-  mix = random.normal(size=(config.features, 8)) / np.sqrt(config.features)
-  out = random.normal(size=8)
-
-  def queries(count):
-    shift = random.normal(size=(count, 1, config.features))
-    x = random.normal(size=(count, config.documents, config.features))
-    x = x + 0.5 * shift
-    score = np.tanh(2.0 * x @ mix) @ out
-    score = score + config.noise * random.normal(size=score.shape)
-    grades = np.searchsorted(np.quantile(score, (0.6, 0.8, 0.9, 0.96)), score)
-    return Queries(
-      jnp.asarray(x, config.precision),
-      jnp.asarray(grades, config.precision),
-    )
-
-  return Data(queries(config.queries), queries(200), queries(500))
-
-
-def init_model(config: Config, key: jax.Array) -> dict[str, jax.Array]:
-  """Parameters of a network with one hidden layer."""
-  first, second = jax.random.split(key)
-  shape = config.features, config.hidden
-  dtype = jnp.dtype(config.precision)
-  return {
-    'hidden': jax.random.normal(first, shape, dtype) / np.sqrt(shape[0]),
-    'bias': jnp.zeros(config.hidden, dtype),
-    'out': jax.random.normal(second, shape[1:], dtype) / np.sqrt(shape[1]),
-  }
-
-
-def scores(params: Any, features: jax.Array) -> jax.Array:
-  """One score a document."""
-  hidden = jnp.tanh(features @ params['hidden'] + params['bias'])
-  return hidden @ params['out']
-
-
-def gains(relevance: jax.Array) -> jax.Array:
-  """The gain of each grade."""
-  return 2.0**relevance - 1.0
-
-
-def best_dcg(relevance: jax.Array, top: int) -> jax.Array:
-  """DCG@K of the best order, at least a tiny number."""
-  order = jnp.sort(gains(relevance), axis=-1)[..., ::-1][..., :top]
-  discount = jnp.log2(2.0 + jnp.arange(order.shape[-1], dtype=order.dtype))
-  return jnp.maximum(jnp.sum(order / discount, -1), 1e-6)
-
-
-def ndcg(params: Any, queries: Queries, top: int) -> jax.Array:
-  """Mean NDCG@K."""
-  order = jnp.argsort(-scores(params, queries.features), axis=-1)[:, :top]
-  gain = jnp.take_along_axis(gains(queries.relevance), order, -1)
-  discount = jnp.log2(2.0 + jnp.arange(gain.shape[-1], dtype=gain.dtype))
-  dcg = jnp.sum(gain / discount, -1)
-  return jnp.mean(dcg / best_dcg(queries.relevance, top))
-
-
-def levels(config: Config):
-  """The two levels of one query."""
-
-  def lower(params, threshold, query):
-    score = scores(params, query.features)
-    smooth = config.smoothness
-    above = jnp.mean(jax.nn.softplus((score - threshold) / smooth))
-    return (
-      config.top / config.documents * threshold
-      + 0.5 * config.convexity * threshold**2
-      + smooth * above
-    )
-
-  def upper(params, threshold, query):
-    score = scores(params, query.features)
-    margin = jnp.maximum(score[None, :] - score[:, None] + 1.0, 0.0)
-    rank = jnp.sum(margin**2, -1)  # A document counts itself: at least 1.
-    selected = jax.nn.sigmoid(config.steepness * (score - threshold))
-    parts = selected * gains(query.relevance) / jnp.log2(1.0 + rank)
-    return -jnp.sum(parts) / best_dcg(query.relevance, config.top)
-
-  return upper, lower
-
-
-def pointwise(params: Any, query: Queries) -> jax.Array:
-  """Squared error of the grade."""
-  return jnp.mean((scores(params, query.features) - query.relevance) ** 2)
-
-
-def listwise(params: Any, query: Queries) -> jax.Array:
-  """Cross entropy of the softmax of scores to that of grades."""
-  target = jax.nn.softmax(query.relevance)
-  return -jnp.sum(target * jax.nn.log_softmax(scores(params, query.features)))
-
-
 class State(NamedTuple):
   """State of one lane."""
 
@@ -205,7 +95,7 @@ def entry(config: Config, name: str) -> study.Entry:
   bilevel = name.startswith('bsvrb')
   warm_steps = int(config.warm_fraction * config.steps) if bilevel else 0
   m = config.queries
-  loss = pointwise if name == 'pointwise' else listwise
+  loss = getattr(queries, 'pointwise' if name == 'pointwise' else 'listwise')
   plain = optlab.value_and_grad(
     lambda params, batch: jnp.mean(
       jax.vmap(loss, (None, 0))(params, batch.upper)
@@ -213,10 +103,10 @@ def entry(config: Config, name: str) -> study.Entry:
   )
   table = multi_block.methods(floor=config.convexity)
   method = table[name if bilevel else 'bsvrb_v2']
-  estimator = method.make(*levels(config), m, config.inner_lr)
+  estimator = method.make(*queries.levels(config), m, config.inner_lr)
 
   def start(key, rate, *_):
-    params, tx = init_model(config, key), optax.adam(rate)
+    params, tx = queries.init_model(config, key), optax.adam(rate)
     thresholds = jnp.zeros(m, params['bias'].dtype)
     return State(
       optlab.init(params, plain, tx),
@@ -226,8 +116,8 @@ def entry(config: Config, name: str) -> study.Entry:
   def step(state, key, rate, train_queries):
     tx = optax.adam(rate)
     blocks = optlab.sample_blocks(key, m, config.blocks)
-    queries = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
-    batch = optlab.BlockBatch(blocks, queries, queries)
+    chosen = jax.tree.map(lambda leaf: leaf[blocks], train_queries)
+    batch = optlab.BlockBatch(blocks, chosen, chosen)
     done = state.train.step if bilevel else state.warm.step
     is_warm = (done < warm_steps) | (not bilevel)
     either = lambda a, b: jax.tree.map(
@@ -254,12 +144,12 @@ def entry(config: Config, name: str) -> study.Entry:
 
 def problem(config: Config) -> study.Problem:
   """The synthetic queries; rates by validation NDCG@10, test NDCG shown."""
-  data = synthesize(config)
+  data = queries.synthesize(config)
 
   def measure(state, _):
     values = {
-      f'{part}{cut}': ndcg(state.train.params, queries, cut)
-      for part, queries in (
+      f'{part}{cut}': queries.ndcg(state.train.params, part_of, cut)
+      for part, part_of in (
         ('validation', data.validation), ('ndcg', data.test),
       )
       for cut in CUTS

@@ -1,5 +1,6 @@
 """Regressions whose penalty is learned, and whose best penalty is known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,33 @@ def split(features, targets):
   return [(features[part], targets[part]) for part in rows]
 
 
+def tables(kind: str, precision: str) -> dict[str, tuple[np.ndarray, ...]]:
+  """The rows to train on, to validate and to test."""
+  bunch: Any = (
+    datasets.load_diabetes() if kind == 'ridge'
+    else datasets.load_breast_cancer()
+  )  # fmt: skip
+  targets = 2.0 * bunch.target - 1.0
+  if kind == 'ridge':
+    targets = (bunch.target - bunch.target.mean()) / bunch.target.std()
+  parts = [
+    tuple(np.asarray(leaf, precision) for leaf in part)
+    for part in split(bunch.data, targets)
+  ]
+  return dict(zip(('train', 'valid', 'test'), parts, strict=True))
+
+
+def newton(g: Callable[[jax.Array], jax.Array], y: jax.Array) -> jax.Array:
+  """The minimizer of a convex function: exact of a quadratic one."""
+
+  def body(y, _):
+    step = jnp.linalg.solve(jax.hessian(g)(y), jax.grad(g)(y))
+    # Damped far away, where a full step may overshoot.
+    return y - step / (1.0 + 0.1 * jnp.linalg.norm(step)), None
+
+  return jax.lax.scan(body, y, length=40)[0]
+
+
 def linear(
   kind: str, batch: int, precision: str
 ) -> tuple[tuning.Problem, float, float]:
@@ -46,21 +74,7 @@ def linear(
     raise flags.UserError(
       f'--batch={batch}: must divide {TRAIN_ROWS} and {VALID_ROWS} rows'
     )
-  ridge = kind == 'ridge'
-  features: Any
-  targets: Any
-  if ridge:
-    bunch: Any = datasets.load_diabetes()
-    features, targets = bunch.data, bunch.target
-    targets = (targets - targets.mean()) / targets.std()
-  else:
-    bunch: Any = datasets.load_breast_cancer()
-    features, targets = bunch.data, 2.0 * bunch.target - 1.0
-  parts = [
-    tuple(np.asarray(leaf, precision) for leaf in part)
-    for part in split(features, targets)
-  ]
-  data = dict(zip(('train', 'valid', 'test'), parts, strict=True))
+  ridge, data = kind == 'ridge', tables(kind, precision)
 
   def loss(y, part):
     features, targets = part
@@ -91,16 +105,8 @@ def linear(
     return jnp.asarray(START[kind], precision), jnp.zeros(size, precision)
 
   def solve(x, data):
-    """Newton's method: exact for ridge, and converged for logistic."""
-    y = jnp.zeros(data['train'][0].shape[1], precision)
-    g = lambda y: lower(x, y, data['train'])
-
-    def body(y, _):
-      step = jnp.linalg.solve(jax.hessian(g)(y), jax.grad(g)(y))
-      # Damped far away, where a full step may overshoot.
-      return y - step / (1.0 + 0.1 * jnp.linalg.norm(step)), None
-
-    return jax.lax.scan(body, y, length=40)[0]
+    zeros = jnp.zeros(data['train'][0].shape[1], precision)
+    return newton(lambda y: lower(x, y, data['train']), zeros)
 
   @jax.jit
   def value(x):
@@ -125,13 +131,7 @@ def linear(
     }
 
   problem = tuning.Problem(
-    upper,
-    lower,
-    data,
-    sample,
-    start,
-    measure,
-    ('regret', 'test_loss', 'log_penalty'),
-    blocks=blocks,
-  )
+    upper, lower, data, sample, start, measure,
+    ('regret', 'test_loss', 'log_penalty'), blocks=blocks,
+  )  # fmt: skip
   return problem, float(found.x), float(found.fun)

@@ -9,14 +9,10 @@ sentences are drawn from words of six topics among words of none.
 
 import codecs
 from collections import Counter
-from collections.abc import Callable
 import gzip
 import pathlib
 from typing import Any, NamedTuple
 
-from flax import nnx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
@@ -294,50 +290,3 @@ def bags_of_words(tokens: np.ndarray) -> Bags:
   ones = np.ones((len(tokens), 1), np.float32)
   zeros = np.full((len(tokens), 1), PAD, np.int32)
   return Bags(np.hstack([tokens, zeros]), np.hstack([values, ones]))
-
-
-class Encoder(nnx.Module):
-  """Embedding and a GRU or LSTM; the state after the last word."""
-
-  def __init__(
-    self, vocabulary: int, width: int, rngs: nnx.Rngs, *, cell: str = 'gru',
-    vectors: np.ndarray | None = None,
-  ):  # fmt: skip
-    self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
-    if vectors is not None:
-      self.embedding.embedding[...] = jnp.asarray(vectors)
-    make = {'gru': nnx.GRUCell, 'lstm': nnx.OptimizedLSTMCell}[cell]
-    self.recurrent = nnx.RNN(make(width, width, rngs=rngs), return_carry=True)
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    lengths = jnp.sum(tokens != PAD, axis=-1)
-    carry, _ = self.recurrent(self.embedding(tokens), seq_lengths=lengths)
-    return carry[1] if isinstance(carry, tuple) else carry
-
-
-def functional(
-  make: Callable[[nnx.Rngs], nnx.Module],
-) -> tuple[Callable[[jax.Array], Any], Callable[..., Any]]:
-  """A module as two pure functions.
-
-  Args:
-    make: ``rngs -> module``.
-
-  Returns:
-    ``init(key) -> params`` and ``apply(params, *inputs)``; the parameters are
-    a dictionary of arrays.
-  """
-
-  def split(key):
-    return nnx.split(make(nnx.Rngs(params=key)), nnx.Param, ...)
-
-  def init(key):
-    return nnx.to_pure_dict(split(key)[1])
-
-  def apply(params, *inputs):
-    # Only the structure is used; under jit the fresh numbers are never made.
-    graph, like, rest = split(jax.random.key(0))
-    nnx.replace_by_pure_dict(like, params)
-    return nnx.merge(graph, like, rest)(*inputs)
-
-  return init, apply

@@ -20,6 +20,7 @@ from experiments.lab import study
 from experiments.lab import tuning
 from experiments.lab.session import Session
 from experiments.methods import bilevel
+from experiments.problems import encoders
 from experiments.problems import penalties
 from experiments.problems import text
 
@@ -105,7 +106,9 @@ def test_bags_have_unit_length_and_a_constant():
 
 @pytest.mark.parametrize('cell', ['gru', 'lstm'])
 def test_the_encoder_ignores_padding(cell):
-  init, encode = text.functional(lambda r: text.Encoder(9, 4, r, cell=cell))
+  init, encode = encoders.functional(
+    lambda r: encoders.Encoder(9, 4, r, cell=cell)
+  )
   params = init(jax.random.key(0))
   tokens = jnp.array([[2, 3, 4], [5, 0, 0]])
   padded = jnp.pad(tokens, ((0, 0), (0, 3)))
