@@ -22,6 +22,7 @@ def evaluate(
   fun: Callable[[base.Params], jax.Array],
   params: base.Params,
   opt_state: base.OptState,
+  anew: Any = False,
 ) -> tuple[jax.Array, base.Updates, jax.Array]:
   """Value and gradient, from the state where they are those of ``params``.
 
@@ -29,6 +30,7 @@ def evaluate(
     fun: The objective.
     params: The point.
     opt_state: The transformation's state there.
+    anew: Whether it may be of another point or problem.
 
   Returns:
     Value, gradient, and whether they had to be evaluated.
@@ -38,7 +40,7 @@ def evaluate(
   if kept is None:
     return *again(), jnp.asarray(True)
   like = jax.eval_shape(again)
-  known = jnp.isfinite(kept.value)
+  known = jnp.isfinite(kept.value) & ~jnp.asarray(anew)
   value, grad = jax.lax.cond(
     known,
     lambda: trees.cast_like((kept.value, kept.grad), like),

@@ -109,7 +109,11 @@ def _turn(run, now):
   if run.box is not None:
     land = _box.landing(run.box, result.params, result.active)
     fun = _box.objective(run.fun, run.box, land)
-  value, grad, evaluated = _kept.evaluate(fun, result.params, result.opt_state)
+  # An earlier run may have stopped outside of the box, or without one.
+  anew = False if run.box is None else first
+  value, grad, evaluated = _kept.evaluate(
+    fun, result.params, result.opt_state, anew
+  )
   if run.box is not None:
     held = _box.active(run.box, result.params, grad)
     result = result._replace(active=held)

@@ -82,8 +82,8 @@ def minimize(
     trace: Called on the `MinimizeResult` so far (with ``trace=None``) before
       each step and at the end; its results are stacked.
     callback: Called on the host with a `Progress` after each step; stops the
-      run where it returns true (``None`` goes on), by the clock for example.
-      Under ``vmap`` it is called once a lane, until the last lane ends.
+      run where it returns true (``None`` goes on). Neither it nor
+      ``max_seconds`` can be vmapped: jax refuses, as lanes stop on their own.
 
   Returns:
     A `MinimizeResult`; ``status`` is `MAX_STEPS`, `GRAD_TOL`, `TARGET_VALUE`,
@@ -145,7 +145,7 @@ def minimize(
   checks.check_params('params', params)
   args = args if isinstance(args, tuple) else (args,)
   whole = lambda params: fun(params, *args)
-  value_fn = (lambda params: whole(params)[0]) if has_aux else whole
+  value_fn = lambda params: _value(whole(params), has_aux)
   bound = None
   if curvature is not None:
     bound = lambda params: curvature(params, *args)
@@ -171,3 +171,18 @@ def minimize(
   if has_aux:
     result = result._replace(aux=whole(result.params)[1])
   return result
+
+
+def _value(output, has_aux):
+  """The value among what the objective returns."""
+  is_pair = isinstance(output, tuple) and len(output) == 2
+  if has_aux and not is_pair:
+    raise TypeError(
+      f'fun must return a pair (value, aux) where has_aux=True, got {output!r}.'
+    )
+  if is_pair and not has_aux:
+    raise TypeError(
+      f'fun must return a scalar, got {output!r}; say has_aux=True where it'
+      ' returns (value, aux).'
+    )
+  return output[0] if has_aux else output

@@ -114,6 +114,25 @@ for wrong, bounds, error, match in (
     error,
     match,
   )
+for wrong, arguments, match in (
+  (
+    'aux that nobody announced',
+    {'fun': lambda x: (jnp.sum(x), x)},
+    'fun must return a scalar, .*has_aux=True',
+  ),
+  (
+    'has_aux without aux',
+    {'has_aux': True},
+    r'fun must return a pair \(value, aux\)',
+  ),
+):
+  row(
+    'minimize',
+    wrong,
+    lambda arguments=arguments: traced(lambda: minimize(**arguments)),
+    TypeError,
+    match,
+  )
 row(
   'minimize',
   'bounds of complex params',

@@ -203,3 +203,15 @@ def test_scalars_and_empty_trees():
     lambda x: jnp.float32(2.0), {}, optax.sgd(0.1), max_steps=3, bounds=(0, 1)
   )
   assert empty.success and empty.value == 2.0 and empty.params == {}
+
+
+def test_an_earlier_run_without_bounds_goes_on_within_them():
+  tx = optlab.gns_newton()
+  fun = lambda x: jnp.sum((x - 2.0) ** 4 + (x - 2.0) ** 2)
+  free = optlab.minimize(fun, jnp.zeros(2), tx, max_steps=2)
+  run = optlab.minimize(
+    fun, free.params, tx, max_steps=30, opt_state=free.opt_state,
+    bounds=(None, 0.5), grad_tol=1e-4,
+  )  # fmt: skip
+  assert run.success and run.value == fun(jnp.full(2, 0.5))
+  np.testing.assert_array_equal(run.params, 0.5)
