@@ -9,9 +9,9 @@ product 4/3 of it (a jvp and a vjp are linear parts of two gradients without
 their values), a quarter of that where it sees a quarter; all methods end at the
 same count. ``loss`` is that of the 32 windows, for small batches that of 256
 windows of the training part: at the end of the count, and when the quickest
-method's CPU time is spent. The rate of Adam is picked by a seed that is used for
-nothing else; GNS-Newton takes at most ten products a step. Shown are the means
-of two other seeds.
+method's CPU time is spent. The rate of Adam is picked by a seed that is used
+for nothing else; GNS-Newton takes at most ten products a step. Shown are the
+means of two other seeds.
 
   python -m benchmarks second_order
 """

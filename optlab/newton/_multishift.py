@@ -84,7 +84,7 @@ def multishift_cg(
     larger ones, whose pivots were positive so far; a shift that is none of them
     takes conjugate gradients of its own. The vectors are not reorthogonalized:
     on CUTEst problems it takes 1.04 times the products of `lanczos` (`cg` 1.4
-    times), to high accuracy on ill-conditioned systems half as many more. A
+    times), to high accuracy on ill-conditioned systems some 1.6 times. A
     step of `gns_newton` holds 12 vectors like the parameters beside them and
     what the objective's linearization keeps (`lanczos` 107), `cg` 10.
   """
