@@ -130,7 +130,7 @@ def _draw(log_density, noise, key, num, chunk):
 
   def add(carry, key):
     reservoir, rejected = carry
-    rows = noise.sample(key, chunk)
+    rows = _noise_batch.draw('noise', noise, key, chunk)
     log_q = noise.log_prob(rows).astype(dtype)
     log_p = log_density(rows).astype(dtype)
     _likelihood.check_rows(log_p, chunk)

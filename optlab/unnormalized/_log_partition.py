@@ -113,7 +113,7 @@ def log_partition(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``noise`` no distribution,
-      a count no integer, or a bound not a real number.
+      ``key`` no PRNG key, a count no integer, or a bound not a real number.
     ValueError: ``num`` is not a positive multiple of ``chunk``, a bound out of
       range, or ``noise`` a batch of distributions; ``data`` have no rows, or
       rows of another shape than the noise's.
@@ -157,6 +157,7 @@ def log_partition(
     raise ValueError(f'num must be a multiple of chunk, {chunk}, got {num}.')
 
   noise = _noise_batch.as_noise('noise', noise)
+  key = checks.as_key('key', key)
   if data is not None:
     _importance.check_data(data, noise)
   if method is not None:
@@ -204,7 +205,8 @@ def agree(
     sigmas: Standard errors of the difference that pass.
 
   Returns:
-    Boolean scalar; false where either is refused.
+    Boolean scalar; false where either is refused, and where both are one: the
+    same noise with the same key.
 
   Raises:
     TypeError: An estimate is none, or ``sigmas`` not a real number.
@@ -213,4 +215,8 @@ def agree(
   checks.enforce(agree, locals())
   error = jnp.hypot(first.standard_error, second.standard_error)
   close = jnp.abs(first.value - second.value) <= sigmas * error
-  return first.ok & second.ok & close
+  # An estimate agrees with itself, which says nothing.
+  same = (first.value == second.value) & (
+    first.standard_error == second.standard_error
+  )
+  return first.ok & second.ok & close & ~(same & (error > 0))

@@ -86,6 +86,17 @@ def scores(name: str, noise: Noise, rows: Any) -> jax.Array:
   return log_q
 
 
+def draw(name: str, noise: Noise, key: Any, num: int) -> Any:
+  """Draws of the noise; an error unless they are as many as asked for."""
+  rows = noise.sample(checks.as_key('key', key), num)
+  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(rows)]
+  if not shapes or any(shape[:1] != (num,) for shape in shapes):
+    raise ValueError(
+      f'{name}.sample(key, {num}) must draw {num} rows, got shapes {shapes}.'
+    )
+  return rows
+
+
 class NoiseBatch(NamedTuple):
   """Rows of data and of noise, with the noise distribution's log density.
 
@@ -133,9 +144,10 @@ def noise_batch(
     A `NoiseBatch`.
 
   Raises:
-    TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
-      ``log_prob``.
-    ValueError: ``num`` is below one, or ``noise`` a batch of distributions.
+    TypeError: ``num`` is not an integer, ``key`` no PRNG key, or ``noise`` has
+      no ``sample`` and ``log_prob``.
+    ValueError: ``num`` is below one, or ``noise`` a batch of distributions, or
+      it draws another number of rows.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -147,7 +159,7 @@ def noise_batch(
   """
   checks.enforce(noise_batch, locals())
   noise = as_noise('noise', noise)
-  rows = noise.sample(key, num)
+  rows = draw('noise', noise, key, num)
   return NoiseBatch(
     data=data,
     noise=rows,

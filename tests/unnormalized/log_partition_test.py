@@ -340,3 +340,30 @@ def test_bad_arguments():
     optlab.unnormalized.grid_log_partition(quadratic, np.zeros(3), np.ones(3))
   with pytest.raises(ValueError, match='low must be below high'):
     optlab.unnormalized.grid_log_partition(quadratic, [1.0], [0.0])
+
+
+def test_a_key_used_twice_is_no_agreement():
+  noise = isotropic(1, 2.0)
+  first, second = (
+    score(quadratic, noise, jax.random.key(i), 10_000) for i in (0, 1)
+  )
+  assert optlab.unnormalized.agree(first, second)
+  assert not optlab.unnormalized.agree(first, first)
+
+
+def test_keys_and_draws_that_are_none_are_named():
+  noise = isotropic(1, 2.0)
+
+  class Half(NamedTuple):
+    def sample(self, key, num):
+      return noise.sample(key, num // 2)
+
+    def log_prob(self, rows):
+      return noise.log_prob(rows)
+
+  with pytest.raises(TypeError, match='key must be a PRNG key'):
+    optlab.log_partition(quadratic, noise, 0)
+  with pytest.raises(ValueError, match='must draw 10000 rows, got shapes'):
+    optlab.log_partition(quadratic, Half(), jax.random.key(0))
+  with pytest.raises(ValueError, match='must draw 4 rows, got shapes'):
+    optlab.noise_batch(Half(), jax.random.key(0), jnp.ones((4, 1)), 4)
