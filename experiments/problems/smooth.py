@@ -93,11 +93,15 @@ def least_value(problem: Problem) -> float:
     )  # fmt: skip
     found = [float(run(jnp.asarray(first), wide.data))]
     if first.size <= FEW:
-      fun = jax.jit(lambda x: wide.fun(x, wide.data))
+      # scipy's methods take vectors.
+      fun = jax.jit(lambda x: wide.fun(x.reshape(first.shape), wide.data))
       parts = {'jac': jax.jit(jax.grad(fun)), 'hess': jax.jit(jax.hessian(fun))}
       for solver, needs in REFERENCES.items():
         result = scipy.optimize.minimize(
-          fun, first, method=solver, **{name: parts[name] for name in needs}
+          fun,
+          first.ravel(),
+          method=solver,
+          **{name: parts[name] for name in needs},
         )
         found.append(float(result.fun))
   return float(np.nanmin(found))
