@@ -20,9 +20,12 @@ def two_modes(x):
   )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
   ('size', 'seeds'),
-  [(8, 10), (32, 3), pytest.param(32, 10, marks=pytest.mark.slow)],
+  [(8, 10), (32, 3), *[pytest.param(d, 10, marks=SLOW) for d in (16, 32)]],
 )
 def test_two_modes_in_many_dimensions(size, seeds):
   pytest.importorskip('blackjax')
