@@ -5,10 +5,8 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
-import threading
 
 import jax
-from jax._src.interpreters import mlir
 import pytest
 
 # Two devices, so that every sharding test runs on any machine. Before the
@@ -23,8 +21,7 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
 flags = '--xla_cpu_parallel_codegen_split_count=1'
-OLD = importlib.metadata.version('jaxlib').startswith('0.10.')
-if OLD:
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
   flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 
@@ -41,20 +38,6 @@ for name, value in (
 ):
   os.environ[name.upper()] = str(value)
   jax.config.update(name, value)
-
-if OLD:
-  # A sixth of what a small program costs is the making of a context of the
-  # compiler, which jax 0.12 uses ten times before it makes another.
-  held, make_context = threading.local(), mlir.make_ir_context
-
-  def context_of_ten():
-    left, context = getattr(held, 'pair', (0, None))
-    if not left:
-      left, context = 10, make_context()
-    held.pair = left - 1, context
-    return context
-
-  mlir.make_ir_context = context_of_ten
 
 
 # A user's program for the type checkers; as a module with doctests it would run
