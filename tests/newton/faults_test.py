@@ -195,7 +195,8 @@ WRAPPED = {
 @pytest.mark.parametrize('wrap', WRAPPED.values(), ids=WRAPPED.keys())
 @pytest.mark.parametrize('make', [optlab.gns_newton, optax.lbfgs])
 def test_the_value_is_that_of_the_point_returned(x64, wrap, make):
-  run = minimize(rosenbrock, START, wrap(make()), max_steps=5)
+  start = START.astype(jnp.float64)  # In float32 two programs differ by a bit.
+  run = minimize(rosenbrock, start, wrap(make()), max_steps=5)
   value, grad = jax.value_and_grad(rosenbrock)(run.params)
   np.testing.assert_allclose(run.value, value, rtol=1e-10)
   np.testing.assert_allclose(run.grad_norm, jnp.linalg.norm(grad), rtol=1e-8)
