@@ -68,6 +68,7 @@ class Session:
     self._several = jax.process_count() > 1
     self._earlier: list[dict] = []
     self._noted: dict[str, Any] = {}
+    self._again = False  # Whether rows are made that the record has.
     self._listener = stopping.Listener()
     self.rows: list[dict] = []
     self._open_folder(program)
@@ -183,6 +184,8 @@ class Session:
     self._write(kind, **fields)
 
   def _write(self, kind: str, **fields: Any) -> dict:
+    if self._again:
+      return {'kind': kind, **record.plain(fields)}
     with self._listener.held():
       if self._noted and kind != 'end':
         noted, self._noted = self._noted, {}
@@ -280,7 +283,12 @@ class Session:
       ]  # fmt: skip
 
     with self._listener.held():
-      return self._advance(task, piece, measure, step, seconds, compile_seconds)
+      try:
+        return self._advance(
+          task, piece, measure, step, seconds, compile_seconds
+        )
+      finally:
+        self._again = False
 
   def _find(self, task: '_Task', state: Any) -> tuple[Any, int | None, float]:
     """Where a method goes on: its state, step and seconds so far.
@@ -310,6 +318,9 @@ class Session:
         else:
           self._cut_to(meta['size'])
         return found, meta['step'], meta['seconds']
+    if whole:  # What is lost is its last state: the record has its rows.
+      self._again = True
+      return state, 0, 0.0
     # The record and the checkpoints are another run's, or not to be read.
     self._drop(task, 'eval', 'done')
     if devices.is_first():
@@ -332,9 +343,9 @@ class Session:
   def _advance(self, task, piece, measure, step, seconds, compile_seconds):
     """Goes on to the last step, and returns its state."""
     result = piece.whole(piece.state)
-    if step == 0:
-      measure(result, step, seconds)
     latest = self.rows[-len(task.seeds) :]
+    if step == 0:
+      latest = measure(result, step, seconds)
     saved = time.perf_counter()
     with progress.Progress(task.method, task.steps, step) as bar:
       ended = task.stop is not None and task.stop(latest)
@@ -452,12 +463,12 @@ def _expected(config: flags.Config) -> str:
   """What a run will take, where that was measured."""
   quick, whole = config.MINUTES
   minutes = quick if config.quick else whole
+  told = lambda n: f'about {n:g} minute{"s" * (n != 1)}'
   parts = []
   if minutes is not None and config.is_default():
-    unit = 'minute' if minutes == 1 else 'minutes'
-    parts.append(f'about {minutes:g} {unit} on two cores')
+    parts.append(f'{told(minutes)} on two cores')
   if quick is not None and not config.quick:
-    parts.append(f'with --quick about {quick:g}')
+    parts.append(f'with --quick {told(quick)}')
   return ', '.join(parts) + '; ' if parts else ''
 
 

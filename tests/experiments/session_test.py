@@ -145,6 +145,24 @@ def test_what_is_done_is_not_done_again(config):
   assert jnp.array_equal(again[1], last[1])
 
 
+def test_a_last_state_that_is_damaged_is_made_anew_beside_the_record(config):
+  """What was written after it keeps its place."""
+  with Session('test', config) as session:
+    last = go(session, keep_state=True)
+    session.write(
+      'summary', least=min(r.get('value', 9.0) for r in session.rows)
+    )
+  before = (session.folder / 'record.jsonl').read_bytes()
+  for file in session.folder.glob('checkpoints/*/**/*'):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:10])
+  with Session('test', resumed(config)) as more:
+    again = go(more, keep_state=True)
+    more.write('summary', least=min(r.get('value', 9.0) for r in session.rows))
+    np.testing.assert_array_equal(again[0], last[0])
+  assert (session.folder / 'record.jsonl').read_bytes() == before
+
+
 def test_a_row_is_written_once_whatever_its_numbers(config):
   row = {'a': float('inf'), 'b': np.float32('nan'), 'c': [1.0, None]}
   for resume in (False, True):
