@@ -259,7 +259,8 @@ class Session:
     if step is None:
       return found
     began = time.perf_counter()
-    piece = pieces.Piece(self._mesh, advance, found, data, tables)
+    with self._listener.held():  # The compiler may not survive an exception.
+      piece = pieces.Piece(self._mesh, advance, found, data, tables)
     compile_seconds = time.perf_counter() - began
     if piece.collectives is not None:
       fields['collectives'] = piece.collectives
