@@ -137,8 +137,8 @@ def row_norms(
 ) -> _conjugate.Preconditioner:
   r"""Scales in which all rows have norm one, by products with random signs.
 
-  .. math:: P_{t+1} = P_t \operatorname{diag} \Big( \tfrac1m \sum_{i=1}^m (A_t
-    z_i)^2 \Big)^{1/2}, \quad A_t = P_t^{-1/2} A P_t^{-1/2}, \quad z_i \in
+  .. math:: P_{t+1} = P_t \operatorname{diag} \left( \tfrac1m \sum_{i=1}^m (A_t
+    z_i)^2 \right)^{1/2}, \quad A_t = P_t^{-1/2} A P_t^{-1/2}, \quad z_i \in
     \{-1, 1\}^n
 
   since :math:`E\, (A z)_j^2 = \sum_l A_{jl}^2`. Choose it over `hutchinson`
