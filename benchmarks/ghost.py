@@ -5,7 +5,7 @@ is `jax.value_and_grad` of the mean loss, ``ghost`` is `optlab.ghost_norms`.
 ``memory`` is the ratio of the compiler's temporaries, ``flops`` that of its
 operations, ``tracing`` that of the CPU time of tracing and lowering (the median
 of three). ``share`` is the part of one device's flops that each of eight does
-in a growing step; in most steps no epoch ends and no permutation is drawn.
+in a growing step that ends an epoch.
 
   python -m benchmarks ghost
 """
@@ -170,8 +170,8 @@ def tracing():
       print(f'{depth:<30} {plain:9.2f} {ghost:9.2f} {ratio:7.2f}', flush=True)
 
 
-def share():
-  """For a network and 4,096 rows that are split over the devices."""
+def shares(size):
+  """By route: for a network and 4,096 rows that are split over the devices."""
 
   def losses(params, batch):
     x, labels = batch
@@ -195,24 +195,24 @@ def share():
   tx = optax.chain(
     optlab.grow_batch(optlab.norm_test(0.5), 512, ROWS), optax.sgd(0.1)
   )
-  # Each device draws the whole permutation, in steps that end an epoch.
-  draw = jax.jit(lambda key: jax.random.permutation(key, ROWS))
-  drawn = draw.lower(keys[0]).compile().cost_analysis()['flops']
-  print(f'{"route, rows in a microbatch":30} share of a device, in most steps')
+  for name, route in ROUTES.items():
+    estimator = optlab.per_example(losses, route, microbatch_size=size)
+    step = jax.jit(optlab.growing_step(estimator, tx))
+    flops = []
+    for rows, place in ((data, lambda tree: tree), (split, on(whole))):
+      state = optlab.growing_init(
+        place(params), estimator, tx, rows, jax.random.key(3)
+      )
+      compiled = step.lower(place(state), rows).compile()
+      flops.append(compiled.cost_analysis()['flops'])
+    yield name, flops[1] / flops[0]
+
+
+def share():
+  print(f'{"route, rows in a microbatch":30} share of a device')
   for size in (128, 256):
-    for name, route in ROUTES.items():
-      estimator = optlab.per_example(losses, route, microbatch_size=size)
-      step = jax.jit(optlab.growing_step(estimator, tx))
-      flops = []
-      for rows, place in ((data, lambda tree: tree), (split, on(whole))):
-        state = optlab.growing_init(
-          place(params), estimator, tx, rows, jax.random.key(3)
-        )
-        compiled = step.lower(place(state), rows).compile()
-        flops.append(compiled.cost_analysis()['flops'])
-      most = (flops[1] - drawn) / (flops[0] - drawn)
-      share = flops[1] / flops[0]
-      print(f'{name + f", {size}":30} {share:17.4f} {most:15.4f}', flush=True)
+    for name, found in shares(size):
+      print(f'{name + f", {size}":30} {found:17.4f}', flush=True)
 
 
 def on(sharding):

@@ -1,7 +1,8 @@
 """A step of every family on eight devices: bytes of the fullest, collectives.
 
 Parameters and tables are split as in fully sharded data parallelism, rows of
-the data over the same devices. Prints a line of JSON; eight virtual devices
+the data over the same devices; and the part of the work of a growing step that
+a device does. Prints a line of JSON; eight virtual devices
 need a process of their own, see `eight_devices_test`.
 """
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import ghost
 import optlab
 from tests.layout import COLLECTIVES
 from tests.layout import bytes_a_device
@@ -149,4 +151,5 @@ if __name__ == '__main__':
     (DEVICES,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
   )
   names = (*PLAIN, *BILEVEL, *LIKELIHOOD, *TABLES)
-  print(json.dumps({name: measure(name) for name in names}))
+  found = {name: measure(name) for name in names}
+  print(json.dumps(found | {'share': dict(ghost.shares(128))}))

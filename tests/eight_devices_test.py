@@ -50,6 +50,8 @@ def test_bytes_and_collectives_of_a_step():
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])
+  # An eighth would be 0.125; merging and the update are of all parameters.
+  assert max(found.pop('share').values()) <= 0.15
   assert found.keys() == STATE_AND_COLLECTIVES.keys()
   adam = found['adam']['before']
   assert adam < 2 * 4 * 4352 / 8 + SCALARS

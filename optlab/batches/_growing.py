@@ -19,6 +19,7 @@ from optlab.batches._growth import next_size
 from optlab.batches._growth import rules_of
 from optlab.batches._layout import Layout
 from optlab.batches._layout import layout_of
+from optlab.batches._layout import permutation
 from optlab.batches._losses import batch_length
 from optlab.batches._rest import REST
 from optlab.batches._rest import Rest
@@ -47,9 +48,9 @@ class GrowingState(NamedTuple):
   epochs: EpochState
 
 
-def _order(key, epoch, shard, length):
+def _order(key, epoch, shard, *args):
   key = jax.random.fold_in(jax.random.fold_in(key, epoch), shard)
-  return jax.random.permutation(key, length).astype(jnp.int32)
+  return permutation(key, *args)
 
 
 @checks.domains(
@@ -246,7 +247,8 @@ def growing_step(
     end = first + taken
 
     def draw(carry):
-      order = _order(epochs.key, epochs.epoch + 1, shard, length)
+      next_epoch = epochs.epoch + 1
+      order = _order(epochs.key, next_epoch, shard, length, data, epochs.layout)
       order = order_after(order, epochs.order, first, end - length)
       return order if axis_name is None else vary(order, axis_name), False
 

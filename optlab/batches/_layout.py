@@ -100,6 +100,47 @@ def like_rows(array: jax.Array, data: base.Batch) -> jax.Array:
   return jax.sharding.reshard(array, sharding)
 
 
+def permutation(
+  key: jax.Array, length: int, data: base.Batch = (), layout: Any = None
+) -> jax.Array:
+  """That of `jax.random.permutation`, whose bits the devices draw together.
+
+  Bits are most of its work. A generator that is not known to give the same
+  ones wherever they are drawn is left to each device.
+
+  Args:
+    key: Typed PRNG key.
+    length: The number n of examples.
+    data: Pytree of arrays with the examples on the leading axes, of which
+      explicit meshes say where they lie.
+    layout: Of the data, where it is known.
+
+  Returns:
+    int32, shape (n,), whole on each device.
+  """
+  sharding = next(filter(None, layout.shardings), None) if layout else None
+  typed = explicit(data)
+  same = str(jax.random.key_impl(key)) == 'threefry2x32'
+  if not (same and getattr(jax.config, 'jax_threefry_partitionable', True)):
+    sharding = typed = None
+  order = jnp.arange(length, dtype=jnp.int32)
+  # Rounds and keys are those of jax.random, which tests compare with this.
+  for _ in range(math.ceil(3 * math.log(max(1, length)) / math.log(2**32 - 1))):
+    key, once = jax.random.split(key)
+    if typed is not None:
+      bits = jax.random.bits(once, (length,), out_sharding=typed)
+      bits = jax.sharding.reshard(bits, typed.update(spec=jax.P()))
+    elif sharding is not None:
+      bits = jax.lax.with_sharding_constraint(
+        jax.random.bits(once, (length,)),
+        sharding.update(spec=jax.P(sharding.spec[0])),
+      )
+    else:
+      bits = jax.random.bits(once, (length,))
+    _, order = jax.lax.sort_key_val(bits, order)
+  return order
+
+
 def strided(leaf: jax.Array, group: Any, groups: int) -> jax.Array:
   """Every ``groups``-th row of an array from row ``group`` on.
 

@@ -88,5 +88,12 @@ def order_after(
     late = xp.empty(len(order), bool)
     late[order] = places >= first
   early = ~late[fresh]
-  chosen = early & (xp.cumsum(early) <= head)
-  return fresh[xp.argsort(~chosen, stable=True)]
+  count = xp.cumsum(early)
+  # The head's examples move to the front, the others behind, in their order.
+  ahead = xp.minimum(count, head)
+  place = xp.where(early & (count <= head), ahead - 1, head + places - ahead)
+  if xp is jnp:
+    return jnp.zeros_like(fresh).at[place].set(fresh, unique_indices=True)
+  moved = xp.empty_like(fresh)
+  moved[place] = fresh
+  return moved

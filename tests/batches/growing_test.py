@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optlab
+from optlab.batches import _layout
 from tests.batches.softmax import N
 from tests.batches.softmax import dataset
 from tests.batches.softmax import losses
@@ -428,3 +429,23 @@ def test_every_device_does_its_part(kind, route, tmp_path):
     state.train.params['w'], expected.train.params['w'], 1e-5, 1e-6
   )
   assert read(state) == read(expected)
+
+
+@pytest.mark.parametrize(
+  'impl, kind', [('threefry2x32', 0), ('threefry2x32', 1), ('rbg', 0)]
+)
+def test_the_permutation_is_that_of_jax(impl, kind):
+  """Also where the devices draw its bits together."""
+  key = jax.random.key(5, impl=impl)
+  kind = list(jax.sharding.AxisType)[kind]
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(kind,))
+  rows = jax.device_put(
+    jnp.zeros((96, 3)), jax.NamedSharding(mesh, jax.P('data'))
+  )
+  layout = _layout.layout_of(rows)
+  with jax.set_mesh(mesh):
+    draw = jax.jit(lambda *args: _layout.permutation(args[0], 96, *args[1:]))
+    found = draw(
+      jax.device_put(key, jax.NamedSharding(mesh, jax.P())), rows, layout
+    )
+  np.testing.assert_array_equal(found, jax.random.permutation(key, 96))
