@@ -40,16 +40,20 @@ def linear(params, rows):
 def estimate_of(rows, route='vmap'):
   moments, inner_products = ROUTES[route]
   estimator = optlab.per_example(linear, moments, inner_products=inner_products)
-  return estimator.estimate(jnp.zeros(rows.shape[1]), (), rows)[0]
+  params = jnp.zeros(rows.shape[1])
+  return jax.jit(lambda rows: estimator.estimate(params, (), rows)[0])(rows)
 
 
 def after_one(test, estimate, batch_size=4, max_batch_size=100, **kwargs):
   rule = optlab.grow_batch(test, batch_size, max_batch_size, **kwargs)
-  updates, state = rule.update(
-    estimate.grads, rule.init(estimate.grads), **estimate.extras
-  )
-  assert updates is estimate.grads
-  return state
+
+  @jax.jit
+  def update(grads, extras):
+    updates, state = rule.update(grads, rule.init(grads), **extras)
+    assert updates is grads
+    return state
+
+  return update(estimate.grads, estimate.extras)
 
 
 def exact_requests(case):

@@ -21,7 +21,8 @@ def losses(params, rows):
 
 
 def estimate_of(route=optlab.batches.vmap_grads, rows=ROWS):
-  return optlab.per_example(losses, route).estimate(PARAMS, (), rows)[0]
+  estimator = optlab.per_example(losses, route)
+  return jax.jit(lambda rows: estimator.estimate(PARAMS, (), rows)[0])(rows)
 
 
 def request(state):
@@ -66,8 +67,9 @@ def test_every_transformation_can_be_injected(name):
   updates = []
   for tx in (injected, plain):
     state = tx.init(PARAMS)
+    update = jax.jit(tx.update)
     for _ in range(2):
-      found, after = tx.update(estimate.grads, state, PARAMS, **extras)
+      found, after = update(estimate.grads, state, PARAMS, **extras)
       assert jax.tree.structure(after) == jax.tree.structure(state)
       state = after
     updates.append(found)

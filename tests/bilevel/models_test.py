@@ -72,7 +72,9 @@ def test_the_numbers_are_those_of_masks_that_lie_in_the_batch(name):
   )  # fmt: skip
   estimator = make(name)
   state, plain = start(estimator), explicit.init(X, Y)
-  estimate = jax.jit(estimator.estimate)
+  estimate, explicit_estimate = map(
+    jax.jit, (estimator.estimate, explicit.estimate)
+  )
   x = X
   for step in range(3):
     key = jax.random.fold_in(KEY, step)
@@ -83,7 +85,7 @@ def test_the_numbers_are_those_of_masks_that_lie_in_the_batch(name):
       (ROWS, mask_of(keys[1])),
       (jnp.stack([ROWS] * STEPS), steps),
     )
-    expected, plain = explicit.estimate(x, plain, batch)
+    expected, plain = explicit_estimate(x, plain, batch)
     result, state = estimate(x, state, batch_of())
     np.testing.assert_allclose(result.value, expected.value, rtol=1e-5)
     np.testing.assert_allclose(

@@ -108,7 +108,7 @@ def test_sampled_blocks_converge_at_a_fixed_point(x64, dual):
     estimator, state, x, data, sampled, 6000
   )
   y = optlab.multi_block.inner_variables(state)
-  y_star = jax.vmap(quadratic.solution, (None, 0))(x, data)
+  y_star = jax.jit(jax.vmap(quadratic.solution, (None, 0)))(x, data)
   assert np.abs(y - y_star).max() < 1e-10
   if dual == 'v2':
     v_star = exact_dual(x, y_star, data)
@@ -121,7 +121,7 @@ def test_sampled_blocks_converge_at_a_fixed_point(x64, dual):
       x, jax.tree.map(lambda leaf: leaf[None], block)
     )
 
-  parts = jax.vmap(part)(data)
+  parts = jax.jit(jax.vmap(part))(data)
   spread = jnp.sqrt(jnp.sum(jnp.var(parts, axis=0)))
   one_mean = spread * np.sqrt((m - sampled) / (sampled * (m - 1)))
   error = grads[2000:] - jnp.mean(parts, axis=0)

@@ -108,6 +108,7 @@ def test_one_context_is_plain_meco():
   params = jax.tree.map(lambda leaf: leaf.astype(float), PARAMS)
   plain, one = optlab.meco(model), optlab.meco(model, contexts=1)
   plain_state, state = plain.init(params), one.init(params)
+  plain_step, step = jax.jit(plain.estimate), jax.jit(one.estimate)
   for seed in range(3):
     batch = some_batch(seed)
     zeros = lambda part: jnp.zeros(part[0].shape, jnp.int8)
@@ -115,8 +116,8 @@ def test_one_context_is_plain_meco():
       contexts=zeros(batch.data), noise_contexts=zeros(batch.noise)
     )
     batch = batch._replace(contexts=None, noise_contexts=None)
-    want, plain_state = plain.estimate(params, plain_state, batch)
-    got, state = one.estimate(params, state, named)
+    want, plain_state = plain_step(params, plain_state, batch)
+    got, state = step(params, state, named)
     for a, b in zip(
       jax.tree.leaves((got, state.info)),
       jax.tree.leaves((want, plain_state.info)),
@@ -218,7 +219,8 @@ def test_tables_split_over_devices(kind, rows_too):
   mesh = jax.make_mesh((2,), ('data',), axis_types=(kind,))
   estimator = optlab.meco(model, contexts=6)
   batch = some_batch(contexts=6)
-  want, one = estimator.estimate(PARAMS, estimator.init(PARAMS), batch)
+  alone = estimator.init(PARAMS)
+  want, one = jax.jit(estimator.estimate)(PARAMS, alone, batch)
   split = jax.NamedSharding(mesh, jax.P('data'))
   with jax.set_mesh(mesh):
     state = estimator.init(PARAMS)
@@ -277,7 +279,7 @@ def test_nce_subtracts_each_row_s_normalizer(method):
   else:
     single = make(normalized)
   params = params._asdict()
-  want, _ = single.estimate(params, single.init(params), plain)
+  want, _ = jax.jit(single.estimate)(params, single.init(params), plain)
   np.testing.assert_allclose(got.value, want.value, rtol=1e-5)
   for name, leaf in want.grads.items():
     np.testing.assert_allclose(getattr(got.grads, name), leaf, rtol=1e-5)
