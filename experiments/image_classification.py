@@ -58,9 +58,14 @@ class Config(devices.Config):
   batches: tuple[str, ...] = flags.flag(
     ('8', '32', '128', '512', 'full')
     + ('norm:0.5', 'norm:1', 'means:1', 'inner:0.5', 'augmented:1'),
-    'Batch sizes, and tests with their constants.',
+    'Batch sizes, and tests with their constants; +memory averages over steps,'
+    ' +root or +linear lets the learning rate follow the batch.',
   )
   first_size: int = flags.flag(8, 'First size of a growing batch.', low=2)
+  decay: float = flags.flag(0.95, "Of a memory's averages.", low=1e-6)
+  shift: int = flags.flag(
+    0, 'Pixels by which a training image is moved at most.', low=0
+  )
   microbatch: int = flags.flag(64, 'Images in a round of the loop.', low=1)
   epochs: int = flags.flag(10, 'Passes over the training images.', low=1)
   learning_rates: tuple[float, ...] = flags.flag(
@@ -243,7 +248,7 @@ def main(config: Config) -> None:
     *data.train, config.valid_size, 'valid', data.classes
   )
   for name in config.batches:  # Errors before hours of work.
-    images.batches(name, config.first_size, len(fit.train[1]))
+    images.batches(name, config.first_size, len(fit.train[1]), config.decay)
   choices = [
     Choice(*pair)
     for pair in itertools.product(config.optimizers, config.batches)

@@ -1,6 +1,7 @@
-"""A small transformer on the characters of a text, with batches that grow.
+"""A small transformer on characters or subwords, with batches that grow.
 
 python -m experiments.language_modeling [--quick] [--data_dir=FILE]
+    [--subwords=1024]
     [--optimizers=adamw,diffgrad] [--batches=16,64,ramp,noise,norm]
 
 Every optimizer and batch rule sees equally many tokens. A constant batch is a
@@ -74,8 +75,11 @@ class Config(flags.Config):
     ('16', '64', 'ramp', 'noise', 'norm'),
     f'Windows of a batch, or a rule: {", ".join(RULES)}.',
   )
+  subwords: int = flags.flag(
+    0, 'Subwords, by pairs joined as often as they occur; 0: characters.', low=0
+  )
   tokens: int = flags.flag(1_000_000, 'Tokens that a run trains on.', low=1)
-  length: int = flags.flag(64, 'Characters of a window.', low=1)
+  length: int = flags.flag(64, 'Characters or subwords of a window.', low=1)
   width: int = flags.flag(64, 'Width of the model.', low=1)
   layers: int = flags.flag(3, 'Layers.', low=1)
   heads: int = flags.flag(2, 'Heads; divides the width.', low=1)
@@ -141,7 +145,7 @@ def rule(config: Config, name: str) -> optlab.batches.Test | None:
 def make_problem(config: Config, text: characters.Text) -> study.Problem:
   """The text as a problem of the study; a call is a token."""
   model = characters.model(
-    len(text.alphabet) + 1, config.length, config.width, config.layers,
+    len(text.alphabet), config.length, config.width, config.layers,
     config.heads, config.dropout,
   )  # fmt: skip
 
@@ -226,7 +230,9 @@ def to_target(
 @launch.program
 def main(config: Config) -> None:
   """Tunes and runs every choice, prints the table and draws the picture."""
-  text = characters.load(config.data_dir, config.length, config.held)
+  text = characters.load(
+    config.data_dir, config.length, config.held, config.subwords
+  )
   check(config, text)
   problem = make_problem(config, text)
   study.check_methods(problem, problem.methods)

@@ -40,6 +40,8 @@ class Batches(NamedTuple):
     moments: Route to the moments.
     inner_products: Route to the inner products.
     grows: Whether the batch may grow.
+    cap: The factor by which it may grow in a step, ``None`` for any.
+    power: Of the batch by which the learning rate follows it.
   """
 
   name: str
@@ -47,18 +49,48 @@ class Batches(NamedTuple):
   size: int
   limit: int
   moments: Any
-  inner_products: Any
-  grows: bool
+  inner_products: Any = None
+  grows: bool = True
+  cap: float | None = None
+  power: float = 0.0
 
 
-def batches(name: str, first_size: int, length: int) -> Batches:
+# How a learning rate follows the batch.
+POWERS = {'root': 0.5, 'linear': 1.0}
+# Test, and routes to the moments and the inner products.
+TESTS: dict[str, tuple[Callable[..., optlab.batches.Test], Any, Any]] = {
+  'norm': (optlab.norm_test, optlab.ghost_norms, None),
+  'means': (optlab.norm_test, optlab.batches.microbatch_means, None),
+  'coordinate': (
+    optlab.batches.coordinate_norm_test, optlab.batches.vmap_grads, None
+  ),
+  'inner': (
+    optlab.inner_product_test, optlab.batches.plain_grads,
+    optlab.batches.jvp_inner_products,
+  ),
+  'augmented': (
+    lambda theta, **memory: optlab.augmented_inner_product_test(
+      theta, theta, **memory
+    ),
+    optlab.ghost_norms, optlab.batches.jvp_inner_products,
+  ),
+  'noise': (optlab.batches.noise_scale, optlab.ghost_norms, None),
+}  # fmt: skip
+
+
+def batches(
+  name: str, first_size: int, length: int, decay: float = 0.95
+) -> Batches:
   """Reads one entry of the flag ``--batches``.
 
   Args:
     name: A constant size, ``full``, or ``TEST:constant`` with TEST one of
-      norm, inner, augmented, coordinate, means (norm test on microbatch means).
+      norm, inner, augmented, coordinate, means (norm test on microbatch means),
+      noise; with ``+memory``, whose batch at most doubles in a step, and
+      ``+root`` or ``+linear``, by which the learning rate follows the batch.
     first_size: Where a growing batch starts.
     length: Examples in the data set.
+    decay: Of averages over steps, for tests with a memory.
 
   Returns:
     The `Batches`.
@@ -67,7 +99,6 @@ def batches(name: str, first_size: int, length: int) -> Batches:
     UserError: It is none of these.
   """
   kind, _, text = name.partition(':')
-  routes: dict[str, Any] = {}
   try:
     if not text:
       size = length if name == 'full' else int(name)
@@ -75,45 +106,41 @@ def batches(name: str, first_size: int, length: int) -> Batches:
         raise flags.UserError(
           f'--batches={name}: a size must be from 2 to the {length} images'
         )
+      plain = optlab.batches.plain_grads
       return Batches(
-        name,
-        optlab.norm_test(1.0),
-        size,
-        size,
-        optlab.batches.plain_grads,
-        None,
-        False,
+        name, optlab.norm_test(1.0), size, size, plain, None, False
       )
-    value = float(text)
-    routes: dict[str, Any] = {
-      'norm': (optlab.norm_test, optlab.ghost_norms, None),
-      'means': (optlab.norm_test, optlab.batches.microbatch_means, None),
-      'coordinate': (
-        optlab.batches.coordinate_norm_test,
-        optlab.batches.vmap_grads,
-        None,
-      ),
-      'inner': (
-        optlab.inner_product_test,
-        optlab.batches.plain_grads,
-        optlab.batches.jvp_inner_products,
-      ),
-      'augmented': (
-        lambda theta: optlab.augmented_inner_product_test(theta, theta),
-        optlab.ghost_norms,
-        optlab.batches.jvp_inner_products,
-      ),
-    }
-    if kind not in routes:
+    value, *words = text.split('+')
+    if kind not in TESTS:
       raise flags.UserError(
-        f'--batches={name}: no test {kind}; there are {", ".join(routes)}'
+        f'--batches={name}: no test {kind}; there are {", ".join(TESTS)}'
       )
-    test, moments, inner_products = routes[kind]
+    unknown = set(words) - {'memory', *POWERS}
+    if unknown or len(POWERS.keys() & set(words)) > 1:
+      raise flags.UserError(
+        f'--batches={name}: after the constant comes +memory, and +root or'
+        ' +linear'
+      )
+    test, moments, inner_products = TESTS[kind]
+    remembers = 'memory' in words or kind == 'noise'
     return Batches(
-      name, test(value), first_size, length, moments, inner_products, True
-    )
+      name, test(float(value), **({'decay': decay} if remembers else {})),
+      first_size, length, moments, inner_products, True,
+      2.0 if remembers else None, sum(POWERS.get(word, 0.0) for word in words),
+    )  # fmt: skip
   except ValueError as error:
     raise flags.UserError(f'--batches={name}: {error}') from error
+
+
+def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Moves each image by at most so many pixels either way, by a key each."""
+
+  def move(image, key):
+    start = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+    around = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
+    return jax.lax.dynamic_slice(around, (*start, 0), image.shape)
+
+  return jax.vmap(move)
 
 
 def problem(
@@ -184,8 +211,13 @@ def entry(
   optimizer, rule_name = name.split(', ')
   if rule_name.isdigit():  # A growing batch's average, while rates are tuned.
     rule_name = str(min(int(rule_name), length))
-  rule = batches(rule_name, config.first_size, length)
+  rule = batches(rule_name, config.first_size, length, config.decay)
   microbatch, route = config.microbatch, rule.moments
+  losses = model.losses
+  if config.shift:
+    losses = lambda params, batch, keys: model.losses(
+      params, (shifted(config.shift)(batch[0], keys), batch[1])
+    )
   if route is optlab.batches.microbatch_means:
     microbatch = min(microbatch, rule.size // 2)
   else:
@@ -193,16 +225,20 @@ def entry(
       losses, params, *devices.split(rows)
     )
   estimator = optlab.per_example(
-    model.losses, route, inner_products=rule.inner_products,
-    microbatch_size=min(microbatch, rule.limit),
+    losses, route, inner_products=rule.inner_products,
+    microbatch_size=min(microbatch, rule.limit), has_key=bool(config.shift),
   )  # fmt: skip
 
   def make(rate):
-    # A constant batch would only watch: it pays for no moments.
-    grow = optax.identity()
-    if rule.grows:
-      grow = optlab.grow_batch(rule.test, rule.size, rule.limit)
-    return optax.chain(grow, OPTIMIZERS[optimizer](rate))
+    if not rule.grows:  # It would only watch: it pays for no moments.
+      return OPTIMIZERS[optimizer](rate)
+    grow = optlab.grow_batch(
+      rule.test, rule.size, rule.limit, growth_cap=rule.cap
+    )
+    follow = optax.inject_hyperparams(OPTIMIZERS[optimizer])(
+      optlab.batches.batch_learning_rate(rate, rule.size, power=rule.power)
+    )
+    return optax.chain(grow, follow)
 
   def state_of(run):
     size = optax.tree.get(run.train.opt_state, 'batch_size', rule.size)
@@ -211,9 +247,10 @@ def entry(
   def start(key, rate, seed, data):
     del seed
     keys = jax.random.split(key)
+    noise = [jax.random.fold_in(key, 2)] if config.shift else []
     return state_of(
       optlab.growing_init(
-        model.start(keys[0]), estimator, make(rate), data[0], keys[1]
+        model.start(keys[0]), estimator, make(rate), data[0], keys[1], *noise
       )
     )
 

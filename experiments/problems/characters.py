@@ -1,4 +1,4 @@
-"""Characters of a text, and a small transformer that reads them.
+"""Characters or subwords of a text, and a small transformer that reads them.
 
 The default text needs no file: the reference of the Python language as Python
 itself carries it, half a million characters of English.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import gzip
 import pathlib
 import pydoc_data.topics
+import re
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -19,24 +20,25 @@ import optax
 from ..lab import flags
 
 MAX_CHARACTERS = 255  # The rest of the alphabet counts as one.
+OTHER = '\ufffd'
 
 
 class Text(NamedTuple):
-  """Windows of a text; the characters by number.
+  """Windows of a text; the characters or subwords by number.
 
   Attributes:
     name: Of its source.
     train: int32 [windows, length + 1].
     valid: For choosing rates.
     test: For what is reported.
-    alphabet: The characters; the last number stands for all others.
+    alphabet: The characters, `OTHER` for all others, and the subwords.
   """
 
   name: str
   train: np.ndarray
   valid: np.ndarray
   test: np.ndarray
-  alphabet: str
+  alphabet: tuple[str, ...]
 
 
 def read(data_dir: str) -> tuple[str, str]:
@@ -62,14 +64,83 @@ def read(data_dir: str) -> tuple[str, str]:
   return path.name, '\n'.join(parts)
 
 
-def load(data_dir: str, length: int, held: int) -> Text:
+def join_pairs(
+  codes: np.ndarray, counts: np.ndarray, alphabet: list[str], size: int
+) -> np.ndarray:
+  """Byte-pair encoding: joins the commonest pair until there are so many codes.
+
+  Sennrich, Haddow, Birch, *Neural Machine Translation of Rare Words with
+  Subword Units*, 2016, https://arxiv.org/abs/1508.07909.
+
+  Args:
+    codes: Words, one after the other, -1 behind each.
+    counts: How often the word of each code occurs.
+    alphabet: What the codes stand for, to which the pairs are added.
+    size: Its length at the end; less where no pair occurs twice.
+
+  Returns:
+    The codes of the same words.
+  """
+  while len(alphabet) < size:
+    first, second = codes[:-1], codes[1:]
+    inside = (first >= 0) & (second >= 0)
+    pairs = np.bincount((first * size + second)[inside], counts[:-1][inside])
+    if not len(pairs) or np.max(pairs) < 2:
+      break
+    a, b = divmod(int(np.argmax(pairs)), size)
+    at = np.flatnonzero((first == a) & (second == b))
+    if a == b:  # From the left, where they overlap.
+      place = np.arange(len(at))
+      begins = np.append(True, np.diff(at) > 1)
+      begun = np.maximum.accumulate(np.where(begins, place, 0))
+      at = at[(place - begun) % 2 == 0]
+    codes = codes.copy()
+    codes[at] = len(alphabet)
+    codes, counts = np.delete(codes, at + 1), np.delete(counts, at + 1)
+    alphabet.append(alphabet[a] + alphabet[b])
+  return codes
+
+
+def encode(text: str, subwords: int) -> tuple[np.ndarray, tuple[str, ...]]:
+  """A text by numbers, and what they stand for.
+
+  Args:
+    text: The text.
+    subwords: How many numbers there are; 0 for characters alone. Pairs are
+      learned from the first half, of which nothing is held out.
+
+  Returns:
+    Numbers, and the alphabet of `Text`.
+  """
+  seen, counts = np.unique(np.array(list(text)), return_counts=True)
+  common = np.sort(seen[np.argsort(-counts, kind='stable')[:MAX_CHARACTERS]])
+  alphabet = [*map(str, common), OTHER]
+  number = {letter: i for i, letter in enumerate(alphabet)}
+  spell = lambda word: [number.get(letter, len(common)) for letter in word]
+  if not subwords:
+    return np.array(spell(text)), tuple(alphabet)
+  parts = re.findall(r' ?\S+|\s', text)
+  words, places = np.unique(parts, return_inverse=True)
+  begun = np.cumsum([len(part) for part in parts]) <= len(text) // 2
+  often = np.bincount(places[begun], minlength=len(words))
+  spelled = [[*spell(word), -1] for word in words]
+  codes = join_pairs(
+    np.concatenate(spelled), np.repeat(often, [len(word) for word in spelled]),
+    alphabet, subwords,
+  )  # fmt: skip
+  each = np.split(codes, np.flatnonzero(codes < 0) + 1)
+  return np.concatenate([each[i][:-1] for i in places]), tuple(alphabet)
+
+
+def load(data_dir: str, length: int, held: int, subwords: int = 0) -> Text:
   """Cuts a text into windows that do not overlap.
 
   Args:
     data_dir: A text file, a folder of such, or nothing for Python's reference.
-    length: Characters that are predicted in a window.
+    length: Characters or subwords that are predicted in a window.
     held: Windows of the validation part, and of the test part, which are
       contiguous stretches before the end and at the end.
+    subwords: How many there are, the characters among them; 0 for these alone.
 
   Returns:
     A `Text`.
@@ -78,19 +149,17 @@ def load(data_dir: str, length: int, held: int) -> Text:
     UserError: There is no such text, or too little of it.
   """
   name, text = read(data_dir)
-  seen, counts = np.unique(np.array(list(text)), return_counts=True)
-  common = np.sort(seen[np.argsort(-counts, kind='stable')[:MAX_CHARACTERS]])
-  number = {letter: i for i, letter in enumerate(common)}
-  codes = np.array([number.get(letter, len(common)) for letter in text])
+  codes, alphabet = encode(text, subwords)
   windows = len(codes) // (length + 1)
   if windows < 4 * held:
     raise flags.UserError(
-      f'--data_dir={data_dir}: {windows} windows of {length} characters, and'
-      f' {4 * held} are needed to hold {held} out twice'
+      f'--data_dir={data_dir}: {windows} windows of {length}'
+      f' {"subwords" if subwords else "characters"}, and {4 * held} are needed'
+      f' to hold {held} out twice'
     )
   rows = codes[: windows * (length + 1)].reshape(windows, length + 1)
   train, valid, test = np.split(rows.astype(np.int32), [-2 * held, -held])
-  return Text(name, train, valid, test, ''.join(map(str, common)))
+  return Text(name, train, valid, test, alphabet)
 
 
 class Block(nnx.Module):

@@ -74,6 +74,10 @@ def _with_a_square(g, real):
   coordinate again.
   """
   largest = 0.25 * float(jnp.finfo(real).max) ** 0.5
+  if not jnp.iscomplexobj(g):
+    # No division: XLA would give it a loop of its own, and read its output in
+    # both moments (2.5 times Adam's time in place of 1.7).
+    return jnp.where(jnp.isfinite(g), jnp.clip(g, -largest, largest), g)
   size = jnp.abs(g)
   return jnp.where(jnp.isfinite(size) & (size > largest), g / size * largest, g)
 

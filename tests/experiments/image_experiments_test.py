@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 
 import jax
@@ -116,13 +117,51 @@ def test_a_run_of_growing_batches_resumes(config):
     ('norm:0', 'eta must be in'),
     ('norm:small', 'could not convert'),
     ('random:1', 'no test random; there are norm, means, coordinate'),
+    ('norm:1+often', r'after the constant comes \+memory, and \+root or'),
+    ('norm:1+root+linear', r'after the constant comes \+memory, and \+root or'),
   ],
 )
 def test_bad_batches_are_one_line(config, batches, message):
   with pytest.raises(
-    flags.UserError, match=f'--batches={batches}: .*{message}'
+    flags.UserError, match=f'--batches={re.escape(batches)}: .*{message}'
   ):
     image_classification.main(dataclasses.replace(config, batches=(batches,)))
+
+
+def test_words_behind_a_test_give_it_a_memory_and_couple_the_rate():
+  for text, remembers, power in (
+    ('norm:1', False, 0.0), ('norm:1+memory+root', True, 0.5),
+    ('inner:0.5+linear', False, 1.0), ('augmented:1+memory', True, 0.0),
+    ('noise:1', True, 0.0),
+  ):  # fmt: skip
+    rule = images.batches(text, 8, 100)
+    memory = jax.tree.leaves(rule.test.init(jnp.zeros(3)))
+    assert bool(memory) == remembers, text
+    assert rule.cap == (2.0 if remembers else None)
+    assert rule.power == power
+
+
+def test_shifted_images_are_the_same_ones_elsewhere():
+  image = np.zeros((1, 5, 5, 1), np.float32)
+  image[0, 2, 2] = 1.0
+  keys = jax.random.split(jax.random.key(0), 64)
+  many = images.shifted(2)(jnp.repeat(image, 64, 0), keys)
+  np.testing.assert_array_equal(np.sum(many, (1, 2, 3)), 1.0)
+  assert len(np.unique(many, axis=0)) > 15  # Of 25 places.
+
+
+def test_a_moved_image_reaches_the_step(config):
+  config = dataclasses.replace(config, shift=1)
+  data = image_classifiers.load('digits', '', config.test_size, np.float32)
+  problem = images.problem(config, data, ('adam, norm:1+memory+linear',))
+  entry = problem.entry(problem.methods[0])
+
+  def run(key):
+    start = entry.start(key, 0.1, 0, problem.data)
+    return start, entry.step(start, key, 0.1, problem.data)
+
+  before, after = jax.eval_shape(run, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
 
 
 def test_bad_splits_are_one_line(config):

@@ -40,6 +40,22 @@ def test_windows_do_not_overlap_and_are_held_out(folder):
   assert len(python) > 400_000
 
 
+def test_subwords_spell_the_text(folder):
+  raw = (folder / 'text.txt').read_text()
+  text = characters.load(str(folder), 8, 10, 40)
+  assert len(text.alphabet) == 40
+  whole = np.concatenate([text.train, text.valid, text.test])
+  assert raw.startswith(''.join(text.alphabet[i] for i in whole.reshape(-1)))
+  # Fewer than the characters; no pair that occurs once.
+  assert whole.size < 0.8 * len(raw)
+  used, _ = characters.encode('aaaaa aaaa b' * 2, 50)
+  assert list(used) == list(characters.encode('aaaaa aaaa b' * 2, 50)[0])
+  alphabet = characters.encode('aaaaa aaaa b' * 2, 50)[1]
+  assert alphabet[:5] == (' ', 'a', 'b', characters.OTHER, 'aa')
+  assert ''.join(alphabet[i] for i in used) == 'aaaaa aaaa b' * 2
+  assert len(alphabet) < 50
+
+
 def test_the_transformer_sees_the_past_alone_and_its_norms_are_exact():
   model = characters.model(5, 6, 8, 2, 2, 0.2)
   params = model.start(jax.random.key(0))
