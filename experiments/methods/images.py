@@ -213,7 +213,7 @@ def entry(
     rule_name = str(min(int(rule_name), length))
   rule = batches(rule_name, config.first_size, length, config.decay)
   microbatch, route = config.microbatch, rule.moments
-  losses = model.losses
+  losses: Any = model.losses
   if config.shift:
     losses = lambda params, batch, keys: model.losses(
       params, (shifted(config.shift)(batch[0], keys), batch[1])
