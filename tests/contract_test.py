@@ -195,31 +195,6 @@ def test_jit_scan_vmap_and_donation_agree_and_the_loss_falls(row):
 
 
 @over_rows
-def test_sharded_batch_gives_the_same_numbers(row):
-  if not row.shard:
-    return
-  mesh = jax.make_mesh((2,), ('data',))
-
-  def spread_batch(batch):
-    if callable(row.shard):
-      specs = row.shard(batch)
-    else:
-      specs = jax.tree.map(lambda leaf: jax.P('data'), batch)
-    shardings = jax.tree.map(lambda p: jax.NamedSharding(mesh, p), specs)
-    return jax.device_put(batch, shardings)
-
-  _, alone, _ = setup(row, tree_params())
-  step, state, _ = setup(row, tree_params())
-  spread = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
-  # Not `compiled`, which another test asks to have compiled once.
-  jitted = jax.jit(step)
-  for batch in batches(row, 2):
-    alone, _ = compiled(row.name)(alone, batch)
-    spread, _ = jitted(spread, spread_batch(batch))
-  assert_close(spread, alone, 1e-4, 1e-5)
-
-
-@over_rows
 def test_resumes_bit_for_bit_from_orbax(row, tmp_path):
   jitted = compiled(row.name)
   _, state, _ = setup(row, tree_params())

@@ -78,12 +78,26 @@ def test_the_step_exports_for_cpu_cuda_and_tpu(row):
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
 
 
+def split(row, batch):
+  """How a row's batch may be split."""
+  if callable(row.shard):
+    return row.shard(batch)
+  return jax.tree.map(
+    lambda leaf: jax.P('data') if row.shard else jax.P(), batch
+  )
+
+
 @over_rows
-def test_the_state_lies_where_the_parameters_lie(row):
-  if row.name in FLATTENING:
-    return
+def test_split_over_devices_the_numbers_and_the_layout_stay(row):
+  """Parameters, inner variables and batch, each over both devices."""
+  mesh = mesh_of(AUTO)
   estimator, tx = row.make(row.hyper)
-  params = laid_out(mesh_of(AUTO))
+  if row.name in FLATTENING:
+    params = jax.device_put(
+      contract.tree_params(), jax.NamedSharding(mesh, jax.P())
+    )
+  else:
+    params = laid_out(mesh)
   inner = jax.tree.map(spread, row.inner(jnp.float32))
   state = optlab.init(params, estimator, tx, *inner)
   where = {
@@ -91,19 +105,24 @@ def test_the_state_lies_where_the_parameters_lie(row):
     for leaf in jax.tree.leaves((params, inner))
     if leaf.ndim
   }
+  _, alone, _ = contract.setup(row, contract.tree_params())
+  # Not `compiled`, which another test asks to have compiled once.
   step = jax.jit(optlab.train_step(estimator, tx))
-  after, _ = step(state, row.batch(jax.random.key(0), jnp.float32))
-  for stage in (state, after):
+  stages = [state]
+  for batch in contract.batches(row, 2):
+    alone, _ = contract.compiled(row.name)(alone, batch)
+    shardings = jax.tree.map(
+      lambda spec: jax.NamedSharding(mesh, spec), split(row, batch)
+    )
+    state, _ = step(state, jax.device_put(batch, shardings))
+    stages.append(state)
+  for stage in stages if row.name not in FLATTENING else ():
     for path, leaf in jax.tree.leaves_with_path(stage):
       if leaf.shape in where and jnp.issubdtype(leaf.dtype, jnp.inexact):
         assert leaf.sharding.is_equivalent_to(where[leaf.shape], leaf.ndim), (
           jax.tree_util.keystr(path)
         )
-  plain, _ = contract.compiled(row.name)(
-    optlab.init(contract.tree_params(), estimator, tx, *row.inner(jnp.float32)),
-    row.batch(jax.random.key(0), jnp.float32),
-  )
-  contract.assert_close(after, plain, 1e-4, 1e-5)
+  contract.assert_close(state, alone, 1e-4, 1e-5)
 
 
 @over_transformations
@@ -154,12 +173,8 @@ def test_an_explicit_mesh_gives_the_same_numbers(row):
     )
     step = jax.jit(step)
     for batch in data:
-      specs = (
-        row.shard(batch)
-        if callable(row.shard)
-        else jax.tree.map(lambda leaf: jax.P('data'), batch)
-      )
-      state, _ = step(state, jax.tree.map(jax.device_put, batch, specs))
+      placed = jax.tree.map(jax.device_put, batch, split(row, batch))
+      state, _ = step(state, placed)
   contract.assert_close(state, alone, 1e-4, 1e-5)
 
 
