@@ -107,7 +107,8 @@ def grow_batch(
   Raises:
     TypeError: ``test`` is not a function, or a size not an integer.
     ValueError: ``batch_size`` is below 2 or above ``max_batch_size``,
-      ``growth_cap`` not above 1, or a size no multiple of ``multiple_of``.
+      ``growth_cap`` not above 1, or a size no multiple of ``multiple_of``; in
+      ``update``, ``test`` requests an array of sizes.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -267,6 +268,11 @@ def _ask(test, updates, grad, state, extras):
       ' layers=True).'
     ) from error
   finite = _is_finite(grads, extras)
+  if jnp.ndim(requested):
+    raise ValueError(
+      'test must request one size, a scalar, got an array of shape'
+      f' {jnp.shape(requested)}: take its largest.'
+    )
   requested = jnp.asarray(requested, state.info.requested_size.dtype)
   return (
     jnp.where(finite, requested, jnp.nan),

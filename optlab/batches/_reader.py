@@ -96,12 +96,12 @@ class Reader:
         f' first, got {like} in {where}.'
       )
     for path, leaf in jax.tree.leaves_with_path(chunk.rows):
-      numbers = jnp.issubdtype(leaf.dtype, np.inexact)
-      if self._finite and numbers and not np.all(np.isfinite(leaf)):
+      fault = _fault(leaf, self._finite)
+      if fault:
         raise ValueError(
-          f'source must yield finite numbers, got others in {where}'
-          f'{jax.tree_util.keystr(path)}: leave such examples out, or pass'
-          ' finite=False.'
+          f'source must yield {fault} in {where}{jax.tree_util.keystr(path)}:'
+          ' leave such examples out'
+          + (', or pass finite=False.' if 'finite' in fault else '.')
         )
 
   def _next(self):
@@ -195,3 +195,17 @@ class Reader:
     self._cancel()
     if self._thread is not None:
       self._thread.shutdown(wait=False)
+
+
+def _fault(leaf: np.ndarray, finite: bool) -> str:
+  """What is wrong with an array on its way to the device, or nothing."""
+  if not jnp.issubdtype(leaf.dtype, np.number) and leaf.dtype != bool:
+    return f'numbers, got {leaf.dtype}'
+  there = jax.dtypes.canonicalize_dtype(leaf.dtype)
+  with np.errstate(over='ignore'):
+    arrived = leaf.astype(there)
+  if jnp.issubdtype(there, np.inexact):
+    lost = finite and not np.all(np.isfinite(arrived))
+    return 'finite numbers, got others' if lost else ''
+  same = there == leaf.dtype or np.array_equal(arrived, leaf)
+  return '' if same else f'integers within {there}, got others'

@@ -89,8 +89,10 @@ def stream(
       ``sharding``, ``prefetch`` is below 0, or ``sharding`` not over all of
       several processes. In ``take``: a size below 1 or above
       ``microbatch_size``; the source is empty, yields examples of other
-      shapes or dtypes than its first ones, or what is not finite. In ``seek``:
-      the source has been read and cannot begin again, or ends too early.
+      shapes or dtypes than its first ones, or what the device would not have as
+      finite numbers (1e300, or 2^40 as an integer, without 64 bits). In
+      ``seek``: the source has been read and cannot begin again, or ends too
+      early.
     EOFError: In ``take``, the source has ended: no example is lost, and as many
       as are left can be taken.
 

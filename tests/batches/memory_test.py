@@ -113,6 +113,18 @@ def test_schedules_follow_the_samples():
   _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
   _, state = rule.update(jnp.ones(2), state)
   assert state.batch_size == 32
+  for wrong in (-5.0, jnp.nan):
+    rule = optlab.grow_batch(
+      optlab.batches.size_schedule(lambda n, w=wrong: w), 4, 8
+    )
+    _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
+    assert state.batch_size == 4
+  several = optlab.batches.size_schedule(lambda n: jnp.ones(2) * n)
+  rule = optlab.grow_batch(several, 4, 8)
+  with pytest.raises(
+    ValueError, match=r'one size, a scalar, got.*\(2,\): take'
+  ):
+    rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
 
 
 def rates(rate, rule, steps, optimizer=optax.sgd):

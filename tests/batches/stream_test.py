@@ -241,12 +241,24 @@ def test_bad_examples_are_named_and_the_rest_goes_on(prefetch):
     (double, r'one shape and dtype.*float64.*item 1 of pass 0'),
     ((good['x'],), 'one shape and dtype'),
     ({'x': np.float32(1.0)}, 'examples on its leading axis'),
+    ({'x': np.ones((0, 2), np.float32)}, 'at least one example'),
   ):
     stream = optlab.batches.stream([good, bad, good], 3, prefetch=prefetch)
     stream.take(3)
     with pytest.raises(ValueError, match=match):
       stream.take(3)
     assert stream.take(3).size == 3
+    stream.close()
+  # What a device without 64 bits would make of a number counts.
+  for item, match in (
+    (np.array([1.0, 1e300]), 'finite numbers, got others in item 0'),
+    (np.array([1, 2**40]), 'integers within int32, got others in item 0'),
+    (np.array([1, None]), 'numbers, got object in item 0'),
+    (np.array(['a', 'b']), 'numbers, got <U1 in item 0'),
+  ):
+    stream = optlab.batches.stream([item], 2, prefetch=prefetch)
+    with pytest.raises(ValueError, match=match):
+      stream.take(2)
     stream.close()
   stream = optlab.batches.stream([good, nan], 6, finite=False)
   assert np.isnan(stream.take(6).examples['x']).sum() == 6
