@@ -23,6 +23,14 @@ from experiments.lab import stopping
 from experiments.lab.session import Session
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_heard():
+  """Also where the tests themselves are started by nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(flags.Config):
   rate: float = flags.flag(0.1, 'Rate.')
