@@ -1,6 +1,5 @@
 """Steps of the lower level at a fixed upper variable."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,9 +9,6 @@ import optax
 from optlab import base
 from optlab import trees
 from optlab.bilevel import _problem
-
-_FAR = 1e4  # Where a probe starts: what any dtype holds.
-_GATHERED = 8  # Updates of a probe where the first is zero.
 
 
 def check_step_samples(batches: base.Batch, count: int, name: str) -> None:
@@ -180,79 +176,3 @@ def lower_round(
     of=of,
     **options,
   )
-
-
-def check_free(optimizer: Any, inner: base.Params) -> None:
-  """Raises a ``ValueError`` for an optimizer that does not leave y free.
-
-  A probe of one number for each leaf tries gradients at zero: of either sign,
-  which a half-space holds, and of twice the size; and none far off, from where
-  a projection comes back, and weight decay a little. Of steps that follow the
-  gradient's size any decay is refused; where they do not (adam, lion) y* moves
-  by the decay times the gradients' noise, and a small one passes. What the
-  probe cannot see (sets of another shape, rates that are tracers) the steps may
-  see.
-  """
-  try:
-    # Under jit too, the probe has numbers.
-    with jax.ensure_compile_time_eval():
-      look = functools.partial(_probe, optimizer, inner, 1)
-      if not any(look(0.0, 1.0)):
-        # Steps are gathered, or a rate begins at zero.
-        look = jax.jit(functools.partial(_probe, optimizer, inner, _GATHERED))
-      up, down, twice, above, below = (
-        [float(move) for move in look(*at)]
-        for at in (
-          (0.0, 1.0), (0.0, -1.0), (0.0, 2.0), (_FAR, 0.0), (-_FAR, 0.0),
-        )
-      )  # fmt: skip
-  except Exception:
-    return  # A probe must not ask more than a run does.
-  reason = None
-  if [move != 0 for move in up] != [move != 0 for move in down]:
-    reason = (
-      'holds it where the gradient has one sign (as'
-      ' optax.keep_params_nonnegative does)'
-    )
-  elif any(abs(move) > 0.5 * _FAR for move in above + below):
-    reason = 'brings it back from far off without a gradient (a projection)'
-  elif any(map(_decays, up, twice, above, below)):
-    raise ValueError(
-      'lower_optimizer must not decay y, got one that moves it to zero without'
-      ' a gradient (weight decay): y* is then not that of lower, and the'
-      ' formula of the hypergradient wrong. Set weight_decay=0 and write the'
-      ' penalty into lower, or take unrolled.'
-    )
-  if reason is not None:
-    raise ValueError(
-      f'lower_optimizer must leave y free, got one that {reason}: the'
-      ' formula of the hypergradient is wrong there. Declare the constraint by'
-      ' lower_map=optlab.bilevel.proximal_map(...), or take unrolled.'
-    )
-
-
-def _probe(optimizer, inner, updates, start, grad):
-  """The longest of so many moves of each leaf."""
-  fill = lambda number: jax.tree.map(
-    lambda leaf: jnp.full((1,) * jnp.ndim(leaf), number, leaf.dtype), inner
-  )
-  probe, grad = fill(start), fill(grad)
-  state, moves = optimizer.init(probe), []
-  for _ in range(updates):
-    moved, state = optimizer.update(
-      grad, state, probe, value=jnp.zeros(()), grad=grad,
-      value_fn=lambda y: jnp.zeros(()),
-    )  # fmt: skip
-    moves.append([jnp.reshape(leaf, ()) for leaf in jax.tree.leaves(moved)])
-  longest = lambda leaf: leaf[jnp.argmax(jnp.abs(leaf))]
-  return [longest(jnp.stack(leaf)) for leaf in zip(*moves, strict=True)]
-
-
-def _decays(up, twice, above, below):
-  """Whether a leaf is drawn to zero without a gradient, by too much."""
-  if not above < 0 < below or up == 0:
-    return False
-  follows = abs(twice) > 1.5 * abs(up)
-  # The decay of a step over what a gradient of one moves.
-  strength = -above / _FAR / abs(up)
-  return strength > (0 if follows else 1.5e-3)

@@ -10,7 +10,7 @@ from optlab import checks
 from optlab import estimators
 from optlab import trees
 from optlab.bilevel import _dual
-from optlab.bilevel import _lower
+from optlab.bilevel import _free
 from optlab.bilevel import _problem
 
 
@@ -72,7 +72,7 @@ def init_state(
     checks.check_real_params(name, tree)
   inner = trees.own(inner)
   if problem.lower_map is None and dual:
-    _lower.check_free(problem.optimizer, inner)
+    _free.check_free(problem.optimizer, inner)
   z = trees.zeros_accumulator(inner) if dual else ()
   # Not one zero twice: a buffer can be donated once.
   zero = lambda dtype: jnp.zeros((), dtype)

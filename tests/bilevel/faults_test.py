@@ -293,13 +293,6 @@ def test_a_lower_optimizer_that_keeps_a_half_space_is_refused(name, optimizer):
 
 
 def test_other_constraints_are_told_by_ok():
-  def clipped(rate, low, high):
-    def update(updates, state, params):
-      moved = lambda u, p: jnp.clip(p - rate * u, low, high) - p
-      return jax.tree.map(moved, updates, params), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-
   target = jnp.array([2.0, 0.3, -0.4])
   lower = lambda x, y, batch: 0.5 * jnp.sum((y - x * target) ** 2)
   upper = lambda x, y, batch: jnp.sum(y**2)
@@ -309,43 +302,84 @@ def test_other_constraints_are_told_by_ok():
   tree = {'a': jnp.zeros(3), 'b': jnp.zeros(3)}
   apart = lambda f: lambda x, y, batch: f(x, y['a'] + y['b'], batch)
   for name, make in FORMULA.items():
-    with pytest.raises(ValueError, match='lower_optimizer must leave y free'):
-      make(upper, lower, clipped(0.1, -0.5, 0.5), 0.1).init(X, Y)
-    # Tracers of rates cannot be probed: seen in the run.
-    low = lambda rate, make=make: (
-      run(make(upper, lower, clipped(rate, 0.0, 9.0), 0.1), X, Y, 60)[0].info.ok
-    )
-    assert not jax.vmap(low)(jnp.array([0.1, 0.2])).any(), name
     held = make(apart(upper), apart(lower), frozen, 0.1)
     assert not run(held, X, tree, 5)[0].info.ok, name
 
 
-@pytest.mark.parametrize('name', ['ball', 'sphere', 'plane', 'simplex'])
-def test_projections_that_move_all_numbers_are_refused(name):
-  """No number stands still there, and none has a sign of its own."""
-  project = {
-    'ball': lambda y: optax.projections.projection_l2_ball(y, 0.5),
-    'sphere': optax.projections.projection_l2_sphere,
-    'plane': lambda y: y - jnp.mean(y),
-    'simplex': optax.projections.projection_simplex,
-  }[name]
+def projected(project, optimizer=SGD):
+  """An optimizer whose steps end where ``project`` puts them."""
 
   def update(updates, state, params):
     moved = project(optax.apply_updates(params, updates))
     return jax.tree.map(jnp.subtract, moved, params), state
 
-  kept = optax.chain(
-    SGD, optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-  )
-  upper, lower = quadratic(np.eye(3))
+  last = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  return optax.chain(optimizer, last)
+
+
+PLANE = np.float32([1.0, -1.0, 0.0, 0.5, 2.0])
+KEPT = {
+  'ball': lambda y: optax.projections.projection_l2_ball(y, 0.5),
+  'sphere': optax.projections.projection_l2_sphere,
+  'sum': lambda y: y - jnp.mean(y),
+  'simplex': optax.projections.projection_simplex,
+  'box of arrays': lambda y: jnp.clip(y, -np.arange(5.0), 2.0),
+  'plane': lambda y: y - PLANE * (PLANE @ y) / 6.25,
+  'half-space': lambda y: y - PLANE * jnp.maximum(PLANE @ y - 1, 0) / 6.25,
+  'order': jnp.sort,
+  'integers': jnp.round,
+  'threshold': lambda y: jnp.sign(y) * jnp.maximum(jnp.abs(y) - 1e-3, 0),
+}
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_projections_that_move_all_numbers_are_refused(name):
+  """Under jit and vmap too, with rates that are tracers, and with Adam."""
+  upper, lower = quadratic(np.eye(5))
+  x, y = jnp.ones(5), jnp.zeros(5)
+  refused = pytest.raises(ValueError, match='must (leave y free|not decay y), ')
+
+  def init(rate, make=optlab.soba, steps=optax.sgd):
+    kept = projected(KEPT[name], steps(rate))
+    return make(upper, lower, kept, 0.1).init(x, y).step
+
   for make in (*FORMULA.values(), srba):
-    with pytest.raises(ValueError, match='leave y free, got one that brings'):
-      make(upper, lower, kept, 0.1).init(X, Y)
-  if name == 'ball':
-    with pytest.raises(ValueError, match='leave y free, got one that brings'):
-      optlab.soba(upper, lower, optax.MultiSteps(kept, 3), 0.1).init(X, Y)
-  optlab.unrolled(upper, lower, kept).init(X, Y)
-  bilevel.f2sa(upper, lower, kept, 10.0).init(X, Y)
+    with refused:
+      init(0.1, make)
+  for look in (
+    lambda: init(0.1, steps=optax.adam),
+    lambda: jax.jit(init)(0.1),
+    lambda: jax.vmap(init)(jnp.array([0.1, 0.2])),
+  ):
+    with refused:
+      look()
+  kept = projected(KEPT[name])
+  optlab.unrolled(upper, lower, kept).init(x, y)
+  bilevel.f2sa(upper, lower, kept, 10.0).init(x, y)
+
+
+def test_an_optimizer_that_cannot_be_tried_is_refused():
+  """What a probe does not know is not free."""
+
+  def update(updates, state, params):
+    del params
+    return jax.tree.map(lambda u: u[:2], updates), state
+
+  cut = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  upper, lower = quadratic(np.eye(3))
+  with pytest.raises(ValueError, match='must have steps that can be tried'):
+    optlab.soba(upper, lower, cut, 0.1).init(X, Y)
+  # A rate that begins at zero is no reason to look no further.
+  late = optax.join_schedules(
+    [optax.constant_schedule(0.0), optax.constant_schedule(0.1)], [100]
+  )
+  decay = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(late))
+  with pytest.raises(ValueError, match='must not decay y'):
+    optlab.soba(upper, lower, decay, 0.1).init(X, Y)
+  optlab.soba(upper, lower, optax.sgd(late), 0.1).init(X, Y)
+  several = optax.MultiSteps(projected(KEPT['ball']), 3)
+  with pytest.raises(ValueError, match='leave y free, got one that brings'):
+    optlab.soba(upper, lower, several, 0.1).init(X, Y)
 
 
 def test_a_lower_optimizer_that_decays_weights_is_refused():
@@ -370,6 +404,7 @@ def test_free_optimizers_are_not_refused_and_ok():
   warmup = optax.linear_schedule(0.0, 0.1, 10)
   for optimizer in (
     optax.adamw(0.1),
+    optax.contrib.prodigy(0.1),
     optax.sgd(warmup, momentum=0.9, nesterov=True),
     optax.chain(optax.clip(0.1), optax.sgd(0.1)),
     optax.MultiSteps(optax.sgd(0.1), 3),
