@@ -1,125 +1,128 @@
-"""optlab's hypergradient estimators as a solver of benchmark_bilevel.
+"""optlab's estimators as a solver of benchopt/benchmark_bilevel.
 
-To run it there, in an environment with optlab and benchopt::
-
-  git clone https://github.com/benchopt/benchmark_bilevel
-  cp optlab_solver.py benchmark_bilevel/solvers/
-  benchopt run benchmark_bilevel -s optlab -s SOBA -s SABA -d simulated
+``benchmarks/bilevel_benchopt.py`` copies it into the benchmark's ``solvers``.
 """
 
 from benchmark_utils.stochastic_jax_solver import StochasticJaxSolver
-import jax
-import jax.numpy as jnp
-import optax
+from benchopt import safe_import_context
 
-import optlab
+with safe_import_context() as import_ctx:
+  from functools import partial
+
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  import optlab
 
 
 class Solver(StochasticJaxSolver):
-  """A hypergradient estimator of optlab, and an upper step.
-
-  Rates follow the benchmark's convention: the upper rate is ``step_size /
-  outer_ratio``. ``decay`` is the exponent of both rates' decay.
-  """
+  """One estimator, with plain steps (or normalized ones)."""
 
   name = 'optlab'
+  # Batches of lower and upper level that a step draws are in `BATCHES` of the
+  # program beside; `exponent` is the decay of all rates.
   parameters = {
-    'estimator': ['bo_rep', 'soba', 'saba', 'stocbio'],
-    'upper_step': ['plain', 'normalized'],
-    'storm': [None],
+    'estimator': ['soba'],
     'step_size': [0.1],
     'outer_ratio': [1.0],
-    'decay': [0.0],
-    'period': [2],
-    'lower_steps': [5],
-    'terms': [5],
+    'exponent': [0.0],
     'batch_size': [64],
     **StochasticJaxSolver.parameters,
   }
 
-  def skip(self, **objective):
-    del objective
-    if self.estimator == 'saba' and self.batch_size == 'full':
-      return True, 'SABA needs more than one block'
-    return False, None
-
-  def _parts(self):
-    """The estimator and the upper optimizer."""
-
-    def rate(value):
-      return lambda count: value / (1.0 + count) ** self.decay
-
-    # The benchmark's functions take the inner variable first.
+  def _make(self):
     upper = lambda x, y, start: self.f_outer(y, x, start)
     lower = lambda x, y, start: self.f_inner(y, x, start)
-    lower_rate = rate(self.step_size)
-    arguments = (upper, lower, optax.sgd(lower_rate), lower_rate)
-    blocks = lambda samples, size: -(-samples // size)
-    if self.estimator == 'bo_rep':
-      estimator = optlab.bo_rep(
-        *arguments, period=self.period, lower_steps=self.lower_steps
+    decay = lambda rate: lambda step: rate * (step + 1.0) ** -self.exponent
+    rate = decay(self.step_size) if self.exponent else self.step_size
+    blocks = self.n_outer_samples // 64, self.n_inner_samples // 64
+    whole = partial(self.f_outer.func, batch_size=self.n_outer_samples)
+    below = partial(self.f_inner.func, batch_size=self.n_inner_samples)
+    # A batch is where it starts; all data are named by a start below zero.
+    either = lambda some, all_: (
+      lambda x, y, start: jax.lax.cond(
+        start < 0, lambda: all_(y, x, 0), lambda: some(y, x, start)
       )
-    elif self.estimator == 'stocbio':
-      estimator = optlab.stocbio(
-        *arguments, lower_steps=self.lower_steps, neumann_steps=self.terms
-      )
-    elif self.estimator == 'saba':
-      estimator = optlab.saba(
-        *arguments,
-        upper_blocks=blocks(self.n_outer_samples, self.batch_size_outer),
-        lower_blocks=blocks(self.n_inner_samples, self.batch_size_inner),
-      )
-    else:
-      estimator = optlab.soba(*arguments)
-    if self.storm is not None:
-      estimator = optlab.with_storm(estimator, self.storm)
-    make = {'plain': optax.sgd, 'normalized': optlab.normalized_momentum}
-    return estimator, make[self.upper_step](
-      rate(self.step_size / self.outer_ratio)
     )
+    name, _, steps = self.estimator.partition('-')
+    steps = int(steps or 10)
+    levels = upper, lower, optax.sgd(rate)
+    estimator = {
+      'soba': lambda: optlab.soba(*levels, rate),
+      'saba': lambda: optlab.saba(
+        *levels, rate, upper_blocks=blocks[0], lower_blocks=blocks[1]
+      ),
+      'srba': lambda: optlab.bilevel.srba(
+        either(self.f_outer, whole), either(self.f_inner, below),
+        optax.sgd(rate), rate, optlab.BilevelBatch(-1, -1), period=steps,
+      ),
+      'mrbo': lambda: optlab.bilevel.mrbo(*levels, rate),
+      'bo_rep': lambda: optlab.bo_rep(*levels, rate, lower_steps=steps),
+      'stocbio': lambda: optlab.stocbio(
+        *levels, rate, lower_steps=steps, neumann_steps=10
+      ),
+      'ttsa': lambda: optlab.bilevel.ttsa(*levels, rate, neumann_steps=10),
+      'implicit': lambda: optlab.implicit(*levels, lower_steps=steps),
+      'unrolled': lambda: optlab.unrolled(*levels, lower_steps=steps),
+      'f2sa': lambda: optlab.bilevel.f2sa(
+        *levels, lambda step: 1.0 + 0.01 * step, lower_steps=steps
+      ),
+    }[name]()  # fmt: skip
+    outer = self.step_size / self.outer_ratio
+    tx = optax.sgd(decay(outer) if self.exponent else outer)
+    drawn = 1 if name == 'ttsa' else steps
+    rounds = ('bo_rep', 'stocbio', 'ttsa', 'implicit', 'unrolled', 'f2sa')
+    return name, estimator, tx, drawn if name in rounds else 0
 
   def init(self):
-    self.inner_var = jax.tree.map(jnp.copy, self.inner_var0)
-    self.outer_var = jax.tree.map(jnp.copy, self.outer_var0)
+    name, estimator, tx, _ = self._make()
+    key = (jax.random.key(self.random_state),) if name == 'ttsa' else ()
+    self.inner_var, self.outer_var = self.inner_var0, self.outer_var0
+    state = optlab.init(self.outer_var0, estimator, tx, self.inner_var0, *key)
     return {
-      'inner_var': self.inner_var,
-      'outer_var': self.outer_var,
-      'state': optlab.init(self.outer_var, *self._parts(), self.inner_var),
-      'state_inner_sampler': self.state_inner_sampler,
-      'state_outer_sampler': self.state_outer_sampler,
+      'state': state,
+      'inner': self.state_inner_sampler,
+      'outer': self.state_outer_sampler,
+      'inner_var': self.inner_var0,
+      'outer_var': self.outer_var0,
     }
 
   def get_step(self, inner_sampler, outer_sampler):
-    step = optlab.train_step(*self._parts())
-    rounds = self.estimator in ('bo_rep', 'stocbio')
-    indexed = self.estimator == 'saba'
+    name, estimator, tx, drawn = self._make()
+    train_step = optlab.train_step(estimator, tx)
 
-    def one_step(carry, _):
-      inner_state = carry['state_inner_sampler']
+    def one(carry, _):
+      low, low_id, _, inner = inner_sampler(carry['inner'])
+      up, up_id, _, outer = outer_sampler(carry['outer'])
+      fresh = ()
+      if drawn:
 
-      def draw(state, _):
-        start, index, _, state = inner_sampler(state)
-        return state, (start, index)
+        def draw(state, _):
+          start, *_, state = inner_sampler(state)
+          return state, start
 
-      count = 1 + (self.lower_steps if rounds else 0)
-      inner_state, (starts, indices) = jax.lax.scan(
-        draw, inner_state, length=count
-      )
-      start, index, _, outer_state = outer_sampler(carry['state_outer_sampler'])
-      upper, lower = start, starts[0]
-      if indexed:
-        upper = optlab.bilevel.IndexedBatch(index, upper)
-        lower = optlab.bilevel.IndexedBatch(indices[0], lower)
-      inner = starts[1:] if rounds else ()
-      state, _ = step(carry['state'], optlab.BilevelBatch(upper, lower, inner))
+        inner, fresh = jax.lax.scan(draw, inner, length=drawn)
+      if name == 'saba':
+        up = optlab.bilevel.IndexedBatch(up_id, up)
+        low = optlab.bilevel.IndexedBatch(low_id, low)
+      batch = optlab.BilevelBatch(up, low, fresh)
+      state, _ = train_step(carry['state'], batch)
       return {
-        'inner_var': state.estimator_state.inner
-        if self.storm is None
-        else state.estimator_state.estimator_state.inner,
-        'outer_var': state.params,
         'state': state,
-        'state_inner_sampler': inner_state,
-        'state_outer_sampler': outer_state,
+        'inner': inner,
+        'outer': outer,
+        'inner_var': state.estimator_state.inner,
+        'outer_var': state.params,
       }, None
 
-    return one_step
+    return one
+
+  def get_one_epoch_jitted(self, inner_sampler, outer_sampler):
+    step = self.get_step(inner_sampler, outer_sampler)
+
+    def one_epoch(carry, eval_freq):
+      carry, _ = jax.lax.scan(step, carry, length=eval_freq)
+      return jax.tree.map(jnp.asarray, carry)
+
+    return jax.jit(one_epoch, static_argnums=(1,))

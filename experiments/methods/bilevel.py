@@ -13,6 +13,8 @@ import optax
 
 import optlab
 
+PENALTY = 10.0  # Of f2sa.
+
 
 class Method(NamedTuple):
   """A hypergradient estimator and what it takes.
@@ -102,6 +104,18 @@ def methods(
       upper, lower, lower_optimizer, lower_steps=n, max_steps=max_steps
     )
 
+  def mrbo(upper, lower, lower_optimizer, dual_lr):
+    return optlab.bilevel.mrbo(upper, lower, lower_optimizer, dual_lr)
+
+  def f2sa(central):
+    def make(upper, lower, lower_optimizer, dual_lr):
+      del dual_lr
+      return optlab.bilevel.f2sa(
+        upper, lower, lower_optimizer, PENALTY, lower_steps=n, central=central
+      )
+
+    return make
+
   table = {
     'bo_rep': _bo_rep(2, n),
     'bo_rep_period1': _bo_rep(1, n),
@@ -113,6 +127,9 @@ def methods(
     'unrolled': Method(unrolled(True), n, 1 + n, 2 * n),
     'unrolled_cold': Method(unrolled(False), n, 1 + n, 2 * n),
     'implicit': Method(implicit, n, 2 + n, max_steps + 3),
+    'mrbo': Method(mrbo, 0, 4, 4),
+    'f2sa': Method(f2sa(False), n, 3 * n + 3, 0),
+    'f2sa_central': Method(f2sa(True), n, 4 * n + 4, 0),
   }
   if blocks is not None:
     upper_blocks, lower_blocks = blocks

@@ -20,6 +20,7 @@ from optlab.bilevel import _srba
   dual_lr=_bilevel.RATE,
   beta=checks.FRACTION,
   lower_beta=checks.FRACTION,
+  lower_average=checks.FRACTION._replace(optional=True),
   dual_radius=_bilevel.RADIUS,
   damping=_bilevel.SYSTEM['damping'],
   curvature=_bilevel.SYSTEM['curvature'],
@@ -32,6 +33,7 @@ def mrbo(
   *,
   beta: float | jax.Array = 0.1,
   lower_beta: float | jax.Array = 0.1,
+  lower_average: float | jax.Array | None = None,
   dual_radius: float | jax.Array | None = None,
   damping: base.ScalarOrSchedule | None = None,
   curvature: Callable[..., base.Operator] | None = None,
@@ -46,9 +48,10 @@ def mrbo(
     v_t = D(u_t; \xi_t) + (1 - \beta)\,(v_{t-1} - D(u_{t-1}; \xi_t))
 
   with :math:`u = (x, y, z)` and :math:`D = (f_x - g_{xy} z,\ g_y,\
-  g_{yy} z - f_y)`. AccBO without its average of y is ``lower_beta=1``,
+  g_{yy} z - f_y)`. AccBO is ``lower_beta=1`` with a ``lower_average``,
   ``optax.sgd(rate, 0.9, nesterov=True)`` below and `normalized_momentum` of
-  decay 0 above.
+  decay 0 above: x and z then see :math:`\hat y_t = (1 - \tau)\, \hat y_{t-1} +
+  \tau\, y_t`, while y takes plain steps.
 
   Args:
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
@@ -57,6 +60,8 @@ def mrbo(
     dual_lr: The rate of ``z``, a number or a schedule.
     beta: Weight of a fresh direction of x, in (0, 1]; 1 is that of `soba`.
     lower_beta: The same of y and z.
+    lower_average: AccBO's weight :math:`\tau` of y in its moving average, in
+      (0, 1]; ``None`` takes y itself, which then moves by its momentum.
     dual_radius: See `soba`.
     damping: See `soba`.
     curvature: See `soba`.
@@ -96,13 +101,14 @@ def mrbo(
     <https://github.com/benchopt/benchmark_bilevel>`_'s solver; the first
     direction is the first sample, where that one starts from zero. Departures:
     ``z`` takes one step on its linear system a step, with the same recursion,
-    in place of the papers' Neumann series. AccBO takes the hypergradient at a
-    moving average of y, and moves y in rounds: neither is here. Its authors'
-    code subtracts the last step's direction on the last step's sample; the
-    paper's recursion, with one sample at both points, is followed.
+    in place of the papers' Neumann series. AccBO moves y in rounds: here it
+    takes one step a step. Its authors' code has average and y in one and the
+    same network, and subtracts the last step's direction on the last step's
+    sample; the paper's recursions, with one sample at both points, are
+    followed.
 
-    Cost: twice that of `soba`. Memory: two x, y and z more, half of what
-    `with_storm` over `soba` keeps.
+    Cost: twice that of `soba`, and with an average one lower gradient more.
+    Memory: two x, y and z more, half of what `with_storm` over `soba` keeps.
   """
   checks.enforce(mrbo, locals())
   problem = _bilevel.problem_of(
@@ -118,4 +124,4 @@ def mrbo(
     moved = tuple(map(tracking.storm, directions, fresh, old, weights))
     return seen, trees.where(state.step > 0, moved, fresh)
 
-  return _srba.recursive_estimator(problem, dual, renew)
+  return _srba.recursive_estimator(problem, dual, renew, lower_average)

@@ -130,7 +130,10 @@ def srba(
 
 
 def recursive_estimator(
-  problem: _problem.Problem, dual: _dual.Dual, renew: Callable[..., Any]
+  problem: _problem.Problem,
+  dual: _dual.Dual,
+  renew: Callable[..., Any],
+  average: Any = None,
 ) -> base.GradientEstimator:
   """`soba` whose three directions follow a recursion of their own.
 
@@ -139,6 +142,8 @@ def recursive_estimator(
     dual: The rate and the ball of z.
     renew: ``(look, (x, y, z), state, batch) -> (seen, directions)`` with
       ``look(x, y, z, batch)``, which returns the same of one sample.
+    average: Weight of y in its moving average, which is then looked at in its
+      place, while y takes steps of its own; ``None`` is none.
 
   Returns:
     A `GradientEstimator` whose memory is an `SrbaMemory`.
@@ -156,7 +161,11 @@ def recursive_estimator(
   def estimate(params, state, batch):
     _state.check_batch(batch)
     checks.check_real_params('params', params)
-    now = params, state.inner, state.dual
+    at = state.inner
+    if average is not None:  # The point before is the average before.
+      weigh = lambda a, y: a + (average * (y - a)).astype(a.dtype)
+      at = trees.combine(weigh, state.memory.inner, at)
+    now = params, at, state.dual
     look = functools.partial(_look, problem, state.step)
     (value, lower_value, size, convex), moves = renew(look, now, state, batch)
     d_x, d_y, d_z = moves
@@ -169,7 +178,8 @@ def recursive_estimator(
     )
     inner, lower_opt_state, held = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower,
-      state.info.constrained, seen=(lower_value, d_y),
+      state.info.constrained,
+      seen=(lower_value, d_y) if average is None else None,
     )  # fmt: skip
     return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),

@@ -142,6 +142,7 @@ def test_recipes_follow_their_papers(x64):
 
 def test_recursive_recipes_follow_their_papers(x64):
   """MRBO and AccBO: STORM of x, y and z, or of x beside Nesterov's y."""
+  tau = 0.25
   problem, data, upper, lower = noisy()
   steps, rate, nu, rho, beta = 6, 0.05, 0.2, 0.3, 0.3
   xi, zeta = np.random.RandomState(0).randn(2, steps, 4)
@@ -151,6 +152,7 @@ def test_recursive_recipes_follow_their_papers(x64):
     betas = (beta, 0.2, 0.2) if kind == 'mrbo' else (beta, 1.0, 1.0)
     point = (problem.x, problem.inner + 1.0, np.zeros(4))
     old, v, momentum, out = point, None, np.zeros(4), []
+    y = problem.inner + 1.0  # Beside its average, which is in the point.
     for t in range(steps):
 
       def directions(x, y, z, t=t):
@@ -167,15 +169,20 @@ def test_recursive_recipes_follow_their_papers(x64):
       else:
         parts = zip(v, fresh, directions(*old), betas, strict=True)
         v = [d + (1 - b) * (u - o) for u, d, o, b in parts]
-      old, (x, y, z) = point, point
+      old, (x, seen, z) = point, point
       if kind == 'mrbo':
-        x, y = x - rate * v[0], y - rho * v[1]
+        y = y - rho * v[1]
+        point = (x - rate * v[0], y, z - nu * v[2])
       else:
-        momentum = v[1] + 0.9 * momentum
+        g_y = v[1]
+        if kind == 'accbo':
+          g_y = directions(x, y, z)[1]
+        momentum = g_y + 0.9 * momentum
         x = x - rate * v[0] / np.linalg.norm(v[0])
-        y = y - rho * (v[1] + 0.9 * momentum)
-      point = (x, y, z - nu * v[2])
-      out.append(x)
+        y = y - rho * (g_y + 0.9 * momentum)
+        weight = tau if kind == 'accbo' else 1.0
+        point = (x, (1 - weight) * seen + weight * y, z - nu * v[2])
+      out.append(point[0])
     return np.stack(out)
 
   nesterov = optax.sgd(rho, 0.9, nesterov=True)
@@ -188,6 +195,19 @@ def test_recursive_recipes_follow_their_papers(x64):
     ),
     (
       'accbo',
+      make(
+        upper,
+        lower,
+        nesterov,
+        nu,
+        beta=beta,
+        lower_beta=1.0,
+        lower_average=tau,
+      ),
+      optlab.normalized_momentum(rate, 0.0),
+    ),
+    (
+      'accbo without an average',
       make(upper, lower, nesterov, nu, beta=beta, lower_beta=1.0),
       optlab.normalized_momentum(rate, 0.0),
     ),
