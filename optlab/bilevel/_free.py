@@ -70,7 +70,7 @@ def _try(optimizer, like) -> dict[Any, list[np.ndarray]]:
   )
   at = lambda scale: fill([scale * numbers for numbers in away])
   flat = lambda number: fill([number] * len(leaves))
-  cases = {
+  cases: dict[Any, Any] = {
     'up': (flat(0.0), flat(1.0)),
     'down': (flat(0.0), flat(-1.0)),
     'twice': (flat(0.0), flat(2.0)),
