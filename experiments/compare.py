@@ -127,7 +127,8 @@ def main(config: Config) -> None:
       own = plan(config, name, problem)
       rows = study.study(session, own, methods[name], skip=len(chosen) > 1)
       verdicts.show(
-        f'{name}, {own.budget:,.0f} {problem.unit}, {own.seeds} seeds',
+        f'{name}, {own.budget:,.0f} {problem.unit},'
+        f' {own.seeds} seed{"s" * (own.seeds > 1)}',
         problem.value, rows, target=own.target,
       )  # fmt: skip
   print()
@@ -156,7 +157,8 @@ def draw(rows, name, methods, problem, path) -> None:
   figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
   plots.draw_lines(axes, [('', shown)], 'calls', 'value')
   axes.set(xlabel=problem.unit, ylabel=problem.value)
-  axes.legend(fontsize=8)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(fontsize=8)
   plots.save(figure, path, title=name)
 
 

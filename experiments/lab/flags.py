@@ -13,6 +13,9 @@ A program declares its configuration once::
 from collections.abc import Sequence
 import dataclasses
 import math
+import pathlib
+import sys
+import traceback
 from typing import Any, ClassVar
 
 # Where and how a run goes: they do not change its numbers, but for rounding.
@@ -28,6 +31,27 @@ class UserError(Exception):
 
 class InterruptedRun(KeyboardInterrupt):
   """The user asked a run to stop; what it had is on disk."""
+
+
+def one_line(error: BaseException) -> str:
+  """What an error of the user's code says, and where in it that is."""
+  text = ' '.join(str(error).split())[:300]
+  if isinstance(error, UserError):
+    return text
+  said = f'{type(error).__name__}: {text}'
+  here = pathlib.Path(__file__).parents[1]
+  own = [
+    frame
+    for frame in traceback.extract_tb(error.__traceback__)
+    if here not in pathlib.Path(frame.filename).parents
+    and not {'site-packages', 'optlab'}
+    & set(pathlib.Path(frame.filename).parts)
+    and pathlib.Path(frame.filename).is_file()
+    and not frame.filename.startswith(sys.base_prefix)
+  ]
+  if own:
+    said += f' ({own[-1].filename}, line {own[-1].lineno})'
+  return said
 
 
 def flag(

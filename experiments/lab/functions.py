@@ -5,11 +5,13 @@ A problem in a file of the user's is one, too.
 
 from collections.abc import Callable
 import functools
+import inspect
 import math
 import runpy
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import optlab
@@ -61,6 +63,7 @@ def of_function(
   own = estimator(loss)
 
   def make(one):
+    one = one._replace(make=functools.partial(_taking_extras, one.make))
     tx = one.make(0.1)
     found = jax.eval_shape(tx.init, shapes)
     has = lambda name: optax.tree.get(found, name, None) is not None
@@ -102,7 +105,7 @@ def of_function(
     return max(found.gradients + found.products, 1)
 
   def measure_state(state, _):
-    return measure(state.params)
+    return measure(_answer(state))
 
   unit = fields.pop('unit', 'gradients and Hessian-vector products')
   return Problem(
@@ -110,6 +113,44 @@ def of_function(
     measure=measure_state, unit=unit,
     batched=can_batch(start, loss, measure), **fields,
   )  # fmt: skip
+
+
+def _taking_extras(make: Callable[[Any], Any], rate: Any) -> Any:
+  """A transformation that is given what it takes of `optlab.train_step`'s.
+
+  SAM takes no other keywords than ``grad_fn``, which nobody but it asks for.
+  """
+  tx = make(rate)
+  taken = inspect.signature(tx.update).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    return tx
+
+  def update(updates, state, params=None, **extras):
+    value_fn = extras.get('value_fn')
+    if value_fn is not None:
+      extras['grad_fn'] = lambda params, _: jax.grad(value_fn)(params)
+    extras = {name: extras[name] for name in extras if name in taken}
+    return tx.update(updates, state, params, **extras)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _answer(state: Any) -> Any:
+  """The parameters that a method stands for, which may not be the current."""
+  kinds = optax.contrib.ScheduleFreeState, optax.contrib.SAMState
+  parts = jax.tree.leaves(
+    state.opt_state, is_leaf=lambda part: isinstance(part, kinds)
+  )
+  params = state.params
+  for part in parts:
+    if isinstance(part, optax.contrib.ScheduleFreeState):
+      params = optax.contrib.schedule_free_eval_params(part, params)
+    if isinstance(part, optax.contrib.SAMState) and part.cache is not None:
+      synced = part.steps_since_sync == 0
+      params = jax.tree.map(
+        functools.partial(jnp.where, synced), params, part.cache
+      )
+  return params
 
 
 def can_batch(start, loss, measure) -> bool:
@@ -171,8 +212,7 @@ def of_file(path: str) -> Problem:
 
 
 def _bad_file(path: str, error: BaseException) -> flags.UserError:
-  text = ' '.join(str(error).split())[:300]
-  return flags.UserError(f'--problem={path}: {type(error).__name__}: {text}')
+  return flags.UserError(f'--problem={path}: {flags.one_line(error)}')
 
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:

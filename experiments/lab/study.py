@@ -71,6 +71,11 @@ def tune(session: Session, plan: Plan, method: str) -> Choice:
   tuned = entry.tuned or entry.variants or plan.problem.inner_lrs
   if not tuned:  # There is nothing to pick.
     return _untuned(plan, method, entry)
+  if entry.variants and not plan.tuning_seeds:
+    raise flags.UserError(
+      f'--methods={method}: a search space, which --tuning_seeds=0 does not'
+      ' search'
+    )
   variants = entry.variants or {method: entry}
   found = [
     _tune_rate(session, plan, name, variant)
@@ -120,7 +125,7 @@ def _tune_rate(session, plan: Plan, name: str, entry: Entry) -> Choice:
 
 def _untuned(plan: Plan, name: str, entry: Entry) -> Choice:
   """The method with the first rates."""
-  rate = min(plan.learning_rates) if entry.tuned else 1.0
+  rate = plan.learning_rates[0] if entry.tuned else 1.0
   found = Found(rate, {rate: 0.0}, edge=False)
   inner = plan.problem.inner_lrs
   lower = inner[0] if inner else None
@@ -208,17 +213,21 @@ def check_methods(
   for method in methods:
     try:
       problem.entry(method)
-    except NOT_RUNNING as error:
+    except flags.UserError:
+      raise
+    except Exception as error:  # Of a method that may be the user's.
       if not skip:
         raise flags.UserError(_said(method, '', error)) from error
   if len(set(methods)) < len(methods):
     raise flags.UserError(f'--methods={",".join(methods)}: one is there twice')
 
 
-# What a method says that does not run on a problem.
-NOT_RUNNING = (TypeError, ValueError, NotImplementedError)
+# How a method says that it does not run on a problem.
+NOT_RUNNING = (
+  TypeError, ValueError, NotImplementedError, LookupError, AttributeError,
+)  # fmt: skip
 
 
 def _said(method: str, name: str, error: Exception) -> str:
-  reason = ' '.join(str(error).split())[:300]
-  return f'{method} does not run on {name or "this problem"}: {reason}'
+  problem = name or 'this problem'
+  return f'{method} does not run on {problem}: {flags.one_line(error)}'

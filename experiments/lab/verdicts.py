@@ -143,6 +143,7 @@ def show(
     reported: Other fields, shown by their medians and ranges.
   """
   several = len({row['problem'] for row in rows}) > 1
+  first = rows[0]
   columns = ['method', 'rate', 'median', 'low', 'high', 'updates']
   columns += ['95 % of the gap', 'verdict', 'won, lost']
   lines = [
@@ -153,7 +154,7 @@ def show(
       row['updates'],
       _gap(row),
       row['verdict'],
-      '-' if row['verdict'] == '-' else f'{row["wins"]}, {row["losses"]}',
+      f'{row["wins"]}, {row["losses"]}' if row is not first else '-',
     ]
     for row in rows
   ]

@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -354,6 +355,77 @@ def test_a_method_that_does_not_run_is_said_before_work_begins(tmp_path):
   with pytest.raises(flags.UserError, match='adam.* does not run on this'):
     study.check_methods(problem, ["adam(b1='x')"])
   study.check_methods(problem, ["adam(b1='x')"], skip=True)
+
+
+BROKEN = """
+def make(learning_rate):
+  return {}['nothing']
+"""
+
+SAM = """
+import optax
+
+def make(learning_rate, clear=False):
+  up = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+  return optax.contrib.sam(
+    optax.sgd(learning_rate), up, sync_period=2, opaque_mode=not clear)
+"""
+
+
+def test_a_users_method_that_breaks_is_named_with_its_line(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'broken_method.py').write_text(BROKEN)
+  monkeypatch.chdir(tmp_path)
+  problem = classic.CLASSIC['linear']()
+  words = r"KeyError: 'nothing' \(.*broken_method.py, line 3\)"
+  with pytest.raises(flags.UserError, match=words):
+    study.check_methods(problem, ['broken_method:make'])
+
+
+def test_what_is_measured_is_what_a_method_stands_for(tmp_path, monkeypatch):
+  (tmp_path / 'sam_method.py').write_text(SAM)
+  monkeypatch.chdir(tmp_path)
+  loss = lambda params, key: jnp.sum((params - 1.0) ** 4)
+  problem = functions.of_function(
+    lambda key: jnp.arange(3.0), loss, lambda params: {'value': params},
+    methods=(), learning_rates=(0.1,), budget=10.0, value='params',
+  )  # fmt: skip
+  key = jax.random.key(0)
+
+  def answers(text, steps):
+    entry = problem.entry(text)
+    state, found = entry.start(key, 0.1), []
+    for _ in range(steps):
+      state = entry.step(state, key, 0.1)
+      found.append(problem.measure(state, None)['value'])
+    return entry, state, found
+
+  # Between two steps SAM stands at a worse point, from which it comes back.
+  entry, state, clear = answers('sam_method:make(clear=True)', 2)
+  np.testing.assert_array_equal(clear[0], jnp.arange(3.0))
+  np.testing.assert_array_equal(clear[1], state.params)
+  assert entry.calls == 1
+  # The same in one step of two gradients.
+  entry, _, opaque = answers('sam_method:make', 1)
+  np.testing.assert_allclose(opaque[0], clear[1], rtol=1e-6)
+  assert entry.calls == 2
+  name = 'optax.contrib.schedule_free_sgd(learning_rate=0.1)'
+  _, state, free = answers(name, 2)
+  average = optax.contrib.schedule_free_eval_params(
+    state.opt_state, state.params
+  )
+  np.testing.assert_array_equal(free[1], average)
+  assert np.max(np.abs(average - state.params)) > 1e-3
+
+
+def test_defaults_only_takes_the_first_rate_and_no_search_space():
+  problem = classic.CLASSIC['linear']()
+  plan = study.Plan('', problem, 10.0, (0.1, 0.01), 1, 0)
+  none: Any = None  # Nothing is run.
+  assert study.tune(none, plan, 'adam').found.rate == 0.1
+  with pytest.raises(flags.UserError, match='tuning_seeds=0 does not search'):
+    study.tune(none, plan, 'adam(b1=[0.8,0.9])')
 
 
 def test_the_page_on_comparing_runs(tmp_path, monkeypatch):
