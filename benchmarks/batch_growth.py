@@ -1,14 +1,13 @@
 """What the tests of growing batches cost beside a plain gradient.
 
-First the moments of one batch of an MLP by every route, and those of a small
-transformer with tied embeddings of 8,192 words. Then the growing loop beside
-the same estimator on batches of a static size: one that takes its rows from an
-epoch's permutation of the same resident data, as the loop does, one that was
-gathered before, and, where the loop takes several microbatches, one that takes
-the same ones, written out. Then how often the loop compiles while the batch
-grows from 8 to N. Variants take turns; medians of the ratios within a round are
-shown, of the time and of the CPU time, which other work on the machine changes
-less.
+First the moments of one batch of an MLP by every route. Then the growing loop
+beside the same estimator on batches of a static size: one that takes its rows
+from an epoch's permutation of the same resident data, as the loop does, one
+that was gathered before, and, where the loop takes several microbatches, one
+that takes the same ones, written out. Then how often the loop compiles while
+the batch grows from 8 to N. Variants take turns; medians of the ratios within a
+round are shown, of the time and of the CPU time, which other work on the
+machine changes less.
 """
 
 import itertools
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import ghost
 import optlab
 
 BATCH, WIDTHS = 512, (784, 256, 128, 10)
@@ -46,13 +44,13 @@ def losses(params, batch):
   return optax.softmax_cross_entropy_with_integer_labels(x, y)
 
 
-def _compile(function, *args):
+def compile_(function, *args):
   began = time.perf_counter()
   compiled = jax.jit(function).lower(*args).compile()
   return compiled, time.perf_counter() - began
 
 
-def _turns(functions, rounds=ROUNDS):
+def turns(functions, rounds=ROUNDS):
   """Seconds and CPU seconds, in rounds; slow ones drop out after three."""
   seconds = {name: [] for name in functions}
   for i in range(rounds + 2):
@@ -67,7 +65,7 @@ def _turns(functions, rounds=ROUNDS):
   return {name: np.array(taken) for name, taken in seconds.items()}
 
 
-def _table(head, seconds, reference, extra):
+def table(head, seconds, reference, extra):
   print(f'{head:40} {"ms":>8} {"ratio":>6} {"CPU":>6} {"compile s":>9}  bound')
   for name, taken in seconds.items():
     rounds = min(len(taken), len(seconds[reference]))
@@ -124,7 +122,7 @@ def _moments(params, batch):
         size = test(estimate.grads, **estimate.extras)
         return estimate.value, estimate.grads, size
 
-    compiled, seconds = _compile(run, params, batch)
+    compiled, seconds = compile_(run, params, batch)
     functions[name] = lambda compiled=compiled: compiled(params, batch)
     extra[name] = (seconds, bound)
     requests[name] = compiled(params, batch)
@@ -140,43 +138,9 @@ def _moments(params, batch):
     if name.startswith('norm') and 'means' not in name
   ]
   np.testing.assert_allclose(exact, exact[0], rtol=1e-4)
-  _table(
-    f'MLP {WIDTHS}, batch {BATCH}', _turns(functions), 'plain gradient', extra
+  table(
+    f'MLP {WIDTHS}, batch {BATCH}', turns(functions), 'plain gradient', extra
   )
-
-
-def _transformer():
-  """Exact moments of four scanned layers, 16 sequences of 128 tokens."""
-  shapes = ghost.model(128, 8192, 128, ghost.layers(128, 4))
-  leaves, treedef = jax.tree.flatten(shapes)
-  rng = np.random.default_rng(0)
-  params = treedef.unflatten(
-    [jnp.asarray(rng.normal(size=s.shape, scale=0.05), s.dtype) for s in leaves]
-  )
-  batch = tuple(jnp.asarray(rng.integers(0, 8192, (2, 16, 128)), jnp.int32))
-  mean = lambda params, batch: jnp.mean(ghost.language_model(params, batch))
-  exact = optlab.per_example(ghost.language_model, optlab.ghost_norms)
-
-  def moments(params, batch):
-    estimate, _ = exact.estimate(params, (), batch)
-    norm = estimate.extras['sum_sq_diff_norm']
-    return estimate.value, estimate.grads, norm
-
-  functions, extra, memory, values = {}, {}, {}, []
-  for name, run, bound in (
-    ('plain gradient', jax.value_and_grad(mean), ''),
-    ('norm test, ghost norms', moments, '1.3'),
-  ):
-    compiled, seconds = _compile(run, params, batch)
-    functions[name] = lambda compiled=compiled: compiled(params, batch)
-    extra[name] = (seconds, bound)
-    memory[name] = compiled.memory_analysis().temp_size_in_bytes
-    values.append(functions[name]()[0])
-  np.testing.assert_allclose(*values, rtol=1e-5)
-  seconds = _turns(functions, 9)
-  _table('transformer, 8,192 words, tied', seconds, 'plain gradient', extra)
-  ratio = memory['norm test, ghost norms'] / memory['plain gradient']
-  print(f'{"memory of temporaries":40} {"":8} {ratio:6.2f} {"":16}  1.3')
 
 
 def _static_step(estimator, tx, size):
@@ -272,9 +236,9 @@ def _loop(params, data):
       extra[name] = (seconds, bound)
       values.append(functions[name]()[1])
     np.testing.assert_allclose(values, values[0], rtol=1e-5)
-    _table(
+    table(
       f'growing loop, batch {size} of {N}',
-      _turns(functions, 5 * N // size - 3),
+      turns(functions, 5 * N // size - 3),
       next(iter(functions)),
       extra,
     )
@@ -309,7 +273,6 @@ def main():
   x = jax.random.normal(key, (N, WIDTHS[0]))
   y = jnp.argmax(x[:, : WIDTHS[-1]], 1)
   _moments(params, (x[:BATCH], y[:BATCH]))
-  _transformer()
   _loop(params, (x, y))
   _compilations(params, (x, y))
 

@@ -8,7 +8,8 @@ Every optimizer and batch rule sees equally many tokens. A constant batch is a
 number of windows; ``ramp`` grows from the first to the largest size over the
 first half of the tokens; ``noise`` asks for the gradient noise scale, averaged
 over steps, ``norm`` for what the norm test asks for, averaged too, and
-``norm-now`` for what it asks for by the batch at hand, as its paper does. Where
+``norm-now`` for what it asks for by the batch at hand, as its paper does, and
+``means`` by the means of its microbatches (DDP-Norm, Lau et al. 2025). Where
 the batch grows the learning rate follows it, by ``--power``. Rates are picked
 on the validation part by seeds that are used for nothing else; the loss shown
 is that of the test part. ``tokens`` and ``steps`` are those to the loss at
@@ -44,7 +45,7 @@ OPTIMIZERS = {
   'adagrad_norm': optlab.adagrad_norm,
 }
 # How the batch grows; the rest are numbers.
-RULES = ('ramp', 'noise', 'norm', 'norm-now')
+RULES = ('ramp', 'noise', 'norm', 'norm-now', 'means')
 MARGIN = 1.005
 
 
@@ -139,7 +140,7 @@ def rule(config: Config, name: str) -> optlab.batches.Test | None:
     return optlab.batches.noise_scale(config.eta, decay=config.decay)
   if name == 'norm':
     return optlab.norm_test(config.eta, decay=config.decay)
-  return optlab.norm_test(config.eta) if name == 'norm-now' else None
+  return optlab.norm_test(config.eta) if name in RULES else None
 
 
 def make_problem(config: Config, text: characters.Text) -> study.Problem:
@@ -152,12 +153,14 @@ def make_problem(config: Config, text: characters.Text) -> study.Problem:
   def entry(name):
     optimizer, _, batch = name.partition(':')
     make, test_ = OPTIMIZERS[optimizer], rule(config, batch)
-    tests = test_ is not None and batch != 'ramp'
+    route, microbatch = optlab.ghost_norms, config.microbatch
+    if test_ is None or batch == 'ramp':
+      route = optlab.batches.plain_grads
+    elif batch == 'means':  # Two of them, at least.
+      route = optlab.batches.microbatch_means
+      microbatch = min(microbatch, config.first_size // 2)
     estimator = optlab.per_example(
-      model.losses,
-      optlab.ghost_norms if tests else optlab.batches.plain_grads,
-      microbatch_size=config.microbatch,
-      has_key=True,
+      model.losses, route, microbatch_size=microbatch, has_key=True
     )
 
     def tx(rate):

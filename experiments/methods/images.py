@@ -123,6 +123,8 @@ def batches(
       )
     test, moments, inner_products = TESTS[kind]
     remembers = 'memory' in words or kind == 'noise'
+    if remembers and moments is optlab.batches.plain_grads:
+      moments = optlab.ghost_norms  # What is averaged is unbiased by them.
     return Batches(
       name, test(float(value), **({'decay': decay} if remembers else {})),
       first_size, length, moments, inner_products, True,

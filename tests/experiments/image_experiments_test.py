@@ -153,7 +153,7 @@ def test_shifted_images_are_the_same_ones_elsewhere():
 def test_a_moved_image_reaches_the_step(config):
   config = dataclasses.replace(config, shift=1)
   data = image_classifiers.load('digits', '', config.test_size, np.float32)
-  problem = images.problem(config, data, ('adam, norm:1+memory+linear',))
+  problem = images.problem(config, data, ('adam, inner:1+memory+linear',))
   entry = problem.entry(problem.methods[0])
 
   def run(key):

@@ -115,6 +115,27 @@ def test_the_program_compares_batches_at_equal_tokens(folder, tmp_path, capsys):
   assert (tmp_path / 'run' / 'language_modeling.png').stat().st_size > 1000
 
 
+def test_group_means_take_a_step(folder):
+  """By shapes alone."""
+  config = language_modeling.Config(
+    data_dir=str(folder), length=8, width=8, layers=1, held=10,
+    optimizers=('adagrad',), batches=('means',),
+    largest_size=32,
+  )  # fmt: skip
+  text = characters.load(config.data_dir, config.length, config.held)
+  language_modeling.check(config, text)
+  problem = language_modeling.make_problem(config, text)
+
+  entry = problem.entry(problem.methods[0])
+
+  def run(key):
+    start = entry.start(key, 0.1, 0, problem.data)
+    return start, entry.step(start, key, 0.1, problem.data)
+
+  start, after = jax.eval_shape(run, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, after)
+
+
 def test_bad_flags(folder):
   given = {'data_dir': str(folder), 'length': 8, 'held': 10}
   for wrong, match in (
