@@ -38,7 +38,9 @@ def own_moments(
     of all parameters only, which are left out.
   """
   own, unknown = dict(extras), []
-  for name in ('sum_sq_diff_norms', 'sum_sq_diff_grads'):
+  if extras.get('scaled_moments') is not None:
+    own['scaled_moments'], _ = own_moments(updates, extras['scaled_moments'])
+  for name in ('sum_sq_diff_norms', 'sum_sq_diff_grads', 'sq_norms'):
     if extras.get(name) is not None:
       own[name] = jax.tree.map(
         lambda update, rest: update if _is_masked(update) else rest,

@@ -132,9 +132,10 @@ def grow_batch(
     Gradient Methods*, 2024, https://arxiv.org/abs/2402.11215
 
   Notes:
-    The test reads the extra argument ``grad`` where there is one (`train_step`
-    always gives it), so that the rule may stand behind a clipping, and else
-    the updates.
+    The tests of optlab compare the moments with the mean gradient that they
+    were made around, be it 1e-30 or 1e30 in float32 (``scaled_moments``). Any
+    other reads the extra argument ``grad`` where there is one (`train_step`
+    always gives it), and else the updates.
 
     Where `optax.masked` or `optax.partition` hides some parameters and there is
     no ``grad``, it tests those it sees, with their own moments: they need
@@ -267,7 +268,7 @@ def _ask(test, updates, grad, state, extras):
       ' moments of per_example(losses, vmap_grads) or per_example(...,'
       ' layers=True).'
     ) from error
-  finite = _is_finite(grads, extras)
+  finite = _is_finite(grads, extras, test.scaled)
   if jnp.ndim(requested):
     raise ValueError(
       'test must request one size, a scalar, got an array of shape'
@@ -280,10 +281,14 @@ def _ask(test, updates, grad, state, extras):
   )
 
 
-def _is_finite(grads, extras):
+def _is_finite(grads, extras, scaled):
   """Moments that overflowed say nothing; only a / 0 may be infinite."""
   wide = jnp.finfo(trees.accumulator_dtype(grads)).dtype
-  finite = jnp.isfinite(trees.sq_norm(grads, wide))
+  extras = _statistics.scaled(extras) if scaled else extras
+  sq_norms = extras.get('sq_norms')
+  if sq_norms is None:
+    sq_norms = [trees.sq_norm(grads, wide)]
+  finite = jnp.isfinite(sum(jax.tree.leaves(sq_norms), jnp.zeros((), wide)))
   for name in ('sum_sq_diff_norm', 'sum_sq_diff_inner'):
     if extras.get(name) is not None:
       finite &= jnp.isfinite(extras[name])

@@ -130,8 +130,13 @@ def centred(moments: Moments) -> Moments:
   count = moments.count
 
   def leaf(total, grads):
-    spread = total - count * trees.sq_norm(grads, count.dtype)
-    return jnp.where(spread < 0.0, 0.0, spread)  # Rounding; NaN stays.
+    least = count * trees.sq_norm(grads, count.dtype)
+    spread = jnp.where(
+      total < least, 0.0, total - least
+    )  # Rounding; NaN stays.
+    # Factors of the gradients whose squares underflow, though the product's
+    # does not.
+    return jnp.where(total < 0.5 * least, jnp.nan, spread)
 
   return moments._replace(
     sum_sq_diff_norm=jax.tree.map(leaf, moments.sum_sq_norm, moments.grads)

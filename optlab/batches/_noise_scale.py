@@ -101,14 +101,16 @@ def noise_scale(
     zero = jnp.zeros((), _statistics.real(params))
     return trees.own(
       NoiseScaleState(
-        AveragesState(zero, {'grad_sq': zeros(params), 'trace': zeros(params)}),
+        _statistics.no_averages(
+          {'grad_sq': zeros(params), 'trace': zeros(params)}, zero.dtype
+        ),
         NoiseScaleInfo(zero, zeros(params) if layers else ()),
       )
     )
 
   def update(grads, state, **extras):
     fresh = _moments(grads, extras, by_leaf)
-    averages, moments = _statistics.average(state.moments, fresh, decay)
+    averages, moments = _statistics.average(state.moments, fresh, decay, extras)
     each = jax.tree.map(
       lambda trace, sq: trace / _statistics.above_zero(sq),
       averages['trace'],
@@ -121,7 +123,7 @@ def noise_scale(
       moments, info
     )
 
-  return Test(init, update)
+  return Test(init, update, scaled=True)
 
 
 def _total(tree: Any, mask: Any) -> Any:
@@ -165,7 +167,7 @@ def _moments(grads, extras, by_leaf):
   if not by_leaf:
     sq, trace = _statistics.trace_of(grads, 'noise_scale', extras)
     return {'grad_sq': _statistics.unbiased(sq, trace, extras), 'trace': trace}
-  wide = _statistics.real(grads)
+  wide, extras = _statistics.real(grads), _statistics.scaled(extras)
   totals = extras.get('sum_sq_diff_norms')
   if totals is None and extras.get('sum_sq_diff_grads') is not None:
     totals = jax.tree.map(jnp.sum, extras['sum_sq_diff_grads'])
@@ -181,10 +183,11 @@ def _moments(grads, extras, by_leaf):
     ),
     totals,
   )
+  sq_norms = extras.get('sq_norms')
+  if sq_norms is None:
+    sq_norms = jax.tree.map(lambda g: trees.sq_norm(g, wide), grads)
   grad_sq = jax.tree.map(
-    lambda g, t: _statistics.unbiased(trees.sq_norm(g, wide), t, extras),
-    grads,
-    trace,
+    lambda sq, t: _statistics.unbiased(sq, t, extras), sq_norms, trace
   )
   return {'grad_sq': grad_sq, 'trace': trace}
 

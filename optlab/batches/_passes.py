@@ -149,10 +149,10 @@ def value_fn(method):
   def value_fn(
     bound, params, *, sample_size=None, sum_sq_diff_grads=None,
     sum_sq_diff_norm=None, sum_sq_diff_norms=None, sum_sq_diff_inner=None,
-    curvature=None,
+    scaled_moments=None, curvature=None,
   ):  # fmt: skip
     del sample_size, sum_sq_diff_grads, sum_sq_diff_norm, sum_sq_diff_norms
-    del sum_sq_diff_inner, curvature
+    del sum_sq_diff_inner, scaled_moments, curvature
     return mean(bound, params)
 
   return value_fn

@@ -13,6 +13,7 @@ from optlab import trees
 from optlab.batches import _moments
 from optlab.batches import _passes
 from optlab.batches import _routes
+from optlab.batches import _unit
 
 
 @checks.domains(
@@ -146,22 +147,40 @@ def per_example(
     over, wide = _passes.over_batch(method, params, batch, key)
     if is_means:
       _check_means(over.groups.size, microbatch_size)
-    result, aux, new_state = _passes.first_pass(
-      method, over, params, model_state
-    )
-    extras = _passes.spread(result, wide, layers)
-    if inner_products is not None:
-      extras['sum_sq_diff_inner'] = _passes.second_pass(
-        method, over, params, model_state, result
+    inputs = params, model_state, batch, key
+
+    def run(unit):
+      """A pass with the losses over ``unit``."""
+      scaled = over._replace(unit=unit)
+      result, aux, new_state = _passes.first_pass(
+        method, scaled, params, model_state
       )
-    extras['sample_size'] = result.count.astype(jnp.int32)
+      extras = _passes.spread(result, wide, layers)
+      if inner_products is not None:
+        extras['sum_sq_diff_inner'] = _passes.second_pass(
+          method, scaled, params, model_state, result
+        )
+      if unit is not None:
+        extras['sq_norms'] = _unit.sq_norms(result.grads, wide)
+      rest = result.count, aux, new_state
+      return _unit.Found((result.value, result.grads), extras, rest)
+
+    if moments is _routes.plain_grads and inner_products is None:
+      found, extras = run(None), {}
+    else:
+      power = 2 if inner_products is None else 4
+      found, unit = _unit.fitted(run, power, wide, inputs, axis_name)
+      extras = _unit.plain(found.moments, unit)
+      extras['scaled_moments'] = found.moments | {'unit': unit}
+    (value, grads), (count, aux, new_state) = found.first, found.rest
+    extras['sample_size'] = count.astype(jnp.int32)
     if axis_name is None:  # Else it holds one device's part of the batch.
       extras['value_fn'] = jax.tree_util.Partial(
         value_fn, (batch, model_state, key)
       )
-    aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(result.count, 1), aux)
-    grads = trees.conjugate(trees.cast_like(result.grads, params))
-    estimate = base.Estimate(result.value, grads, extras, aux)
+    aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), aux)
+    grads = trees.conjugate(trees.cast_like(grads, params))
+    estimate = base.Estimate(value, grads, extras, aux)
     return estimate, loss.end(state, new_state)
 
   return base.GradientEstimator(loss.init, estimate)

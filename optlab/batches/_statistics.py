@@ -1,6 +1,7 @@
 """What a test of the batch size is, and the statistics that tests share."""
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.batches import _unit
 
 
 class Test(NamedTuple):
@@ -20,41 +22,98 @@ class Test(NamedTuple):
       arguments of the step and of `grow_batch`: ``step``, the steps before this
       one, ``samples``, the examples before it, and ``batch_size``. A request
       that is NaN keeps the size.
+    scaled: Whether it reads ``scaled_moments`` where they are, so that it
+      matters no more whether the others have left the range of their dtype.
   """
 
   __test__ = False  # For pytest, which else takes it for a case.
 
   init: Callable[[base.Params], Any]
   update: Callable[..., tuple[jax.Array, Any]]
+  scaled: bool = False
 
 
 class AveragesState(NamedTuple):
   """State of a test with a ``decay``."""
 
   weight: jax.Array  # shape (), what the averages of ones would be
-  averages: Any  # by name, what is averaged
+  averages: Any  # by name, what is averaged, of gradients over the unit
+  unit: jax.Array  # shape (), a power of two
 
 
-def from_function(function: Callable[..., Any]) -> Test:
+def from_function(function: Callable[..., Any], scaled: bool = False) -> Test:
   """A test without memory, ``(grads, **extras) -> requested``."""
   return Test(
     init=lambda params: (),
     update=lambda grads, state, **extras: (function(grads, **extras), state),
+    scaled=scaled,
   )
+
+
+def no_averages(like: Any, wide: Any) -> AveragesState:
+  """The state of averages before the first step."""
+  return AveragesState(jnp.zeros((), wide), like, jnp.ones((), wide))
 
 
 def average(
-  state: AveragesState, fresh: Any, decay: Any
+  state: AveragesState, fresh: Any, decay: Any, extras: Any
 ) -> tuple[Any, AveragesState]:
-  """Averages, free of the bias of their start, and the state after them."""
-  moved = jax.tree.map(
-    lambda old, new: old + (1 - decay) * (new - old),
-    (state.weight, state.averages),
+  """Averages, free of the bias of their start, and the state after them.
+
+  Args:
+    state: Before the step.
+    fresh: By name, squares of gradients over the unit of ``extras``; those that
+      are called ``along`` are fourth powers.
+    decay: Of the averages.
+    extras: The extra arguments of the step.
+
+  Returns:
+    Averages and state in one unit, so that only their ratios mean something.
+  """
+  wide = state.weight.dtype
+  now = jnp.asarray(unit_of(extras), wide)
+  unit = jnp.where(state.weight > 0, jnp.maximum(state.unit, now), now)
+  old = _times(state.averages, state.unit / unit)
+  fresh = _times(fresh, now / unit)
+  weight, averages = jax.tree.map(
+    lambda old, new: (old + (1 - decay) * (new - old)).astype(old.dtype),
+    (state.weight, old),
     (jnp.ones_like(state.weight), fresh),
   )
-  state = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state[:])
-  state = AveragesState(*state)
-  return jax.tree.map(lambda leaf: leaf / state.weight, state.averages), state
+  # Old squares that were larger fade, and with them their unit.
+  squares = [
+    leaf
+    for name in averages
+    if name != 'along'
+    for leaf in jax.tree.leaves(averages[name])
+  ]
+  top = trees.largest(squares)
+  tiny = float(jnp.finfo(wide).tiny)
+  faint = (top > 0) & (top < tiny**0.6)
+  factor = jnp.where(faint, 2.0 ** round(-0.24 * math.log2(tiny)), 1.0)
+  factor = factor.astype(wide)
+  state = AveragesState(weight, _times(averages, factor), unit / factor)
+  return jax.tree.map(lambda leaf: leaf / weight, state.averages), state
+
+
+def _times(moments, factor):
+  """Moments of gradients that are ``factor`` times as long."""
+
+  def moment(name, tree):
+    power = 4 if name == 'along' else 2
+    return jax.tree.map(lambda leaf: _unit.times(leaf, factor, power), tree)
+
+  return {name: moment(name, tree) for name, tree in moments.items()}
+
+
+def unit_of(extras: Any) -> Any:
+  """The unit of the gradients whose moments a test reads."""
+  return extras.get('scaled_moments', {}).get('unit', 1.0)
+
+
+def scaled(extras: Any) -> Any:
+  """The extra arguments, with moments that have digits where they are."""
+  return {**extras, **extras.get('scaled_moments', {})}
 
 
 def from_moments(
@@ -76,18 +135,18 @@ def from_moments(
   """
   if decay is None:
     return from_function(
-      lambda grads, **extras: request(moments(grads, extras, False))
+      lambda grads, **extras: request(moments(grads, extras, False)), True
     )
 
   def init(params):
-    return AveragesState(jnp.zeros((), real(params)), like(params))
+    return no_averages(like(params), real(params))
 
   def update(grads, state, **extras):
     fresh = moments(grads, extras, True)
-    averages, state = average(state, fresh, decay)
+    averages, state = average(state, fresh, decay, extras)
     return request(averages), state
 
-  return Test(init, update)
+  return Test(init, update, scaled=True)
 
 
 def scalars(*names: str) -> Callable[[base.Params], Any]:
@@ -120,7 +179,7 @@ def trace_of(
   grads: base.Updates, name: str, extras: Any
 ) -> tuple[jax.Array, jax.Array]:
   """``(||g||^2, V)``, from the norm or summed from the coordinates."""
-  wide = real(grads)
+  wide, extras = real(grads), scaled(extras)
   total = extras.get('sum_sq_diff_norm')
   if total is None and extras.get('sum_sq_diff_grads') is not None:
     leaves = jax.tree.leaves(extras['sum_sq_diff_grads'])
@@ -133,7 +192,7 @@ def trace_of(
     sample_size=extras.get('sample_size'),
   )
   total = jnp.asarray(total, wide)
-  grad_sq = _sq_norm(grads, total)
+  grad_sq = _sq_norm(grads, total, extras)
   return grad_sq, variance(total, size_of(extras))
 
 
@@ -141,7 +200,7 @@ def inner_of(
   grads: base.Updates, name: str, extras: Any
 ) -> tuple[jax.Array, jax.Array]:
   """``(||g||^2, Var(<g_i, g>) / ||g||^2)``."""
-  wide = real(grads)
+  wide, extras = real(grads), scaled(extras)
   total = extras.get('sum_sq_diff_inner')
   checks.require_extra(
     name,
@@ -150,14 +209,16 @@ def inner_of(
     sample_size=extras.get('sample_size'),
   )
   total = jnp.asarray(total, wide)
-  grad_sq = _sq_norm(grads, total, power=2)
+  grad_sq = _sq_norm(grads, total, extras, power=2)
   # Divided once here and once by the caller: ||g||^4 would underflow.
-  scaled = ratio(total, grad_sq)
-  return grad_sq, variance(scaled, size_of(extras))
+  return grad_sq, variance(ratio(total, grad_sq), size_of(extras))
 
 
-def _sq_norm(grads, total, power=1):
+def _sq_norm(grads, total, extras, power=1):
   wide = real(grads)
+  if extras.get('sq_norms') is not None:
+    sq_norms = jax.tree.leaves(extras['sq_norms'])
+    return sum(sq_norms, jnp.zeros((), wide)).astype(wide)
   sq_norm = trees.sq_norm(grads, wide)
   return known(sq_norm, total, trees.largest(grads), power)
 

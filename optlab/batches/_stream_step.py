@@ -12,11 +12,13 @@ from optlab import checks
 from optlab import losses as loss_lib
 from optlab import training
 from optlab import trees
+from optlab.batches import _unit
 from optlab.batches._growth import next_size
 from optlab.batches._growth import rules_of
 from optlab.batches._stream import Stream
 
 _SUMS = 'sum_sq_diff_grads', 'sum_sq_diff_norms', 'sum_sq_diff_norm'
+_SCALED = 'scaled_moments'
 
 
 class _Total(NamedTuple):
@@ -119,9 +121,7 @@ def stream_step(
     return _Total(_merge(total.estimate, new.estimate), new.estimator_state)
 
   def finish(state, total):
-    estimate = total.estimate._replace(
-      grads=trees.cast_like(total.estimate.grads, state.params)
-    )
+    estimate = _finished(total.estimate, state.params)
     after = total.estimator_state
     if isinstance(after, loss_lib.LossState):
       after = after._replace(step=after.step + 1)
@@ -159,7 +159,7 @@ def _mergeable(estimate):
   """The estimate with a wide gradient; an error where parts can't be merged."""
   extras = dict(estimate.extras)
   extras.pop('value_fn', None)
-  other = sorted(set(extras) - {*_SUMS, 'sample_size'})
+  other = sorted(set(extras) - {*_SUMS, _SCALED, 'sample_size'})
   if other or 'sample_size' not in extras:
     raise ValueError(
       'estimator must be per_example(losses, ...) without inner products, whose'
@@ -168,14 +168,18 @@ def _mergeable(estimate):
       + ' take batches at once from host_loader, or keep the data on the device'
       ' by growing_step.'
     )
-  alone = extras['sample_size'] <= 1
-  for name in set(extras) & set(_SUMS):  # Of one example, 0 / 0 in a mean of 0.
-    extras[name] = jax.tree.map(
-      lambda leaf: jnp.where(alone, 0.0, leaf), extras[name]
-    )
+  kept = {'sample_size': extras['sample_size']}
+  if _SCALED in extras:
+    alone = extras['sample_size'] <= 1
+    moments = {k: v for k, v in extras[_SCALED].items() if k != 'sq_norms'}
+    for name in set(moments) & set(_SUMS):  # Of one example 0 / 0, for 0.
+      moments[name] = jax.tree.map(
+        lambda leaf: jnp.where(alone, 0.0, leaf), moments[name]
+      )
+    kept[_SCALED] = moments
   wide = lambda leaf: leaf.astype(trees.accumulator_dtype(leaf))
   grads = jax.tree.map(wide, estimate.grads)
-  return estimate._replace(grads=grads, extras=extras)
+  return estimate._replace(grads=grads, extras=kept)
 
 
 def _merge(a, b):
@@ -186,22 +190,11 @@ def _merge(a, b):
   share = sizes[1].astype(wide) / jnp.maximum(count, 1).astype(wide)
   weight = sizes[0].astype(wide) * share
   mean = lambda x, y: (x + share.astype(_real(x)) * (y - x)).astype(x.dtype)
-  spread = jax.tree.map(
-    lambda x, y: weight * jnp.square(jnp.abs(y - x)), a.grads, b.grads
-  )
-  norms = jax.tree.map(jnp.sum, spread)
-  between = {
-    'sum_sq_diff_grads': spread,
-    'sum_sq_diff_norms': norms,
-    'sum_sq_diff_norm': sum(jax.tree.leaves(norms)),
-  }
   extras = {'sample_size': count}
-  for name in set(a.extras) & set(_SUMS):
-    extras[name] = jax.tree.map(
-      lambda x, y, rest: (x + y + rest).astype(x.dtype),
-      a.extras[name],
-      b.extras[name],
-      between[name],
+  if _SCALED in a.extras:
+    delta = jax.tree.map(jnp.subtract, b.grads, a.grads)
+    extras[_SCALED] = _merged(
+      a.extras[_SCALED], b.extras[_SCALED], delta, weight
     )
   return base.Estimate(
     mean(a.value, b.value),
@@ -209,6 +202,47 @@ def _merge(a, b):
     extras,
     jax.tree.map(mean, a.aux, b.aux),
   )
+
+
+def _merged(a, b, delta, weight):
+  """The moments of two parts, in the larger of their units."""
+  unit = jnp.maximum(a['unit'], b['unit'])
+  spread = jax.tree.map(
+    lambda d: weight * jnp.square(jnp.abs(d) / unit.astype(_real(d))), delta
+  )
+  norms = jax.tree.map(jnp.sum, spread)
+  between = {
+    'sum_sq_diff_grads': spread,
+    'sum_sq_diff_norms': norms,
+    'sum_sq_diff_norm': sum(jax.tree.leaves(norms)),
+  }
+  moments = {'unit': unit}
+  for name in set(a) & set(_SUMS):
+    x, y = (
+      jax.tree.map(
+        lambda leaf, part=part: _unit.times(leaf, part['unit'] / unit, 2),
+        part[name],
+      )
+      for part in (a, b)
+    )
+    moments[name] = jax.tree.map(
+      lambda x, y, rest: (x + y + rest).astype(x.dtype), x, y, between[name]
+    )
+  return moments
+
+
+def _finished(estimate, params):
+  """The estimate of a whole batch, as `per_example` would give it."""
+  extras = dict(estimate.extras)
+  if _SCALED in extras:
+    moments = dict(extras[_SCALED])
+    unit = moments.pop('unit')
+    extras |= _unit.plain(moments, unit)
+    scaled = jax.tree.map(lambda g: g / unit.astype(_real(g)), estimate.grads)
+    moments['sq_norms'] = _unit.sq_norms(scaled, unit.dtype)
+    extras[_SCALED] = moments | {'unit': unit}
+  grads = trees.cast_like(estimate.grads, params)
+  return estimate._replace(grads=grads, extras=extras)
 
 
 def _real(leaf):

@@ -99,6 +99,7 @@ def coordinate_norm_test(
   checks.enforce(coordinate_norm_test, locals())
 
   def moments(grads, extras, averaged):
+    extras, unit = _statistics.scaled(extras), _statistics.unit_of(extras)
     squares: Any = extras.get('sum_sq_diff_grads')
     checks.require_extra(
       'coordinate_norm_test',
@@ -116,7 +117,7 @@ def coordinate_norm_test(
     )
 
     def square(g, total):
-      size = jnp.abs(g).astype(wide)
+      size = jnp.abs(g).astype(wide) / unit
       return _statistics.known(jnp.square(size), total, size)
 
     grad_sq = jax.tree.map(square, grads, squares)
@@ -195,7 +196,7 @@ def inner_product_test(
     grad_sq, along = found['grad_sq'], found['along']
     if decay is not None:
       grad_sq = _statistics.above_zero(grad_sq)
-      along = along / grad_sq
+      along = _statistics.ratio(along, grad_sq)
     return _statistics.ratio(
       along, jnp.asarray(theta, along.dtype) ** 2 * grad_sq
     )
@@ -257,7 +258,7 @@ def augmented_inner_product_test(
     )
     if decay is not None:
       grad_sq = _statistics.above_zero(grad_sq)
-      along = along / grad_sq
+      along = _statistics.ratio(along, grad_sq)
     across = trace - along
     across = jnp.where(across < 0.0, 0.0, across)  # Rounding; NaN stays.
     bound = lambda scale: jnp.asarray(scale, trace.dtype) ** 2 * grad_sq

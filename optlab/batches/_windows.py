@@ -213,6 +213,7 @@ class Over(NamedTuple):
   groups: Groups
   key: Any
   axis_name: Any
+  unit: Any = None  # by which the losses are divided
 
   def vary(self, tree):
     return tree if self.axis_name is None else vary(tree, self.axis_name)
@@ -229,7 +230,14 @@ class Over(NamedTuple):
 
   def bind(self, model_state):
     """One loss an example, of parameters and of examples with their keys."""
-    return lambda params, pair: self.loss(params, model_state, *pair)[0]
+
+    def losses(params, pair):
+      values = self.loss(params, model_state, *pair)[0]
+      if self.unit is None or not jnp.issubdtype(values.dtype, jnp.floating):
+        return values
+      return values * (1 / self.unit).astype(values.dtype)
+
+    return losses
 
   def rest(self, params, model_state, examples, mask):
     """The sums of the auxiliary output, and the model state after the group."""

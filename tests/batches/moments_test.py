@@ -164,7 +164,12 @@ def test_routes_are_exact(x64, name, route, microbatch_size):
   )
   estimate, _ = jax.jit(estimator.estimate)(params, (), batch)
   compare(estimate, explicit(losses, params, batch), names, 1e-12)
-  assert set(estimate.extras) == {*names, 'sample_size', 'value_fn'}
+  assert set(estimate.extras) == {
+    *names,
+    'sample_size',
+    'scaled_moments',
+    'value_fn',
+  }
 
 
 @pytest.mark.parametrize('route', ['vmap', 'ghost'])

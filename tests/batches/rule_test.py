@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optlab
+from optlab.batches import _unit
 from tests.public import PUBLIC
 
 ROWS = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
@@ -223,29 +224,136 @@ def test_rows_without_noise_and_without_gradient_keep_the_size():
     assert set(here.tolist()) <= good, name
 
 
-@pytest.mark.parametrize('scale', [1e-25, 1e-15, 1e15, 1e25])
-def test_moments_without_digits_keep_the_size(scale):
+SCALES = 1.0, 1e-30, 1e-22, 1e-9, 1e9, 1e22, 1e30
+TESTS = {
+  'norm_test': optlab.norm_test(0.2),
+  'averaged': optlab.norm_test(0.2, decay=0.5),
+  'coordinate': optlab.batches.coordinate_norm_test(0.2),
+  'inner': optlab.inner_product_test(0.1),
+  'augmented': optlab.augmented_inner_product_test(0.1, 0.1, decay=0.5),
+  'noise_scale': optlab.batches.noise_scale(0.5, layers=True, decay=0.5),
+}
+
+
+@pytest.mark.parametrize(
+  'route, kwargs, names',
+  [
+    ('vmap_grads', {'inner_products': 'jvp_inner_products'}, list(TESTS)),
+    (
+      'ghost_norms',
+      {'inner_products': 'vmap_inner_products', 'microbatch_size': 4},
+      ['norm_test', 'inner', 'augmented', 'noise_scale'],
+    ),
+    (
+      'microbatch_means',
+      {'microbatch_size': 2},
+      ['norm_test', 'averaged', 'noise_scale'],
+    ),
+  ],
+)
+def test_requests_do_not_depend_on_the_unit_of_the_loss(route, kwargs, names):
+  """Squares of 1e-30 and 1e30 have no place in float32."""
+  inner = kwargs.pop('inner_products', None)
+  estimator = lambda scale: optlab.per_example(
+    lambda p, rows: scale * losses(p, rows),
+    getattr(optlab.batches, route),
+    inner_products=inner and getattr(optlab.batches, inner),
+    layers=True,
+    **kwargs,
+  )
+  rules = {name: optlab.grow_batch(TESTS[name], **SIZES) for name in names}
+
+  @jax.jit
+  def requests(scale):
+    estimate, _ = estimator(scale).estimate(PARAMS, (), ROWS)
+    found = {}
+    for name, rule in rules.items():
+      state = rule.init(PARAMS)
+      for _ in range(2):
+        _, state = rule.update(
+          estimate.grads, state, grad=estimate.grads, **estimate.extras
+        )
+      found[name] = state.info.requested_size
+    return found, estimate
+
+  right, plain = requests(1.0)
+  for scale in SCALES:
+    found, estimate = requests(scale)
+    for name in names:
+      np.testing.assert_allclose(found[name], right[name], 1e-3, err_msg=name)
+    for a, b in zip(
+      *map(jax.tree.leaves, (estimate.grads, plain.grads)), strict=True
+    ):
+      np.testing.assert_allclose(a / scale, b, 1e-5, 1e-6)
+    np.testing.assert_allclose(estimate.value / scale, plain.value, 1e-5)
+  # What anyone else reads is what it is called, in range or not.
+  assert requests(1e-30)[1].extras['sum_sq_diff_norm'] == 0
+  assert requests(1e30)[1].extras['sum_sq_diff_norm'] == np.inf
+
+
+def test_small_inputs_are_right_or_keep_the_size():
+  """The gradient has digits; the square of a layer's input has none."""
+  sizes = {}
+  for scale in (1.0, 1e-22, 1e-30):
+    for route in (optlab.ghost_norms, optlab.batches.vmap_grads):
+      estimator = optlab.per_example(losses, route)
+      rule = optlab.grow_batch(optlab.norm_test(0.2), **SIZES)
+      estimate, _ = jax.jit(estimator.estimate)(PARAMS, (), scale * ROWS)
+      _, state = rule.update(
+        estimate.grads, rule.init(PARAMS), **estimate.extras
+      )
+      sizes[scale, route] = int(state.batch_size)
+  right = sizes[1.0, optlab.ghost_norms]
+  assert right > 8
+  for (_, route), size in sizes.items():
+    vmap = route is optlab.batches.vmap_grads
+    assert abs(size - right) <= 1 or (size == 8 and not vmap)
+
+
+def test_averages_follow_gradients_that_fall_by_decades():
+  """From 1 to 1e-28 and on, past what one unit can hold."""
+  rule = optlab.grow_batch(optlab.norm_test(1.0, decay=0.5), 2, 4096)
+
+  def step(state, unit):
+    noise = jnp.where(unit < 1, 196.0, 210.0)
+    moments = {'unit': unit, 'sq_norms': 4.0, 'sum_sq_diff_norm': noise}
+    moments = jax.tree.map(jnp.float32, moments)
+    _, state = rule.update(
+      jnp.ones(2), state, sample_size=8, scaled_moments=moments
+    )
+    return state, state.info.requested_size
+
+  units = jnp.exp2(jnp.concatenate([jnp.zeros(3), jnp.full(300, -90.0)]))
+  run = jax.jit(lambda units: jax.lax.scan(step, rule.init(jnp.ones(2)), units))
+  found = run(units)[1]
+  np.testing.assert_allclose(found[:100], 30 / (4 - 30 / 8), 1e-5)
+  np.testing.assert_allclose(found[-60:], 28 / (4 - 28 / 8), 1e-5)
+  found = run(units[::-1])[1]
+  np.testing.assert_allclose(found[:300], 28 / (4 - 28 / 8), 1e-5)
+  np.testing.assert_allclose(found[300:], 30 / (4 - 30 / 8), 1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-15, 1e15])
+def test_moments_by_hand_without_digits_keep_the_size(scale):
   """Right, or kept: never a size from squares that over- or underflowed."""
   estimator = optlab.per_example(
-    lambda p, rows: scale * losses(p, rows),
-    inner_products=optlab.batches.jvp_inner_products,
-  )
-  estimate, _ = estimator.estimate(PARAMS, (), ROWS)
-  plain = optlab.per_example(
     losses, inner_products=optlab.batches.jvp_inner_products
   )
-  expected, _ = plain.estimate(PARAMS, (), ROWS)
-  for test in (
-    optlab.norm_test(0.2),
-    optlab.batches.coordinate_norm_test(0.2),
-    optlab.inner_product_test(0.1),
-    optlab.augmented_inner_product_test(0.1, 0.1),
-  ):
-    rule = optlab.grow_batch(test, **SIZES)
-    after = lambda e, rule=rule: rule.update(
-      e.grads, rule.init(PARAMS), **e.extras
+  expected, _ = estimator.estimate(PARAMS, (), ROWS)
+  moments = dict(expected.extras)
+  del moments['scaled_moments'], moments['value_fn']
+  powers = {'sum_sq_diff_inner': 4, 'sample_size': 0}
+  times = lambda tree, power: jax.tree.map(
+    lambda leaf: _unit.times(leaf, jnp.float32(scale), power), tree
+  )
+  by_hand = {k: times(v, powers.get(k, 2)) for k, v in moments.items()}
+  grads = jax.tree.map(lambda g: scale * g, expected.grads)
+  for name in ('norm_test', 'coordinate', 'inner', 'augmented'):
+    rule = optlab.grow_batch(TESTS[name], **SIZES)
+    after = lambda grads, extras, rule=rule: rule.update(
+      grads, rule.init(PARAMS), **extras
     )[1]
-    found, right = after(estimate), after(expected)
+    found, right = after(grads, by_hand), after(expected.grads, moments)
     told = np.isnan(found.info.requested_size) and found.batch_size == 8
     assert told or abs(int(found.batch_size) - int(right.batch_size)) <= 1
     assert right.batch_size > 8
