@@ -50,6 +50,9 @@ def per_example(
   ``sum_sq_diff_norms``     tree of scalars, the same by array; if ``layers``
   ``sum_sq_diff_inner``     scalar, :math:`\sum_i (\langle g_i, g\rangle -
                             \|g\|^2)^2`
+  ``scaled_moments``        dict: ``unit``, a power of two, and of gradients
+                            over it those above and ``sq_norms``, a tree of
+                            scalars, :math:`\|g\|^2` by array
   ========================= ================================================
 
   ===================== ============================== ======================
@@ -115,6 +118,10 @@ def per_example(
     sum_sq_diff_norm 4.0
 
   Notes:
+    The unit is 1 unless squares leave the range of their dtype (in float32 of
+    gradients around 1e-16 and 1e16, with inner products 1e-8 and 1e8): then
+    the pass is repeated, once or twice, with the loss over a unit.
+
     Microbatches and devices are merged exactly: squared norms as sums, central
     moments by Chan's formula. Cost: see the routes; with ``inner_products`` a
     second pass over the batch.

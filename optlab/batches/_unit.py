@@ -110,15 +110,17 @@ def _loop(run, step, one, inputs, axis):
     _vary(jnp.zeros_like(like), _axes(aval))
     for like, aval in zip(jax.tree.leaves(shape), closed.out_avals, strict=True)
   ]
-  true = one > 0  # As the unit differs over devices, if it does.
+  true = one > 0  # By type different over devices, as the unit is.
   start = _Carry(
     one, one, true, true, jnp.zeros((), jnp.int32), treedef.unflatten(start)
   )
-  return jax.lax.while_loop(
-    lambda carry: carry.again,
-    lambda carry: step(carry, treedef.unflatten(flat(carry.unit))),
-    start,
-  )
+
+  def body(carry):
+    after = step(carry, treedef.unflatten(flat(carry.unit)))
+    flags = _vary((after.unit, after.used, after.again, after.ok), axes)
+    return _Carry(*flags, after.round, after.found)
+
+  return jax.lax.while_loop(lambda carry: carry.again, body, start)
 
 
 def _size(moments, wide):
@@ -188,7 +190,7 @@ def _axes(array):
   return frozenset(getattr(aval, 'vma', ()) or ())
 
 
-def _vary(array, axes):
+def _vary(tree, axes):
   for axis in sorted(axes, key=str):
-    array = vary(array, axis)
-  return array
+    tree = vary(tree, axis)
+  return tree
