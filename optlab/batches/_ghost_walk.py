@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core as jax_core
 
+from optlab.batches import _along
 from optlab.batches import _ghost_programs as programs
 from optlab.batches import _ghost_taps as taps
 from optlab.batches import _ghost_values
@@ -39,10 +40,10 @@ def tap(
     leaf of ``params``; and the axis of a mesh that the loss spreads its
     examples over, or ``None``.
   """
-  closed = jax.make_jaxpr(loss)(params, example)
+  closed, along = _along.moved(jax.make_jaxpr(loss)(params, example))
   leaves, treedef = jax.tree.flatten(params)
   shapes = [leaf.aval for leaf in closed.jaxpr.invars[: len(leaves)]]
-  plans, loops, along = _plan(closed, len(leaves), wide)
+  plans, loops = _plan(closed, len(leaves), wide)
   del leaves
 
   def tapped(params, example, slots):
@@ -53,7 +54,7 @@ def tap(
     arrays = [*leaves, *jax.tree.leaves(example)]
     return walker.loss(closed, arrays, len(leaves)).array
 
-  return tapped, along.pop() if len(along) == 1 else None
+  return tapped, along
 
 
 def _plan(closed, count, wide):
@@ -70,7 +71,7 @@ def _plan(closed, count, wide):
       else:
         plans[leaf] = _ghost_values.plan(avals[leaf], meetings)
     if strange <= opaque:
-      return plans, walker.loops, walker.along
+      return plans, walker.loops
     opaque |= strange
 
 
@@ -81,7 +82,6 @@ class Walker:
     plans: By leaf; ``None`` while looking.
     meetings: By leaf, what was found while looking.
     strange: Leaves that a loop does not take slice by slice.
-    along: The axes of a mesh that the loss spreads its examples over.
     loops: By path of a loop, which of its carried and of its stacked results
       have data; ``None`` where it is met as one operation.
   """
@@ -92,7 +92,6 @@ class Walker:
     self.opaque = frozenset(opaque)
     self.meetings: dict[int, list[Meeting]] = {}
     self.strange: set[int] = set()
-    self.along: set[Any] = set()
     self.programs = programs.Programs()
     self.taps = taps.Taps(wide, plans, slots, self.programs)
 
@@ -170,8 +169,6 @@ class Walker:
     used = frozenset().union(*(value.leaves for value in values))
     has_data = any(value.has_data for value in values)
     name = eqn.primitive.name
-    if name == 'sharding_constraint' and has_data:
-      return [values[0]._replace(array=self.constrain(eqn, values[0].array))]
     if not used:
       outs = self.run(eqn, [value.array for value in values])
       return [Value(out, has_data) for out in outs]
@@ -226,18 +223,6 @@ class Walker:
         )
       )
     return [Value(out, True) for out in outs]
-
-  def constrain(self, eqn, array):
-    """Moves a word on where the examples lie to the axis of their map."""
-    sharding = eqn.params['sharding']
-    spec = getattr(sharding, 'spec', None)
-    if not spec or array.shape[0] != 1 or spec[0] is None:
-      return self.run(eqn, [array])[0]
-    if self.plans is None:
-      self.along.add(spec[0])
-      return array
-    rest = sharding.update(spec=jax.P(None, *spec[1:]))
-    return jax.lax.with_sharding_constraint(array, rest)
 
   def materialize(self, value, path, level):
     """Lets a value without data meet it, in an identity."""

@@ -99,23 +99,36 @@ def check_losses(
 
 def check_program(
   losses: _losses.Losses, params: base.Params, examples: base.Batch
-) -> None:
-  """Raises a ``ValueError`` unless they are one an example, and of it alone."""
-  by = mixed_by(losses, params, examples)
+) -> Any:
+  """The program of losses that are one an example, and of it alone.
+
+  Raises:
+    ValueError: They are not.
+  """
+  closed = _program(losses, params, examples)
+  by = _mixed_by(closed, params, examples)
   if by is not None:
     raise ValueError(_message(f'{by} takes the examples together'))
+  return closed
 
 
 def mixed_by(
   losses: _losses.Losses, params: base.Params, examples: base.Batch
 ) -> str | None:
   """The operation in the program of the losses that mixes examples, if any."""
-  length = _losses.batch_length(examples)
-  mask = jax.ShapeDtypeStruct((length,), bool)
-  closed = jax.make_jaxpr(lambda p, e: _losses.checked(losses, p, e, mask))(
+  closed = _program(losses, params, examples)
+  return _mixed_by(closed, params, examples)
+
+
+def _program(losses, params, examples):
+  mask = jax.ShapeDtypeStruct((_losses.batch_length(examples),), bool)
+  return jax.make_jaxpr(lambda p, e: _losses.checked(losses, p, e, mask))(
     params, examples
   )
-  if length < 2:
+
+
+def _mixed_by(closed, params, examples):
+  if _losses.batch_length(examples) < 2:
     return None
   inputs = [_NONE] * len(jax.tree.leaves(params))
   inputs += [0] * len(jax.tree.leaves(examples))

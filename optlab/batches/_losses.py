@@ -17,7 +17,18 @@ def single(losses: Losses) -> Callable[[base.Params, Any], jax.Array]:
 
   def loss(params, example):
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
-    return losses(fresh(params), batch)[0]
+    try:
+      return losses(fresh(params), batch)[0]
+    except Exception as error:
+      if 'harding' not in str(error):
+        raise
+      raise ValueError(
+        'losses say where their examples lie on a mesh with explicit axes, by'
+        ' with_sharding_constraint or reshard, which gradients by example can'
+        ' not follow: leave the word out, for there the type of the rows says'
+        ' it; make the mesh with AxisType.Auto; or take microbatch_means or'
+        f' plain_grads. jax says: {error}'
+      ) from error
 
   return loss
 

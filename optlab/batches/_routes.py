@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import trees
+from optlab.batches import _along
 from optlab.batches._independence import check_program
 from optlab.batches._losses import Losses
 from optlab.batches._losses import checked
@@ -86,6 +87,15 @@ def microbatch_means(
   return Moments(count, units, value, grads, None, zeros)
 
 
+def _by_example(derivative, closed, losses, params, examples):
+  """A derivative of each loss, which lie as the program has its examples."""
+  loss, along = single(losses), None
+  if _along.pins(closed):
+    loss, along = _along.one_by_one(loss, params, examples)
+  mapped = jax.vmap(derivative(loss), (None, 0), spmd_axis_name=along)
+  return mapped(params, examples)
+
+
 def vmap_grads(
   losses: Losses, params: base.Params, examples: base.Batch, mask: jax.Array
 ) -> Moments:
@@ -103,10 +113,10 @@ def vmap_grads(
     ValueError: ``losses`` does not give one loss per example.
   """
   check_route(params, mask)
-  check_program(losses, params, examples)
+  closed = check_program(losses, params, examples)
   wide = mask.dtype
-  values, grads = jax.vmap(jax.value_and_grad(single(losses)), (None, 0))(
-    params, examples
+  values, grads = _by_example(
+    jax.value_and_grad, closed, losses, params, examples
   )
   count = jnp.sum(mask)
 
@@ -190,8 +200,8 @@ def vmap_inner_products(
   """
   check_route(params, mask)
   wide = mask.dtype
-  check_program(losses, params, examples)
-  rows = jax.vmap(jax.grad(single(losses)), (None, 0))(params, examples)
+  closed = check_program(losses, params, examples)
+  rows = _by_example(jax.grad, closed, losses, params, examples)
   rows, grads = trees.conjugate(rows), trees.conjugate(grads)
 
   def product(rows, mean):

@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from optlab import trees
-from optlab.batches._windows import vary
+from optlab.batches import _windows
 
 _ROUNDS = 3
 # Powers of the unit in a moment; 2 in all others.
@@ -117,8 +117,13 @@ def _loop(run, step, one, inputs, axis):
 
   def body(carry):
     after = step(carry, treedef.unflatten(flat(carry.unit)))
-    flags = _vary((after.unit, after.used, after.again, after.ok), axes)
-    return _Carry(*flags, after.round, after.found)
+    vary = lambda flag: _vary(flag, axes)
+    return after._replace(
+      unit=vary(after.unit),
+      used=vary(after.used),
+      again=vary(after.again),
+      ok=vary(after.ok),
+    )
 
   return jax.lax.while_loop(lambda carry: carry.again, body, start)
 
@@ -190,7 +195,7 @@ def _axes(array):
   return frozenset(getattr(aval, 'vma', ()) or ())
 
 
-def _vary(tree, axes):
+def _vary(array, axes):
   for axis in sorted(axes, key=str):
-    tree = vary(tree, axis)
-  return tree
+    array = _windows.vary(array, axis)
+  return array

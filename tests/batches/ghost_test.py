@@ -378,34 +378,60 @@ def test_memory_is_that_of_a_gradient():
   assert memory[1] <= 1.3 * memory[0], memory
 
 
-def test_examples_lie_where_the_loss_says():
+def pinned(spread):
+  def losses(p, x):
+    body = lambda h, w: (spread(jnp.tanh(h @ w)), None)
+    hidden = jax.checkpoint(spread)(jnp.tanh(x @ p['w']))
+    return jnp.sum(jax.lax.scan(body, hidden, p['layers'])[0] ** 2, 1)
+
+  return losses
+
+
+PINNED = {'w': dense(16, 32), 'layers': dense(2, 32, 32)}
+
+
+@pytest.mark.parametrize('route', ['ghost_norms', 'vmap_grads'])
+def test_examples_lie_where_the_loss_says(route):
   """A constraint on their axis holds for that which they are mapped over."""
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((2,), ('data',), axis_types=auto)
   split = jax.NamedSharding(mesh, jax.P('data'))
-
-  def losses(p, x, constrain=lambda x: x):
-    hidden = constrain(jnp.tanh(x @ p['w']))
-    return jnp.sum((hidden @ p['v']) ** 2, 1)
-
-  def constrained(p, x):
-    pin = lambda x: jax.lax.with_sharding_constraint(x, split)
-    return losses(p, x, pin)
-
-  params = {'w': dense(16, 32), 'v': dense(32, 8)}
-  examples = vectors(16)[:4]
-  norms = optlab.batches.ghost_sq_norms
-  flops = []
-  for function in (losses, constrained):
-    step = jax.jit(lambda p, x, f=function: norms(f, p, x))
-    compiled = step.lower(params, jax.device_put(examples, split)).compile()
-    flops.append(compiled.cost_analysis()['flops'])
-    close(
-      compiled(params, jax.device_put(examples, split)),
-      norms(losses, params, examples),
-      1e-4,
+  pin = lambda x: jax.lax.with_sharding_constraint(x, split)
+  examples = jax.device_put(vectors(16)[:4], split)
+  flops, found = [], []
+  for losses in (pinned(lambda x: x), pinned(pin)):
+    step = jax.jit(
+      lambda p, x, f=losses: getattr(optlab.batches, route)(
+        f, p, x, jnp.ones(4)
+      )
     )
+    compiled = step.lower(PINNED, examples).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+    found.append(compiled(PINNED, examples))
+  close(found[1], found[0], 1e-4)
   assert flops[1] <= 1.05 * flops[0], flops
+
+
+@pytest.mark.parametrize('route', ['ghost_norms', 'vmap_grads'])
+@pytest.mark.parametrize('word', ['with_sharding_constraint', 'reshard'])
+def test_on_explicit_meshes_the_type_says_where_examples_lie(route, word):
+  explicit = (jax.sharding.AxisType.Explicit,)
+  mesh = jax.make_mesh((2,), ('data',), axis_types=explicit)
+  split = jax.NamedSharding(mesh, jax.P('data'))
+  say = {
+    'with_sharding_constraint': jax.lax.with_sharding_constraint,
+    'reshard': jax.sharding.reshard,
+  }[word]
+  with jax.set_mesh(mesh):
+    examples = jax.device_put(vectors(16)[:4], split)
+    mask = jnp.ones(4, device=split)
+    params = jax.device_put(PINNED, jax.NamedSharding(mesh, jax.P()))
+    losses = lambda p, x: jnp.sum(say(jnp.tanh(x @ p['w']), split) ** 2, 1)
+    with pytest.raises(ValueError, match='leave the word out'):
+      jax.eval_shape(
+        lambda p, x, m: getattr(optlab.batches, route)(losses, p, x, m),
+        params, examples, mask,
+      )  # fmt: skip
 
 
 def test_a_part_of_two_meetings_of_one_position(x64):
