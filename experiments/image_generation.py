@@ -8,6 +8,8 @@ start from.
 
   python -m experiments.image_generation
   python -m experiments.image_generation --dataset=mnist --data_dir=DIR
+  python -m experiments.image_generation --dataset=mnist28 --data_dir=DIR \
+    --score=smc --components=3 --steps=400 --seeds=1 --chain_steps=50
 """
 
 from collections.abc import Sequence
@@ -95,18 +97,16 @@ def sample(
     Rows ``[num, columns]``, and the share of accepted proposals.
   """
   start_key, chain_key = jax.random.split(key)
-  start = noise.fitted.sample(start_key, num)
-  whole = optlab.fit_gaussian(noise.fitted.sample(start_key, 5000))
+  space = tilted.whitened(noise)
 
   def log_density(white):
-    rows = white @ whole.scale.T + whole.mean
-    return tilted.tilt(params, rows) + noise.fitted.log_prob(rows)
+    return tilted.tilt(params, space.rows(white)) + space.log_prob(white)
 
-  white = (start - whole.mean) @ whole.whiten.T
   result = optlab.unnormalized.langevin(
-    log_density, chain_key, white, config.step_size, config.chain_steps
-  )
-  return result.rows @ whole.scale.T + whole.mean, result.acceptance
+    log_density, chain_key, space.sample(start_key, num), config.step_size,
+    config.chain_steps,
+  )  # fmt: skip
+  return space.rows(result.rows), result.acceptance
 
 
 @launch.program
@@ -161,7 +161,9 @@ def run(
       _, test, noise = parts[seed]
       rows, acceptance = chains(mine, noise, jax.random.key(55 + seed))
       frechet_row(session, features[seed], test, seed)(method, rows)
-      found = tilted.held_out_nll(mine, noise, jnp.asarray(test), seed)
+      found = tilted.held_out_nll(
+        mine, noise, jnp.asarray(test), seed, tilted.particles(config)
+      )
       session.write('score', **own, acceptance=acceptance, **found)
 
   plan = tilted.problem(config, parts)

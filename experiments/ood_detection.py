@@ -131,7 +131,9 @@ def run(
       own = {'method': method, 'seed': seed}
       session.write('auroc', **own, auroc=auroc(*found))
       if not session.select('score', **own):
-        nll = tilted.held_out_nll(mine, noise, jnp.asarray(inside), seed)
+        nll = tilted.held_out_nll(
+          mine, noise, jnp.asarray(inside), seed, tilted.particles(config)
+        )
         session.write('score', **own, **nll)
 
   plan = tilted.problem(config, parts)

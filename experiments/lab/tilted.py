@@ -6,6 +6,7 @@ scikit-learn, tilted by a network f that starts at zero.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -31,7 +32,11 @@ LOG_Z_DRAWS = 100_000
 class Config(devices.Config):
   """Flags of the programs that train energies of images."""
 
-  dataset: str = flags.flag('digits', 'Images.', choices=('digits', 'mnist'))
+  dataset: str = flags.flag(
+    'digits',
+    'Images: 8x8, 14x14 or 28x28.',
+    choices=('digits', 'mnist', 'mnist28'),
+  )
   data_dir: str = flags.flag('', 'Folder with the IDX files of MNIST.')
   methods: tuple[str, ...] = flags.flag(
     METHODS, 'Energies to train.', choices=METHODS
@@ -48,6 +53,10 @@ class Config(devices.Config):
   )
   weight_decay: float = flags.flag(1e-2, "Of Adam's, decoupled.", low=0.0)
   gamma: float = flags.flag(0.1, 'Weight of the newest batch in MECO.')
+  score: str = flags.flag(
+    'importance', 'How log Z is found.', choices=('importance', 'smc')
+  )
+  particles: int = flags.flag(64, 'Of each of three runs of SMC.', low=2)
   precision: str = flags.flag(
     'float32', 'Floating point type.', choices=('float32',)
   )
@@ -101,6 +110,11 @@ def seeds(config: Config) -> tuple[int, ...]:
   """Those that are reported, and those that pick rates."""
   first = study.TUNING_SEED
   return (*range(config.seeds), *range(first, first + config.tuning_seeds))
+
+
+def particles(config: Config) -> int | None:
+  """Of a score by tempering; ``None`` where it is by importance sampling."""
+  return config.particles if config.score == 'smc' else None
 
 
 def model_of(params: Any) -> Any:
@@ -196,17 +210,37 @@ def _entry(config: Config, method: str, columns: int) -> study.Entry:
 
 
 def held_out_nll(
-  params: Any, noise: small_images.Noise, test: jax.Array, seed: int
+  params: Any,
+  noise: small_images.Noise,
+  test: jax.Array,
+  seed: int,
+  particles: int | None = None,
 ) -> dict:
   """Negative log-likelihood of ``test``, or NaN where log Z is refused.
 
   log Z is estimated twice, with the noise and with one whose wide component is
-  ten times as likely, and both must agree.
+  ten times as likely, and both must agree; or by so many tempered particles,
+  that go from the fitted mixture to the model and from ``test`` back.
   """
+  log_z, found = (
+    _by_importance(params, noise, seed)
+    if particles is None
+    else _by_tempering(params, noise, test, seed, particles)
+  )
+  model = functools.partial(_tilted, params, noise)
+  return found | {
+    'nll': log_z - jnp.mean(small_images.in_chunks(model, test)),
+    'q_nll': -jnp.mean(noise.fitted.log_prob(test)),
+  }
 
-  def model(rows):
-    return tilt(params, rows) + noise.fitted.log_prob(rows)
 
+def _tilted(params, noise, rows):
+  return tilt(params, rows) + noise.fitted.log_prob(rows)
+
+
+def _by_importance(params, noise, seed):
+  """Log Z, and what is recorded of it."""
+  model = functools.partial(_tilted, params, noise)
   share = jnp.log(jnp.asarray(10 * small_images.WIDE_SHARE))
   weights = noise.noise.log_weights
   rest = jax.nn.log_softmax(weights[:-1]) + jnp.log1p(-jnp.exp(share))
@@ -220,14 +254,72 @@ def held_out_nll(
     for i, q in enumerate((noise.noise, wider))
   )
   agree = bool(optlab.unnormalized.agree(first, second))
-  log_z = first.value if agree else jnp.nan
-  return {
-    'nll': log_z - jnp.mean(small_images.in_chunks(model, test)),
-    'q_nll': -jnp.mean(noise.fitted.log_prob(test)),
+  return (first.value if agree else jnp.nan), {
     'standard_error': first.standard_error,
     'log_z_ess': first.ess,
     'largest_share': first.largest_share,
     'agree': agree,
+  }
+
+
+class White(NamedTuple):
+  """The fitted mixture in coordinates where its whole is white.
+
+  Chains have one step size, and pixels have many.
+  """
+
+  fitted: optlab.unnormalized.GaussianMixture
+  mean: jax.Array
+  scale: jax.Array  # Of the whole, lower triangular.
+
+  def rows(self, white: jax.Array) -> jax.Array:
+    return self.mean + white @ self.scale.T
+
+  def white(self, rows: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.solve_triangular(
+      self.scale, (rows - self.mean).T, lower=True
+    ).T
+
+  def sample(self, key: jax.Array, num: int) -> jax.Array:
+    return self.white(self.fitted.sample(key, num))
+
+  def log_prob(self, white: jax.Array) -> jax.Array:
+    """Up to the determinant, which the model lacks alike."""
+    return self.fitted.log_prob(self.rows(white))
+
+
+def whitened(noise: small_images.Noise) -> White:
+  """The coordinates for a noise: by the moments of its mixture."""
+  fitted = noise.fitted
+  weights = jnp.exp(fitted.log_weights)
+  mean = weights @ fitted.means
+  gaps = fitted.means - mean
+  covariance = jnp.einsum(
+    'k,kij,klj->il', weights, fitted.scales, fitted.scales
+  )
+  covariance += jnp.einsum('k,ki,kj->ij', weights, gaps, gaps)
+  return White(fitted, mean, jnp.linalg.cholesky(covariance))
+
+
+def _by_tempering(params, noise, test, seed, particles):
+  """Log Z, and what is recorded of it."""
+  method = optlab.unnormalized.tempered_smc(particles, repeats=3, num_steps=5)
+
+  @jax.jit
+  def score(params, space, rows, key):
+    return optlab.log_partition(
+      lambda white: tilt(params, space.rows(white)) + space.log_prob(white),
+      space, key, method=method, data=space.white(rows),
+    )  # fmt: skip
+
+  found = score(params, whitened(noise), test, jax.random.key(1000 + seed))
+  return found.value, {
+    'standard_error': found.standard_error,
+    'second': found.second,
+    'data_gap': found.data_gap,
+    'log_z_ess': found.ess,
+    'largest_share': found.largest_share,
+    'agree': bool(found.ok),
   }
 
 

@@ -30,23 +30,25 @@ class Images(NamedTuple):
 
 
 def load(name: str, data_dir: str, seed: int) -> Images:
-  """Digits 8x8, or MNIST averaged to 14x14; dequantized.
+  """Digits 8x8, MNIST averaged to 14x14, or as it is; dequantized.
 
   Args:
-    name: ``digits`` or ``mnist``.
+    name: ``digits``, ``mnist`` or ``mnist28``.
     data_dir: Folder of MNIST's files.
     seed: Of the added noise.
 
   Returns:
     `Images`.
   """
-  dataset = data_lib.load(name, data_dir)
+  dataset = data_lib.load(name.removesuffix('28'), data_dir)
   pixels = data_lib.dense(dataset)
   side, levels = 8, 16
   if name == 'mnist':
     side, levels = 14, 255
     blocks = pixels.reshape(-1, side, 2, side, 2)
     pixels = blocks.mean((2, 4)).reshape(-1, side * side)
+  elif name == 'mnist28':
+    side, levels = 28, 255
   rng = np.random.default_rng(seed)
   # A twentieth of the range at least: flat pixels have no density to learn.
   width = max(1 / levels, 0.05)
@@ -65,8 +67,12 @@ class Noise(NamedTuple):
 
 def fit_noise(rows: np.ndarray, components: int, seed: int) -> Noise:
   """Fits the mixture to ``rows`` and fills the pool."""
+  # A step costs the cube of the columns, and from k-means few do.
   fit = sklearn_mixture.GaussianMixture(
-    components, reg_covar=1e-3, random_state=seed, max_iter=50
+    components,
+    reg_covar=1e-3,
+    random_state=seed,
+    max_iter=50 if rows.shape[1] < 500 else 5,
   ).fit(rows)
   mean = rows.mean(0)[None]
   wide = WIDE_INFLATION * np.cov(rows.T)[None]

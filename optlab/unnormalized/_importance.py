@@ -61,6 +61,10 @@ def estimate(
   change, second_error = _walk.change_of(
     value, reservoir.log_w, walked.log_w, weights.ess
   )
+  # Where walkers outweigh every draw there is a tail that no draw stands for.
+  # It may be thin and wide, and then no weight tells of it but theirs alone.
+  beyond = jnp.sum(walked.log_w > weights.log_scale + 0.7).astype(error.dtype)
+  error = jnp.hypot(error, jnp.minimum(beyond / 4, 1) * second_error)
   rejected += walked.infinite
   # Rounding alone is no disagreement.
   bound = 3 * jnp.hypot(second_error, plain_error)

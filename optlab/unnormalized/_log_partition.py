@@ -136,7 +136,10 @@ def log_partition(
     The standard error is the delta method's, times ``1 + 5 h + 20 h^2`` where
     k-hat is above 0.3 by h: the sample variance of heavy weights is too small
     just where the estimate is. The factor is fitted to the coverage in
-    ``tests/unnormalized/log_partition_test.py``, no theory.
+    ``tests/unnormalized/log_partition_test.py``, no theory. Where the walk
+    meets rows that outweigh every draw there is a tail that no draw stands for,
+    such as that of a Cauchy model under a wide Gaussian; the error is then no
+    smaller than that of the second estimate.
 
     A second mode that no draw met, behind a valley that no walk crosses, is
     seen by neither. With ``data`` it is, if four rows and more are in it: rows

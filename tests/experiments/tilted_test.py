@@ -46,6 +46,15 @@ def test_an_energy_starts_as_the_noise_and_stays_bounded():
   assert np.all(np.abs(tilted.tilt(wild, rows[:, :-1])) <= 20.0)
 
 
+def test_coordinates_of_the_chains_whiten_the_noise(few_draws):
+  rows = np.random.default_rng(0).normal(size=(200, 3)) * np.array([1, 0.1, 3])
+  noise = small_images.fit_noise(rows.astype(np.float32), 2, 0)
+  space = tilted.whitened(noise)
+  white = space.sample(jax.random.key(0), 2000)
+  np.testing.assert_allclose(jnp.cov(white.T), np.eye(3), atol=0.15)
+  np.testing.assert_allclose(space.white(space.rows(white)), white, atol=1e-4)
+
+
 @pytest.fixture
 def few_draws(monkeypatch):
   monkeypatch.setattr(small_images, 'POOL', 2000)
@@ -81,6 +90,7 @@ def test_image_generation_end_to_end(tmp_path, capsys, few_draws):
   config = image_generation.Config(
     output_dir=str(tmp_path / 'run'), steps=100, seeds=1, hidden=16,
     components=3, chain_steps=20, learning_rates=(2e-3,), tuning_seeds=0,
+    score='smc', particles=32,
   )  # fmt: skip
   image_generation.main(config)
   assert 'Frechet' in capsys.readouterr().out
@@ -90,6 +100,9 @@ def test_image_generation_end_to_end(tmp_path, capsys, few_draws):
   }
   assert set(distances) >= {'meco', 'nce'}
   assert min(distances, key=distances.__getitem__).startswith('real')
+  for row in record.select(rows, 'score'):  # By tempering.
+    assert row['agree']
+    assert row['nll'] < row['q_nll'] + 3 * row['standard_error']
   assert (tmp_path / 'run' / 'samples.png').stat().st_size > 5000
 
 

@@ -250,6 +250,23 @@ def test_k_hat_is_the_shape_of_the_tail():
   assert k_hat(np.log(rng.uniform(size=10_000))) < 0
 
 
+def cauchy(rows):
+  return -jnp.sum(jnp.log1p(rows**2), -1)
+
+
+def test_a_thin_tail_that_no_draw_has_reached_is_in_the_error():
+  """Half of such errors held the truth: no weight told of the tail."""
+  noise = isotropic(2, 49.0)
+  result = jax.jit(
+    lambda key: optlab.log_partition(cauchy, noise, key, 50_000)
+  )(jax.random.key(0))
+  gap = 2 * math.log(math.pi) - result.second
+  assert abs(gap) < 4 * result.standard_error
+  gap = 2 * math.log(math.pi) - result.value
+  assert not result.ok or gap < 1.96 * result.standard_error
+  assert result.standard_error >= result.second_error
+
+
 PAIRS = {
   'cauchy on a Gaussian': (
     REFUSED['heavy tail on a Gaussian'],
@@ -284,6 +301,18 @@ PAIRS = {
   'two modes on one': (
     (two_modes, isotropic(1, 1.0)),
     HALF_LOG_2PI + math.log(2),
+  ),
+  'Cauchy on a wide Gaussian': (
+    (cauchy, isotropic(1, 100.0)),
+    math.log(math.pi),
+  ),
+  'two Cauchy columns on a wide one': (
+    (cauchy, isotropic(2, 49.0)),
+    2 * math.log(math.pi),
+  ),
+  't, 2 degrees, on a wide one': (
+    (lambda x: stats.t.logpdf(x[:, 0], 2), isotropic(1, 25.0)),
+    0.0,
   ),
   'a hole': ((quadratic, Uniform(3.0)), HALF_LOG_2PI),
   'a parabola': ((cut_parabola, isotropic(1, 1.0)), math.log(4 / 3)),
