@@ -55,8 +55,16 @@ class BilevelState(NamedTuple):
 
 
 def check_batch(batch: Any) -> None:
-  """Raises a ``TypeError`` unless ``batch`` is a `BilevelBatch`."""
+  """Raises unless ``batch`` is a `BilevelBatch` whose samples have rows."""
   checks.check_fields('batch', batch, BilevelBatch._fields, 'a BilevelBatch')
+  for name in BilevelBatch._fields:
+    leaves = jax.tree.leaves(getattr(batch, name))
+    # The mean of no rows is NaN with a gradient of zero, which looks done.
+    if leaves and not any(map(jnp.size, leaves)):
+      raise ValueError(
+        f'batch.{name} must have rows, got arrays of size zero only: give None'
+        ' for a level without data.'
+      )
 
 
 def init_state(

@@ -156,6 +156,21 @@ def test_one_level_that_is_not_finite_is_held_by_every_estimator():
     assert state.info.total_rejected == rejections == 4
 
 
+def test_samples_without_rows_are_named():
+  """Their mean is NaN and its gradient zero: a step that looks done."""
+  upper = lambda x, y, rows: jnp.mean((y - 1.0) ** 2) * jnp.mean(1 + 0 * rows)
+  full, empty = optlab.BilevelBatch(X, X, np.ones((5, 3))), np.zeros((0, 3))
+  makes = {**FORMULA, 'unrolled': lambda f, g, o, r: optlab.unrolled(f, g, o)}
+  for key in ('soba', 'bo_rep', 'implicit', 'unrolled'):
+    estimator = makes[key](upper, upper, SGD, 0.1)
+    state = estimator.init(X, Y)
+    for name in ('upper', 'lower'):
+      with pytest.raises(ValueError, match=f'batch.{name} must have rows, got'):
+        estimator.estimate(X, state, full._replace(**{name: empty}))
+  with pytest.raises(ValueError, match='batch.step_samples must have rows'):
+    estimator.estimate(X, state, full._replace(step_samples=empty[None]))
+
+
 @pytest.mark.parametrize('name', RATED)
 def test_a_rate_beyond_two_over_the_curvature_is_bounded_and_told(name):
   upper, lower = quadratic(np.diag([1.0, 2.0, 30.0]))
