@@ -12,6 +12,7 @@ classes, few-shot accuracy on tasks with a class that training never saw.
 import dataclasses
 import itertools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,35 +157,39 @@ def classes(sentences: text.Text) -> tuple[list[int], int | None]:
   return [c for c in frequent if c != held_out], held_out
 
 
-def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
-  """Pairs of classes as tasks; the last frequent class is held out."""
-  seen, held_out = classes(sentences)
-  pairs = np.array(list(itertools.combinations(range(len(seen)), 2)))
+def make_encoder(config: Config, vocabulary: list[str]):
+  """``init(key) -> x`` and ``encode(x, tokens)``."""
   vectors = None
   if config.vectors:
-    vectors = read_vectors(config.vectors, sentences.vocabulary, config.width)
-  init, encode = encoders.functional(
+    vectors = read_vectors(config.vectors, vocabulary, config.width)
+  return encoders.functional(
     lambda rngs: encoders.Encoder(
-      len(sentences.vocabulary),
-      config.width,
-      rngs,
-      cell=config.cell,
-      vectors=vectors,
+      len(vocabulary), config.width, rngs, cell=config.cell, vectors=vectors
     )
   )
-  # Support and query sentences are different halves of each class.
+
+
+def make_data(sentences: text.Text, seen: list[int]) -> dict[str, Any]:
+  """Support and query sentences are different halves of each class."""
   train = class_table(sentences.train.labels, seen)
   half = train.shape[1] // 2
   data = {
     'tokens': sentences.train.tokens,
     'support': train[:, :half],
     'query': train[:, half : 2 * half],
-    'valid': (
-      sentences.valid.tokens,
-      class_table(sentences.valid.labels, seen),
-    ),
-    'test': (sentences.test.tokens, class_table(sentences.test.labels, seen)),
   }
+  for part in ('valid', 'test'):
+    rows = getattr(sentences, part)
+    data[part] = rows.tokens, class_table(rows.labels, seen)
+  return data
+
+
+def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
+  """Pairs of classes as tasks; the last frequent class is held out."""
+  seen, held_out = classes(sentences)
+  pairs = np.array(list(itertools.combinations(range(len(seen)), 2)))
+  init, encode = make_encoder(config, sentences.vocabulary)
+  data = make_data(sentences, seen)
 
   def head_losses(y, features):
     """Of each task's head on ``[classes, sentences, width]``; margins too."""

@@ -63,6 +63,17 @@ class Config(tuning.Config):
   )
 
 
+def _parts(sentences: text.Text) -> dict[str, tuple]:
+  """Rows of the two levels, to pick rates by, and to report."""
+  half = len(sentences.valid.labels) // 2
+  return {
+    'train': tuple(sentences.train),
+    'upper': tuple(part[:half] for part in sentences.valid),
+    'valid': tuple(part[half:] for part in sentences.valid),
+    'test': tuple(sentences.test),
+  }
+
+
 def text_problem(config: Config) -> tuning.Problem:
   """A recurrent classifier, all of it in the lower level."""
   sentences = text.load(
@@ -78,21 +89,13 @@ def text_problem(config: Config) -> tuning.Problem:
       len(sentences.vocabulary), config.width, rngs, cell=config.cell
     )
   )
-  half = len(sentences.valid.labels) // 2
-  data = {
-    'train': tuple(sentences.train),
-    'upper': tuple(part[:half] for part in sentences.valid),
-    'valid': tuple(part[half:] for part in sentences.valid),
-    'test': tuple(sentences.test),
-  }
 
   def losses(y, batch):
     tokens, labels = batch
     scores = encode(y['encoder'], tokens) @ y['head']
     correct = jnp.argmax(scores, axis=1) == labels
-    return optax.softmax_cross_entropy_with_integer_labels(
-      scores, labels
-    ), correct
+    loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    return loss, correct
 
   def upper(x, y, batch):
     del x
@@ -118,15 +121,9 @@ def text_problem(config: Config) -> tuning.Problem:
     shape = (config.width, sentences.classes)
     y = {'encoder': init(key), 'head': jnp.zeros(shape)}
     y = jax.tree.map(lambda leaf: leaf.astype(config.precision), y)
-    x = jax.tree.map(
-      lambda leaf: jnp.full(
-        leaf.shape if config.per_parameter else (),
-        START,
-        leaf.dtype,
-      ),
-      y,
-    )
-    return x, y
+    like = lambda leaf: leaf.shape if config.per_parameter else ()
+    full = lambda leaf: jnp.full(like(leaf), START, leaf.dtype)
+    return jax.tree.map(full, y), y
 
   def measure(x, y, data):
     del x
@@ -138,8 +135,9 @@ def text_problem(config: Config) -> tuning.Problem:
     return values
 
   return tuning.Problem(
-    upper, lower, data, sample, start, measure, ('test_loss', 'test_accuracy')
-  )
+    upper, lower, _parts(sentences), sample, start, measure,
+    ('test_loss', 'test_accuracy'),
+  )  # fmt: skip
 
 
 @launch.program

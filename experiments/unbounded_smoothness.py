@@ -232,17 +232,11 @@ def summarize(session: Session, config: Config) -> None:
     f' below {NEAR} in the median of {config.seeds} seeds; highest value over'
     ' the rates from 0.03 to 1',
     (
-      'method, upper step, schedule',
-      'rates',
-      'from, to',
-      'every seed',
-      'best rate',
-      'value there',
-      'highest median',
-      'highest',
+      'method, upper step, schedule', 'rates', 'from, to', 'every seed',
+      'best rate', 'value there', 'highest median', 'highest',
     ),
     shown,
-  )
+  )  # fmt: skip
 
 
 def draw(session: Session, config: Config) -> None:

@@ -60,27 +60,18 @@ def newton_approximate(rows: Rows) -> tuple[str, str]:
     summary(rows, method=f'gns, {name}')
     for name in ('exact', 'gauss_newton', 'fisher', 'empirical_fisher')
   )
-  numbers = (
-    'steps: exact {}, Gauss-Newton {}, Fisher {}, empirical Fisher {}'.format(
-      *(row['step'] for row in (exact, *others))
-    )
-  )
+  words = 'steps: exact {}, Gauss-Newton {}, Fisher {}, empirical Fisher {}'
+  numbers = words.format(*(row['step'] for row in (exact, *others)))
   good = [row['reached'] and row['step'] <= 2 * exact['step'] for row in others]
   return numbers, grade(all(good), any(good))
 
 
 def newton_seconds(rows: Rows) -> tuple[str, str]:
   """Less time than the fastest other solver."""
-  ours = min(
-    row['seconds']
-    for row in record.select(rows, 'summary')
-    if row['method'].startswith('gns') and row['reached']
-  )
-  others = {
-    row['method']: row['seconds']
-    for row in record.select(rows, 'summary')
-    if not row['method'].startswith('gns') and row['reached']
-  }
+  there = [row for row in record.select(rows, 'summary') if row['reached']]
+  found = {row['method']: row['seconds'] for row in there}
+  ours = min(s for name, s in found.items() if name.startswith('gns'))
+  others = {n: s for n, s in found.items() if not n.startswith('gns')}
   name = min(others, key=lambda name: others[name])
   numbers = f'{1e3 * ours:.1f} ms, {name} {1e3 * others[name]:.1f} ms'
   return numbers, grade(ours < others[name])
@@ -133,13 +124,18 @@ def diffgrad_images(rows: Rows) -> tuple[str, str]:
   return numbers, grade(all(better), any(better))
 
 
-def batches_accuracy(rows: Rows) -> tuple[str, str]:
-  """No less accuracy than the best constant batch."""
-  found = [
+def against_best(rows: Rows) -> Rows:
+  """What growing batches are beside the best constant one."""
+  return [
     row
     for row in record.select(rows, 'comparison')
     if row['against'].startswith('best')
   ]
+
+
+def batches_accuracy(rows: Rows) -> tuple[str, str]:
+  """No less accuracy than the best constant batch."""
+  found = against_best(rows)
   numbers = '; '.join(
     f'{row["batches"]} {100 * row["accuracy_gap"]:+.2f} points' for row in found
   )
@@ -149,11 +145,7 @@ def batches_accuracy(rows: Rows) -> tuple[str, str]:
 
 def batches_steps(rows: Rows) -> tuple[str, str]:
   """More than two times fewer steps than the best constant batch."""
-  found = {
-    row['batches']: row['steps_ratio']
-    for row in record.select(rows, 'comparison')
-    if row['against'].startswith('best')
-  }
+  found = {row['batches']: row['steps_ratio'] for row in against_best(rows)}
   numbers = '; '.join(f'{name} {ratio:.0f}' for name, ratio in found.items())
   return f'times fewer: {numbers}', grade(min(found.values()) > 2)
 

@@ -246,22 +246,19 @@ def draw(
     log_y: Whether the y axes are logarithmic.
   """
   figure, panels = plt.subplots(
-    1, len(x), figsize=(5.0 * len(x), 4.0), squeeze=False, sharey=True
-  )
+    1, len(x), figsize=(5.0 * len(x) + 1.5, 4.0), squeeze=False, sharey=True,
+    layout='constrained',
+  )  # fmt: skip
   pairs = [(label, rows) for label, _, rows in records]
   for axes, name in zip(panels[0], x, strict=True):
     draw_lines(axes, pairs, name, y, log_x=log_x, log_y=log_y)
     axes.label_outer()
     axes.set_xlabel(LABELS.get(name, name))
-  handles, names = panels[0][0].get_legend_handles_labels()
-  if not handles:
-    handles, names = panels[0][-1].get_legend_handles_labels()
-  if not handles:
+  drawn = [axes for axes in panels[0] if axes.lines]
+  if not drawn:
     plt.close(figure)
     raise flags.UserError(f'no rows with both {" or ".join(x)} and {y} to draw')
-  figure.legend(
-    handles, names, loc='center left', bbox_to_anchor=(0.92, 0.5), fontsize=8
-  )
+  legend_right(figure, drawn[0], fontsize=8)
   titles = dict.fromkeys(
     ' '.join(
       str(part)
