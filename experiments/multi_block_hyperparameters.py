@@ -201,7 +201,9 @@ def methods(config: Config, data: Data) -> tuple[str, ...]:
 
 def draw(rows: list[dict], path, title: str) -> None:
   """Validation and test loss against samples and seconds."""
-  figure, panels = plt.subplots(2, 2, figsize=(10.0, 7.0), sharex='col')
+  figure, panels = plt.subplots(
+    2, 2, figsize=(10.0, 7.0), sharex='col', layout='constrained'
+  )
   for line, y in zip(panels, ('validation', 'test'), strict=True):
     for axes, x in zip(line, ('calls', 'seconds'), strict=True):
       plots.draw_lines(

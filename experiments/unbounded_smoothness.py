@@ -278,7 +278,8 @@ def draw(session: Session, config: Config) -> None:
   panels[0][0].annotate('start', (low, start * 1.3), fontsize=8, color='gray')
   panels[0][0].annotate('solved', (low, NEAR / 2.5), fontsize=8)
   plots.legend_right(figure, panels[0][0])
-  plots.save(figure, session.folder / 'unbounded_smoothness.png')
+  title = f'{config.problem}, noise {config.noise:g}, {config.seeds} seeds'
+  plots.save(figure, session.folder / 'unbounded_smoothness.png', title=title)
 
 
 @launch.program

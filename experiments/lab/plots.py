@@ -103,10 +103,15 @@ def save(
 
 
 def _choose_ticks(axis: Any) -> None:
-  """Numbers on a logarithmic axis where powers of ten are too few."""
-  if axis.get_scale() != 'log':
-    return
+  """Numbers on a logarithmic axis where powers of ten are too few.
+
+  On a linear one 200k and 1M: a power of ten beside it runs into its label.
+  """
   low, high = axis.get_view_interval()
+  if axis.get_scale() != 'log':
+    if axis.get_scale() == 'linear' and max(abs(low), abs(high)) >= 1e5:
+      axis.set_major_formatter(ticker.EngFormatter(sep=''))
+    return
   if high < 100.0 * low:
     axis.set_major_locator(
       ticker.LogLocator(subs=(1.0, 2.0, 5.0))

@@ -285,4 +285,5 @@ def draw(session: Session, config: Config, field: str, program: str) -> None:
   for axes in panels[-1]:
     axes.set_xlabel('gradients + products')
   plots.legend_right(figure, panels[0][0])
-  plots.save(figure, session.folder / f'{program}.png')
+  picture = session.folder / f'{program}.png'
+  plots.save(figure, picture, title=program.replace('_', ' '))

@@ -30,6 +30,8 @@ def _faults(figure):
       )
       if box.overlaps(beside)
     ]
+    if axes.xaxis.get_offset_text().get_text():
+      faults.append(f'{where}: a power of ten runs into the label')
     if axes.get_xlabel() in plots.LABELS.values():
       faults += [
         f'{where}: {line.get_label()!r} goes back in time'
