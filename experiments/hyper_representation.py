@@ -173,7 +173,7 @@ def make_data(sentences: text.Text, seen: list[int]) -> dict[str, Any]:
   """Support and query sentences are different halves of each class."""
   train = class_table(sentences.train.labels, seen)
   half = train.shape[1] // 2
-  data = {
+  data: dict[str, Any] = {
     'tokens': sentences.train.tokens,
     'support': train[:, :half],
     'query': train[:, half : 2 * half],
