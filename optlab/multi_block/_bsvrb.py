@@ -181,8 +181,10 @@ def bsvrb(
     its curvature. Where that is above the bound, the block's steps are cut to
     half of what it can bear; where it also has grown since its last visit (at
     the same :math:`x` and data), the visit is rejected, and the block goes back
-    to where it was. ``info`` counts it and names the worst and the stiffest
-    block; the steps of all others are the paper's.
+    to where it was. A block whose Hessian has negative curvature along its dual
+    variable, now and on average over its visits, has no lower solution: it is
+    left out and stands still while that is so. ``info`` counts it and names the
+    worst and the stiffest block; the steps of all others are the paper's.
 
     *Departures.* The first hypergradient is :math:`G(x_0)` and a block's first
     trackers are its first samples. A block that is sampled twice counts once,
@@ -268,13 +270,20 @@ def _estimate(method, params, state, batch):
       trees.cast_like(hypergrad, params),
       aux=sampled.aux,
     ),
-    (step + 1, hypergrad, params, clock),
-    (step, state.hypergrad, state.previous_params, state.clock),
+    (step + 1, hypergrad),
+    (step, state.hypergrad),
+  )
+  # Time goes on where all blocks were looked at and refused: at the next look
+  # they have moved, and may be fine.
+  moved = trees.where(
+    (accepted > 0) | jnp.any(sampled.rejected),
+    (params, clock),
+    (state.previous_params, state.clock),
   )
   # Rows that are not to be written are dropped, where they are written.
   state = _rows.write(state, sampled, rows, batch.blocks, step + 1)
   return estimate, state._replace(
-    **dict(zip(HELD, new, strict=True)),
+    **dict(zip(HELD, (*new, *moved), strict=True)),
     info=_info.after(state.info, sampled, batch.blocks),
   )
 

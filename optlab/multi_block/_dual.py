@@ -186,7 +186,9 @@ def track_hessians(floor: float | jax.Array = 1e-2) -> Dual:
 
   Notes:
     Memory: two matrices of the size of a block's Hessian for each block.
-    Before a block's first visit its dual variable counts as zero.
+    Before a block's first visit its dual variable counts as zero. A block whose
+    samples themselves are concave on average is left out by the guard of
+    `bsvrb`; without it the projection is all there is, as in the paper.
   """
   checks.enforce(track_hessians, locals())
 

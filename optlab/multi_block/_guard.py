@@ -8,7 +8,8 @@ step size can bear, the block's own steps are shorter until a later look finds
 less; where its
 last steps have also made the lower gradient grow, at the same parameters and
 data, the visit is rejected: the block goes back to where its last visit left
-it, and takes no part in the hypergradient.
+it, and takes no part in the hypergradient. So it is where its Hessian turns its
+dual variable back, at this visit and on average: its lower level is not convex.
 """
 
 from typing import Any, NamedTuple
@@ -31,12 +32,13 @@ class Pace(NamedTuple):
   scale: jax.Array  # of the block's steps since its last visit, in (0, 1]
   curvature: jax.Array  # the largest of its lower problem, as last measured
   grad_norm: jax.Array  # of its lower gradient, averaged over visits
+  bend: jax.Array  # curvature along its dual variable, averaged over visits
 
 
 class Verdict(NamedTuple):
   """What became of the sampled blocks; all of shape ``(sampled,)``."""
 
-  grown: jax.Array  # bool, to be rejected
+  rejected: jax.Array  # bool
   pace: Pace
 
 
@@ -47,6 +49,7 @@ def start(inner: base.ArrayTree) -> Pace:
     scale=trees.zeros_rows(inner, (), dtype) + 1,
     curvature=trees.zeros_rows(inner, (), dtype),
     grad_norm=trees.zeros_rows(inner, (), dtype),
+    bend=trees.zeros_rows(inner, (), dtype),
   )
 
 
@@ -71,6 +74,18 @@ def shortened(curvature: jax.Array, stable: jax.Array) -> jax.Array:
   return jnp.where(curvature > stable, half, 1.0)
 
 
+def bent(
+  average: jax.Array, along: jax.Array, concave: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The average curvature along a dual variable, and whether it is concave.
+
+  One sample may be concave by chance; to leave it out would be a bias.
+  """
+  moved = MEMORY * average + (1 - MEMORY) * along.astype(average.dtype)
+  average = jnp.where(jnp.isfinite(moved), moved, average)
+  return average, concave & (average < 0)
+
+
 def largest_eigenvalue(matrix: jax.Array) -> jax.Array:
   """The largest magnitude of the eigenvalues of a matrix, from below."""
 
@@ -90,6 +105,7 @@ def look(
   now: base.ArrayTree,
   slope: base.ArrayTree,
   stretch: jax.Array,
+  along: jax.Array,
   batch: Any,
   finite: jax.Array,
   use: jax.Array,
@@ -105,6 +121,7 @@ def look(
     now: Where their steps since have led them.
     slope: Samples of the lower gradient there.
     stretch: A bound on their curvature there, from below.
+    along: Their curvature along the dual variable there.
     batch: The data of the samples.
     finite: bool array of shape ``(sampled,)``: whether all samples are finite.
     use: bool array of shape ``(sampled,)``: which rows count.
@@ -152,6 +169,7 @@ def look(
   # By more than rounding: a block that has not moved has not grown.
   longer = norm > 1.05 * before
   grown = ~new & (overflown | (suspect & too_long & longer))
+  bend, concave = bent(rows.pace.bend, along, along < -1e-3 * stretch)
   average = MEMORY * rows.pace.grad_norm + (1 - MEMORY) * norm
   pace = Pace(
     scale=shortened(curvature, stable).astype(dtype),
@@ -159,8 +177,10 @@ def look(
     grad_norm=jnp.where(
       jnp.isfinite(norm), jnp.where(new, norm, average), rows.pace.grad_norm
     ),
+    bend=bend,
   )
-  return Verdict(grown, pace)
+  # A block that never moves ruins nothing.
+  return Verdict(grown | (use & concave & jnp.isfinite(stable)), pace)
 
 
 def _measure(lower, params, stored, now, slope, norm, batch):

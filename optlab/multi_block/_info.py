@@ -14,9 +14,9 @@ class BSVRBInfo(NamedTuple):
 
   A block is rejected where its samples are not finite, or where its steps have
   made its lower gradient grow. It is slowed where its curvature is more than
-  steps of full length can bear. It is not ok, and goes on all the same, where
-  its Hessian has negative curvature along its dual variable: the formula is
-  wrong there. No block is -1.
+  steps of full length can bear. It is not ok where its Hessian has negative
+  curvature along its dual variable, for which the formula is wrong; where it
+  has on average over its visits, it is rejected too. No block is -1.
   """
 
   rejected: jax.Array  # shape (), int32, blocks left out of the last step
@@ -62,7 +62,7 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   curvature, stiffest = _top(sampled.pace.curvature, sampled.use, blocks)
   stiffer = curvature > info.largest_curvature
   slowed = (sampled.pace.scale < 1) * 1 - (sampled.rows.pace.scale < 1) * 1
-  written = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
+  written = sampled.use & (jnp.any(sampled.ok) | sampled.rejected)
   last, concave_block = _top(
     sampled.concave.astype(jnp.int32), sampled.use, blocks
   )

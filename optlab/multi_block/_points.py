@@ -48,7 +48,7 @@ def sample(
     return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, concave, aux) = evaluate(inner, held, data, use)
+  blockwise, total, (stretch, along, aux) = evaluate(inner, held, data, use)
   (value, _), inner_grad, dual_sample = blockwise
   finite = tables.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
@@ -58,9 +58,10 @@ def sample(
   if stable is not None:
     verdict = _guard.look(
       problem, params, stable(jnp.sum(use)), state.step, rows,
-      _first(inner), _first(blockwise[1]), stretch, batch.lower, finite, use,
+      _first(inner), _first(blockwise[1]), stretch, along, batch.lower,
+      finite, use,
     )  # fmt: skip
-  keep = use & ~verdict.grown
+  keep = use & ~verdict.rejected
   bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
 
   ok, total = _without_bad(evaluate, inner, held, data, keep, bad, total)
@@ -71,8 +72,8 @@ def sample(
     clock=state.clock[0],
     use=use,
     ok=ok,
-    concave=use & concave,
-    grown=verdict.grown,
+    concave=use & (along < -1e-3 * stretch),
+    rejected=verdict.rejected,
     pace=verdict.pace,
     value=value[0],
     aux=aux,
@@ -203,14 +204,13 @@ def _hessians(problem, x, y, batch):
 def _stretch(products, directions):
   """By how much the Hessian of each block stretches its dual variable.
 
-  And whether it turns it back by more than rounding: no lower level that is
-  convex does.
+  And its curvature along it: no lower level that is convex turns it back.
   """
   norms = jax.vmap(trees.norm)
   length, bent = norms(directions), norms(products)
   along = jax.vmap(trees.inner_product)(directions, products)
-  stretch = jnp.where(length > 0, bent / jnp.where(length > 0, length, 1), 0)
-  return stretch, along < -1e-3 * length * bent
+  inverse = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+  return bent * inverse, along * inverse * inverse
 
 
 def _first(tree):

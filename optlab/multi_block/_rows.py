@@ -34,7 +34,7 @@ class Sampled(NamedTuple):
   use: jax.Array  # shape (sampled,), those that count
   ok: jax.Array  # shape (sampled,), those of them that are not rejected
   concave: jax.Array  # shape (sampled,), those with negative curvature
-  grown: jax.Array  # shape (sampled,), rejected by where they have gone
+  rejected: jax.Array  # shape (sampled,), not for their data
   pace: _guard.Pace
   value: jax.Array  # shape (sampled,)
   aux: Any  # of the upper objectives, leading axis sampled
@@ -99,7 +99,7 @@ def write(
     pace=rows.pace._replace(grad_norm=old.pace.grad_norm),
   )
   rows = trees.where(sampled.ok, rows, stands)
-  use = sampled.use & (jnp.any(sampled.ok) | sampled.grown)
+  use = sampled.use & (jnp.any(sampled.ok) | sampled.rejected)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tables.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())

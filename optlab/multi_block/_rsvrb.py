@@ -34,6 +34,7 @@ class RSVRBState(NamedTuple):
   inner_before: base.ArrayTree  # y one step ago
   tracked: _tracked.Tracked
   scale: jax.Array  # shape (num_blocks,), of the steps of each block
+  bend: jax.Array  # shape (num_blocks,), average curvature along d_y f
   info: _info.BSVRBInfo
 
 
@@ -151,7 +152,9 @@ def rsvrb(
     before, _, _ = _tracked.sample(
       level, state.previous_params, state.inner_before, batch
     )
-    ok = use & tables.finite_rows((now, before, value))
+    finite = use & tables.finite_rows((now, before, value))
+    bend, concave = _bend(state, batch.blocks, now)
+    ok = finite & ~concave
     count, accepted = jnp.sum(use), jnp.sum(ok)
     tracked = _tracked.follow(
       state.tracked, now, before, batch.blocks, ok, rate,
@@ -161,7 +164,7 @@ def rsvrb(
       state, tracked, batch.outer, rate, floor
     )
     lr = trees.at_step(inner_lr, state.step)
-    seen = _pace(state, batch.blocks, now.hessian, lr, use, ok)
+    seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
     scales = tables.scatter_rows(state.scale, seen.pace.scale, batch.blocks, ok)
     moved = _tracked.move(
       state.inner, tracked.inner_grad, scales * (lr * count / num_blocks)
@@ -174,12 +177,14 @@ def rsvrb(
       ),
       RSVRBState(
         state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
-        state.info,
+        state.bend, state.info,
       ),
       state,
     )  # fmt: skip
-    info = _info.after(state.info, seen, batch.blocks)
-    return result, new._replace(info=info)
+    return result, new._replace(
+      bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
+      info=_info.after(state.info, seen, batch.blocks),
+    )
 
   return base.GradientEstimator(init, estimate)
 
@@ -200,6 +205,7 @@ def _start(problem, params, inner, first):
     inner_before=trees.own(inner),
     tracked=tracked,
     scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
+    bend=trees.zeros_rows(inner, (), tracked.hessian.dtype),
     info=_info.start(inner),
   )
 
@@ -210,28 +216,39 @@ class _Seen(NamedTuple):
   use: jax.Array
   ok: jax.Array
   concave: jax.Array
-  grown: jax.Array
+  rejected: jax.Array
   pace: _guard.Pace
   rows: Any
 
 
-def _pace(state, blocks, hessian, lr, use, ok):
+def _bend(state, blocks, now):
+  """Curvatures along the upper gradients, and which blocks are concave."""
+  v = now.upper_y
+  size = jnp.sum(v * v, -1)
+  along = jnp.einsum('ij,ijk,ik->i', v, now.hessian, v)
+  along = jnp.where(size > 0, along / jnp.where(size > 0, size, 1), 0)
+  old = tables.gather_rows(state.bend, blocks)
+  return _guard.bent(old, along, along < 0)
+
+
+def _pace(state, blocks, hessian, lr, use, finite, rejected):
   """The paces of the sampled blocks; 2 / lr is what its steps can bear."""
+  ok = finite & ~rejected
   old = tables.gather_rows(state.scale, blocks)
   curvature = jax.vmap(_guard.largest_eigenvalue)(hessian)
-  curvature = jnp.where(ok, curvature, 0)
+  curvature = jnp.where(finite, curvature, 0)
   stable = jnp.where(lr > 0, 2 / jnp.where(lr > 0, lr, 1), jnp.inf)
   scale = jnp.where(ok, _guard.shortened(curvature, stable), old)
-  before = _guard.Pace(old, curvature, curvature)
+  before = _guard.Pace(old, curvature, curvature, curvature)
   # No factor exists where an eigenvalue is below zero by more than rounding.
   shift = 1e-3 * curvature[:, None, None] * jnp.eye(hessian.shape[-1])
   factor = jnp.linalg.cholesky(hessian + shift)
-  concave = ok & (curvature > 0) & jnp.any(jnp.isnan(factor), (1, 2))
+  concave = finite & (curvature > 0) & jnp.any(jnp.isnan(factor), (1, 2))
   return _Seen(
     use,
     ok,
     concave,
-    jnp.zeros_like(ok),
+    finite & rejected,
     before._replace(scale=scale.astype(old.dtype)),
     _Before(before),
   )
