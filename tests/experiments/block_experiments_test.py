@@ -13,6 +13,8 @@ from experiments.lab import record
 from experiments.lab import study
 from experiments.lab import verdicts
 from experiments.problems import quadratic
+from experiments.problems import queries
+from experiments.problems import ratings
 from experiments.problems import scaled_logistic as logistic
 
 
@@ -77,6 +79,68 @@ def test_ranking_end_to_end(tmp_path):
   assert [row['seed'] for row in last] == [0, 1]
   assert all(0.0 < row['ndcg5'] <= 1.0 for row in last)
   assert (tmp_path / 'ranking.png').exists()
+
+
+def test_padding_of_a_query_changes_nothing():
+  config = ranking.Config(top=3)
+  rng = np.random.default_rng(0)
+  score = rng.normal(size=6).astype(np.float32)
+  grades = np.array([0, 1, 4, 2, 0, 3], np.float32)
+  append = lambda a, b: np.append(a, np.float32(b))
+  alone = queries.Queries(score, grades, np.int32(6))
+  padded = queries.Queries(
+    append(score, [1e3, -1e3]), append(grades, [4, 2]), np.int32(6)
+  )
+  lower, upper = queries.levels(config, lambda _, features: features, 2.0)
+  for function in (
+    *(lambda q, f=f: f(q.features, q) for f in ranking.LOSSES.values()),
+    *(lambda q, f=f: f(None, np.float32(0.3), q) for f in (lower, upper)),
+    lambda q: queries.ndcg(
+      *jax.tree.map(lambda leaf: leaf[None], (q.features, q)), 3
+    ),
+  ):
+    np.testing.assert_allclose(function(alone), function(padded), rtol=1e-6)
+  # A pair in the wrong order costs more, the more so at the top.
+  best = np.argsort(np.argsort(grades)).astype(np.float32)
+  worse = best.copy()
+  worse[[2, 0]] = worse[[0, 2]]
+  assert queries.lambdarank(best, alone) < queries.lambdarank(worse, alone)
+
+
+def test_ratings_are_parted_by_user(monkeypatch):
+  users = np.repeat([7, 3], [20, 10])
+  films = np.concatenate([np.arange(20), np.arange(10)]) + 100
+  tables = {
+    'data': {'user_id': users, 'movie_id': films, 'rating': films % 5 + 1},
+    'users': {
+      'user_id': [3, 7], 'age': [20, 40], 'gender': ['F', 'M'],
+      'occupation': ['artist', 'none'],
+    },
+    'items': {
+      'movie_id': np.arange(100, 120), 'IMDb_URL': [''] * 20,
+      'Drama': np.arange(20) % 2,
+    },
+  }  # fmt: skip
+  monkeypatch.setattr(ratings, '_read', lambda folder, name: tables[name])
+  data, model = ratings.load(ranking.Config(dataset='movielens'))
+  seen = []
+  for part, counts in zip(data, ([5, 10], [2, 4], [3, 6]), strict=True):
+    np.testing.assert_array_equal(part.count, counts)
+    for row, count in enumerate(counts):
+      film = np.asarray(part.features['film'])[row, :count]
+      np.testing.assert_array_equal(part.relevance[row, :count], film % 5)
+      seen += [(row, number) for number in film]
+  assert len(set(seen)) == 30
+  few = queries.drawn(jax.random.key(0), data.train, 6)
+  np.testing.assert_array_equal(few.count, [5, 6])
+  assert len(set(np.asarray(few.features['film'])[1].tolist())) == 6
+  scores = model.scores(model.init(jax.random.key(0)), few.features)
+  assert scores.shape == (2, 6) and np.all(np.isfinite(scores))
+
+
+def test_ratings_are_the_users():
+  with pytest.raises(flags.UserError, match='pyarrow|wants --data_dir'):
+    ranking.main(ranking.Config(dataset='movielens'))
 
 
 def test_spoiled_labels_are_those_of_training_rows_alone():
