@@ -168,6 +168,19 @@ def is_strict(box: Box, held: Any, grad: base.Updates) -> jax.Array:
   return ~jnp.any(jnp.asarray(jax.tree.leaves(weak), bool))
 
 
+def is_clear(
+  box: Box, held: Any, params: base.Params, left: base.Params
+) -> jax.Array:
+  """Whether what is free stays away from its bounds, ``left`` further too."""
+
+  def leaf(a, x, d, low, high):
+    reach = 2 * jnp.abs(d) + 8 * jnp.finfo(x.dtype).eps * jnp.abs(x)
+    return jnp.all((a != 0) | ((x - low > reach) & (high - x > reach)))
+
+  clear = jax.tree.map(leaf, held, params, left, *box)
+  return jnp.all(jnp.asarray(jax.tree.leaves(clear), bool))
+
+
 def landing(box: Box, params: base.Params, held: Any) -> Callable[..., Any]:
   """Where a step ends: in the box, what is active as it was."""
 

@@ -30,6 +30,7 @@ def minimizer(
   params: base.Params,
   value: jax.Array,
   ok: jax.Array,
+  start: base.Params,
   box: _box.Box | None = None,
   active: Any = (),
 ) -> tuple[base.Params, jax.Array]:
@@ -48,35 +49,39 @@ def minimizer(
     fun: The objective.
     params: Where it is least, a constant.
     value: The objective there, a constant.
-    ok: Whether ``params`` may be taken for a minimizer.
+    ok: Whether the run found it to be a minimizer. If not, it is one where the
+      Newton step that is left is short beside the way from the start.
+    start: Where the run began, a constant.
     box: The bounds, if any.
     active: Which of them hold ``params``.
 
   Returns:
-    ``params`` and ``value``. The derivatives are NaN unless ``ok`` and the
-    Hessian is positive definite as far as the solver sees, and where the
-    gradient does not say that an active bound holds: on one side of there, the
-    coordinate would leave it.
+    ``params`` and ``value``. The derivatives are NaN unless ``params`` is a
+    minimizer and the Hessian is positive definite as far as the solver sees,
+    and where the gradient does not say that an active bound holds, or a free
+    coordinate is at its bound but for that Newton step: on one side of there it
+    would leave or meet it.
   """
   closed, constants = jax.closure_convert(fun, params)
   if not constants and box is None:
     return params, value
 
   @jax.custom_jvp
-  def attach(params, value, constants, box, active):
-    del constants, box, active
+  def attach(params, value, constants, box, active, ok, start):
+    del constants, box, active, ok, start
     return params, value
 
   @attach.defjvp
   def rule(primals, tangents):
-    constants, box, active = primals[2:]
+    constants, box, active, ok, start = primals[2:]
     moves, box_moves = tangents[2:4]
     # Its own derivative: that of the minimizer, where it is differentiated.
     params, value = attach(*primals)
     grad = lambda params, constants: jax.grad(closed)(params, *constants)
     shift = jax.jvp(lambda c: grad(params, c), (constants,), (moves,))[1]
     slope, product = jax.linearize(lambda p: grad(p, constants), params)
-    inner, is_free, sure = product, None, ok
+    inner, is_free = product, None
+    sure = _is_near(closed, params, constants, box, active, ok, start)
     known: Any = None
     carried: Any = None
     if box is not None:
@@ -87,11 +92,7 @@ def minimizer(
       carried = _box.carried(active, *box_moves)
       shift = jax.tree.map(jnp.add, known(shift), product(carried))
       shift = _box.free(active, shift)
-      inner = lambda v: jax.tree.map(
-        lambda a, bent, old: jnp.where(a == 0, bent, old),
-        active, product(_box.free(active, v)), v,
-      )  # fmt: skip
-      is_free = ravel_pytree(active)[0] == 0
+      inner, is_free = _of_face(product, active)
     step = jax.lax.custom_linear_solve(
       inner, shift, lambda _, b: _solve(inner, b, sure, is_free), symmetric=True
     )
@@ -101,7 +102,41 @@ def minimizer(
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
 
-  return attach(params, value, constants, box, active)
+  return attach(params, value, constants, box, active, ok, start)
+
+
+def _is_near(fun, params, constants, box, active, ok, start):
+  """Whether a point may be taken for the minimizer that the run looked for."""
+  params, constants, box, start = jax.lax.stop_gradient(
+    (params, constants, box, start)
+  )
+  slope, product = jax.linearize(
+    lambda params: jax.grad(fun)(params, *constants), params
+  )
+  inner, is_free = product, None
+  if box is not None:
+    slope = _box.free(active, slope)
+    inner, is_free = _of_face(product, active)
+  left = _solve(inner, slope, jnp.asarray(True), is_free)
+  far = trees.norm(jax.tree.map(jnp.subtract, params, start))
+  eps = jnp.finfo(trees.accumulator_dtype(params)).eps
+  near = trees.norm(left) <= jnp.cbrt(eps) * far + 8 * eps * trees.norm(params)
+  near |= ok
+  if box is not None:
+    near &= _box.is_clear(box, active, params, left)
+  return near
+
+
+def _of_face(product, active):
+  """A product on the free coordinates, the others as they are; which are so."""
+
+  def inner(v):
+    return jax.tree.map(
+      lambda a, bent, old: jnp.where(a == 0, bent, old),
+      active, product(_box.free(active, v)), v,
+    )  # fmt: skip
+
+  return inner, ravel_pytree(active)[0] == 0
 
 
 def _solve(product, b, ok, is_free):

@@ -41,14 +41,13 @@ class _Loop(NamedTuple):
   result: _results.MinimizeResult
   best: jax.Array  # shape (), the lowest value seen
   since_best: jax.Array  # shape (), int32, steps without progress
-  start_norm: jax.Array  # shape (), of the gradient at the start
   began: jax.Array  # shape (), int32, milliseconds of the host's clock
   running: jax.Array  # shape (), bool
 
 
 def loop(
   run: Run, params: base.Params, opt_state: base.OptState | None
-) -> tuple[_results.MinimizeResult, jax.Array]:
+) -> _results.MinimizeResult:
   """Runs to a stopping test.
 
   Args:
@@ -57,7 +56,7 @@ def loop(
     opt_state: The state to go on from; ``None`` starts afresh.
 
   Returns:
-    The result, and the norm of the gradient at the start.
+    The result.
   """
   opt_state = run.tx.init(params) if opt_state is None else opt_state
   last = jax.lax.while_loop(
@@ -65,7 +64,7 @@ def loop(
     lambda now: _turn(run, now),
     _start(run, params, opt_state),
   )
-  return last.result, last.start_norm
+  return last.result
 
 
 def _start(run, params, opt_state):
@@ -94,7 +93,7 @@ def _start(run, params, opt_state):
       jax.eval_shape(run.trace, result),
     )
     result = result._replace(trace=rows)
-  return _Loop(result, value, zero, norm, zero, jnp.asarray(True))
+  return _Loop(result, value, zero, zero, jnp.asarray(True))
 
 
 def _turn(run, now):
@@ -130,7 +129,6 @@ def _turn(run, now):
     result=result,
     best=jnp.minimum(now.best, value),
     since_best=jnp.where(progress, 0, now.since_best + 1),
-    start_norm=jnp.where(first, result.grad_norm, now.start_norm),
   )
   now = _stop(run, now, first)
   result = jax.lax.cond(

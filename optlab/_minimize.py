@@ -134,10 +134,12 @@ def minimize(
     implicit function theorem: one linear system with the Hessian, formed for at
     most 256 parameters, else conjugate gradients. They are NaN where the point
     is no minimizer: the Hessian is not positive definite there (as far as
-    products with a few vectors tell, beyond 256 parameters), or the run neither
-    met ``grad_tol`` nor reduced the gradient's norm a thousandfold.
+    products with a few vectors tell, beyond 256 parameters), or the run did not
+    meet ``grad_tol`` and the Newton step that is left is no shorter than
+    ``eps ** (1/3)`` of the way from the start.
     With ``bounds`` the derivatives are those of the free coordinates, an active
-    one moves with its bound; NaN where the gradient does not press on it.
+    one moves with its bound; NaN where the gradient does not press on it, or a
+    free one is at its bound.
     What else is in the result (``trace``, ``opt_state``) and the start count as
     constants; complex parameters have no derivatives.
   """
@@ -157,16 +159,14 @@ def minimize(
   params = trees.own(params)
   if box is not None:
     params = _box.inside(box, params)
-  found = _implicit.run_constant(
+  result = _implicit.run_constant(
     lambda params: _loop.loop(run, params, opt_state), params
   )
-  result, start_norm = found
   if not any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
-    ok = result.status == _results.GRAD_TOL
-    ok |= result.grad_norm <= 1e-3 * start_norm
     last, value = _implicit.minimizer(
-      value_fn, result.params, result.value, ok, box, result.active
-    )
+      value_fn, result.params, result.value,
+      result.status == _results.GRAD_TOL, params, box, result.active,
+    )  # fmt: skip
     result = result._replace(params=last, value=value)
   if has_aux:
     result = result._replace(aux=whole(result.params)[1])

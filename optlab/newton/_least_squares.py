@@ -38,7 +38,8 @@ def least_squares(
   .. math:: f(x) = \tfrac12 |r(x)|^2, \quad H \approx J^\top J, \quad J = r'(x)
 
   Args:
-    residuals: ``(params, *args) -> residuals``, a tree of arrays.
+    residuals: ``(params, *args) -> residuals``, a tree of arrays; with
+      ``has_aux=True`` a pair of it and anything else.
     params: The start.
     max_steps: The most steps.
     grad_tol: Stop where the norm of the gradient :math:`J^\top r` is at most
@@ -69,11 +70,20 @@ def least_squares(
   """
   checks.enforce(least_squares, locals())
   half = lambda r, *args: trees.sq_norm(r, trees.real_dtype(r)) / 2
-  curvature = _curvature.gauss_newton(residuals, half)
+  has_aux = options.get('has_aux', False)
+  rest = lambda *args: residuals(*args)[0] if has_aux else residuals(*args)
+  curvature = _curvature.gauss_newton(rest, half)
   if sum(map(jnp.size, jax.tree.leaves(params))) <= DENSE:
     curvature = _operators.dense(curvature)
+
+  def fun(params, *args):
+    if not has_aux:
+      return half(residuals(params, *args))
+    found, aux = residuals(params, *args)
+    return half(found), aux
+
   return training.minimize(
-    lambda params, *args: half(residuals(params, *args)),
+    fun,
     params,
     _gns.gns_newton() if tx is None else tx,
     max_steps=max_steps,

@@ -33,7 +33,7 @@ class GNSNewtonInfo(NamedTuple):
     accepted: Whether the last step was accepted; a rejected step is zero.
     stalled: Whether the last search ended because rounding hides any decrease.
     failed: Whether 40 attempts in a row, of one step or of several, were in
-      vain.
+      vain, or value or gradient are not finite in the state's dtype.
     total_trials: Trials of all steps.
     total_solves: Systems solved in all steps.
     total_products: Operator-vector products of all steps.
@@ -213,7 +213,7 @@ def _after(state, found):
       solves=found.solves,
       accepted=found.accepted,
       stalled=found.stalled,
-      failed=rejections >= GIVE_UP,
+      failed=(rejections >= GIVE_UP) | ~jnp.isfinite(found.value),
       total_trials=state.info.total_trials + found.trials,
       total_solves=state.info.total_solves + found.solves,
       total_products=state.info.total_products + found.products,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optlab import base
+from optlab import checks
 from optlab import trees
 from optlab.newton import _metric
 from optlab.newton import _search
@@ -156,7 +157,7 @@ def search(start: Start, found: Search, limits: Limits) -> Search:
 def _try(start, shift):
   """The point that a shift leads to."""
   dtype = start.value.dtype
-  solution, solved, products = start.prepared.solve(shift)
+  solution, solved, products = _solution(start, shift)
   step = jax.tree.map(
     lambda u, p: (-u).astype(p.dtype),
     start.space.primal(solution),
@@ -195,6 +196,17 @@ def _try(start, shift):
     ok=solved & finite,
     products=products,
   )
+
+
+def _solution(start, shift):
+  """What the solver finds, once it is what a solver must find."""
+  found = start.prepared.solve(shift)
+  if not isinstance(found, tuple) or len(found) != 3:
+    raise TypeError(
+      f'the solve of a solver must return (x, ok, products), got {found!r}.'
+    )
+  checks.check_same_tree("the solver's x", found[0], 'grad', start.dual)
+  return found[0], jnp.asarray(found[1], bool), jnp.asarray(found[2], jnp.int32)
 
 
 def _judge(start, point, shift, limits):

@@ -155,3 +155,30 @@ def test_args_aux_success_and_words():
     lambda x: jnp.sum(x**2), jnp.ones(3), optax.sgd(1e-3), max_steps=2
   )
   assert not short.success and short.message == 'max_steps were taken.'
+
+
+def test_a_run_that_ended_early_has_no_derivatives(x64):
+  # The gradient fell a thousandfold, far from the minimizer: 18 for 0.04.
+  fun = lambda x, c: c * (x - 1) ** 4 + (c * (x - 2)) ** 2 + c * x
+
+  @jax.jit
+  def slope(c, start):
+    found = lambda c, tol: optlab.minimize(
+      fun, start, optlab.gns_newton(), args=(c,), max_steps=8, grad_tol=tol
+    )
+    of = lambda tol: jax.grad(lambda c: found(c, tol).params)(c)
+    return of(0.0), of(1e-9)
+
+  assert all(map(np.isnan, slope(1.3, 1000.0)))
+  near = slope(1.3, 1.0)
+  np.testing.assert_allclose(near[0], near[1], rtol=1e-6)
+
+
+def test_a_free_coordinate_at_its_bound_has_no_derivative(x64):
+  # One to the left, zero to the right.
+  slope = jax.jit(jax.grad(lambda c: optlab.minimize(
+    lambda x: (x - c) ** 2, jnp.zeros(()), optlab.gns_newton(),
+    max_steps=20, grad_tol=1e-9, bounds=(None, 1.0),
+  ).params))  # fmt: skip
+  np.testing.assert_allclose([slope(c) for c in (0.5, 1.5)], [1, 0], rtol=1e-9)
+  assert np.isnan(slope(1.0))

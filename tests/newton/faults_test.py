@@ -102,6 +102,27 @@ def test_a_solver_that_is_never_ok_is_rejected(x):
 
 
 @pytest.mark.parametrize(
+  'found, message',
+  [
+    (lambda b: (b, True), r'must return \(x, ok, products\)'),
+    (lambda b: (b[:1], True, 0), r"the solver's x has shape \(1,\)"),
+  ],
+)
+def test_what_a_solver_must_find_is_said(found, message):
+  solver = lambda operator, b, shift: optlab.newton.Prepared(
+    lambda shift: found(b)
+  )
+  with pytest.raises((TypeError, ValueError), match=message):
+    minimize(quartic, jnp.full(2, 0.1), optlab.gns_newton(solver))
+
+
+def test_a_value_beyond_the_dtype_of_the_state_is_rejected(x64):
+  fun = lambda x: jnp.sum((x.astype(jnp.float64) - 1.0) ** 2) + 1e60
+  run = minimize(fun, jnp.zeros(2, jnp.float32), optlab.gns_newton())
+  assert (run.status, run.steps) == (training.REJECTED, 1)
+
+
+@pytest.mark.parametrize(
   'rule',
   [optlab.newton.hold(), optlab.newton.double(), optlab.newton.measured()],
 )
