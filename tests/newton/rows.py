@@ -1,11 +1,24 @@
-"""Rows of the contract table: GNS-Newton."""
+"""Rows of the contract table: GNS-Newton and its solvers."""
 
 import optlab
 from tests.contract import Row
 from tests.contract import loss
 from tests.contract import plain
 
+
+def solved(solver):
+  """A row's `make`: products of the Hessian, solved by one of the solvers."""
+  return plain(lambda gamma: optlab.gns_newton(solver(), gamma_init=gamma))
+
+
 ROWS = [
+  Row(
+    'multishift_cg',
+    solved(optlab.newton.multishift_cg),
+    1.0,
+    is_transformation=True,
+    whole=True,
+  ),
   Row(
     'gns_newton',
     plain(lambda gamma: optlab.gns_newton(gamma_init=gamma)),
