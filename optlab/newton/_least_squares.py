@@ -76,7 +76,7 @@ def least_squares(
   if sum(map(jnp.size, jax.tree.leaves(params))) <= DENSE:
     curvature = _operators.dense(curvature)
 
-  def fun(params, *args):
+  def fun(params, *args) -> Any:
     if not has_aux:
       return half(residuals(params, *args))
     found, aux = residuals(params, *args)
