@@ -13,6 +13,7 @@ import jax
 from jax.extend import core as jax_core
 
 from optlab.batches import _along
+from optlab.batches import _ghost_loops as loops
 from optlab.batches import _ghost_programs as programs
 from optlab.batches import _ghost_taps as taps
 from optlab.batches import _ghost_values
@@ -43,13 +44,13 @@ def tap(
   closed, along = _along.moved(jax.make_jaxpr(loss)(params, example))
   leaves, treedef = jax.tree.flatten(params)
   shapes = [leaf.aval for leaf in closed.jaxpr.invars[: len(leaves)]]
-  plans, loops = _plan(closed, len(leaves), wide)
+  plans, found = _plan(closed, len(leaves), wide)
   del leaves
 
   def tapped(params, example, slots):
     leaves = treedef.flatten_up_to(params)
     slots = treedef.flatten_up_to(slots)
-    walker = Walker(wide, plans, loops, slots)
+    walker = Walker(wide, plans, found, slots)
     walker.open(shapes, ())
     arrays = [*leaves, *jax.tree.leaves(example)]
     return walker.loss(closed, arrays, len(leaves)).array
@@ -183,7 +184,7 @@ class Walker:
     if name in _REMAT:
       return self.remat(eqn, values, path, level)
     if name == 'scan':
-      return self.scan(eqn, values, path, level)
+      return loops.scan(self, eqn, values, path, level)
     return self.meet(eqn, values, path, level)
 
   def parameters_only(self, eqn, values, used):
@@ -260,81 +261,3 @@ class Walker:
     return [
       Value(out, has_data) for out, has_data in zip(outs, found, strict=True)
     ]
-
-  def scan(self, eqn, values, path, level):
-    """Layers in a loop: each takes its slice of stacked parameters."""
-    loop = _ghost_values.Loop.of(eqn)
-    if self.plans is None:
-      for value in loop.split(values)[2]:
-        if not value.view:
-          self.strange |= value.leaves
-      if any(v.leaves & (self.opaque | self.strange) for v in values):
-        self.loops[path] = None
-    if self.loops.get(path, ()) is None:
-      return self.meet(eqn, values, path, level)
-    values = [
-      self.materialize(value, (*path, 'carry', i), level)
-      if loop.consts <= i < loop.consts + loop.carry
-      else value
-      for i, value in enumerate(values)
-    ]
-    consts, carry, xs = loop.split(values)
-    consts = [v._replace(repeated=bool(v.leaves)) for v in consts]
-    inner, deeper = loop.jaxpr, (*level, path)
-
-    def body(carry_arrays, x_arrays, has_data):
-      inside = list(consts)
-      inside += [
-        Value(array, data)
-        for array, data in zip(carry_arrays, has_data, strict=True)
-      ]
-      shapes = {}
-      for value, array in zip(xs, x_arrays, strict=True):
-        if value.leaves:
-          (i,) = value.leaves
-          shapes[i] = array
-          inside.append(_ghost_values.leaf(array, i, path))
-        else:
-          inside.append(Value(array, value.has_data))
-      self.open(shapes, path)
-      outs = self.walk(inner.jaxpr, inner.consts, inside, path, deeper)
-      return [
-        self.materialize(out, (*path, 'out', i), deeper)
-        for i, out in enumerate(outs)
-      ]
-
-    if self.plans is None:
-      has_data = self._settle(loop, carry, xs, body)
-      self.loops[path] = has_data
-      outs = [var.aval for var in eqn.outvars]
-    else:
-      has_data = self.loops[path]
-
-      def step(carried, slices):
-        outs = [out.array for out in body(carried, slices, has_data[0])]
-        return outs[: loop.carry], outs[loop.carry :]
-
-      last, stacked = jax.lax.scan(
-        step,
-        [value.array for value in carry],
-        [value.array for value in xs],
-        length=loop.length,
-        reverse=eqn.params['reverse'],
-        unroll=eqn.params['unroll'],
-      )
-      outs = [*last, *stacked]
-    flags = [*has_data[0], *has_data[1]]
-    return [Value(out, data) for out, data in zip(outs, flags, strict=True)]
-
-  def _settle(self, loop, carry, xs, body):
-    """Which carried and stacked values have data, once nothing changes."""
-    has_data = [value.has_data for value in carry]
-    carry_avals = [value.array for value in carry]
-    slices = [_ghost_values.slice_of(value.array) for value in xs]
-    while True:
-      before = {leaf: list(found) for leaf, found in self.meetings.items()}
-      outs = [out.has_data for out in body(carry_avals, slices, has_data)]
-      now = [a or b for a, b in zip(has_data, outs, strict=False)]
-      if now == has_data:
-        return now, outs[loop.carry :]
-      self.meetings, has_data = before, now

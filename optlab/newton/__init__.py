@@ -1,14 +1,21 @@
 """GNS-Newton: curvature, solvers for shifted systems, and the search."""
 
 from optlab.base import Prepared
+from optlab.newton._blocks import Blocks
+from optlab.newton._blocks import blockwise
+from optlab.newton._blocks import layerwise
+from optlab.newton._blocks import leaf_blocks
 from optlab.newton._conjugate import cg
 from optlab.newton._curvature import empirical_fisher
 from optlab.newton._curvature import fisher
 from optlab.newton._curvature import gauss_newton
 from optlab.newton._curvature import hessian
-from optlab.newton._curvature import linear_gauss_newton
+from optlab.newton._diagonals import Diagonal
+from optlab.newton._diagonals import hutchinson
+from optlab.newton._diagonals import row_norms
 from optlab.newton._gns import gns_newton
 from optlab.newton._gns import gns_newton_paper
+from optlab.newton._gram import linear_gauss_newton
 from optlab.newton._krylov import lanczos
 from optlab.newton._least_squares import least_squares
 from optlab.newton._linear import cholesky
@@ -19,13 +26,6 @@ from optlab.newton._operators import Dense
 from optlab.newton._operators import LowRank
 from optlab.newton._operators import OperatorFactory
 from optlab.newton._operators import dense
-from optlab.newton._preconditioners import Blocks
-from optlab.newton._preconditioners import Diagonal
-from optlab.newton._preconditioners import blockwise
-from optlab.newton._preconditioners import hutchinson
-from optlab.newton._preconditioners import layerwise
-from optlab.newton._preconditioners import leaf_blocks
-from optlab.newton._preconditioners import row_norms
 from optlab.newton._search import SearchRule
 from optlab.newton._search import Trial
 from optlab.newton._search import adaptive

@@ -142,11 +142,6 @@ class _Sequence(NamedTuple):
 def _sequence(product, b, norm, ladder, shifts, tolerance, max_steps):
   """Solves for the smallest shifts that make the operator positive definite."""
   eps = jnp.finfo(ladder.dtype).eps
-  zero = jax.tree.map(jnp.zeros_like, b)
-  rows = jax.tree.map(
-    lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf), (shifts, *leaf.shape)),
-    b,
-  )
 
   def step(now):
     image = product(now.vector)
@@ -203,22 +198,29 @@ def _sequence(product, b, norm, ladder, shifts, tolerance, max_steps):
     )
 
   return jax.lax.while_loop(
-    lambda now: ~now.done,
-    step,
-    _Sequence(
-      vector=trees.divided(b, jnp.where(norm > 0, norm, 1.0)),
-      before=zero,
-      direction=rows,
-      x=rows,
-      beta=jnp.zeros((), ladder.dtype),
-      pivots=jnp.ones_like(ladder),
-      weights=jnp.ones_like(ladder),
-      good=jnp.ones(LADDER, bool),
-      low=jnp.zeros((), jnp.int32),
-      done=norm == 0,
-      k=jnp.zeros((), jnp.int32),
-      products=jnp.zeros((), jnp.int32),
-    ),
+    lambda now: ~now.done, step, _start(b, norm, ladder, shifts)
+  )
+
+
+def _start(b, norm, ladder, shifts):
+  """Before the first product."""
+  rows = jax.tree.map(
+    lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf), (shifts, *leaf.shape)),
+    b,
+  )
+  return _Sequence(
+    vector=trees.divided(b, jnp.where(norm > 0, norm, 1.0)),
+    before=jax.tree.map(jnp.zeros_like, b),
+    direction=rows,
+    x=rows,
+    beta=jnp.zeros((), ladder.dtype),
+    pivots=jnp.ones_like(ladder),
+    weights=jnp.ones_like(ladder),
+    good=jnp.ones(LADDER, bool),
+    low=jnp.zeros((), jnp.int32),
+    done=norm == 0,
+    k=jnp.zeros((), jnp.int32),
+    products=jnp.zeros((), jnp.int32),
   )
 
 

@@ -9,13 +9,13 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.newton import _blocks
 from optlab.newton import _curvature
 from optlab.newton import _krylov
 from optlab.newton import _linear
 from optlab.newton import _metric
 from optlab.newton import _multishift
 from optlab.newton import _operators
-from optlab.newton import _preconditioners
 from optlab.newton import _trials
 
 GIVE_UP = 40  # attempts in a row
@@ -267,8 +267,8 @@ def _default_solver(operator, g):
     return _linear.cholesky()
   if _operators.factor_of(operator) is not None:
     return _linear.woodbury()
-  if _preconditioners.blocks_of(operator) is not None:
-    return _preconditioners.blockwise()
+  if _blocks.blocks_of(operator) is not None:
+    return _blocks.blockwise()
   if sum(leaf.size for leaf in jax.tree.leaves(g)) > LARGE:
     return _multishift.multishift_cg()
   return _krylov.lanczos()

@@ -198,9 +198,7 @@ def contrastive_divergence(
     inside = near(batch.data) | (box is None), near(run.rows)
     rule = _rule(state.info, inside, refused, dtype)
     joined = _likelihood.aligned(
-      _noise_batch.NoiseBatch(
-        batch.data, run.rows, jnp.zeros(run.rows.shape[0])
-      )
+      _noise_batch.NoiseBatch(batch.data, run.rows, jnp.zeros(len(run.rows)))
     )
     grads, (value, stray, tally), aux = _likelihood.joint_gradient(
       log_density, params, joined, rule, dtype, has_aux
