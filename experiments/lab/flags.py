@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 # Where and how a run goes: they do not change its numbers, but for rounding.
 FREE = (
   'output_dir', 'resume', 'checkpoint_every', 'coordinator', 'process',
-  'processes', 'mesh', 'timeout',
+  'processes', 'mesh', 'timeout', 'max_seconds',
 )  # fmt: skip
 
 
@@ -126,6 +126,9 @@ class Config(BareConfig):
   )
   checkpoint_every: float = flag(
     30.0, 'Seconds of work between checkpoints.', low=0.0
+  )
+  max_seconds: float = flag(
+    math.inf, 'Stop at the first row after so many; --resume goes on.', low=0.0
   )
 
   def __post_init__(self):

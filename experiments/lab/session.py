@@ -70,6 +70,7 @@ class Session:
     self._noted: dict[str, Any] = {}
     self._again = False  # Whether rows are made that the record has.
     self._listener = stopping.Listener()
+    self._until = time.monotonic() + config.max_seconds
     self.rows: list[dict] = []
     self._open_folder(program)
     self._checkpoints = self.folder / 'checkpoints'
@@ -247,7 +248,8 @@ class Session:
 
     Raises:
       UserError: ``steps`` is not a multiple of ``every``.
-      InterruptedRun: On SIGINT or SIGTERM, after a checkpoint.
+      InterruptedRun: On SIGINT or SIGTERM, or after ``--max_seconds``, after a
+        checkpoint.
     """
     if steps % every:
       raise flags.UserError(f'{steps} steps are not a multiple of {every}')
@@ -360,7 +362,7 @@ class Session:
         ended, due, interrupted = devices.any_of(
           task.stop is not None and task.stop(latest),
           time.perf_counter() - saved >= self._config.checkpoint_every,
-          self._listener.asked,
+          self._listener.asked or time.monotonic() >= self._until,
         )
         shown = [row[task.show] for row in latest if task.show in row]
         text = f'{task.show} {np.median(shown):.4g}' if shown else ''
@@ -369,9 +371,11 @@ class Session:
           self._save(task, result, step, seconds)
           saved = time.perf_counter()
         if interrupted:
+          why = 'interrupted'
+          if not self._listener.asked:
+            why = f'--max_seconds={self._config.max_seconds:g} ended'
           raise flags.InterruptedRun(
-            f'interrupted at step {step} of {task.method};'
-            f' {self._listener.way_on}'
+            f'{why} at step {step} of {task.method}; {self._listener.way_on}'
           )
     if task.keep_state or task.prefix:
       self._save(task, result, step, seconds)

@@ -107,6 +107,21 @@ def test_a_resumed_run_gives_the_numbers_of_the_whole_run(config, whole):
   assert numbers(config.output_dir) == whole
 
 
+def test_a_time_limit_stops_it_and_another_run_goes_on(config, whole):
+  short = dataclasses.replace(config, max_seconds=0.0)
+  for step in range(1, 4):  # A row each time, so that it comes to its end.
+    short = dataclasses.replace(short, resume=step > 1)
+    message = f'--max_seconds=0 ended at step {step} of noisy; the record is in'
+    with (
+      pytest.raises(flags.InterruptedRun, match=message),
+      Session('test', short) as session,
+    ):
+      go(session)
+  with Session('test', dataclasses.replace(config, resume=True)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+
+
 def test_a_torn_record_and_a_torn_checkpoint_are_survived(
   config, whole, capsys
 ):
