@@ -43,6 +43,15 @@ class Blocks(NamedTuple):
     )
     return lambda vector: self._map(solve, factors, vector)
 
+  def between(self, root: base.ArrayTree) -> 'Blocks':
+    """``D^-1 P D^-1`` for the diagonal D of a tree like the vectors."""
+
+    def scaled(block, leaf):
+      scale = leaf.reshape(-1).astype(block.dtype)
+      return block / scale / scale[:, None]
+
+    return Blocks(jax.tree.map(scaled, self.blocks, root))
+
   @staticmethod
   def _map(function, matrices, vector):
     return jax.tree.map(

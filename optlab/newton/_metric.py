@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.newton import _blocks
 from optlab.newton import _operators
 
 
@@ -39,11 +40,16 @@ class Space(NamedTuple):
 
 def _tree(metric, curvature, params):
   """Coordinates laid out like the parameters; a metric is their diagonal."""
+  root = None
   if metric is None:
     divide = multiply = lambda tree: tree
   else:
     checks.check_same_tree('metric', metric, 'params', params)
-    root = jax.tree.map(jnp.sqrt, trees.wide(metric))
+    root = jax.tree.map(
+      lambda leaf, param: jnp.sqrt(leaf).astype(param.dtype),
+      trees.wide(metric),
+      trees.wide(params),
+    )
     divide = lambda tree: jax.tree.map(jnp.divide, tree, root)
     multiply = lambda tree: jax.tree.map(jnp.multiply, tree, root)
   back = lambda tree: trees.cast_like(divide(tree), params)
@@ -54,7 +60,9 @@ def _tree(metric, curvature, params):
   operator = jax.tree_util.Partial(
     lambda v: divide(trees.wide(curvature(back(v))))
   )
-  if metric is None and is_wide:
+  if isinstance(curvature, _blocks.Blocks):
+    operator = curvature if root is None else curvature.between(root)
+  elif metric is None and is_wide:
     # A solver of the user's own finds the structure of the user's operator.
     operator = curvature
   return Space(

@@ -198,7 +198,6 @@ def test_layerwise_is_the_block_diagonal(x64, params):
 
 
 def test_a_network_descends_by_blocks_and_by_preconditioned_products(params):
-  # With a metric the blocks are seen as products alone.
   full = optlab.gauss_newton(network, squares)
   metric = jax.tree.map(jnp.ones_like, params)
   for tx, curvature in (
@@ -219,6 +218,35 @@ def test_a_network_descends_by_blocks_and_by_preconditioned_products(params):
       )
     )(params)
     assert run.value < 0.05 and np.isfinite(run.grad_norm)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float64])
+def test_blocks_stay_blocks_under_a_metric_and_narrow_parameters(x64, dtype):
+  matrix = jnp.asarray([[4.0, 1.0, 0.0], [1.0, 9.0, 0.0], [0.0, 0.0, 2.0]])
+  scales = jnp.asarray([2.0, 0.5, 8.0])
+  tree = lambda v: {'a': v[:2], 'b': v[2:]}
+  blocks = newton.Blocks({'a': matrix[:2, :2], 'b': matrix[2:, 2:]})
+  dense = optlab.Dense(matrix)
+  params = tree(jnp.asarray([1.0, -2.0, 3.0], dtype))
+  flat = lambda p: joined(p).astype(jnp.float64)
+  value_fn = lambda p: flat(p) @ matrix @ flat(p) / 2
+  value, grad = jax.value_and_grad(value_fn)(params)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def step(solver, curvature, metric):
+    tx = optlab.gns_newton(solver, gamma_init=1.0, metric=metric)
+    return tx.update(
+      grad, tx.init(params), params, value=value, grad=grad,
+      value_fn=value_fn, curvature=curvature,
+    )[0]  # fmt: skip
+
+  for metric in (None, tree(scales)):
+    found = step(newton.blockwise(), blocks, metric)
+    wanted = step(optlab.cholesky(), dense, metric)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+      assert a.dtype == dtype
+      rtol = 0.01 if dtype is jnp.bfloat16 else 1e-12
+      np.testing.assert_allclose(a.astype(float), b.astype(float), rtol)
 
 
 def test_a_preconditioner_works_in_a_step_vmapped_over_keys():

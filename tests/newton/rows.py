@@ -27,6 +27,19 @@ ROWS = [
     whole=True,
   ),
   Row(
+    'layerwise',
+    lambda gamma: (
+      optlab.with_curvature(
+        optlab.value_and_grad(loss),
+        optlab.newton.layerwise(optlab.hessian(loss)),
+      ),
+      optlab.gns_newton(gamma_init=gamma),  # Which takes blockwise.
+    ),
+    1.0,
+    is_transformation=True,
+    whole=True,
+  ),
+  Row(
     'with_curvature',
     lambda gamma: (
       optlab.with_curvature(
