@@ -128,7 +128,9 @@ class Config(BareConfig):
     30.0, 'Seconds of work between checkpoints.', low=0.0
   )
   max_seconds: float = flag(
-    math.inf, 'Stop at the first row after so many; --resume goes on.', low=0.0
+    0.0,
+    'Stop at the first row after so many (0: never); --resume goes on.',
+    low=0.0,
   )
 
   def __post_init__(self):

@@ -161,7 +161,10 @@ def _repeated(
     name: tuple(value) if isinstance(value, list) else value
     for name, value in header['config'].items()
   }
-  values |= {'output_dir': absl_flags.FLAGS.output_dir, 'resume': False}
+  # How far it goes is the record's, not that of a clock.
+  free = {'resume': False, 'max_seconds': 0.0}
+  values |= {'output_dir': absl_flags.FLAGS.output_dir}
+  values |= {name: free[name] for name in names & set(free)}
   return config_type(**values)
 
 

@@ -12,6 +12,7 @@ all else on the first of each process; only the first process's files stay.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import math
 import pathlib
 import pickle
 import sys
@@ -70,7 +71,7 @@ class Session:
     self._noted: dict[str, Any] = {}
     self._again = False  # Whether rows are made that the record has.
     self._listener = stopping.Listener()
-    self._until = time.monotonic() + config.max_seconds
+    self._until = time.monotonic() + (config.max_seconds or math.inf)
     self.rows: list[dict] = []
     self._open_folder(program)
     self._checkpoints = self.folder / 'checkpoints'

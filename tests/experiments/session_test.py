@@ -108,10 +108,12 @@ def test_a_resumed_run_gives_the_numbers_of_the_whole_run(config, whole):
 
 
 def test_a_time_limit_stops_it_and_another_run_goes_on(config, whole):
-  short = dataclasses.replace(config, max_seconds=0.0)
+  short = dataclasses.replace(config, max_seconds=1e-9)
   for step in range(1, 4):  # A row each time, so that it comes to its end.
     short = dataclasses.replace(short, resume=step > 1)
-    message = f'--max_seconds=0 ended at step {step} of noisy; the record is in'
+    message = (
+      f'--max_seconds=1e-09 ended at step {step} of noisy; the record is in'
+    )
     with (
       pytest.raises(flags.InterruptedRun, match=message),
       Session('test', short) as session,
