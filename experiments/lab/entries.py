@@ -170,9 +170,11 @@ def program(plan: Plan, entry: Entry) -> Program:
     key = jax.random.fold_in(lane.key, lane.steps)
     state = entry.step(lane.state, key, lane.rate, data)
     cost = calls(lane.state, state) if callable(calls) else calls
-    # A step that costs nothing, as of a method that stands still, costs some.
-    total = jnp.maximum(lane.calls + cost, lane.calls + 1e-3)
-    total = jnp.asarray(total, lane.calls.dtype)
+    # What stands still asks for nothing: a step costs a call at least, or the
+    # lane would never come to its end.
+    if callable(calls):
+      cost = jnp.maximum(cost, 1)
+    total = jnp.asarray(lane.calls + cost, lane.calls.dtype)
     return lane._replace(state=state, steps=lane.steps + 1, calls=total)
 
   def advance(carry, data=None):
