@@ -126,6 +126,9 @@ def per_example(
     moments by Chan's formula. Cost: see the routes; with ``inner_products`` a
     second pass over the batch.
 
+    An estimate can be differentiated once more, in both modes (of batches whose
+    size is traced, in forward mode).
+
     ``value_fn``, the mean loss as a function of the parameters, comes with the
     extra arguments unless there is an ``axis_name``: its gradient is a loop
     over the microbatches as well.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
+import numpy as np
 
 from optlab import trees
 from optlab.batches import _windows
@@ -99,13 +100,21 @@ def fitted(
 
 
 def _loop(run, step, one, inputs, axis):
-  """The rounds as a loop of a program, which has the pass once."""
+  """The rounds as a loop of a program, which has the pass once.
+
+  Reverse mode does not pass a loop of unknown length, and need not: the
+  derivatives are those of a pass in the unit that was found, a constant.
+  """
   axes = set().union(*map(_axes, jax.tree.leaves(inputs)))
   axes -= set(axis if isinstance(axis, tuple) else (axis,))
   one = _vary(one, axes)
   closed, shape = jax.make_jaxpr(run, return_shape=True)(one)
   treedef = jax.tree.structure(shape)
-  flat = jax_core.jaxpr_as_fun(closed)
+
+  def found_in(consts, unit):
+    program = jax_core.ClosedJaxpr(closed.jaxpr, consts)
+    return treedef.unflatten(jax_core.jaxpr_as_fun(program)(unit))
+
   start = [
     _vary(jnp.zeros_like(like), _axes(aval))
     for like, aval in zip(jax.tree.leaves(shape), closed.out_avals, strict=True)
@@ -115,17 +124,39 @@ def _loop(run, step, one, inputs, axis):
     one, one, true, true, jnp.zeros((), jnp.int32), treedef.unflatten(start)
   )
 
-  def body(carry):
-    after = step(carry, treedef.unflatten(flat(carry.unit)))
-    vary = lambda flag: _vary(flag, axes)
-    return after._replace(
-      unit=vary(after.unit),
-      used=vary(after.used),
-      again=vary(after.again),
-      ok=vary(after.ok),
-    )
+  @jax.custom_jvp
+  def rounds(consts):
+    def body(carry):
+      after = step(carry, found_in(consts, carry.unit))
+      vary = lambda flag: _vary(flag, axes)
+      return after._replace(
+        unit=vary(after.unit),
+        used=vary(after.used),
+        again=vary(after.again),
+        ok=vary(after.ok),
+      )
 
-  return jax.lax.while_loop(lambda carry: carry.again, body, start)
+    return jax.lax.while_loop(lambda carry: carry.again, body, start)
+
+  @rounds.defjvp
+  def tangents(primals, tangents):
+    carry = rounds(*primals)
+
+    def moved(unit):
+      in_unit = lambda consts: found_in(consts, unit)
+      return jax.jvp(in_unit, primals, tangents)[1]
+
+    last, still = moved(carry.used), carry._replace(found=())
+    found = last._replace(first=moved(one).first)
+    return carry, jax.tree.map(_no_tangent, still)._replace(found=found)
+
+  return rounds(closed.consts)
+
+
+def _no_tangent(leaf):
+  if jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return jnp.zeros_like(leaf)
+  return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 def _size(moments, wide):

@@ -418,6 +418,55 @@ def test_bfloat16_parameters_have_float32_moments():
     )
 
 
+@pytest.mark.parametrize('route', ['vmap_grads', 'ghost_norms'])
+def test_estimates_have_derivatives_of_both_modes(route):
+  """Though the passes in another unit are a loop of unknown length."""
+  rows = jnp.asarray(data((3,))[0][:6], jnp.float32)
+  x = jnp.asarray([0.5, -1.0, 2.0])
+
+  def numbers(moments, scale):
+    estimator = optlab.per_example(
+      lambda x, rows: scale * (rows @ x - 1.0) ** 3,
+      moments,
+      inner_products=optlab.batches.jvp_inner_products,
+      microbatch_size=3,
+    )
+
+    def of(x):
+      estimate, _ = estimator.estimate(x, (), rows)
+      scaled = estimate.extras['scaled_moments']
+      unit = jax.lax.stop_gradient(scaled['unit']) / scale
+      return (
+        estimate.value / scale,
+        estimate.grads / scale,
+        # One factor at a time: products of them would overflow.
+        scaled['sum_sq_diff_norm'] * unit * unit,
+        scaled['sum_sq_diff_inner'] * unit * unit * unit * unit,
+      )
+
+    return of
+
+  def expected(x):
+    rest = rows @ x - 1.0
+    grads = 3.0 * rest[:, None] ** 2 * rows
+    mean = grads.mean(0)
+    inner = (grads - mean) @ mean
+    return (
+      jnp.mean(rest**3),
+      mean,
+      jnp.sum((grads - mean) ** 2),
+      jnp.sum(inner**2),
+    )
+
+  of = numbers(getattr(optlab.batches, route), 2.0**-70)  # It takes two.
+  found = jax.jit(lambda x: (jax.jacrev(of)(x), jax.jacfwd(of)(x)))(x)
+  by_seed = jax.jit(jax.vmap(jax.jacrev(of)))(jnp.stack([2.0 * x, x]))
+  right = jax.jit(jax.jacrev(expected))(x)
+  for modes in (*found, jax.tree.map(lambda leaf: leaf[1], by_seed)):
+    for a, b in zip(modes, right, strict=True):
+      np.testing.assert_allclose(a, b, 2e-4, 1e-3 * np.abs(b).max())
+
+
 def test_bad_input_is_named():
   make = optlab.per_example
   with pytest.raises(TypeError, match='losses must be a function'):
