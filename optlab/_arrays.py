@@ -52,6 +52,17 @@ def check_params(name: str, tree: Any) -> None:
       )
 
 
+def check_arrays(name: str, tree: Any) -> None:
+  """Raises a ``TypeError`` for a leaf that no state can carry."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    if not hasattr(leaf, 'dtype') and not isinstance(leaf, numbers.Number):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be an array, got {leaf!r} of'
+        f' type {type(leaf).__name__}; keep functions and settings out of it,'
+        ' for example by nnx.split or equinox.partition.'
+      )
+
+
 def check_real_params(name: str, tree: Any) -> None:
   """As `check_params`; complex leaves raise too.
 

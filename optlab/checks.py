@@ -19,6 +19,7 @@ import numpy as np
 from optlab import base
 from optlab._arrays import as_array
 from optlab._arrays import as_key
+from optlab._arrays import check_arrays
 from optlab._arrays import check_floating
 from optlab._arrays import check_params
 from optlab._arrays import check_real_params

@@ -1,7 +1,6 @@
 """A user's loss in one form: auxiliary output, model state, keys."""
 
 from collections.abc import Callable
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -118,7 +117,7 @@ class Loss(NamedTuple):
     if not names:
       return optax.EmptyState()
     values = dict(zip(names, given, strict=True))
-    _check_state(values.get('model_state', ()))
+    checks.check_arrays('model_state', values.get('model_state', ()))
     return LossState(
       step=jnp.zeros((), jnp.int32),
       model_state=trees.own(values.get('model_state', ())),
@@ -137,17 +136,6 @@ class Loss(NamedTuple):
     if not isinstance(state, LossState):
       return state
     return state._replace(step=state.step + 1, model_state=model_state)
-
-
-def _check_state(model_state):
-  for path, leaf in jax.tree.leaves_with_path(model_state):
-    if not hasattr(leaf, 'dtype') and not isinstance(leaf, numbers.Number):
-      raise TypeError(
-        f'model_state{jax.tree_util.keystr(path)} must be an array, got'
-        f' {leaf!r} of type {type(leaf).__name__}; keep functions and settings'
-        ' out of the model state, for example by nnx.split or'
-        ' equinox.partition.'
-      )
 
 
 def _check_value(out):

@@ -64,6 +64,10 @@ def ghost_norms(
     example gets a copy of (take it out), and weights that every round of a
     loop shares.
 
+    A backward rule (`jax.custom_vjp`) of parameters alone is taken as linear in
+    the cotangent, as a derivative is: one that clips runs once on the sum over
+    the examples, as it does in a batch.
+
     The difference of squares loses :math:`\|g\|^2 / V` digits: where the spread
     of the gradients is below 1e-6 of their mean in float32, it is rounding,
     clipped at 0, and far below any request to grow.
@@ -119,7 +123,7 @@ def ghost_sq_norms(
 
 def _backward(losses, params, examples, mask) -> Any:
   """Losses, summed gradient and squared norms; zero where masked."""
-  _moments.check_route(params, mask)
+  _moments.check_route(params, mask, examples)
   wide = mask.dtype
   _independence.check_program(losses, params, examples)
   zeros = _zeros(params, examples).astype(wide)
@@ -158,14 +162,8 @@ def _zeros(params, examples):
   falses = [false(leaf, 1) for leaf in jax.tree.leaves(examples)]
   # Only in a shard_map may parameters differ from device to device.
   falses += [
-    false(leaf, 0) for leaf in jax.tree.leaves(params) if _varies(leaf)
+    false(leaf, 0)
+    for leaf in jax.tree.leaves(params)
+    if _layout.varies_over(leaf)
   ]
   return functools.reduce(jnp.logical_or, falses)
-
-
-def _varies(leaf):
-  """Whether the type of an array says that devices hold different ones."""
-  aval = jax.typeof(leaf)
-  if hasattr(aval, 'manual_axis_type'):
-    return bool(aval.manual_axis_type.varying)
-  return bool(getattr(aval, 'vma', True))

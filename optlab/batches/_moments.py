@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.batches import _layout
 from optlab.batches._losses import Losses
 
 
@@ -147,8 +148,10 @@ def centred(moments: Moments) -> Moments:
 # example counts, and sums are divided by its sum.
 
 
-def check_route(params: base.Params, mask: jax.Array) -> None:
-  """Raises a ``TypeError`` for what a route can't differentiate or sum."""
+def check_route(
+  params: base.Params, mask: jax.Array, examples: base.Batch
+) -> None:
+  """Raises for what a route can't differentiate or sum."""
   checks.check_params('params', params)
   dtype = getattr(mask, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -157,6 +160,17 @@ def check_route(params: base.Params, mask: jax.Array) -> None:
       f' {type(mask).__name__} of dtype {dtype}; jnp.ones(n) counts every'
       ' example.'
     )
+  # There jax sums the gradients of all devices, and squares are of the sums.
+  over = set().union(*map(_layout.varies_over, jax.tree.leaves(examples)))
+  for path, leaf in jax.tree.leaves_with_path(params):
+    if missing := over - _layout.varies_over(leaf):
+      where, axis = jax.tree_util.keystr(path), sorted(missing, key=str)[0]
+      raise ValueError(
+        f'params{where} are alike on all devices of the mapped axis {axis!r},'
+        f' and examples are not: pass axis_name={axis!r} to per_example, which'
+        ' merges what the devices find; or, for the moments of each device by'
+        f' itself, jax.lax.pcast(params, {axis!r}, to="varying").'
+      )
 
 
 def wide_like(leaf: jax.Array, wide: Any) -> Any:

@@ -102,7 +102,8 @@ def per_example(
       not an integer.
     ValueError: ``microbatch_size`` is below 1, `microbatch_means` has none or
       gets fewer than two microbatches, or ``losses`` doesn't return one number
-      an example.
+      an example; in a `jax.shard_map` whose devices hold other examples and the
+      same parameters, without ``axis_name``.
 
   Examples:
     >>> import jax.numpy as jnp, optlab

@@ -21,7 +21,7 @@ from optlab.batches._moments import wide_like
 
 def _mean_and_pullback(losses, params, examples, mask):
   """Mean loss and gradient by one reverse pass, in the accumulators' dtype."""
-  check_route(params, mask)
+  check_route(params, mask, examples)
   wide = mask.dtype
   count = jnp.sum(mask)
 
@@ -112,7 +112,7 @@ def vmap_grads(
     TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_route(params, mask)
+  check_route(params, mask, examples)
   closed = check_program(losses, params, examples)
   wide = mask.dtype
   values, grads = _by_example(
@@ -167,7 +167,7 @@ def jvp_inner_products(
     TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_route(params, mask)
+  check_route(params, mask, examples)
   wide = mask.dtype
   # Of complex parameters: the direction of steepest ascent.
   tangent = trees.conjugate(trees.cast_like(grads, params))
@@ -198,7 +198,7 @@ def vmap_inner_products(
     TypeError: ``mask`` is not a floating array, or a leaf of ``params`` not.
     ValueError: ``losses`` does not give one loss per example.
   """
-  check_route(params, mask)
+  check_route(params, mask, examples)
   wide = mask.dtype
   closed = check_program(losses, params, examples)
   rows = _by_example(jax.grad, closed, losses, params, examples)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optlab import trees
+from optlab.batches import _layout
 from optlab.batches import _windows
 
 _ROUNDS = 3
@@ -105,7 +106,7 @@ def _loop(run, step, one, inputs, axis):
   Reverse mode does not pass a loop of unknown length, and need not: the
   derivatives are those of a pass in the unit that was found, a constant.
   """
-  axes = set().union(*map(_axes, jax.tree.leaves(inputs)))
+  axes = set().union(*map(_layout.varies_over, jax.tree.leaves(inputs)))
   axes -= set(axis if isinstance(axis, tuple) else (axis,))
   one = _vary(one, axes)
   closed, shape = jax.make_jaxpr(run, return_shape=True)(one)
@@ -116,7 +117,7 @@ def _loop(run, step, one, inputs, axis):
     return treedef.unflatten(jax_core.jaxpr_as_fun(program)(unit))
 
   start = [
-    _vary(jnp.zeros_like(like), _axes(aval))
+    _vary(jnp.zeros_like(like), _layout.varies_over(aval))
     for like, aval in zip(jax.tree.leaves(shape), closed.out_avals, strict=True)
   ]
   true = one > 0  # By type different over devices, as the unit is.
@@ -214,16 +215,6 @@ def plain(moments: dict[str, Any], unit: jax.Array) -> dict[str, Any]:
 def sq_norms(grads: Any, wide: Any) -> Any:
   """The squared norm of each leaf."""
   return jax.tree.map(lambda leaf: trees.sq_norm(leaf, wide), grads)
-
-
-def _axes(array):
-  """The mapped axes over which an array differs, by its type."""
-  aval = array if hasattr(array, 'aval') is False else array.aval
-  if not hasattr(aval, 'dtype'):
-    return frozenset()
-  if hasattr(aval, 'manual_axis_type'):
-    return frozenset(aval.manual_axis_type.varying)
-  return frozenset(getattr(aval, 'vma', ()) or ())
 
 
 def _vary(array, axes):

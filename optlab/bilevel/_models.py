@@ -119,6 +119,7 @@ def with_models(
       )
     cut = len(inner) - len(names)
     given = dict(zip(names, inner[cut:], strict=True))
+    checks.check_arrays('model_state', given.get('model_state', ()))
     return ModelsState(
       estimator.init(params, *inner[:cut]),
       losses.LossState(

@@ -237,6 +237,7 @@ def _first_gamma(operator, g, g_norm, value, gamma):
 
 def _check_whole_and_real(params):
   """Raises for a part of the parameters, which ``value_fn`` would not take."""
+  checks.check_params('params', params)
   is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
   for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_masked):
     where = f'params{jax.tree_util.keystr(path)}'

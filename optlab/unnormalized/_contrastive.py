@@ -160,6 +160,7 @@ def contrastive_divergence(
 
   def init(params, key, chains):
     checks.check_real_params('params', params)
+    checks.check_arrays('chains', chains)
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
       key=key,

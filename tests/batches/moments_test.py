@@ -418,6 +418,39 @@ def test_bfloat16_parameters_have_float32_moments():
     )
 
 
+def test_rows_of_each_device_and_parameters_of_all_are_merged_or_refused():
+  """Else jax sums the gradients of all devices before they are squared."""
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((2,), ('data',), axis_types=auto)
+  rows = jnp.asarray(data((3,))[0][:6], jnp.float32)
+  losses = lambda x, rows: (rows @ x - 1.0) ** 2
+
+  def spread(estimator, to):
+    @jax.shard_map(
+      mesh=mesh, in_specs=(jax.P(), jax.P('data')), out_specs=jax.P('data')
+    )
+    def run(x, rows):
+      estimate, _ = estimator.estimate(to(x), (), rows)
+      return estimate.extras.get('sum_sq_diff_norm', jnp.ones(()))[None]
+
+    return run
+
+  for route in ('vmap_grads', 'ghost_norms', 'plain_grads'):
+    estimator = optlab.per_example(losses, getattr(optlab.batches, route))
+    with pytest.raises(ValueError, match="pass axis_name='data' to per_exampl"):
+      jax.eval_shape(spread(estimator, lambda x: x), jnp.ones(3), rows)
+  own = lambda x: jax.lax.pcast(x, 'data', to='varying')
+  estimator = optlab.per_example(losses, optlab.ghost_norms)
+  found = jax.jit(spread(estimator, own))(jnp.ones(3), rows)
+  for k in range(2):
+    alone, _ = jax.jit(estimator.estimate)(
+      jnp.ones(3), (), rows[3 * k : 3 * k + 3]
+    )
+    np.testing.assert_allclose(
+      found[k], alone.extras['sum_sq_diff_norm'], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize('route', ['vmap_grads', 'ghost_norms'])
 def test_estimates_have_derivatives_of_both_modes(route):
   """Though the passes in another unit are a loop of unknown length."""

@@ -419,6 +419,7 @@ def test_what_is_no_parameter_is_named_where_a_state_is_made(leaf):
     lambda p: saba.init(p, jnp.ones(2)),
     lambda p: optlab.batches.ghost_sq_norms(losses, p, rows),
     lambda p: optlab.batches.check_losses(losses, p, rows),
+    optlab.gns_newton().init,
   ):
     with pytest.raises(TypeError, match=r"params\['z'\] must be"):
       refused(params)
@@ -429,3 +430,13 @@ def test_what_is_no_parameter_is_named_where_a_state_is_made(leaf):
   stateful = optlab.value_and_grad(lambda p, s, batch: (0.0, s), has_state=True)
   with pytest.raises(TypeError, match=r"model_state\['f'\] must be an array"):
     stateful.init({'w': jnp.ones(3)}, {'f': jnp.tanh})
+  bilevel = optlab.bilevel.with_models(
+    lambda f, g: optlab.soba(f, g, optax.sgd(0.1), 0.1, has_aux=True),
+    upper,
+    upper,
+    has_state=True,
+  )
+  with pytest.raises(
+    TypeError, match=r"model_state\[1\]\['f'\] must be an arr"
+  ):
+    bilevel.init(jnp.ones(2), jnp.ones(2), ((), {'f': jnp.tanh}))
