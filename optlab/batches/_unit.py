@@ -147,9 +147,9 @@ def _loop(run, step, one, inputs, axis):
       in_unit = lambda consts: found_in(consts, unit)
       return jax.jvp(in_unit, primals, tangents)[1]
 
-    last, still = moved(carry.used), carry._replace(found=())
-    found = last._replace(first=moved(one).first)
-    return carry, jax.tree.map(_no_tangent, still)._replace(found=found)
+    found = moved(carry.used)._replace(first=moved(one).first)
+    still = jax.tree.map(_no_tangent, carry)
+    return carry, still._replace(found=found)
 
   return rounds(closed.consts)
 
