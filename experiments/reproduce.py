@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 from .lab import claims
 from .lab import flags
+from .lab import judging
 from .lab import launch
 from .lab import record
 from .lab import stopping
 from .lab import tables
-from .lab.claims import Claim
+from .lab.judging import Claim
 
 GNS, DIFFGRAD, ADADAGRAD, BO_REP, BSVRB, MECO = (
   'Semenov, Jaggi, Doikov', 'Dubey et al.', 'Lau, Liu, Kolar',
@@ -205,7 +206,7 @@ def command(run: Run, config: Config, folder: pathlib.Path) -> list[str]:
 def check(claim: Claim, config: Config, ran: Sequence[str]) -> tuple[str, str]:
   """The number and the verdict of a claim."""
   if claim.run not in ran:
-    return '', claims.NOT_RUN
+    return '', judging.NOT_RUN
   return claim.judge(
     record.read(pathlib.Path(config.output_dir) / claim.run)[1]
   )

@@ -1,46 +1,16 @@
 """The rules by which a run decides a claim of a paper."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 
 from . import record
 from . import verdicts
-
-HOLDS, PARTLY, NOT, NOT_RUN = 'holds', 'partly', 'not', 'not run'
-Rows = list[dict]
-
-
-class Claim(NamedTuple):
-  """A claim of a paper, and the rule by which a run decides it."""
-
-  paper: str
-  claim: str
-  run: str
-  judge: Callable[[Rows], tuple[str, str]]  # (number, verdict)
-
-
-def ends(rows: Rows, method: str, field: str) -> np.ndarray:
-  """A field at the end of a method's runs, one a seed; not a number is inf."""
-  values = [row[field] for row in verdicts.last(rows, method)]
-  return np.nan_to_num(np.array(values, float), nan=np.inf, posinf=np.inf)
-
-
-def median(rows: Rows, method: str, field: str) -> float:
-  """Over the seeds, at the end."""
-  return float(np.median(ends(rows, method, field)))
-
-
-def summary(rows: Rows, **fields: str) -> dict:
-  """The last summary with these fields."""
-  return record.select(rows, 'summary', **fields)[-1]
-
-
-def grade(holds: bool, partly: bool = False) -> str:
-  """The verdict of a rule."""
-  return HOLDS if holds else PARTLY if partly else NOT
-
+from .judging import Rows
+from .judging import against
+from .judging import all_worse
+from .judging import grade
+from .judging import interval
+from .judging import median
+from .judging import summary
 
 # Each rule returns the number that it judges, and its verdict.
 
@@ -109,19 +79,18 @@ def diffgrad_minima(rows: Rows) -> tuple[str, str]:
 
 
 def diffgrad_images(rows: Rows) -> tuple[str, str]:
-  """A higher accuracy, in the mean over the seeds."""
+  """Both are worse, by the interval."""
   gaps = {
-    name: ends(rows, 'diffgrad, 32', 'test_accuracy')
-    - ends(rows, f'{name}, 32', 'test_accuracy')
+    name: against(
+      rows, 'diffgrad, 32', f'{name}, 32', 'test_accuracy', more=True
+    )
     for name in ('adam', 'sgd')
   }
   numbers = '; '.join(
-    f'{100 * np.mean(gap):+.2f} points to {name}, {np.sum(gap > 0)} of'
-    f' {len(gap)} seeds'
+    f'{100 * gap.mean:+.2f} points to {name} ({interval(gap, 100)})'
     for name, gap in gaps.items()
   )
-  better = [np.mean(gap) > 0 for gap in gaps.values()]
-  return numbers, grade(all(better), any(better))
+  return numbers, all_worse([gap.said for gap in gaps.values()])
 
 
 def against_best(rows: Rows) -> Rows:
@@ -134,12 +103,15 @@ def against_best(rows: Rows) -> Rows:
 
 
 def batches_accuracy(rows: Rows) -> tuple[str, str]:
-  """No less accuracy than the best constant batch."""
+  """Less than 0.3 points below the best constant batch, by the interval."""
   found = against_best(rows)
   numbers = '; '.join(
-    f'{row["batches"]} {100 * row["accuracy_gap"]:+.2f} points' for row in found
+    f'{row["batches"]} {100 * row["accuracy_gap"]:+.2f} points'
+    f' ({100 * row["accuracy_gap_low"]:+.2f} to'
+    f' {100 * row["accuracy_gap_high"]:+.2f})'
+    for row in found
   )
-  good = [row['accuracy_gap'] >= 0 for row in found]
+  good = [row['accuracy_gap_low'] > -0.003 for row in found]
   return f'{numbers}; {found[0]["against"]}', grade(all(good), any(good))
 
 
@@ -147,7 +119,9 @@ def batches_steps(rows: Rows) -> tuple[str, str]:
   """More than two times fewer steps than the best constant batch."""
   found = {row['batches']: row['steps_ratio'] for row in against_best(rows)}
   numbers = '; '.join(f'{name} {ratio:.0f}' for name, ratio in found.items())
-  return f'times fewer: {numbers}', grade(min(found.values()) > 2)
+  return f'times fewer: {numbers}', grade(
+    min(found.values()) > 2, max(found.values()) > 2
+  )
 
 
 def highest(rows: Rows, estimator: str, upper_step: str) -> tuple[float, ...]:
@@ -188,7 +162,8 @@ def against_peers(field, ours, peers):
     good = [mine <= 1.01 * value for value in found.values()]
     return (
       f'{field} {mine:.3g}, best peer ({best.replace(", cosine", "")})'
-      f' {found[best]:.3g}; no worse than {sum(good)} of {len(good)}',
+      f' {found[best]:.3g} ({interval(against(rows, ours, best, field))}); no'
+      f' worse than {sum(good)} of {len(good)}',
       grade(all(good), any(good)),
     )
 
@@ -229,22 +204,25 @@ def speedup_rows(rows: Rows) -> tuple[str, str]:
 
 
 def spoiled(rows: Rows) -> tuple[str, str]:
-  """A lower test loss than with equal weights."""
+  """Equal weights are worse, by the interval."""
   ours, frozen = (median(rows, name, 'test') for name in ('bsvrb_v2', 'frozen'))
-  return f'test loss {ours:.3f}, equal weights {frozen:.3f}', grade(
-    ours < frozen
+  gap = against(rows, 'bsvrb_v2', 'frozen', 'test')
+  return (
+    f'test loss {ours:.3f}, equal weights {frozen:.3f} ({interval(gap)})',
+    all_worse([gap.said]),
   )
 
 
 def ranking(rows: Rows) -> tuple[str, str]:
-  """A higher NDCG than both losses."""
-  names = ('bsvrb_v2', 'listwise', 'pointwise')
-  values = [median(rows, name, 'ndcg10') for name in names]
-  numbers = ', '.join(
-    f'{name} {value:.3f}' for name, value in zip(names, values, strict=True)
-  )
-  better = [values[0] > value for value in values[1:]]
-  return f'NDCG@10 {numbers}', grade(all(better), any(better))
+  """Both losses are worse, by the interval."""
+  ours, said = 'bsvrb_v2', []
+  numbers = f'NDCG@10 {ours} {median(rows, ours, "ndcg10"):.3f}'
+  for name in ('listwise', 'pointwise'):
+    gap = against(rows, ours, name, 'ndcg10', more=True)
+    value = median(rows, name, 'ndcg10')
+    numbers += f', {name} {value:.3f} ({interval(gap)})'
+    said.append(gap.said)
+  return numbers, all_worse(said)
 
 
 def plane(rows: Rows) -> tuple[str, str]:
@@ -254,22 +232,22 @@ def plane(rows: Rows) -> tuple[str, str]:
   }
   said = [row['verdict'] for row in found.values()]
   numbers = '; '.join(
-    f'{name} {row["gap"]:+.4f} ({row["verdict"]})'
+    f'{name} {row["gap"]:+.4f}'
+    f' ({row["gap_low"]:+.4f} to {row["gap_high"]:+.4f})'
     for name, row in found.items()
   )
-  return f'NCE minus MECO: {numbers}', grade(
-    all(word == 'worse' for word in said),
-    'better' not in said and 'worse' in said,
-  )
+  return f'NCE minus MECO: {numbers}', all_worse(said)
 
 
 def few_noise(rows: Rows) -> tuple[str, str]:
   """A tenth of the divergence without the average."""
-  ours, alone = (
-    summary(rows, method=method)['median'] for method in ('meco', 'snis')
+  average, single = (
+    summary(rows, method=method) for method in ('meco', 'snis')
   )
+  ours, alone = average['median'], single['median']
   return (
-    f'{ours:.3f}, gamma = 1 {alone:.3f}: {alone / ours:.0f} times',
+    f'{ours:.3f}, gamma = 1 {alone:.3f} ({single["gap_low"]:+.2g} to'
+    f' {single["gap_high"]:+.2g}): {alone / ours:.0f} times',
     grade(alone >= 10 * ours, alone > ours),
   )
 
@@ -277,23 +255,34 @@ def few_noise(rows: Rows) -> tuple[str, str]:
 def far_mean(rows: Rows) -> tuple[str, str]:
   """It arrives, and NCE does not."""
   found = {
-    method: summary(rows, method=method)['median']
+    method: summary(rows, method=method)
     for method in ('meco_ratio', 'meco', 'nce')
   }
-  numbers = ', '.join(f'{name} {value:.2g}' for name, value in found.items())
-  ours, plain, nce = found.values()
+  numbers = ', '.join(
+    f'{name} {row["median"]:.2g}'
+    + ('' if row['verdict'] == '-'
+       else f' ({row["gap_low"]:+.2g} to {row["gap_high"]:+.2g})')
+    for name, row in found.items()
+  )  # fmt: skip
+  ours, plain, nce = (row['median'] for row in found.values())
   return f'error from a distance of 16: {numbers}', grade(
     max(ours, plain) < 0.005 < nce, ours < 0.005 < nce
   )
 
 
 def ood(rows: Rows) -> tuple[str, str]:
-  """No lower an AUROC than any other score."""
+  """No lower an AUROC than any other score, in the median."""
   found: dict[str, list[float]] = {}
   for row in record.select(rows, 'auroc'):
     found.setdefault(row['method'], []).append(row['auroc'])
-  middle = {name: float(np.median(values)) for name, values in found.items()}
-  ours = middle.pop('meco')
-  numbers = ', '.join(f'{name} {value:.3f}' for name, value in middle.items())
-  better = [ours >= value for value in middle.values()]
-  return f'AUROC {ours:.3f}; {numbers}', grade(all(better), any(better))
+  ours = np.array(found.pop('meco'))
+  gaps = {
+    name: verdicts.paired(ours - np.array(values))
+    for name, values in found.items()
+  }
+  numbers = ', '.join(
+    f'{name} {np.median(found[name]):.3f} ({interval(gap)})'
+    for name, gap in gaps.items()
+  )
+  good = [np.median(ours) >= np.median(values) for values in found.values()]
+  return f'AUROC {np.median(ours):.3f}; {numbers}', grade(all(good), any(good))

@@ -84,3 +84,24 @@ def test_the_rule_of_the_spoiled_labels(ours, verdict):
     for method, value in (('bsvrb_v2', ours), ('frozen', 0.2))
   ]
   assert _judge('spoiled')(rows)[1] == verdict
+
+
+@pytest.mark.parametrize(
+  ('peer', 'verdict'),
+  [
+    ([0.90, 0.91, 0.90], 'holds'),
+    ([0.90, 0.95, 0.93], 'not'),  # A tie, though ahead in the mean.
+    ([0.97, 0.98, 0.97], 'not'),
+  ],
+)
+def test_a_difference_counts_where_its_interval_leaves_out_zero(peer, verdict):
+  ours = [0.94, 0.95, 0.94]
+  values = {'bsvrb_v2': ours, 'listwise': peer, 'pointwise': peer}
+  rows = [
+    {'kind': 'eval', 'method': method, 'seed': seed, 'step': 1, 'ndcg10': value}
+    for method, found in values.items()
+    for seed, value in enumerate(found)
+  ]
+  number, found = _judge('ranking')(rows)
+  assert found == verdict
+  assert number.count(' to ') == 2
