@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _implicit
 from optlab import _minimize
 from optlab import _systems
 from optlab import base
@@ -174,12 +175,9 @@ def _tangent_solve(symmetric, rtol, max_steps):
     return trees.cast_like(x, b)
 
   def tangent_solve(multiply, b):
-    # JAX transposes a solve only where all of b depends on what is asked for:
-    # let every leaf depend on all others, by nothing.
-    nothing = sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(b))
-    b = jax.tree.map(lambda leaf: leaf + jnp.asarray(nothing, leaf.dtype), b)
     return jax.lax.custom_linear_solve(
-      multiply, b, attempt, attempt, symmetric=symmetric
-    )
+      multiply, _implicit.depends_on_all(b), attempt, attempt,
+      symmetric=symmetric,
+    )  # fmt: skip
 
   return tangent_solve

@@ -197,7 +197,8 @@ class Objective(NamedTuple):
   fun: Callable[[base.Params], jax.Array]
   project: Callable[[base.Params], base.Params]
 
-  def __call__(self, params: base.Params) -> jax.Array:
+  def __call__(self, params: base.Params, curvature: Any = None) -> jax.Array:
+    del curvature
     return self.fun(params)
 
 

@@ -93,6 +93,7 @@ def minimizer(
       shift = jax.tree.map(jnp.add, known(shift), product(carried))
       shift = _box.free(active, shift)
       inner, is_free = _of_face(product, active)
+    shift = depends_on_all(shift)
     step = jax.lax.custom_linear_solve(
       inner, shift, lambda _, b: _solve(inner, b, sure, is_free), symmetric=True
     )
@@ -103,6 +104,18 @@ def minimizer(
     return (params, value), (step, change.astype(value.dtype))
 
   return attach(params, value, constants, box, active, ok, start)
+
+
+def depends_on_all(tree: base.ArrayTree) -> base.ArrayTree:
+  """The tree, where every leaf depends on all others, by nothing.
+
+  JAX transposes a solve only where all of its right side depends on what is
+  asked for.
+  """
+  nothing = sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
+  return jax.tree.map(
+    lambda leaf: leaf + jnp.asarray(nothing, leaf.dtype), tree
+  )
 
 
 def _is_near(fun, params, constants, box, active, ok, start):
@@ -122,6 +135,8 @@ def _is_near(fun, params, constants, box, active, ok, start):
   eps = jnp.finfo(trees.accumulator_dtype(params)).eps
   near = trees.norm(left) <= jnp.cbrt(eps) * far + 8 * eps * trees.norm(params)
   near |= ok
+  if _size(params) > DENSE:
+    near &= _is_definite(inner, params, is_free)
   if box is not None:
     near &= _box.is_clear(box, active, params, left)
   return near
@@ -141,28 +156,58 @@ def _of_face(product, active):
 
 def _solve(product, b, ok, is_free):
   """``H x = b`` for a positive definite operator; NaN where it is not."""
-  flat, unravel = ravel_pytree(b)
-  if flat.size <= DENSE:
+  product, like, b = _wide(product, b), b, trees.wide(b)
+  if _size(b) > DENSE:
+    x, found, definite = conjugate_gradient(product, b)
+    ok &= found & definite
+  else:
+    flat, unravel = ravel_pytree(b)
     columns = lambda unit: ravel_pytree(product(unravel(unit)))[0]
     matrix = jax.vmap(columns)(jnp.eye(flat.size, dtype=flat.dtype))
     if is_free is not None:
       matrix = _box.face(matrix, is_free)
-    lower = jax.lax.linalg.cholesky(matrix)  # NaN where it fails.
-    pivots = jnp.diagonal(lower) ** 2
-    scale = jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0.0)
-    ok &= jnp.all(pivots > flat.size * jnp.finfo(flat.dtype).eps * scale)
-    x = unravel(jax.scipy.linalg.cho_solve((lower, True), flat))
-  else:
-    x, found, definite = conjugate_gradient(product, b)
-    # The right side may not reach a direction of negative curvature.
-    probe = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2)
-    probe = unravel(probe if is_free is None else jnp.where(is_free, probe, 0))
-    ok &= found & definite & conjugate_gradient(product, probe, 20)[2]
-  return jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
+    # In units of its own: what is badly scaled is not singular. The pivots of
+    # a factorization without exchanges would not tell.
+    scale = jnp.sqrt(jnp.abs(jnp.diagonal(matrix)))
+    scale = jnp.where(scale > 0, scale, 1)
+    values, vectors = jnp.linalg.eigh(matrix / scale / scale[:, None])
+    largest = jnp.max(jnp.abs(values), initial=0.0)
+    floor = (8 + flat.size) * jnp.finfo(values.dtype).eps * largest
+    ok &= jnp.all(values > floor)
+    x = unravel(vectors @ ((flat / scale) @ vectors / values) / scale)
+  x = jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.nan), x)
+  return trees.cast_like(x, like)
+
+
+def _is_definite(product, like, is_free):
+  """Whether a vector of all directions is reached: none is flat or downhill.
+
+  The right side of a derivative may have no part in such a direction.
+  """
+  product = _wide(product, like)
+  flat, unravel = ravel_pytree(trees.wide(like))
+  probe = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2)
+  probe = unravel(probe if is_free is None else jnp.where(is_free, probe, 0))
+  # A single flat direction holds about 1 / sqrt(n) of it.
+  rtol = 1e-3 / flat.size**0.5
+  _, found, definite = conjugate_gradient(product, probe, rtol=rtol)
+  return found & definite
+
+
+def _wide(product, like):
+  """Products with vectors of float32 or wider."""
+  return lambda v: trees.wide(product(trees.cast_like(v, like)))
+
+
+def _size(tree):
+  return sum(map(jnp.size, jax.tree.leaves(tree)))
 
 
 def conjugate_gradient(
-  product: base.Operator, b: base.ArrayTree, max_steps: int = 1000
+  product: base.Operator,
+  b: base.ArrayTree,
+  max_steps: int = 1000,
+  rtol: float | None = None,
 ) -> tuple[base.ArrayTree, jax.Array, jax.Array]:
   """Solves a positive definite system on trees, to near the last digit.
 
@@ -170,6 +215,7 @@ def conjugate_gradient(
     product: The operator.
     b: The right side, a tree.
     max_steps: The most products.
+    rtol: The relative residual to stop at; ``None`` is near the last digit.
 
   Returns:
     The solution, whether its residual is small, and whether all directions met
@@ -178,9 +224,12 @@ def conjugate_gradient(
   dot = lambda x, y: sum(
     jax.tree.leaves(jax.tree.map(jnp.vdot, x, y)), start=jnp.zeros(())
   )
-  add = lambda x, by, y: jax.tree.map(lambda a, c: a + by * c, x, y)
+  add = lambda x, by, y: jax.tree.map(
+    lambda a, c: a + by.astype(a.dtype) * c, x, y
+  )
   dtype = trees.accumulator_dtype(b)
-  tol = jnp.finfo(dtype).eps ** 0.75
+  tol = jnp.finfo(dtype).eps ** 0.75 if rtol is None else rtol
+  slack = 100 if rtol is None else 1
 
   def step(carry):
     x, residual, direction, square, ok, k = carry
@@ -202,4 +251,4 @@ def conjugate_gradient(
   zero = jax.tree.map(jnp.zeros_like, b)
   start = (zero, b, b, dot(b, b), jnp.asarray(True), jnp.zeros((), jnp.int32))
   x, *_, square, ok, _ = jax.lax.while_loop(unfinished, step, start)
-  return x, square <= (100 * tol * norm) ** 2, ok
+  return x, square <= (slack * tol * norm) ** 2, ok

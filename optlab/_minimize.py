@@ -94,8 +94,9 @@ def minimize(
     it tried was rejected).
 
   Raises:
-    TypeError: ``max_steps`` is not an integer, ``fun`` not a function, or a
-      leaf of ``params`` no array of floats; ``bounds`` of complex parameters.
+    TypeError: ``max_steps`` is not an integer, ``fun`` not a function or of
+      no real scalar, or a leaf of ``params`` no array of floats; ``bounds`` of
+      complex parameters.
     ValueError: A tolerance is negative or NaN; ``bounds`` are no pair, of other
       shapes than ``params``, NaN, or a lower one is above the upper one.
 
@@ -133,8 +134,9 @@ def minimize(
     ``params`` and ``value`` have derivatives, forward and backward, by the
     implicit function theorem: one linear system with the Hessian, formed for at
     most 256 parameters, else conjugate gradients. They are NaN where the point
-    is no minimizer: the Hessian is not positive definite there (as far as
-    products with a few vectors tell, beyond 256 parameters), or the run did not
+    is no minimizer, or not the only one near: the Hessian is not positive
+    definite there (beyond 256 parameters, 1,000 products do not solve a system
+    with a random right side), or the run did not
     meet ``grad_tol`` and the Newton step that is left is no shorter than
     ``eps ** (1/3)`` of the way from the start.
     With ``bounds`` the derivatives are those of the free coordinates, an active
@@ -147,7 +149,8 @@ def minimize(
   checks.check_params('params', params)
   args = args if isinstance(args, tuple) else (args,)
   whole = lambda params: fun(params, *args)
-  value_fn = lambda params: _value(whole(params), has_aux)
+  # Line searches of optax refuse extras that their objective does not take.
+  value_fn = lambda params, curvature=None: _value(whole(params), has_aux)
   bound = None
   if curvature is not None:
     bound = lambda params: curvature(params, *args)
@@ -185,4 +188,6 @@ def _value(output, has_aux):
       f'fun must return a scalar, got {output!r}; say has_aux=True where it'
       ' returns (value, aux).'
     )
-  return output[0] if has_aux else output
+  value = output[0] if has_aux else output
+  checks.check_scalar('fun', value)
+  return value

@@ -14,6 +14,7 @@ hyperparameters may be vmapped over and injected.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
@@ -146,6 +147,24 @@ def enforce(function: Callable[..., Any], values: dict[str, Any]) -> None:
   """
   for name, domain in function.__dict__['domains'].items():
     domain.check(name, values[name])
+
+
+def check_scalar(name: str, value: Any) -> None:
+  """Raises a ``TypeError`` unless a function returned a real scalar.
+
+  Args:
+    name: The function's name, for the message.
+    value: What it returned.
+  """
+  try:
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+  except (TypeError, ValueError):
+    raise TypeError(f'{name} must return a scalar, got {value!r}.') from None
+  if shape or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'{name} must return a real scalar of floats, got shape {shape} and dtype'
+      f' {dtype}.'
+    )
 
 
 def check_callable(name: str, value: Any, expected: str) -> None:

@@ -33,7 +33,8 @@ def linear_gauss_newton(
 
   Choose it for logistic, Poisson or softmax regression with few columns: one
   weighted matrix product per step (per pair of classes), half the cost of
-  ``dense(hessian(f))`` or less. The work is done in the dtype of the inputs, so
+  ``dense(hessian(f))`` or less. The work is done in the dtype of the inputs (of
+  the parameters, where they are integers), so
   that float32 inputs halve it again in an otherwise float64 solve, with the
   same iterations; subsampled inputs (and targets) are as good.
 
@@ -51,8 +52,10 @@ def linear_gauss_newton(
     ``(d, classes)``; it makes `Dense` operators.
 
   Raises:
-    TypeError: ``inputs`` or ``loss`` is not a function.
-    ValueError: ``params`` is no vector or matrix (when the factory is called).
+    TypeError: ``inputs`` or ``loss`` is not a function; ``inputs`` returns a
+      scipy matrix (when the factory is called).
+    ValueError: ``params`` is no vector or matrix, or ``inputs`` returns one of
+      another shape (when the factory is called).
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -73,13 +76,8 @@ def linear_gauss_newton(
         f' {[jnp.shape(leaf) for leaf in jax.tree.leaves(params)]}; for other'
         ' models use dense(gauss_newton(model, loss)).'
       )
-    features: Any = inputs(*args)
+    features = _features(inputs(*args), params)
     sparse = isinstance(features, _sparse.SparseMatrix)
-    if sparse and params.ndim != 1:
-      raise ValueError(
-        'linear_gauss_newton takes a SparseMatrix for params of shape (d,)'
-        f' only, got shape {params.shape}.'
-      )
     narrow = sparse_dtype if sparse else features.dtype
     outputs = features @ params.astype(narrow or params.dtype)
     product = jax.linearize(jax.grad(lambda u: loss(u, *args)), outputs)[1]
@@ -108,6 +106,33 @@ def linear_gauss_newton(
     return _operators.Dense(matrix + l2 * jnp.eye(n, dtype=matrix.dtype))
 
   return curvature
+
+
+def _features(features: Any, params: Any) -> Any:
+  """The inputs as a matrix of floats, or sparse."""
+  kind = type(features).__name__
+  if hasattr(features, 'tocsr'):
+    raise TypeError(
+      f'inputs must return an array or a SparseMatrix, got {kind}; make it with'
+      ' optlab.sparse_matrix(..., gram=True).'
+    )
+  own = isinstance(features, _sparse.SparseMatrix)
+  sparse = own or hasattr(features, 'todense')  # Of jax.experimental too.
+  if sparse and params.ndim != 1:
+    raise ValueError(
+      f'linear_gauss_newton takes a {kind} for params of shape (d,) only, got'
+      f' shape {params.shape}.'
+    )
+  features = features if sparse else jnp.asarray(features)
+  if len(features.shape) != 2 or features.shape[1] != params.shape[0]:
+    raise ValueError(
+      f'inputs must return a matrix of shape (m, {params.shape[0]}), as params'
+      f' have shape {params.shape}; got {features.shape}.'
+    )
+  # In the dtype of counts or flags the parameters would be cut to integers.
+  if not own and not jnp.issubdtype(features.dtype, jnp.inexact):
+    features = features.astype(trees.accumulator_dtype(params))
+  return features
 
 
 def _gram(features, weights):

@@ -52,7 +52,8 @@ def least_squares(
     A `MinimizeResult`.
 
   Raises:
-    TypeError: ``residuals`` is not a function, or ``max_steps`` no integer.
+    TypeError: ``residuals`` is not a function or not of real floats, or
+      ``max_steps`` no integer.
     ValueError: ``grad_tol`` is negative.
 
   Examples:
@@ -69,7 +70,18 @@ def least_squares(
     residuals that bend much, `hessian` converges faster.
   """
   checks.enforce(least_squares, locals())
-  half = lambda r, *args: trees.sq_norm(r, trees.real_dtype(r)) / 2
+
+  def half(found, *args):
+    del args
+    for path, leaf in jax.tree.leaves_with_path(found):
+      if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        raise TypeError(
+          'residuals must return real floats, got dtype'
+          f' {jnp.result_type(leaf)} in residuals'
+          f'{jax.tree_util.keystr(path)}; give real and imaginary part as two.'
+        )
+    return trees.sq_norm(found, trees.real_dtype(found)) / 2
+
   has_aux = options.get('has_aux', False)
   rest = lambda *args: residuals(*args)[0] if has_aux else residuals(*args)
   curvature = _curvature.gauss_newton(rest, half)

@@ -179,7 +179,7 @@ def sparse_matrix(matrix: Any, *, gram: bool = False) -> SparseMatrix:
     A `SparseMatrix`. It must not be differentiated with respect to.
 
   Raises:
-    TypeError: ``matrix`` is not sparse.
+    TypeError: ``matrix`` is not sparse, or complex.
     ValueError: ``gram`` of more than 46,340 columns, whose Gram matrix has over
       2^31 entries.
 
@@ -198,6 +198,8 @@ def sparse_matrix(matrix: Any, *, gram: bool = False) -> SparseMatrix:
       f'matrix must be a scipy sparse matrix, got {type(matrix).__name__}; use'
       ' a dense array as it is.'
     )
+  if np.iscomplexobj(matrix):
+    raise TypeError(f'matrix must be real, got dtype {matrix.dtype}.')
   if gram and matrix.shape[1] > MAX_GRAM_COLUMNS:
     raise ValueError(
       f'gram takes at most {MAX_GRAM_COLUMNS:,} columns, got'

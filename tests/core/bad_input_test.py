@@ -145,7 +145,21 @@ row(
   'a vector where a scalar belongs',
   lambda: traced(lambda: minimize(fun=lambda x: x)),
   TypeError,
-  'scalar-output functions',
+  r'fun must return a real scalar of floats, got shape \(2,\)',
+)
+row(
+  'minimize',
+  'a count where a scalar belongs',
+  lambda: traced(lambda: minimize(fun=lambda x: jnp.sum(x > 0))),
+  TypeError,
+  r'fun must return a real scalar .* dtype int',
+)
+row(
+  'minimize',
+  'words where a scalar belongs',
+  lambda: traced(lambda: minimize(fun=lambda x: 'abc')),
+  TypeError,
+  "fun must return a scalar, got 'abc'",
 )
 row(
   'minimize',

@@ -145,6 +145,14 @@ def test_least_squares_take_bounds(x64):
   assert fit.success and fit.params['a'] == 1.5 and fit.active['a'] == 1
 
 
+@pytest.mark.parametrize('bounds', [None, (0.0, 9.0)])
+def test_a_line_search_does_not_mind_a_curvature(bounds):
+  run = optlab.newton.least_squares(
+    lambda x: x - 1.0, jnp.zeros(2), tx=optax.lbfgs(), bounds=bounds
+  )
+  assert run.success and run.opt_state[0].count > 0
+
+
 def test_the_clock_stops_it_between_steps():
   slow = lambda progress: time.sleep(0.02)
 

@@ -127,6 +127,55 @@ def test_no_minimizer_no_derivative(x64, n):
   assert jnp.isnan(jax.jit(jax.grad(early))(1.0))
 
 
+def linear(n, rows):
+  """Half of ``|A x - b|^2``, with less rows than unknowns in A."""
+  rng = np.random.default_rng(1)
+  matrix = jnp.asarray(rng.normal(size=(rows, n)) / n**0.5)
+  return lambda x, b: jnp.sum((matrix @ x - b) ** 2)
+
+
+@pytest.mark.parametrize('n, rows', [(5, 4), (300, 299)])
+def test_one_minimizer_of_many_has_no_derivative(x64, n, rows):
+  # The last pivot of this 5 x 5 matrix is 200 times its rounding error.
+  found = lambda b: optlab.minimize(
+    linear(n, rows), jnp.zeros(n), optax.lbfgs(), max_steps=400, args=(b,),
+    grad_tol=1e-7,
+  ).params[0]  # fmt: skip
+  assert jnp.all(jnp.isnan(jax.jit(jax.grad(found))(jnp.ones(rows))))
+
+
+@pytest.mark.parametrize('n', [2, 300])
+def test_a_leaf_that_does_not_depend_on_it_and_one_that_is_narrow(n):
+  def loss(p, c):
+    narrow = p['a'].astype(jnp.float32) - c
+    return jnp.sum(narrow**2) + jnp.sum((p['b'] - 1) ** 2) + jnp.sum(p['none'])
+
+  start = {
+    'a': jnp.zeros(n, jnp.bfloat16), 'b': jnp.zeros(2), 'none': jnp.zeros(0)
+  }  # fmt: skip
+  for bounds in (None, (-9.0, 9.0)):
+    of = lambda c, bounds=bounds: optlab.minimize(
+      loss, start, optax.sgd(0.5), max_steps=9, args=(c,), grad_tol=0.1,
+      bounds=bounds,
+    ).params  # fmt: skip
+    total = lambda c, of=of: sum(
+      jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(of(c))
+    )
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(2.0), n)
+
+
+def test_a_badly_scaled_minimizer_is_not_singular(x64):
+  scales = jnp.array([1e-9, 1.0, 1e9])
+  of = lambda c: jnp.vdot(
+    scales,
+    optlab.minimize(
+      lambda x: jnp.sum((scales * x - c) ** 2), 2.0 / scales, optax.sgd(0.1),
+      max_steps=1, grad_tol=1e-3,
+    ).params,
+  )  # fmt: skip
+  np.testing.assert_allclose(jax.grad(of)(2.0), 3.0, rtol=1e-6)
+
+
 def test_the_start_is_a_constant(x64):
   run = lambda x: optlab.minimize(
     lambda y: jnp.sum((y - 1.0) ** 2), x, optax.lbfgs(), max_steps=20,

@@ -82,6 +82,21 @@ for wrong, params in (('a tree', {'a': X}), ('a cube', np.ones((2, 2, 2)))):
     r'params that are one array of shape \(d,\) or \(d, classes\), got',
   )
 
+for wrong, features, error, match in (
+  ('a scipy matrix', scipy.sparse.eye_array(2), TypeError, 'optlab.sparse_mat'),
+  ('a vector', np.ones(2), ValueError, r'matrix of shape \(m, 2\), .*\(2,\)'),
+  ('too wide', np.ones((3, 5)), ValueError, r'shape \(m, 2\), .* \(3, 5\)'),
+):
+  row(
+    'linear_gauss_newton',
+    f'inputs are {wrong}',
+    lambda features=features: linear_gauss_newton(inputs=lambda _: features)(
+      X, ROWS
+    ),
+    error,
+    match,
+  )
+
 KRYLOV = ('cg', 'lanczos', 'multishift_cg')
 SOLVERS = ('cholesky', 'eigh', 'woodbury', *KRYLOV)
 for name in KRYLOV:
@@ -177,7 +192,17 @@ for bad in (lambda *_: X, lambda *_: (X, 2), lambda *_: None):
     r'preconditioner must return \(operator, products\)',
   )
 
-family('least_squares', residuals=lambda x: x - 1.0, params=X)
+least_squares = family('least_squares', residuals=lambda x: x - 1.0, params=X)
+for kind, dtype in (('counts', int), ('complex numbers', complex)):
+  row(
+    'least_squares',
+    f'residuals that are {kind}',
+    lambda dtype=dtype: traced(
+      lambda: least_squares(residuals=lambda x: {'r': x.astype(dtype)})
+    ),
+    TypeError,
+    r"residuals must return real floats, got dtype .* in residuals\['r'\]",
+  )
 for name in ('adaptive', 'double', 'hold', 'measured'):
   family(name)
 gns_newton = family('gns_newton')
@@ -298,6 +323,13 @@ row(
 
 matrix = scipy.sparse.csr_matrix(np.eye(3, 2))
 sparse_matrix = family('sparse_matrix', matrix=matrix)
+row(
+  'sparse_matrix',
+  'complex entries',
+  lambda: sparse_matrix(matrix=matrix * 1j),
+  TypeError,
+  'matrix must be real, got dtype complex128',
+)
 for bad in (np.eye(2), None, [[1.0]]):
   row(
     'sparse_matrix',

@@ -1,6 +1,9 @@
 """Operators against explicit matrices."""
 
+from typing import Any
+
 import jax
+import jax.experimental.sparse
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import numpy as np
@@ -210,6 +213,21 @@ def test_linear_gauss_newton_keeps_indefinite_weights_and_narrow_inputs():
   )(x)
   assert narrow.matrix.dtype == jnp.float64
   np.testing.assert_allclose(narrow.matrix, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [int, bool, np.uint8, list, 'BCOO'])
+def test_linear_gauss_newton_of_counts_flags_and_lists(kind):
+  entries = np.array([[1, 0, 3], [0, 2, 1]])
+  features: Any = entries.tolist()
+  if kind == 'BCOO':
+    features = jax.experimental.sparse.BCOO.fromdense(jnp.asarray(entries))
+  elif kind is not list:
+    features = entries.astype(kind)
+    entries = features.astype(int)
+  x, loss = jnp.array([0.3, -0.7, 0.2]), lambda u: jnp.sum(jnp.cosh(u))
+  factory = jax.jit(optlab.linear_gauss_newton(lambda: features, loss))
+  expected = jax.hessian(lambda x: loss(jnp.asarray(entries, float) @ x))(x)
+  np.testing.assert_allclose(factory(x).matrix, expected, rtol=1e-5)
 
 
 def test_operators_are_pytrees_that_cross_jit_and_vmap():
