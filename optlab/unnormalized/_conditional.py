@@ -28,7 +28,8 @@ def conditional_batch(
     key: PRNG key.
     conditions: x, array ``[n, ...]`` or a pytree of them.
     data: y, array ``[n, ...]``.
-    contexts: int ``[n]``, which context each x is.
+    contexts: int ``[n]``, which context each x is. All x of one context have
+      one normalizer: number those apart that have not.
     num: Rows of noise for each row of data, a Python integer.
 
   Returns:
@@ -36,9 +37,11 @@ def conditional_batch(
     ``n * num`` of noise. Rows of one context share their noise.
 
   Raises:
-    TypeError: ``num`` is not an integer, or ``noise`` has no ``sample`` and
-      ``log_prob``.
-    ValueError: ``num`` is below one, or ``noise`` a batch of distributions.
+    TypeError: ``num`` or ``contexts`` are not integers, ``key`` is no PRNG key,
+      or ``noise`` has no ``sample`` and ``log_prob``.
+    ValueError: ``num`` is below one, ``noise`` a batch of distributions or of
+      another shape than ``data``, or ``conditions``, ``data`` and ``contexts``
+      have not one leading axis of one length.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -64,8 +67,16 @@ def conditional_batch(
   """
   checks.enforce(conditional_batch, locals())
   noise = _noise_batch.as_noise('noise', noise)
+  contexts = checks.as_array('contexts', contexts)
+  if not jnp.issubdtype(contexts.dtype, jnp.integer):
+    raise TypeError(
+      f'contexts must be integers, got dtype {contexts.dtype}: number the'
+      ' contexts from zero.'
+    )
+  n = _rows_of({'conditions': conditions, 'data': data, 'contexts': contexts})
   repeat = lambda leaf: jnp.repeat(jnp.asarray(leaf), num, axis=0)
-  rows = noise.sample(key, jnp.shape(data)[0] * num)
+  rows = _noise_batch.draw('noise', noise, key, n * num)
+  _noise_batch.check_kind('data', data, rows)
   return _noise_batch.NoiseBatch(
     data=(conditions, data),
     noise=(jax.tree.map(repeat, conditions), rows),
@@ -74,3 +85,23 @@ def conditional_batch(
     contexts=contexts,
     noise_contexts=repeat(contexts),
   )
+
+
+def _rows_of(parts):
+  """The length of all parts; raises a ``ValueError`` unless it is one."""
+  shapes = {name: jax.tree.map(jnp.shape, part) for name, part in parts.items()}
+  leading = {
+    jnp.shape(leaf)[:1]
+    for part in parts.values()
+    for leaf in jax.tree.leaves(part)
+  }
+  if (
+    len(leading) != 1
+    or leading <= {(), (0,)}
+    or (jnp.ndim(parts['contexts']) != 1)
+  ):
+    raise ValueError(
+      'conditions, data and contexts must have one leading axis of one length,'
+      f' contexts no other, got shapes {shapes}.'
+    )
+  return leading.pop()[0]

@@ -163,7 +163,7 @@ def contrastive_divergence(
     checks.check_arrays('chains', chains)
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
-      key=key,
+      key=checks.as_key('key', key),
       chains=trees.own(chains),
       stray=jnp.zeros(jnp.shape(jax.tree.leaves(chains)[0])[:1], bool),
       sampler_state=moves.init(chains),

@@ -24,8 +24,12 @@ class Coverage(NamedTuple):
       model: small where the two hardly overlap.
     missed: Share of the data where the noise is thinner than at each of its own
       rows; -1 where the batch has no ``data_log_prob``.
-    warning: Whether so much is missed that the likelihood cannot be trusted.
+    warning: Whether so much is missed that the likelihood cannot be trusted, or
+      one of the two below is true, or the log densities are so large, by a
+      constant say, that their digits are no longer told apart.
     conditional: Whether data and noise share a column of distinct numbers.
+    discrete: Whether data are whole numbers, bits say, and noise none at all: a
+      density is fitted where there is none.
   """
 
   data_log_prob: jax.Array  # shape ()
@@ -33,6 +37,7 @@ class Coverage(NamedTuple):
   missed: jax.Array  # shape ()
   warning: jax.Array  # shape (), bool
   conditional: jax.Array  # shape (), bool
+  discrete: jax.Array  # shape (), bool
 
 
 def unknown(dtype: Any) -> Coverage:
@@ -43,6 +48,7 @@ def unknown(dtype: Any) -> Coverage:
     missed=jnp.full((), -1, dtype),
     warning=jnp.zeros((), bool),
     conditional=jnp.zeros((), bool),
+    discrete=jnp.zeros((), bool),
   )
 
 
@@ -55,8 +61,11 @@ def coverage(
 ) -> Coverage:
   """The coverage of a batch, whose rows are good or not."""
   dtype = log_p_data.dtype
+  discrete = is_discrete(batch)
+  known = {'conditional': conditional, 'discrete': discrete}
+  warning = conditional | discrete | _without_digits(log_p_data, data_good)
   if batch.data_log_prob is None:
-    return unknown(dtype)._replace(conditional=conditional)
+    return unknown(dtype)._replace(warning=warning, **known)
   log_q = batch.data_log_prob.astype(dtype)
   reached = data_good & jnp.isfinite(log_q)
   log_v = jnp.where(reached, log_q - log_p_data, -jnp.inf)
@@ -71,9 +80,15 @@ def coverage(
     data_log_prob=_likelihood.mean_of(log_q, reached),
     data_ess=_likelihood.importance_weights(log_v).ess,
     missed=missed,
-    warning=missed > 0.05 + chance,
-    conditional=conditional,
+    warning=warning | (missed > 0.05 + chance),
+    **known,
   )
+
+
+def _without_digits(log_p, good):
+  """Whether log densities are so large that a tenth is lost in rounding."""
+  smallest = jnp.min(jnp.where(good, jnp.abs(log_p), jnp.inf))
+  return jnp.any(good) & (jnp.finfo(log_p.dtype).eps * smallest > 0.1)
 
 
 def check_apart(method: str, batch: _noise_batch.NoiseBatch) -> None:
@@ -96,6 +111,10 @@ def check_apart(method: str, batch: _noise_batch.NoiseBatch) -> None:
       )
 
 
+def _is_float(rows):
+  return jnp.issubdtype(rows.dtype, jnp.floating)
+
+
 def is_conditional(batch: _noise_batch.NoiseBatch) -> jax.Array:
   """Whether rows of noise repeat a column of the data, row by row.
 
@@ -105,8 +124,9 @@ def is_conditional(batch: _noise_batch.NoiseBatch) -> jax.Array:
   Returns:
     bool scalar; noise may hold each row of data several times. Columns count
     that hold distinct numbers, or numbers that differ in twenty rows from each
-    of the first three, which independent noise does not repeat by chance. Noise
-    that is the data as a whole is no condition.
+    of the first three, which independent noise does not repeat by chance; of
+    distinct numbers also those that noise repeats in another order. Noise that
+    is the data as a whole is no condition.
   """
   shared, every = jnp.asarray(False), jnp.asarray(True)
   for data, noise in zip(
@@ -116,15 +136,43 @@ def is_conditional(batch: _noise_batch.NoiseBatch) -> jax.Array:
     if n < 3 or m % n:
       every = jnp.asarray(False)
       continue
-    telling = jnp.asarray(True)
+    telling, distinct = jnp.asarray(True), jnp.asarray(n >= 20)
     for i in range(3):  # Sums, because rows of a sharded axis have no index.
       pick = trees.where(jnp.arange(n) == i, data, jnp.zeros_like(data))
       alike = jnp.sum(data == jnp.sum(pick, 0, data.dtype), 0)
-      distinct = (alike == 1) & jnp.issubdtype(data.dtype, jnp.floating)
-      telling &= distinct | (n - alike >= 20)
+      single = (alike == 1) & _is_float(data)
+      distinct &= single
+      telling &= single | (n - alike >= 20)
     repeated = jnp.all(data == noise[:n], 0) | jnp.all(
       data == noise[:: m // n], 0
     )
     shared |= jnp.any(telling & repeated)
+    if _is_float(data) and _is_float(noise):
+      shuffled = m // n * _sum_of(data) == _sum_of(noise)
+      shared |= jnp.any(distinct & shuffled)
     every &= jnp.all(repeated)
   return shared & ~every
+
+
+def is_discrete(batch: _noise_batch.NoiseBatch) -> jax.Array:
+  """Whether a part of the data is whole numbers, and none of the noise's is."""
+  found = jnp.asarray(False)
+  for data, noise in zip(
+    jax.tree.leaves(batch.data), jax.tree.leaves(batch.noise), strict=True
+  ):
+    if _is_float(noise) and data.size >= 20:
+      data = data.astype(noise.dtype)
+      varied = jnp.any(data != jnp.min(data))
+      whole = jnp.all(data == jnp.round(data))
+      found |= varied & whole & ~jnp.any(noise == jnp.round(noise))
+  return found
+
+
+def _sum_of(rows: jax.Array) -> jax.Array:
+  """A checksum of each column that does not tell the order of its rows."""
+  # Of doubles half of the digits are enough.
+  bits = jax.lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.uint32)
+  # A hash, because sums of bits alone agree by chance.
+  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+  bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+  return jnp.sum(bits ^ (bits >> 16), 0, jnp.uint32)

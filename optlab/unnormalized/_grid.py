@@ -20,7 +20,7 @@ class GridLogPartition(NamedTuple):
     value: The finest figure; NaN where the checks fail.
     spacing_error: Its change when the spacing was halved.
     box_error: Its change when the box grew by half.
-    ok: Whether both are at most ``change_tol``.
+    ok: Whether both are at most ``change_tol``, and the value's last digit is.
   """
 
   value: jax.Array
@@ -83,7 +83,9 @@ def grid_log_partition(
     log_density, middle - 1.5 * half, middle + 1.5 * half, 3 * num
   )
   spacing_error, box_error = jnp.abs(fine - coarse), jnp.abs(large - fine)
-  ok = (spacing_error <= change_tol) & (box_error <= change_tol)
+  rounding = jnp.finfo(large.dtype).eps / 2 * jnp.abs(large)
+  errors = jnp.stack([spacing_error, box_error, rounding])
+  ok = jnp.all(errors <= change_tol)
   return GridLogPartition(
     jnp.where(ok, large, jnp.nan), spacing_error, box_error, ok
   )

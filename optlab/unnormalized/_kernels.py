@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _langevin
 from optlab.unnormalized import _samplers
 
 
@@ -82,6 +83,8 @@ def kernel_sampler(
     return jnp.zeros((), dtype) + jnp.log(jnp.asarray(step_size, dtype))
 
   def step(log_density, key, rows, state):
+    if not discrete:
+      _langevin.check_floating(rows)
     log_p = lambda row: log_density(row[None])[0]
     kernel_at = lambda log_step: (
       make(log_p, jnp.exp(log_step)) if adapted else make(log_p)
@@ -156,6 +159,7 @@ def hmc_sampler(
   checks.enforce(hmc_sampler, locals())
 
   def made(rows):
+    _langevin.check_floating(rows)
     spread = jnp.broadcast_to(jnp.asarray(scale, rows.dtype), rows.shape[1:])
     metric = spread.reshape(-1) ** 2
 

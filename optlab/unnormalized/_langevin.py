@@ -69,7 +69,8 @@ def langevin(
 
   Raises:
     TypeError: ``log_density`` is not a function, ``step_size`` not a real
-      number, ``num_steps`` no integer, or ``rows`` are not floating.
+      number, ``num_steps`` no integer, ``key`` no PRNG key, or ``rows`` are
+      not floating.
     ValueError: ``step_size`` or ``max_drift`` is not positive, ``step_size``
       does not fit ``rows``, or ``num_steps`` is below one.
 
@@ -92,15 +93,9 @@ def langevin(
     the model with respect to its rows.
   """
   checks.enforce(langevin, locals())
-  dtype = getattr(rows, 'dtype', None)
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(
-      f'rows must be a floating array, got {type(rows).__name__} of dtype'
-      f' {dtype}.'
-    )
   run = chains(
     log_density,
-    key,
+    checks.as_key('key', key),
     rows,
     step_size,
     num_steps,
@@ -130,6 +125,7 @@ def chains(
   max_drift: float | jax.Array = 3.0,
 ) -> Run:
   """Runs chains, see `langevin`."""
+  check_floating(rows)
   step_size = jnp.asarray(step_size, rows.dtype)
   try:
     fits = jnp.broadcast_shapes(step_size.shape, rows.shape) == rows.shape
@@ -163,8 +159,19 @@ class _Chains(NamedTuple):
   slope: jax.Array  # the gradient of log_p with respect to rows
 
 
+def check_floating(rows):
+  """Raises a ``TypeError`` unless rows are an array with a derivative."""
+  dtype = getattr(rows, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'rows must be a floating array, got {type(rows).__name__} of dtype'
+      f' {dtype}: convert them, or move them by gibbs_sampler.'
+    )
+
+
 def score(log_density, rows):
   """Log density of the rows, and its gradient with respect to them."""
+  check_floating(rows)
 
   def total(rows):
     log_p = log_density(rows)

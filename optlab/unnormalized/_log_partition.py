@@ -162,7 +162,8 @@ def log_partition(
   noise = _noise_batch.as_noise('noise', noise)
   key = checks.as_key('key', key)
   if data is not None:
-    _importance.check_data(data, noise)
+    draws = jax.eval_shape(lambda: noise.sample(jax.random.key(0), 1))
+    _noise_batch.check_kind('data', data, draws)
   if method is not None:
     with_data = {} if data is None else {'data': data}
     return _tempered(method(log_density, noise, key, **with_data))

@@ -148,10 +148,16 @@ def meco(
     tracker alone and gives no noise term; one without a good row of noise or of
     data gives a zero gradient.
 
+    Bits and counts beside noise that has a density are no error, but
+    ``info.coverage.discrete`` says so, and ``warning``: give them discrete
+    noise, such as `bernoulli`.
+
     A conditional model p(y given x) has a normalizer for every x, and one
     tracker is the log of their mean: where data and noise share a column of
-    distinct numbers, row by row, the step is held, its value is NaN, and
-    ``info.coverage.conditional`` says so. With ``contexts`` the update above is
+    distinct numbers, row by row or in another order, the step is held, its
+    value is NaN, and ``info.coverage.conditional`` says so. Noise beside x of
+    other rows of the data set looks like that of a joint model, and is not
+    seen: name the contexts. With ``contexts`` the update above is
     made for each context that the noise of the batch names, the likelihood is
     the mean over the rows of data, and other contexts are left alone. A row of
     data without a good row of noise of its context, or of a context without any

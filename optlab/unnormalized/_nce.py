@@ -28,6 +28,8 @@ class NceInfo(NamedTuple):
   total_held: jax.Array  # shape (), int32
   # Shape (), bool, whether data and noise share a column of distinct numbers.
   conditional: jax.Array
+  # Shape (), bool, whether data are whole numbers and noise none at all.
+  discrete: jax.Array
 
 
 class NceState(NamedTuple):
@@ -109,6 +111,9 @@ def nce(
     its term is exactly zero. A batch without a good row of data or of noise
     gives a zero gradient and counts in ``info.total_held``. Cost per step: one
     gradient over n + m rows, and the noise's log density on data as well.
+
+    Bits and counts beside noise that has a density are no error, but
+    ``info.discrete`` says so: give them discrete noise, such as `bernoulli`.
 
     A conditional model p(y given x) has a normalizer for every x. With
     `NceParams` and no ``contexts`` there is one, and where data and noise share
@@ -219,7 +224,8 @@ def _contrastive(
   def init(params):
     checks.check_real_params('params', params)
     tally = _likelihood.zero_tally()
-    return NceState(NceInfo(conditional=jnp.zeros((), bool), **tally))
+    flags = {name: jnp.zeros((), bool) for name in ('conditional', 'discrete')}
+    return NceState(NceInfo(**flags, **tally))
 
   def estimate(params, state, batch):
     n, m = _check(method, params, batch, contexts)
@@ -229,6 +235,7 @@ def _contrastive(
     log_q_data = jnp.asarray(batch.data_log_prob, dtype)
     log_q_noise = batch.noise_log_prob.astype(dtype)
     conditional = jnp.zeros((), bool)
+    discrete = _coverage.is_discrete(batch)
     named = jnp.ones(n, bool), jnp.ones(m, bool)
     if contexts is not None:
       batch, named = _learned_normalizer.beside(batch, contexts)
@@ -253,7 +260,7 @@ def _contrastive(
       tally = _likelihood.tally(state.info, rejected, ~usable)
       return cotangents, (
         value,
-        NceState(NceInfo(conditional=conditional, **tally)),
+        NceState(NceInfo(conditional=conditional, discrete=discrete, **tally)),
       )
 
     grads, (value, state), aux = _likelihood.joint_gradient(

@@ -244,7 +244,7 @@ def lattice(
     ``[num, size]``, in (0, 1).
 
   Raises:
-    TypeError: A count is not an integer.
+    TypeError: A count is not an integer, or ``key`` no PRNG key.
     ValueError: A count is below one.
 
   References:
@@ -256,7 +256,7 @@ def lattice(
   for _ in range(60):
     root = (1 + root) ** (1 / (size + 1))
   steps = np.mod(np.arange(num)[:, None] * root ** -np.arange(1.0, size + 1), 1)
-  shift = jax.random.uniform(key, (size,), dtype)
+  shift = jax.random.uniform(checks.as_key('key', key), (size,), dtype)
   # An index in float64 on the host: a product in float32 loses the low bits.
   points = jnp.mod(jnp.asarray(steps, dtype) + shift, 1)
   tiny = jnp.finfo(dtype).eps
@@ -270,7 +270,9 @@ def _log_normal(white: jax.Array) -> jax.Array:
 
 
 def _cholesky(name: str, covariance: jax.Array) -> jax.Array:
-  scale = jnp.linalg.cholesky(covariance)
+  # There is no factorization in half precision.
+  wide = jnp.promote_types(covariance.dtype, jnp.float32)
+  scale = jnp.linalg.cholesky(covariance.astype(wide))
   if not isinstance(scale, jax.core.Tracer) and not np.all(np.isfinite(scale)):
     raise ValueError(
       f'{name} must be positive definite; add a small multiple of the identity.'

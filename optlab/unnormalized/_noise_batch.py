@@ -97,6 +97,22 @@ def draw(name: str, noise: Noise, key: Any, num: int) -> Any:
   return rows
 
 
+def check_kind(name: str, data: Any, draws: Any) -> None:
+  """Raises a ``ValueError`` unless data are rows as the noise draws them."""
+  shapes = lambda rows: [
+    (path, jnp.shape(leaf)[1:])
+    for path, leaf in jax.tree.leaves_with_path(rows)
+  ]
+  if shapes(data) != shapes(draws) or not all(
+    jnp.shape(leaf) and jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data)
+  ):
+    raise ValueError(
+      f"{name} must be rows of the noise's kind, at least one, got shapes"
+      f' {jax.tree.map(jnp.shape, data)} beside'
+      f' {jax.tree.map(jnp.shape, draws)}.'
+    )
+
+
 class NoiseBatch(NamedTuple):
   """Rows of data and of noise, with the noise distribution's log density.
 
@@ -147,7 +163,8 @@ def noise_batch(
     TypeError: ``num`` is not an integer, ``key`` no PRNG key, or ``noise`` has
       no ``sample`` and ``log_prob``.
     ValueError: ``num`` is below one, or ``noise`` a batch of distributions, or
-      it draws another number of rows.
+      it draws another number of rows; ``data`` are none, or of another shape
+      than those that it draws.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -160,6 +177,7 @@ def noise_batch(
   checks.enforce(noise_batch, locals())
   noise = as_noise('noise', noise)
   rows = draw('noise', noise, key, num)
+  check_kind('data', data, rows)
   return NoiseBatch(
     data=data,
     noise=rows,

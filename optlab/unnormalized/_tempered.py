@@ -231,9 +231,11 @@ def _summary(runs):
   # Student's quantile over the normal one, for few repeats.
   student = 1 + 1.25 / (num - 1)
   difference = runs.backward - runs.forward
-  # What forward and backward differ by is error too, that repeats share.
+  # What forward and backward differ by is error too, that repeats share; and
+  # a constant in the log density takes digits from all that is added to it.
   standard_error = jnp.hypot(
-    student * error(runs.forward), jnp.mean(difference)
+    student * error(runs.forward),
+    jnp.abs(jnp.mean(difference)) + jnp.finfo(value.dtype).eps * jnp.abs(value),
   )
   second_error = student * error(difference)
   rejected = jnp.sum(runs.infinite)

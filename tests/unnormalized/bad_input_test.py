@@ -32,6 +32,7 @@ def log_density(params, rows):
 
 
 LOG_Q = np.zeros(4, np.float32)
+BITS = np.asarray([[0, 1], [1, 1], [0, 0], [0, 1]], np.float32)
 NOISY = optlab.NoiseBatch(ROWS, ROWS, LOG_Q, LOG_Q)
 gaussian = family('gaussian', mean=X, covariance=np.eye(2))
 NOISE = jax.jit(optlab.unnormalized.gaussian)(X, np.eye(2))
@@ -277,11 +278,64 @@ conditional_batch = family(
   'conditional_batch',
   noise=NOISE,
   key=KEY,
-  conditions=X,
+  conditions=ROWS[:, 0],
   data=ROWS,
   contexts=np.arange(4),
   num=2,
 )
+for name, call in (
+  ('langevin', functools.partial(langevin, key=0)),
+  ('lattice', functools.partial(lattice, key=None)),
+  ('contrastive_divergence', lambda: contrastive_divergence().init(X, 0, ROWS)),
+):
+  row(name, 'a key that is none', call, TypeError, 'key must be a PRNG key')
+row(
+  'fit_gaussian',
+  'half precision: in float32',
+  lambda: (
+    optlab.fit_gaussian(np.eye(3, 2, dtype=np.float16)).scale.dtype
+    == np.float32
+  ),
+)
+for make in (langevin_sampler, discrete_langevin_sampler, hmc_sampler):
+  row(
+    make.__name__,
+    'rows of integers',
+    lambda make=make: estimate(
+      contrastive_divergence(sampler=make()),
+      NOISY._replace(data=BITS if make is discrete_langevin_sampler else ROWS),
+      inner=(KEY, BITS.astype(np.int32)),
+    ),
+    TypeError,
+    'rows must be a floating array, got .* of dtype int32: convert them, or',
+  )
+for make in (noise_batch, conditional_batch):
+  for bad in (ROWS[:, :1], ROWS[:, 0], {'y': ROWS}):
+    row(
+      make.__name__,
+      f'data of shape {jax.tree.map(np.shape, bad)}',
+      functools.partial(make, data=bad),
+      ValueError,
+      r"data must be rows of the noise's kind, at least one, got shapes",
+    )
+for argument, bad, error, match in (
+  ('contexts', np.arange(5), ValueError, r"one length.*'contexts': \(5,\)"),
+  ('contexts', np.int32(0), ValueError, r"one length.*'contexts': \(\)"),
+  ('contexts', np.zeros((4, 1), int), ValueError, 'contexts no other'),
+  ('contexts', np.zeros(4), TypeError, 'contexts must be integers, got dtype'),
+  ('contexts', None, TypeError, 'contexts must be an array of numbers'),
+  ('conditions', X, ValueError, r"one length.*'conditions': \(2,\)"),
+  ('conditions', 1.0, ValueError, r"one length.*'conditions': \(\)"),
+  ('data', ROWS[:0], ValueError, r"one length.*'data': \(0, 2\)"),
+  ('key', 0, TypeError, 'key must be a PRNG key'),
+):
+  row(
+    'conditional_batch',
+    f'{argument}={bad}',
+    functools.partial(conditional_batch, **{argument: bad}),
+    error,
+    match,
+  )
 log_partition = family(
   'log_partition',
   log_density=lambda rows: -jnp.sum(rows**2, -1),

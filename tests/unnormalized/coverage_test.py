@@ -137,6 +137,45 @@ def test_noise_that_is_the_data_s_distribution_gives_no_warning(m):
   assert np.mean(jax.jit(jax.vmap(warns))(keys)) < 0.03
 
 
+def test_bits_beside_noise_that_has_a_density_are_told():
+  """Else a density is fitted to them, far from the bits' likelihood."""
+  model = lambda theta, x: theta * jnp.sum(x, -1)
+  theta, meco, nce = jnp.zeros(()), optlab.meco(model), optlab.nce(model)
+  rows = jax.random.normal(jax.random.key(0), (32, 2))
+  bits = (rows > 0).astype(jnp.float32)
+  log_q = jnp.zeros(32)
+
+  @jax.jit
+  def judge(data, noise):
+    batch = optlab.NoiseBatch(data, noise, log_q, log_q)
+    _, by_meco = meco.estimate(theta, meco.init(theta), batch)
+    _, by_nce = nce.estimate(theta, nce.init(theta), batch)
+    coverage = by_meco.info.coverage
+    return coverage.discrete, coverage.warning, by_nce.info.discrete
+
+  assert all(judge(bits, rows))
+  assert all(judge((3 * rows).astype(int), rows))
+  assert not any(judge(bits, bits[::-1]))
+  assert not any(judge(rows, rows[::-1] + 1))
+  assert not any(judge(jnp.ones((32, 2)), rows))
+
+
+def test_a_constant_that_takes_the_digits_is_told():
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
+  batch = optlab.noise_batch(noise, jax.random.key(0), jnp.ones((4, 1)), 64)
+
+  @jax.jit
+  def warns(constant):
+    model = lambda p, x: precision_model(p, x) + constant
+    estimator, params = optlab.meco(model), jnp.zeros(())
+    _, state = estimator.estimate(params, estimator.init(params), batch)
+    return state.info.coverage.warning
+
+  assert not warns(1e4)
+  assert warns(1e8)
+  assert warns(-1e8)
+
+
 # Conditional models.
 
 
@@ -168,6 +207,27 @@ def test_a_conditional_model_is_refused(repeat, tile):
   assert state.info.coverage.conditional
   assert state.info.held
   assert state.log_normalizer == 0
+
+
+def test_a_conditional_model_is_refused_in_any_order_of_the_noise():
+  batch = conditional_batch(jax.random.key(0), 2)
+  moved = jnp.asarray(np.random.default_rng(0).permutation(128))
+  theta, estimator = jnp.zeros(()), optlab.meco(conditional_model)
+  judge = jax.jit(
+    lambda batch: estimator.estimate(theta, estimator.init(theta), batch)
+  )
+
+  def conditional(data, noise):
+    estimate, state = judge(batch._replace(data=data, noise=noise))
+    found = state.info.coverage.conditional
+    assert np.isnan(estimate.value) == found
+    return found
+
+  data, noise = batch.data, batch.noise[moved]
+  assert conditional(data, noise)
+  assert conditional(data.astype(jnp.bfloat16), noise.astype(jnp.bfloat16))
+  # Another number among them, and the model is a joint one.
+  assert not conditional(data, noise.at[7, 0].add(1.0))
 
 
 def test_one_array_in_data_and_noise_is_refused():

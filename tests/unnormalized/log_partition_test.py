@@ -267,6 +267,27 @@ def test_a_thin_tail_that_no_draw_has_reached_is_in_the_error():
   assert result.standard_error >= result.second_error
 
 
+def test_a_constant_that_takes_the_digits_is_in_the_error():
+  def found(constant):
+    return optlab.log_partition(
+      lambda x: quadratic(x) + constant,
+      isotropic(1, 2.0),
+      jax.random.key(0),
+      20_000,
+    )
+
+  found = jax.jit(found)
+  assert found(0.0).standard_error < 0.01
+  for constant in (1e6, -1e6):
+    result = found(constant)
+    assert result.ok
+    gap = np.float64(result.value) - constant - HALF_LOG_2PI
+    assert abs(gap) < 2 * result.standard_error < 0.5
+  assert not found(3e7).ok  # Of whole numbers two by two.
+  flat = grid(lambda x: quadratic(x) + 1e6, [-8.0], [8.0], 64)
+  assert not flat.ok
+
+
 PAIRS = {
   'cauchy on a Gaussian': (
     REFUSED['heavy tail on a Gaussian'],
