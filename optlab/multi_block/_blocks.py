@@ -115,6 +115,17 @@ def check_blocks(batch: Any, num_blocks: int, kind: Any) -> None:
       )
 
 
+def check_step(
+  params: Any, state: Any, kind: Any, num_blocks: int, made_by: str
+) -> None:
+  """Raises unless the state is of this method, its blocks and parameters."""
+  checks.check_fields('state', state, kind._fields, f'the state of {made_by}')
+  tables.check_rows('state.inner', state.inner, num_blocks)
+  checks.check_same_tree(
+    'params', params, 'state.previous_params', state.previous_params
+  )
+
+
 def check_batch(batch: Any, num_blocks: int, kind: Any = BlockBatch) -> None:
   """Raises unless ``batch`` has blocks, and data for each of them."""
   check_blocks(batch, num_blocks, kind)

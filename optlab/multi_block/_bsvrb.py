@@ -38,11 +38,12 @@ class _Method(NamedTuple):
   beta: base.ScalarOrSchedule
   gamma: base.ScalarOrSchedule | None
   guarded: bool
+  idle: float  # length of the steps of a block without any curvature
 
   def sample(self, params, state, batch, stable):
     return _points.sample(
       self.problem, self.dual, params, state, batch,
-      stable if self.guarded else None,
+      stable if self.guarded else None, self.idle,
     )  # fmt: skip
 
   def stable(self, step, count):
@@ -109,7 +110,8 @@ def bsvrb(
     inner_lr: How far a block moves between two visits, on average:
       :math:`\tau = \text{inner\_lr} \cdot I / m` in each step. A scalar, or a
       schedule over steps. ``None``: half of what the block's own curvature can
-      bear, measured at its first visit, and now and then again.
+      bear, measured at its first visit, and now and then again; none where it
+      has no curvature.
     alpha: Rate of the trackers of the lower problems, in (0, 1).
     beta: Rate of the hypergradient, in (0, 1].
     gamma: The paper's :math:`\gamma`; ``None`` is `msvr_gamma`.
@@ -183,8 +185,11 @@ def bsvrb(
     the same :math:`x` and data), the visit is rejected, and the block goes back
     to where it was. A block whose Hessian has negative curvature along its dual
     variable, now and on average over its visits, has no lower solution: it is
-    left out and stands still while that is so. ``info`` counts it and names the
-    worst and the stiffest block; the steps of all others are the paper's.
+    left out and stands still while that is so. A block whose lower gradient
+    has a part without curvature, linear or singular, has no lower solution in
+    sight: it is left out too, while its lower variable goes on, as a Huber loss
+    is linear far out. ``info`` counts both and names them, and the worst and
+    the stiffest block; the steps of all others are the paper's.
 
     *Departures.* The first hypergradient is :math:`G(x_0)` and a block's first
     trackers are its first samples. A block that is sampled twice counts once,
@@ -214,7 +219,7 @@ def bsvrb(
     _system.Problem(
       *_blocks.objectives(upper, lower, has_aux), num_blocks, curvature, damping
     ),
-    dual, lr, alpha, beta, gamma, guarded,
+    dual, lr, alpha, beta, gamma, guarded, 1.0 if inner_lr is not None else 0.0,
   )  # fmt: skip
 
   def init(params, inner, first=None):
@@ -226,7 +231,7 @@ def bsvrb(
   return base.GradientEstimator(init, functools.partial(_estimate, method))
 
 
-LONGEST = 1e3  # The step size of blocks whose own curvature sets it.
+LONGEST = 1e10  # The step size of blocks whose own curvature sets it.
 HELD = 'step', 'hypergrad', 'previous_params', 'clock'
 
 
@@ -246,6 +251,9 @@ def _first_pass(method, state, first):
 
 
 def _estimate(method, params, state, batch):
+  _blocks.check_step(
+    params, state, _state.BSVRBState, method.problem.num_blocks, 'bsvrb'
+  )
   step, num_blocks = state.step, method.problem.num_blocks
   limit = functools.partial(method.stable, step)
   sampled = method.sample(params, state, batch, limit)
@@ -276,7 +284,7 @@ def _estimate(method, params, state, batch):
   # Time goes on where all blocks were looked at and refused: at the next look
   # they have moved, and may be fine.
   moved = trees.where(
-    (accepted > 0) | jnp.any(sampled.rejected),
+    (accepted > 0) | jnp.any(sampled.rejected | sampled.flat),
     (params, clock),
     (state.previous_params, state.clock),
   )

@@ -10,6 +10,10 @@ last steps have also made the lower gradient grow, at the same parameters and
 data, the visit is rejected: the block goes back to where its last visit left
 it, and takes no part in the hypergradient. So it is where its Hessian turns its
 dual variable back, at this visit and on average: its lower level is not convex.
+
+A block whose lower gradient points where there is no curvature has no lower
+solution in sight, if any: its lower variable goes on, as the tails of a Huber
+loss end somewhere, but the block takes no part in the hypergradient.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +23,7 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import trees
+from optlab.multi_block import _sight
 from optlab.multi_block import _system
 
 PRODUCTS = 6  # Hessian-vector products of a look.
@@ -33,12 +38,14 @@ class Pace(NamedTuple):
   curvature: jax.Array  # the largest of its lower problem, as last measured
   grad_norm: jax.Array  # of its lower gradient, averaged over visits
   bend: jax.Array  # curvature along its dual variable, averaged over visits
+  flat: jax.Array  # in [0, 1], how often looks saw no lower solution of late
 
 
 class Verdict(NamedTuple):
   """What became of the sampled blocks; all of shape ``(sampled,)``."""
 
   rejected: jax.Array  # bool
+  flat: jax.Array  # bool, no lower solution in sight
   pace: Pace
 
 
@@ -50,6 +57,7 @@ def start(inner: base.ArrayTree) -> Pace:
     curvature=trees.zeros_rows(inner, (), dtype),
     grad_norm=trees.zeros_rows(inner, (), dtype),
     bend=trees.zeros_rows(inner, (), dtype),
+    flat=trees.zeros_rows(inner, (), dtype),
   )
 
 
@@ -68,10 +76,14 @@ def stable_curvature(
   return jnp.where(rate > 0, bound / jnp.where(rate > 0, rate, 1), jnp.inf)
 
 
-def shortened(curvature: jax.Array, stable: jax.Array) -> jax.Array:
+def shortened(
+  curvature: jax.Array, stable: jax.Array, idle: float = 1.0
+) -> jax.Array:
   """How long a block's steps may be: half of what it can bear, or all."""
   half = 0.5 * stable / jnp.maximum(curvature, stable)
-  return jnp.where(curvature > stable, half, 1.0)
+  return jnp.where(
+    curvature > stable, half, jnp.where(curvature > 0, 1.0, idle)
+  )
 
 
 def bent(
@@ -109,6 +121,7 @@ def look(
   batch: Any,
   finite: jax.Array,
   use: jax.Array,
+  idle: float,
 ) -> Verdict:
   """Looks at blocks that are new or suspicious, and judges them.
 
@@ -125,6 +138,7 @@ def look(
     batch: The data of the samples.
     finite: bool array of shape ``(sampled,)``: whether all samples are finite.
     use: bool array of shape ``(sampled,)``: which rows count.
+    idle: For `shortened`.
   """
   dtype = rows.pace.scale.dtype
   stable = jnp.asarray(stable, dtype)
@@ -132,30 +146,38 @@ def look(
   new = rows.visited < 0
   finite &= jnp.isfinite(norm)
   # One step in eight, at irregular times: visits may be periodic.
-  refresh = (step.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 29 == 0
+  turn = (step.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 26
+  refresh = (rows.pace.scale < 1) | ~(along > 0)
   suspect = use & (
     new
     | ~finite
     | (norm > GROWTH * rows.pace.grad_norm)
     | (rows.pace.scale * stretch > stable)
-    | (refresh & (rows.pace.scale < 1))
+    | (rows.pace.flat > 0.05)
+    | ((turn < 8) & refresh)
+    | (turn == 0)
   )
 
   def measure(_):
-    before, curvature = jax.vmap(
+    before, curvature, lost = jax.vmap(
       lambda *args: _measure(problem.lower, params, *args)
     )(rows.inner, now, slope, norm, batch)  # fmt: skip
-    return jnp.asarray(True), before.astype(dtype), curvature.astype(dtype)
+    seen = before, curvature, lost
+    return jnp.asarray(True), *(part.astype(dtype) for part in seen)
 
   # A loop of at most one turn: a cond is always taken under vmap.
-  carry = ~jnp.any(suspect), jnp.full_like(norm, jnp.inf), rows.pace.curvature
-  _, before, measured = jax.lax.while_loop(lambda c: ~c[0], measure, carry)
+  unknown = jnp.full_like(norm, jnp.inf), rows.pace.curvature
+  carry = ~jnp.any(suspect), *unknown, jnp.zeros_like(norm)
+  _, before, measured, lost = jax.lax.while_loop(
+    lambda c: ~c[0], measure, carry
+  )
   if problem.curvature is not None:
     # Steps of the dual variable feel this one.
     measured = jnp.maximum(measured, stretch.astype(dtype))
   elif problem.damping is not None:
     measured += jnp.asarray(problem.damping, dtype)
   known = suspect & jnp.isfinite(measured)
+  lost, flat = _sight.judge(rows.pace.flat, lost * known, new, known)
   measured = jnp.maximum(measured, 0.25 * rows.pace.curvature)
   curvature = jnp.where(known, measured, rows.pace.curvature)
   scale = rows.pace.scale
@@ -163,7 +185,7 @@ def look(
   still = norm <= GROWTH * before
   overflown = suspect & ~finite & jnp.isfinite(before) & ~still
   # Finite curvature at the last visit has not shown what was met on the way.
-  steeper = jnp.maximum(curvature, 2 * stable / scale)
+  steeper = jnp.maximum(curvature, 2 * stable * _sight.inverse(scale))
   curvature = jnp.where(overflown & jnp.isfinite(stable), steeper, curvature)
   too_long = scale * curvature > stable
   # By more than rounding: a block that has not moved has not grown.
@@ -172,19 +194,25 @@ def look(
   bend, concave = bent(rows.pace.bend, along, along < -1e-3 * stretch)
   average = MEMORY * rows.pace.grad_norm + (1 - MEMORY) * norm
   pace = Pace(
-    scale=shortened(curvature, stable).astype(dtype),
+    scale=shortened(curvature, stable, idle).astype(dtype),
     curvature=curvature,
     grad_norm=jnp.where(
       jnp.isfinite(norm), jnp.where(new, norm, average), rows.pace.grad_norm
     ),
     bend=bend,
+    flat=lost,
   )
   # A block that never moves ruins nothing.
-  return Verdict(grown | (use & concave & jnp.isfinite(stable)), pace)
+  moves = use & jnp.isfinite(stable)
+  rejected = grown | (moves & concave)
+  return Verdict(rejected, moves & flat & ~rejected, pace)
 
 
 def _measure(lower, params, stored, now, slope, norm, batch):
-  """The gradient's norm at the last visit, and the largest curvature seen."""
+  """The gradient's norm at the last visit, the largest curvature seen.
+
+  And whether there is a lower solution in sight.
+  """
 
   def grad(inner):
     return jax.grad(lower, argnums=1)(params, inner, batch)
@@ -193,7 +221,8 @@ def _measure(lower, params, stored, now, slope, norm, batch):
   before = trees.norm(last)
   grown = ~(norm <= before)
   point = trees.where(grown, stored, now)
-  start = jax.tree.map(_spread, trees.where(grown, last, slope))
+  there = trees.where(grown, last, slope)
+  start = jax.tree.map(_spread, there)
   _, product = jax.linearize(grad, point)
 
   def turn(_, carry):
@@ -212,7 +241,8 @@ def _measure(lower, params, stored, now, slope, norm, batch):
   noise = 100 * eps * curvature * (trees.norm(stored) + trees.norm(now))
   secant = bend / jnp.where(way > 0, way, 1)
   sure = grown & (way > 0) & (bend > noise) & jnp.isfinite(secant)
-  return before, jnp.maximum(curvature, jnp.where(sure, secant, 0))
+  curvature = jnp.maximum(curvature, jnp.where(sure, secant, 0))
+  return before, curvature, _sight.is_lost(product, there, point, curvature)
 
 
 def _spread(leaf):
@@ -225,9 +255,4 @@ def _spread(leaf):
 
 
 def _scaled(vector, length, like):
-  inverse = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
-  return jax.tree.map(
-    lambda leaf, to: (leaf * inverse.astype(leaf.dtype)).astype(to.dtype),
-    vector,
-    like,
-  )
+  return trees.cast_like(trees.scaled(_sight.inverse(length), vector), like)

@@ -15,8 +15,10 @@ class BSVRBInfo(NamedTuple):
   A block is rejected where its samples are not finite, or where its steps have
   made its lower gradient grow. It is slowed where its curvature is more than
   steps of full length can bear. It is not ok where its Hessian has negative
-  curvature along its dual variable, for which the formula is wrong; where it
-  has on average over its visits, it is rejected too. No block is -1.
+  curvature along its dual variable, or none where its lower gradient points,
+  for which the formula is wrong; where that is so on average over its visits,
+  it is rejected too. ``dual_residual`` is large where its steps are too short.
+  No block is -1.
   """
 
   rejected: jax.Array  # shape (), int32, blocks left out of the last step
@@ -26,6 +28,8 @@ class BSVRBInfo(NamedTuple):
   worst_block_rejected: jax.Array  # shape (), int32, how often
   stiffest_block: jax.Array  # shape (), int32, of the largest curvature
   largest_curvature: jax.Array  # shape ()
+  dual_residual: jax.Array  # shape (), the largest norm of g_yy v - f_y
+  unsolved_block: jax.Array  # shape (), int32, whose it was
   ok: jax.Array  # shape (), bool, all sampled blocks of the last step are
   total_not_ok: jax.Array  # shape (), int32, visits of blocks that were not
   not_ok_block: jax.Array  # shape (), int32, the last of them
@@ -44,6 +48,8 @@ def start(inner: Any) -> BSVRBInfo:
     worst_block_rejected=count(0),
     stiffest_block=count(-1),
     largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
+    dual_residual=jnp.zeros((), trees.accumulator_dtype(inner)),
+    unsolved_block=count(-1),
     ok=jnp.ones((), bool),
     total_not_ok=count(0),
     not_ok_block=count(-1),
@@ -61,11 +67,13 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   worse = count > info.worst_block_rejected
   curvature, stiffest = _top(sampled.pace.curvature, sampled.use, blocks)
   stiffer = curvature > info.largest_curvature
+  left, unsolved = _top(sampled.left, sampled.ok, blocks)
   slowed = (sampled.pace.scale < 1) * 1 - (sampled.rows.pace.scale < 1) * 1
-  written = sampled.use & (jnp.any(sampled.ok) | sampled.rejected)
-  last, concave_block = _top(
-    sampled.concave.astype(jnp.int32), sampled.use, blocks
+  written = sampled.use & (
+    jnp.any(sampled.ok) | sampled.rejected | sampled.flat
   )
+  not_ok = (sampled.concave | sampled.flat).astype(jnp.int32)
+  last, last_block = _top(not_ok, sampled.use, blocks)
   new = BSVRBInfo(
     rejected=rejected,
     total_rejected=info.total_rejected + rejected,
@@ -74,9 +82,13 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
     worst_block_rejected=jnp.where(worse, count, info.worst_block_rejected),
     stiffest_block=jnp.where(stiffer, stiffest, info.stiffest_block),
     largest_curvature=jnp.where(stiffer, curvature, info.largest_curvature),
+    dual_residual=jnp.where(jnp.any(sampled.ok), left, info.dual_residual),
+    unsolved_block=jnp.where(
+      jnp.any(sampled.ok), unsolved, info.unsolved_block
+    ),
     ok=last <= 0,
-    total_not_ok=info.total_not_ok + jnp.sum(sampled.concave),
-    not_ok_block=jnp.where(last > 0, concave_block, info.not_ok_block),
+    total_not_ok=info.total_not_ok + jnp.sum(not_ok),
+    not_ok_block=jnp.where(last > 0, last_block, info.not_ok_block),
     block_rejected=tables.scatter_rows(
       info.block_rejected, rows, blocks, sampled.use
     ),

@@ -21,6 +21,7 @@ from optlab.multi_block import _clock
 from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _rows
+from optlab.multi_block import _sight
 from optlab.multi_block import _system
 
 
@@ -31,6 +32,7 @@ def sample(
   state: Any,
   batch: Any,
   stable: Callable[[jax.Array], jax.Array] | None,
+  idle: float = 1.0,
 ) -> _rows.Sampled:
   """Evaluates the sampled blocks now and before, leaving out the bad ones."""
   _blocks.check_batch(batch, problem.num_blocks)
@@ -48,20 +50,23 @@ def sample(
     return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, along, aux) = evaluate(inner, held, data, use)
+  blockwise, total, (stretch, along, left, aux) = evaluate(
+    inner, held, data, use
+  )
   (value, _), inner_grad, dual_sample = blockwise
   finite = tables.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
   apart = jax.tree.map(jnp.subtract, *total)
-  verdict = _guard.Verdict(jnp.zeros_like(use), rows.pace)
+  verdict = _guard.Verdict(*(jnp.zeros_like(use),) * 2, rows.pace)
   if stable is not None:
     verdict = _guard.look(
       problem, params, stable(jnp.sum(use)), state.step, rows,
       _first(inner), _first(blockwise[1]), stretch, along, batch.lower,
-      finite, use,
+      finite, use, idle,
     )  # fmt: skip
-  keep = use & ~verdict.rejected
+  flat = verdict.flat & finite
+  keep = use & ~verdict.rejected & ~flat
   bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
 
   ok, total = _without_bad(evaluate, inner, held, data, keep, bad, total)
@@ -72,7 +77,9 @@ def sample(
     clock=state.clock[0],
     use=use,
     ok=ok,
+    left=left,
     concave=use & (along < -1e-3 * stretch),
+    flat=flat,
     rejected=verdict.rejected,
     pace=verdict.pace,
     value=value[0],
@@ -171,7 +178,7 @@ def _points(problem, dual, points, inner, held, batch, use):
     hessian = functools.partial(_hessians, problem, x, y, lower_batch)
     lower_y.append(slope)
     if not stretch:
-      stretch = _stretch(product, _first(directions))
+      stretch = _stretch(product, _first(directions), upper_y[0])
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -201,16 +208,18 @@ def _hessians(problem, x, y, batch):
   return jax.vmap(block)(y, batch)
 
 
-def _stretch(products, directions):
+def _stretch(products, directions, upper_grads):
   """By how much the Hessian of each block stretches its dual variable.
 
-  And its curvature along it: no lower level that is convex turns it back.
+  And its curvature along it: no lower level that is convex turns it back. And
+  the norm of what the dual variable leaves of the upper gradient.
   """
   norms = jax.vmap(trees.norm)
   length, bent = norms(directions), norms(products)
   along = jax.vmap(trees.inner_product)(directions, products)
-  inverse = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
-  return bent * inverse, along * inverse * inverse
+  scale = _sight.inverse(length)
+  left = norms(jax.tree.map(jnp.subtract, products, upper_grads))
+  return bent * scale, along * scale * scale, left
 
 
 def _first(tree):

@@ -33,7 +33,9 @@ class Sampled(NamedTuple):
   clock: jax.Array  # shape (2,), now
   use: jax.Array  # shape (sampled,), those that count
   ok: jax.Array  # shape (sampled,), those of them that are not rejected
+  left: jax.Array  # shape (sampled,), what their dual variables leave unsolved
   concave: jax.Array  # shape (sampled,), those with negative curvature
+  flat: jax.Array  # shape (sampled,), those without a solution in sight
   rejected: jax.Array  # shape (sampled,), not for their data
   pace: _guard.Pace
   value: jax.Array  # shape (sampled,)
@@ -52,7 +54,7 @@ def follow(
   first_visit: bool = False,
 ) -> Rows:
   """The sampled rows after the step of their trackers."""
-  first = jnp.logical_or(first_visit, sampled.rows.visited < 0)
+  first = first_visit | (sampled.rows.visited < 0) | sampled.flat
 
   def step(tracker, samples):
     def leaf(old, sample):
@@ -88,7 +90,9 @@ def write(
   """The state with the rows in its tables, those that are ok as visited.
 
   A rejected block stands where its last visit left it, its trackers as they
-  were; where a whole step is rejected for its data, nothing is written.
+  were; where a whole step is rejected for its data, nothing is written. A block
+  without a solution in sight goes on, but forgets its dual variable: its next
+  visit is as its first.
   """
   # What is written depends on what was read, here as elsewhere: else the write
   # could come first, and the table would have to be copied.
@@ -98,8 +102,12 @@ def write(
     touched=rows.touched,
     pace=rows.pace._replace(grad_norm=old.pace.grad_norm),
   )
-  rows = trees.where(sampled.ok, rows, stands)
-  use = sampled.use & (jnp.any(sampled.ok) | sampled.rejected)
+  lost = rows._replace(
+    visited=jnp.full_like(rows.visited, -1),
+    dual=jax.tree.map(jnp.zeros_like, rows.dual),
+  )
+  rows = trees.where(sampled.ok, rows, trees.where(sampled.flat, lost, stands))
+  use = sampled.use & (jnp.any(sampled.ok) | sampled.rejected | sampled.flat)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tables.scatter_rows(table, rows, blocks, use)
   return state._replace(**table._asdict())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import flatten_util
 import jax.numpy as jnp
 
 from optlab import base
@@ -20,6 +21,7 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
+from optlab.multi_block import _sight
 from optlab.multi_block import _system
 from optlab.multi_block import _tracked
 
@@ -35,6 +37,7 @@ class RSVRBState(NamedTuple):
   tracked: _tracked.Tracked
   scale: jax.Array  # shape (num_blocks,), of the steps of each block
   bend: jax.Array  # shape (num_blocks,), average curvature along d_y f
+  flat: jax.Array  # shape (num_blocks,), how often no solution was in sight
   info: _info.BSVRBInfo
 
 
@@ -144,6 +147,7 @@ def rsvrb(
     return _start(problem, trees.own(params), trees.own(inner), first)
 
   def estimate(params, state, batch):
+    _blocks.check_step(params, state, RSVRBState, num_blocks, 'rsvrb')
     _blocks.check_batch(batch, num_blocks, _blocks.PairedBlockBatch)
     rate = trees.at_step(beta, state.step)
     use = tables.distinct_blocks(batch.blocks, num_blocks)
@@ -154,33 +158,42 @@ def rsvrb(
     )
     finite = use & tables.finite_rows((now, before, value))
     bend, concave = _bend(state, batch.blocks, now)
-    ok = finite & ~concave
+    tracks = finite & ~concave
+    lost, flat = _lost(state, batch.blocks, now, tracks)
+    ok = tracks & ~flat
     count, accepted = jnp.sum(use), jnp.sum(ok)
     tracked = _tracked.follow(
-      state.tracked, now, before, batch.blocks, ok, rate,
+      state.tracked, now, before, batch.blocks, tracks, rate,
       num_blocks / jnp.maximum(count, 1),
     )  # fmt: skip
+    lost = tables.scatter_rows(state.flat, lost, batch.blocks, tracks)
     hypergrad = _tracked.follow_hypergrad(
-      state, tracked, batch.outer, rate, floor
+      state, tracked, batch.outer, rate, floor, lost
     )
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
-    scales = tables.scatter_rows(state.scale, seen.pace.scale, batch.blocks, ok)
+    seen = seen._replace(ok=ok, flat=flat)
+    scales = tables.scatter_rows(
+      state.scale, seen.pace.scale, batch.blocks, tracks
+    )
     moved = _tracked.move(
       state.inner, tracked.inner_grad, scales * (lr * count / num_blocks)
     )
     mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
+    new = RSVRBState(
+      state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
+      state.bend, lost, state.info,
+    )  # fmt: skip
+    # Blocks without a solution in sight go on, alone too.
+    alone = new._replace(step=state.step, hypergrad=state.hypergrad)
     result, new = estimators.accept(
       accepted > 0,
       base.Estimate(
         mean.astype(value.dtype), trees.cast_like(hypergrad, params), aux=aux
       ),
-      RSVRBState(
-        state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
-        state.bend, state.info,
-      ),
-      state,
-    )  # fmt: skip
+      new,
+      trees.where(jnp.any(flat), alone, state),
+    )
     return result, new._replace(
       bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
       info=_info.after(state.info, seen, batch.blocks),
@@ -206,6 +219,7 @@ def _start(problem, params, inner, first):
     tracked=tracked,
     scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
     bend=trees.zeros_rows(inner, (), tracked.hessian.dtype),
+    flat=trees.zeros_rows(inner, (), tracked.hessian.dtype) - 1,
     info=_info.start(inner),
   )
 
@@ -215,7 +229,9 @@ class _Seen(NamedTuple):
 
   use: jax.Array
   ok: jax.Array
+  left: jax.Array
   concave: jax.Array
+  flat: jax.Array
   rejected: jax.Array
   pace: _guard.Pace
   rows: Any
@@ -231,6 +247,21 @@ def _bend(state, blocks, now):
   return _guard.bent(old, along, along < 0)
 
 
+def _lost(state, blocks, now, looked):
+  """How often blocks had no solution in sight, and which have none now."""
+  inner = jax.vmap(lambda row: flatten_util.ravel_pytree(row)[0])(
+    tables.gather_rows(state.inner, blocks)
+  )
+
+  def one(hessian, slope, inner):
+    top = _guard.largest_eigenvalue(hessian)
+    return _sight.is_lost(lambda v: hessian @ v, slope, inner, top)
+
+  lost = looked * jax.vmap(one)(now.hessian, now.inner_grad, inner)
+  old = tables.gather_rows(state.flat, blocks)
+  return _sight.judge(old, lost, old < 0, looked)
+
+
 def _pace(state, blocks, hessian, lr, use, finite, rejected):
   """The paces of the sampled blocks; 2 / lr is what its steps can bear."""
   ok = finite & ~rejected
@@ -239,7 +270,7 @@ def _pace(state, blocks, hessian, lr, use, finite, rejected):
   curvature = jnp.where(finite, curvature, 0)
   stable = jnp.where(lr > 0, 2 / jnp.where(lr > 0, lr, 1), jnp.inf)
   scale = jnp.where(ok, _guard.shortened(curvature, stable), old)
-  before = _guard.Pace(old, curvature, curvature, curvature)
+  before = _guard.Pace(old, *(curvature,) * 4)
   # No factor exists where an eigenvalue is below zero by more than rounding.
   shift = 1e-3 * curvature[:, None, None] * jnp.eye(hessian.shape[-1])
   factor = jnp.linalg.cholesky(hessian + shift)
@@ -247,7 +278,9 @@ def _pace(state, blocks, hessian, lr, use, finite, rejected):
   return _Seen(
     use,
     ok,
+    jnp.zeros_like(curvature),
     concave,
+    jnp.zeros_like(ok),
     finite & rejected,
     before._replace(scale=scale.astype(old.dtype)),
     _Before(before),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
-from optlab import tables
 from optlab import trees
 from optlab.multi_block import _clock
 from optlab.multi_block import _dual
@@ -64,7 +63,7 @@ def in_chunks(visit, state, first, num_blocks):
       lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), first
     )
     # The last chunk reaches back into the one before.
-    seen = tables.gather_rows(state.visited, batch.blocks) >= 0
+    seen = start + jnp.arange(size) < index * size
     blocks = jnp.where(seen, num_blocks, batch.blocks)
     return visit(state, batch._replace(blocks=blocks))
 

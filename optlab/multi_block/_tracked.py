@@ -11,6 +11,7 @@ from optlab import tables
 from optlab import tracking
 from optlab import trees
 from optlab.multi_block import _dual
+from optlab.multi_block import _sight
 from optlab.multi_block import _system
 
 
@@ -90,10 +91,11 @@ def follow(tracked, now, before, blocks, ok, rate, scale):
   return jax.tree.map(leaf, tracked, now, before)
 
 
-def follow_hypergrad(state, tracked, outer, rate, floor):
+def follow_hypergrad(state, tracked, outer, rate, floor, lost):
   """The estimate after its step; at the first, the hypergradient itself."""
   num_blocks = tracked.hessian.shape[0]
   use = tables.distinct_blocks(outer, num_blocks)
+  use &= ~_sight.counts(tables.gather_rows(lost, outer))
   rows = [tables.gather_rows(t, outer) for t in (tracked, state.tracked)]
   # Both points in one batch: see project_floor on solves that run at once.
   both = jax.vmap(_hypergradient, (0, None, None))(

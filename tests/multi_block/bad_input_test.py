@@ -250,3 +250,24 @@ def test_bad_input(row):
 
 def test_docstrings_name_every_promised_error():
   inputs.check_docstrings(table.rows)
+
+
+def test_the_state_of_another_problem_is_named():
+  batch = optlab.BlockBatch(jnp.arange(2), None, jnp.ones(2))
+  paired = optlab.multi_block.PairedBlockBatch(*batch, jnp.arange(2))
+  lower = lambda x, y, c: 0.5 * jnp.sum(c * (y - x) ** 2)
+  upper = lambda x, y, _: jnp.sum(y)
+  states = [
+    make(upper, lower, 4).init(jnp.zeros(2), jnp.zeros((4, 2)))
+    for make in (optlab.bsvrb, optlab.multi_block.rsvrb)
+  ]
+  for make, data in (optlab.bsvrb, batch), (optlab.multi_block.rsvrb, paired):
+    own, other = states if make is optlab.bsvrb else states[::-1]
+    with pytest.raises(
+      ValueError, match='state.inner must have a leading axis'
+    ):
+      make(upper, lower, 5).estimate(jnp.zeros(2), own, data)
+    with pytest.raises(ValueError, match='params has shape'):
+      make(upper, lower, 4).estimate(jnp.zeros(3), own, data)
+    with pytest.raises(TypeError, match='state must be the state of'):
+      make(upper, lower, 4).estimate(jnp.zeros(2), other, data)

@@ -255,6 +255,56 @@ def test_where_no_block_is_convex_the_optimizer_stands_still(name):
   assert state.estimator_state.info.rejected == SAMPLED
 
 
+def lower_of_many_kinds(x, y, kind_and_shape):
+  """Quadratic; linear; linear along one axis; Huber; linear by chance."""
+  kind, shape = kind_and_shape
+  away = jnp.abs(y - x)
+  huber = jnp.sum(jnp.where(away < 1.0, 0.5 * away**2, away - 0.5))
+  along = 0.5 * (y[0] - x[0]) ** 2 - 0.1 * y @ x
+  kinds = quadratic(x, y, 1.0), -x @ y, along, huber, 0.1 * jnp.sum(y)
+  chosen = jnp.asarray(kinds)[kind.astype(int)]
+  return jnp.where(shape > 0, chosen, quadratic(x, y, 1.0))
+
+
+@over_methods
+def test_a_block_without_a_lower_solution_is_left_out_told_and_named(name):
+  """The tails of a Huber loss are linear, but end."""
+
+  @jax.jit
+  def go(kind, since, of_all, by_chance, start):
+    def data(step, blocks):
+      bad = (step >= since) & ((blocks == STIFF) | of_all)
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(jax.random.key(3), step), blocks
+      )
+      bad &= jax.vmap(jax.random.uniform)(keys) >= by_chance
+      return jnp.stack([jnp.broadcast_to(kind, bad.shape), bad], -1)
+
+    return run(name, lower_of_many_kinds, data, start=start, lr=0.3, steps=1000)
+
+  # Linear, from step 500 on, along one axis.
+  for kind, since in (1, 0), (1, 500), (2, 0):
+    state, path = go(kind, since, False, 0.0, 0.5)
+    np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+    assert jnp.abs(path).max() < 10.0
+    info = state.estimator_state.info
+    assert info.worst_block == info.not_ok_block == STIFF
+    assert info.total_rejected == info.total_not_ok > 100
+  # Linear everywhere: the optimizer stands still.
+  state, path = go(1, 0, True, 0.0, 0.5)
+  assert jnp.abs(path).max() < 0.1
+  assert not state.estimator_state.info.ok
+  # Far out on a Huber loss: on the way the blocks are told, then used.
+  state, _ = go(3, 0, True, 0.0, 20.0)
+  np.testing.assert_allclose(state.params, 1.0, atol=0.01)
+  info = state.estimator_state.info
+  assert info.ok and info.total_not_ok > BLOCKS
+  # No curvature in a third of the samples of each block, whose level has some.
+  state, _ = go(4, 0, True, 0.67, 0.5)
+  assert jnp.abs(state.params - 1.0).max() < 0.2
+  assert state.estimator_state.info.total_rejected < 100
+
+
 @pytest.mark.parametrize('name', ['v1', 'v2'])
 def test_curvature_that_is_negative_by_chance_is_no_reason(name):
   """Samples of -0.5 and 2.5 of each block, whose lower level is convex."""
@@ -311,22 +361,24 @@ def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
 
 
 def test_step_sizes_from_own_curvature():
-  """Curvatures over five decades, and no rate to choose."""
-  curvatures = jnp.logspace(-2, 3, BLOCKS)
+  """Curvatures over sixteen decades, and no rate to choose."""
+  curvatures = jnp.logspace(-8, 8, BLOCKS)
 
   def inner_error(name, **kwargs):
     state, _ = run(
       name, quadratic, lambda step, blocks: curvatures[blocks], **kwargs
     )
     inner = optlab.multi_block.inner_variables(state.estimator_state)
-    return jnp.max(jnp.abs(inner - state.params)), state.params
+    error = jnp.max(jnp.abs(inner - state.params))
+    return error, state.params, state.estimator_state.info
 
   for name in ('v1', 'v2'):
-    error, params = inner_error(name, lr=None)
-    assert error < 0.01
+    error, params, info = inner_error(name, lr=None)
+    assert error < 0.01 and info.dual_residual < 0.01
     np.testing.assert_allclose(params, 1.0, atol=0.01)
-  slow, _ = inner_error('v2', lr=0.1)
-  assert slow > 0.05
+  slow, _, info = inner_error('v2', lr=0.1)
+  assert slow > 0.05 and info.dual_residual > 0.1
+  assert curvatures[info.unsolved_block] < 0.1
   with pytest.raises(ValueError, match='inner_lr must be a number where'):
     optlab.bsvrb(upper, quadratic, BLOCKS, inner_lr=None, guarded=False)
 
@@ -394,8 +446,10 @@ def test_the_first_pass_is_in_chunks(monkeypatch):
     monkeypatch.setattr('optlab.multi_block._state.CHUNK', chunk)
     estimator = optlab.bsvrb(upper, quadratic, BLOCKS)
     states.append(jax.jit(estimator.init)(x, inner, first))
+  # Figures of the last visit alone.
+  last = {'rejected': 0, 'dual_residual': 0.0, 'unsolved_block': 0}
   whole, chunks = (
-    state._replace(info=state.info._replace(rejected=0)) for state in states
+    state._replace(info=state.info._replace(**last)) for state in states
   )
   for a, b in zip(*map(jax.tree.leaves, (whole, chunks)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6)
