@@ -79,6 +79,7 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
   table = np.random.RandomState(0).normal(size=(len(vocabulary), width))
   table = (table / np.sqrt(width)).astype(np.float32)
   place = {word: i for i, word in enumerate(vocabulary)}
+  found = 0
   try:
     lines = pathlib.Path(path).read_text(errors='replace').split('\n')
   except OSError as error:
@@ -88,12 +89,22 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
     if word not in place:
       continue
     try:
-      table[place[word]] = np.array(numbers, np.float32)
+      vector = np.array(numbers, np.float32)
     except ValueError as error:
       raise flags.UserError(
-        f'--vectors={path}: line {number} has {len(numbers)} numbers, not'
-        f' {width} (--width)'
+        f'--vectors={path}: line {number}: {error}'
       ) from error
+    if vector.shape != (width,) or not np.all(np.isfinite(vector)):
+      raise flags.UserError(
+        f'--vectors={path}: line {number} has {np.sum(np.isfinite(vector))}'
+        f' finite numbers, not {width} (--width)'
+      )
+    table[place[word]] = vector
+    found += 1
+  if not found:
+    raise flags.UserError(
+      f'--vectors={path}: has none of the {len(vocabulary)} words of the text'
+    )
   return table
 
 
@@ -128,12 +139,11 @@ def few_shot(config, sentences, support, query, seen, held_out) -> float:
   """
   random, scores = np.random.RandomState(0), []
   labels, signs = sentences.test.labels, np.array([-1.0, 1.0])
+  train = sentences.train.labels
   for other in seen * 10:
     pair = (other, held_out)
     rows = [
-      random.choice(
-        np.flatnonzero(sentences.train.labels == c), config.shots, False
-      )
+      random.choice(np.flatnonzero(train == c), config.shots, False)
       for c in pair
     ]
     a = support[np.concatenate(rows)]
@@ -187,6 +197,11 @@ def make_data(sentences: text.Text, seen: list[int]) -> dict[str, Any]:
 def make_problem(config: Config, sentences: text.Text) -> tuning.Problem:
   """Pairs of classes as tasks; the last frequent class is held out."""
   seen, held_out = classes(sentences)
+  fewest = min(np.bincount(sentences.train.labels)[[*seen, held_out or 0]])
+  if held_out is not None and config.shots > fewest:
+    raise flags.UserError(
+      f'--shots={config.shots}: a class has {fewest} training sentences'
+    )
   pairs = np.array(list(itertools.combinations(range(len(seen)), 2)))
   init, encode = make_encoder(config, sentences.vocabulary)
   data = make_data(sentences, seen)

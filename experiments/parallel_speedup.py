@@ -201,12 +201,18 @@ def draw(found: list[dict], path) -> None:
             x, y[0] * (x / x[0]) ** -power, style, color='grey',
             label=f'slope -{power:g} (theory)',
           )  # fmt: skip
+    if not axes.lines:
+      axes.text(
+        0.5, 0.5, 'nothing reached the target', ha='center',
+        transform=axes.transAxes,
+      )  # fmt: skip
     axes.set_xscale('log')
     axes.set_yscale('log')
     axes.set_xlabel('sampled blocks I')
     axes.set_ylabel(f'{unit} to the target')
     axes.grid(alpha=0.3, which='both')
-  panels[0].legend()
+  if panels[0].lines:
+    panels[0].legend()
   plots.save(figure, path, title='parallel speedup in the sampled blocks')
 
 

@@ -12,10 +12,15 @@ A program declares its configuration once::
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
+import numbers
+import os
 import pathlib
 import sys
 import traceback
+import types
+import typing
 from typing import Any, ClassVar
 
 # Where and how a run goes: they do not change its numbers, but for rounding.
@@ -89,13 +94,37 @@ def positional(help_text: str) -> Any:
   )
 
 
+def value_type(annotation: Any) -> tuple[type, bool]:
+  """The type of a flag's value, and whether it is a list."""
+  if isinstance(annotation, types.UnionType):  # `float | None`
+    annotation = typing.get_args(annotation)[0]
+  if typing.get_origin(annotation) is tuple:
+    return typing.get_args(annotation)[0], True
+  return annotation, False
+
+
+@functools.cache
+def annotations(config_type: type['BareConfig']) -> dict[str, Any]:
+  """The types of a configuration's fields."""
+  return typing.get_type_hints(config_type)
+
+
 @dataclasses.dataclass(frozen=True)
 class BareConfig:
-  """A configuration whose fields are checked against what `flag` allows."""
+  """A configuration whose fields are checked against what `flag` allows.
+
+  A notebook may give lists for tuples, paths for names and NumPy's numbers.
+  """
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      _check(field, getattr(self, field.name))
+      annotation = annotations(type(self))[field.name]
+      value = _convert(field, annotation, getattr(self, field.name))
+      object.__setattr__(self, field.name, value)
+      _check(field, value)
+    folder = getattr(self, 'data_dir', '')
+    if folder and not pathlib.Path(folder).exists():
+      raise UserError(f'--data_dir={folder}: no such folder')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +180,56 @@ class Config(BareConfig):
     )
 
 
+def _name(field: dataclasses.Field) -> str:
+  return field.name if field.metadata.get('positional') else f'--{field.name}'
+
+
+# What a value of each type may be made of, and what it is called.
+_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+  str: ((str, os.PathLike), 'a text'),
+  bool: (bool, 'true or false'),
+  int: (numbers.Integral, 'a whole number'),
+  float: (numbers.Real, 'a number'),
+}
+
+
+def _convert(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
+  """The value as the field's type has it, or a `UserError`."""
+  kind, is_list = value_type(annotation)
+  if value is None and isinstance(annotation, types.UnionType):
+    return None
+  sources, said = _KINDS[kind]
+
+  def convert(entry):
+    wrong = isinstance(entry, bool) and kind is not bool
+    if wrong or not isinstance(entry, sources):
+      raise UserError(f'{_name(field)}={entry!r}: is not {said}')
+    return os.fspath(entry) if kind is str else kind(entry)
+
+  if not is_list:
+    return convert(value)
+  if not isinstance(value, (tuple, list)):
+    raise UserError(
+      f'{_name(field)}={value!r}: is not a list, as in [{value!r}]'
+    )
+  return tuple(map(convert, value))
+
+
 def _check(field: dataclasses.Field, value: Any) -> None:
   """Raises a `UserError` unless the value is one that the flag allows."""
   choices, low = (field.metadata.get(name) for name in ('choices', 'low'))
-  name = f'--{field.name}'
-  if field.metadata.get('positional'):
-    name = field.name
+  name = _name(field)
   entries = value if isinstance(value, tuple) else (value,)
   if isinstance(value, tuple) and not value:
     raise UserError(f'{name} is empty: give at least one value')
+  twice = [entry for entry in entries if entries.count(entry) > 1]
+  if twice and not field.metadata.get('positional'):
+    raise UserError(f'{name}: {twice[0]} is there twice')
   for entry in entries:
     if choices is not None and entry not in choices:
       allowed = ', '.join(filter(None, choices))
       raise UserError(f'{name}={entry}: not one of {allowed}')
-    if isinstance(entry, float) and math.isnan(entry):
-      raise UserError(f'{name}={entry}: not a number')
+    if isinstance(entry, float) and not math.isfinite(entry):
+      raise UserError(f'{name}={entry}: not a finite number')
     if low is not None and entry is not None and entry < low:
       raise UserError(f'{name}={entry}: must be at least {low}')

@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import sys
-import types
 import typing
 from typing import Any
 
@@ -41,15 +40,6 @@ _DEFINE: dict[type, Callable[..., Any]] = {
   float: absl_flags.DEFINE_float,
   bool: absl_flags.DEFINE_bool,
 }
-
-
-def _value_type(annotation: Any) -> tuple[type, bool]:
-  """The type of a flag's value, and whether it is a list."""
-  if isinstance(annotation, types.UnionType):  # `float | None`
-    annotation = typing.get_args(annotation)[0]
-  if typing.get_origin(annotation) is tuple:
-    return typing.get_args(annotation)[0], True
-  return annotation, False
 
 
 def _split(text: str) -> list[str]:
@@ -75,9 +65,9 @@ def _flag_fields(
 
 
 def _define(config_type: type[flags.BareConfig]) -> None:
-  annotations = typing.get_type_hints(config_type)
+  annotations = flags.annotations(config_type)
   for field in _flag_fields(config_type):
-    value_type, is_list = _value_type(annotations[field.name])
+    value_type, is_list = flags.value_type(annotations[field.name])
     help_text = field.metadata['help']
     choices = field.metadata['choices']
     if choices:
@@ -98,7 +88,7 @@ def _define(config_type: type[flags.BareConfig]) -> None:
 def _from_flags(
   config_type: type[flags.BareConfig], arguments: Sequence[str]
 ) -> flags.BareConfig:
-  annotations = typing.get_type_hints(config_type)
+  annotations = flags.annotations(config_type)
   values: dict[str, Any] = {
     field.name: tuple(arguments)
     for field in dataclasses.fields(config_type)
@@ -110,7 +100,7 @@ def _from_flags(
     )
   for field in _flag_fields(config_type):
     value: Any = absl_flags.FLAGS[field.name].value
-    value_type, is_list = _value_type(annotations[field.name])
+    value_type, is_list = flags.value_type(annotations[field.name])
     if is_list:
       try:
         value = tuple(value_type(entry) for entry in _split(value))
@@ -120,10 +110,15 @@ def _from_flags(
   return config_type(**values)
 
 
+# What --repeat takes from the command line: where it writes and how its
+# processes meet. How far it goes is the record's, not that of a clock.
+_BESIDE = ('output_dir', 'coordinator', 'process', 'processes', 'timeout')
+
+
 def _repeated(
   config_type: type[flags.BareConfig], header: dict
 ) -> flags.BareConfig:
-  """The configuration of a record; only --output_dir is taken from the flags.
+  """The configuration of a record, but for what the flags may give beside it.
 
   Args:
     config_type: The program's configuration.
@@ -133,23 +128,24 @@ def _repeated(
     The configuration.
 
   Raises:
-    UserError: The record is of another program, or of other flags; or there
-      are flags beside it.
+    UserError: The record is of another program, or has flags that this one
+      does not have any more; or there are flags beside it.
   """
   program = pathlib.Path(sys.argv[0]).stem
   if header['program'] != program:
     raise flags.UserError(
       f'--repeat: the record is of {header["program"]}, this is {program}'
     )
-  names = {field.name for field in dataclasses.fields(config_type)}
-  if names != set(header['config']):
-    changed = ', '.join(sorted(names ^ set(header['config'])))
+  names = {field.name for field in _flag_fields(config_type)}
+  old = header['config']
+  unknown = sorted(old.keys() - names - set(flags.FREE))
+  if unknown:
     raise flags.UserError(
-      f'--repeat: the program has other flags now: {changed}'
+      f'--repeat: the program has no flag {", ".join(unknown)} any more'
     )
   beside = [
     f'--{name}={absl_flags.FLAGS[name].value}'
-    for name in sorted(names - {'output_dir'})
+    for name in sorted(names - set(_BESIDE))
     if absl_flags.FLAGS[name].present
   ]
   if beside:
@@ -157,15 +153,28 @@ def _repeated(
       f'--repeat takes the flags of the record, not {" ".join(beside)}: leave'
       ' them out, or leave out --repeat to run with other ones'
     )
-  values = {
-    name: tuple(value) if isinstance(value, list) else value
-    for name, value in header['config'].items()
-  }
-  # How far it goes is the record's, not that of a clock.
-  free = {'resume': False, 'max_seconds': 0.0}
-  values |= {'output_dir': absl_flags.FLAGS.output_dir}
-  values |= {name: free[name] for name in names & set(free)}
+  values = {name: old[name] for name in names & old.keys()}
+  values |= {'resume': False, 'max_seconds': 0.0}
+  values |= {n: absl_flags.FLAGS[n].value for n in names & set(_BESIDE)}
   return config_type(**values)
+
+
+def _say_what_differs(header: dict, config: flags.Config) -> None:
+  """Names flags that came later, and other versions, of a repeated record."""
+  lines = [
+    f'the record has no {field.name}, which is {getattr(config, field.name)}'
+    for field in dataclasses.fields(config)
+    if field.name not in (*flags.FREE, *header['config'])
+  ]
+  now = record.versions()
+  lines += [
+    f'{name} was {version}, is {now.get(name)}'
+    for name, version in header['versions'].items()
+    if now.get(name) != version
+  ]
+  if devices.is_first():
+    for line in lines:
+      print(f'--repeat: {line}', file=sys.stderr)
 
 
 def _check_repeated(rows: list[dict], again: list[dict]) -> None:
@@ -187,11 +196,15 @@ def _check_repeated(rows: list[dict], again: list[dict]) -> None:
         f'--repeat: row {i + 2} differs: {key} was {row.get(key)}, is'
         f' {new.get(key)}'
       )
+  text = f'repeated: {len(rows)} rows with the same numbers'
   if len(rows) != len(again):
-    raise flags.UserError(
-      f'--repeat: there were {len(rows)} rows, there are {len(again)}'
-    )
-  print(f'repeated: {len(rows)} rows with the same numbers')
+    ended = bool(rows) and rows[-1]['kind'] == 'end'
+    if ended or len(rows) > len(again):
+      raise flags.UserError(
+        f'--repeat: there were {len(rows)} rows, there are {len(again)}'
+      )
+    text += f'; that run was not finished, this one has {len(again)}'
+  print(text)
 
 
 def _fail(message: str) -> typing.NoReturn:
@@ -267,29 +280,25 @@ def run(
 
 def _run(main, config_type, argv) -> None:
   """Runs a program, once or to repeat a record."""
-  earlier = None
-  if issubclass(config_type, flags.Config) and absl_flags.FLAGS.repeat:
+  header, earlier = {}, None
+  config = _from_flags(config_type, argv[1:])
+  if isinstance(config, flags.Config) and absl_flags.FLAGS['repeat'].present:
+    if not absl_flags.FLAGS.repeat:
+      raise flags.UserError('--repeat is empty: give a record')
     header, earlier = record.read(absl_flags.FLAGS.repeat)
     config = _repeated(config_type, header)
-    now = record.versions()
-    for name, version in header['versions'].items():
-      if now.get(name) != version:
-        print(
-          f'--repeat: {name} was {version}, is {now.get(name)}',
-          file=sys.stderr,
-        )
-  else:
-    config = _from_flags(config_type, argv[1:])
   before = bool(jnp.result_type(float) == jnp.float64)
   if isinstance(config, flags.Config):
     jax.config.update('jax_enable_x64', config.precision == 'float64')
   try:
     if isinstance(config, devices.Config):
       peers.connect(config)
+    if earlier is not None:
+      _say_what_differs(header, config)
     with peers.together():
       main(config)
   finally:  # Whoever called this in a process of their own has theirs back.
     jax.config.update('jax_enable_x64', before)
   folder = session.last_folder()
-  if earlier is not None and folder is not None:
+  if earlier is not None and folder is not None and devices.is_first():
     _check_repeated(earlier, record.read(folder)[1])

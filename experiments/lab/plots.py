@@ -40,6 +40,10 @@ def get(row: dict[str, Any], name: str) -> float:
     counts = [row.get('gradients'), row.get('products')]
     return sum(count for count in counts if count is not None)
   value = row.get(name)
+  if value is not None and not isinstance(value, (int, float)):
+    raise flags.UserError(
+      f'{name} is {value!r} in a row of {row.get("method")}: no number to draw'
+    )
   return math.nan if value is None else value
 
 

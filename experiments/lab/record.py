@@ -139,6 +139,12 @@ def cut_to_lines(path: pathlib.Path, *, less: int = 0) -> None:
       file.truncate(size)
 
 
+def size_of(path: pathlib.Path, rows: int) -> int:
+  """Bytes of the header and so many rows after it."""
+  lines = path.read_bytes().split(b'\n')
+  return sum(len(line) + 1 for line in lines[: rows + 1])
+
+
 class Writer:
   """Appends rows to a record; each is in the file before the next begins."""
 
@@ -194,6 +200,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
   'run': {'program': str, 'config': dict, 'versions': dict, 'identity': dict},
   'eval': {'method': str, 'seed': int, 'step': int},
   'done': {'method': str, 'seeds': list, 'steps': int},
+  'resumed': {'changed': dict},
 }
 
 
@@ -211,9 +218,11 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
     UserError: There is no such file, or it is no record.
   """
   path = pathlib.Path(path)
-  if path.is_dir():
+  if path.is_dir() and path.name != NAME:
     inside = path if (path / NAME).exists() else folders.latest(path)
     path = (inside or path) / NAME
+  if path.is_char_device():  # Some have no end.
+    raise flags.UserError(f'{path}: not a record, a device')
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -239,7 +248,7 @@ def _parse(path: pathlib.Path, number: int, line: bytes) -> dict:
     raise bad(
       f'has a byte that is no text, {line[error.start]:#04x}'
     ) from error
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise bad('is not JSON') from error
   if not isinstance(row, dict) or not isinstance(row.get('kind'), str):
     raise bad('is no row: it has no kind')

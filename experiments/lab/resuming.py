@@ -40,7 +40,7 @@ def compare(
   old: dict,
   rows: Iterable[dict],
   new: dict,
-  may_grow: set[str],
+  config: flags.Config,
 ) -> tuple[bool, dict[str, Any]]:
   """Compares the run in a folder with the one that wants to go on.
 
@@ -49,11 +49,12 @@ def compare(
     old: The header that is there.
     rows: The rows that are there.
     new: The header that would be written now.
-    may_grow: Flags that may be larger than they were.
+    config: The configuration now.
 
   Returns:
     Whether a flag such as ``--seeds`` is larger; and versions, devices or a
-    mesh that were others, with which the numbers may differ by rounding.
+    mesh that were others, with which the numbers may differ by rounding, and
+    flags that came later and have their defaults.
 
   Raises:
     UserError: They are not one run.
@@ -61,7 +62,14 @@ def compare(
   if old['program'] != new['program']:
     raise flags.UserError(f'--resume: {folder} holds a run of {old["program"]}')
   theirs = {k: v for k, v in old['identity'].items() if k not in flags.FREE}
-  ours = new['identity']
+  ours, may_grow = new['identity'], growing(config)
+  plain = identity(type(config)(quick=config.quick))
+  later = {
+    name: value
+    for name, value in ours.items()
+    if name not in theirs and plain[name] == value
+  }
+  theirs |= later
   changed = [
     name
     for name in sorted(theirs.keys() | ours.keys())
@@ -82,13 +90,19 @@ def compare(
   was, now = _surroundings(old), _surroundings(new)
   for row in rows:
     if row['kind'] == 'resumed':
-      was |= {name: pair[1] for name, pair in row['changed'].items()}
+      was |= {name: _now(pair) for name, pair in row['changed'].items()}
+  now |= {f'--{name}': value for name, value in later.items()}
   noted = {
     name: (was.get(name), now.get(name))
     for name in was | now
     if was.get(name) != now.get(name)
   }
   return bool(changed), noted
+
+
+def _now(pair: Any) -> Any:
+  """Of a pair of what was and is; a record may be damaged."""
+  return pair[1] if isinstance(pair, list) and len(pair) == 2 else pair
 
 
 def _flag(value: Any) -> str:
@@ -121,17 +135,23 @@ class Part(NamedTuple):
 
   def is_whole(self, steps: int, every: int) -> bool:
     """Whether it is the run that is asked for."""
-    if self.done is None:
-      return False
-    asked = self.done.get('of', self.done['steps'])
-    return (asked, self.done.get('every', every)) == (steps, every)
+    return self._asked(every) == steps
 
   def is_shorter(self, steps: int, every: int) -> bool:
     """Whether it is such a run, over fewer steps."""
-    if self.done is None:
-      return False
-    asked = self.done.get('of', self.done['steps'])
-    return asked < steps and self.done.get('every') == every
+    asked = self._asked(every)
+    return asked is not None and asked < steps
+
+  def _asked(self, every: int) -> int | None:
+    """Its steps, if it came to its end and no row is lost or there twice."""
+    done = self.done
+    if done is None or done.get('every', every) != every:
+      return None
+    looks = range(0, done['steps'] + 1, every)
+    expected = [(step, seed) for step in looks for seed in done['seeds']]
+    found = [(row['step'], row['seed']) for row in self.rows]
+    asked = done.get('of', done['steps'])  # Older records have none.
+    return asked if found == expected and isinstance(asked, int) else None
 
 
 def part(rows: Iterable[dict], method: str, seeds: tuple[int, ...]) -> Part:
@@ -144,6 +164,14 @@ def part(rows: Iterable[dict], method: str, seeds: tuple[int, ...]) -> Part:
   )
 
 
+def earlier(header: dict) -> list[str]:
+  """The records that this one continues, with fewer seeds or steps."""
+  names = header.get('earlier', [])
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise flags.UserError(f'--resume: {names} are no names of earlier records')
+  return names
+
+
 def copy_aside(path: pathlib.Path) -> str:
   """Copies a record to another name, and returns that."""
   free = folders.free_name(path.parent, path.stem, path.suffix)
@@ -153,6 +181,9 @@ def copy_aside(path: pathlib.Path) -> str:
 
 def make_room(folder: pathlib.Path) -> None:
   """Sets a finished run aside, whole; an unfinished one is refused.
+
+  Not one that ended before its first row, by a flag that was refused: there is
+  nothing to go on with.
 
   Args:
     folder: Where another run begins.
@@ -165,14 +196,17 @@ def make_room(folder: pathlib.Path) -> None:
     return
   try:
     header, rows = record.read(path)
-    finished = bool(rows) and rows[-1]['kind'] == 'end'
-    what = f'a run of {header["program"]} that was not finished'
   except flags.UserError as error:
-    finished, what = False, f'a record that cannot be read ({error})'
-  if not finished:
     raise flags.UserError(
-      f'--output_dir={folder}: holds {what}; go on with it by --resume, or give'
-      ' another --output_dir'
+      f'--output_dir={folder}: holds a record that cannot be read: {error};'
+      ' mend it, or give another --output_dir'
+    ) from error
+  if not rows and not header.get('earlier'):
+    return
+  if not rows or rows[-1]['kind'] != 'end':
+    raise flags.UserError(
+      f'--output_dir={folder}: holds a run of {header["program"]} that was not'
+      ' finished; go on with it by --resume, or give another --output_dir'
     )
   aside = folders.free_name(folder, path.stem, path.suffix)
   path.rename(aside)

@@ -114,22 +114,24 @@ class Session:
     """Goes on with the record; its header."""
     old, rows = record.read(self._path)
     grown, self._noted = resuming.compare(
-      self.folder, old, rows, first, resuming.growing(self._config)
+      self.folder, old, rows, first, self._config
     )
     for name, (was, now) in self._noted.items():
       _warn(f'--resume: {name} was {was}, is {now}: what comes is made with it')
-    first['earlier'] = old.get('earlier', [])
+    names = first['earlier'] = resuming.earlier(old)
+    self._earlier = [
+      row for name in names for row in record.read(self.folder / name)[1]
+    ]
     if grown:
-      first['earlier'] = [*first['earlier'], resuming.copy_aside(self._path)]
+      first['earlier'] = [*names, resuming.copy_aside(self._path)]
       record.begin(self._path, first)
+      self._earlier += rows
       rows = []
     else:
       first = old
       ended = bool(rows) and rows[-1]['kind'] == 'end'  # Not any more.
       record.cut_to_lines(self._path, less=int(ended))
       rows = rows[: len(rows) - ended]
-    for name in first.get('earlier', []):
-      self._earlier += record.read(self.folder / name)[1]
     self.rows = rows
     return first
 
@@ -320,7 +322,7 @@ class Session:
         if goes_on:
           self._drop(task, 'done')
         else:
-          self._cut_to(meta['size'])
+          self._cut_to(meta['rows'])
         return found, meta['step'], meta['seconds']
     if whole:  # What is lost is its last state: the record has its rows.
       self._again = True
@@ -408,16 +410,16 @@ class Session:
     self._writer = record.Writer(self._path)
     self.rows = kept
 
-  def _cut_to(self, size: int) -> None:
+  def _cut_to(self, rows: int) -> None:
     """Drops the rows that came after a checkpoint."""
-    self._writer.truncate(size)
+    self._writer.truncate(record.size_of(self._path, rows))
     _, self.rows = record.read(self._path)
     self._share_record()
 
   def _save(self, task: '_Task', state: Any, step: int, seconds: float) -> None:
     if devices.is_first():
       meta = {
-        'step': step, 'seconds': seconds, 'size': self._writer.size,
+        'step': step, 'seconds': seconds, 'rows': len(self.rows),
         'steps': task.steps, 'every': task.every, 'fixed': self._fixed,
         'id': self._id,
       }  # fmt: skip
@@ -436,7 +438,7 @@ class Session:
         return 'it belongs to a run over other steps'
       if meta['id'] != self._id:
         return 'it belongs to another record'
-      ahead = meta['size'] > self._writer.size
+      ahead = meta['rows'] > len(self.rows)
       return 'it is ahead of the record' if ahead else None
 
     read = lambda: checkpoints.read(task.folder, state, unfit, _warn)

@@ -101,6 +101,11 @@ def batches(
   kind, _, text = name.partition(':')
   try:
     if not text:
+      if name != 'full' and not name.isdecimal():
+        raise flags.UserError(
+          f'--batches={name}: not a size, full, or a test with its constant, as'
+          ' in norm:1'
+        )
       size = length if name == 'full' else int(name)
       if not 2 <= size <= length:
         raise flags.UserError(
@@ -138,6 +143,11 @@ def shifted(pixels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Moves each image by at most so many pixels either way, by a key each."""
 
   def move(image, key):
+    if pixels >= min(image.shape[:2]):
+      raise flags.UserError(
+        f'--shift={pixels}: an image of {image.shape[0]} x {image.shape[1]}'
+        ' pixels would be moved out of sight'
+      )
     start = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
     around = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
     return jax.lax.dynamic_slice(around, (*start, 0), image.shape)

@@ -14,6 +14,7 @@ from sklearn import mixture as sklearn_mixture
 
 import optlab
 
+from ..lab import flags
 from . import data as data_lib
 
 POOL = 20_000
@@ -67,6 +68,10 @@ class Noise(NamedTuple):
 
 def fit_noise(rows: np.ndarray, components: int, seed: int) -> Noise:
   """Fits the mixture to ``rows`` and fills the pool."""
+  if components > len(rows):
+    raise flags.UserError(
+      f'--components={components}: more than the {len(rows)} training images'
+    )
   # A step costs the cube of the columns, and from k-means few do.
   fit = sklearn_mixture.GaussianMixture(
     components,

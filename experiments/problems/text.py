@@ -206,6 +206,11 @@ def load(
 
   counts = Counter(word for words in parts['train'][0] for word in words)
   words = sorted(word for word, count in counts.items() if count >= min_count)
+  if not words:
+    raise flags.UserError(
+      f'--min_count={min_count}: no word of the training sentences is there so'
+      ' often'
+    )
   vocabulary = ['<pad>', '<unknown>', *words]
   number = {word: i for i, word in enumerate(vocabulary)}
 

@@ -173,6 +173,8 @@ def test_a_run_that_diverged_is_never_picked():
     (hyper_representation, {'methods': ('saba',)}, '--methods=saba: this'),
     (hyper_representation, {'vectors': 'no.txt'}, '--vectors=no.txt: No such'),
     (hyper_representation, {'l2': 0.0}, '--l2=0.0: must be at least'),
+    (hyper_representation, {'shots': 1000}, '--shots=1000: a class has'),
+    (hyper_representation, {'min_count': 9999}, '--min_count=9999: no word'),
     (hyperparameter_optimization, {'batch': 7}, '--batch=7: must divide 40'),
     (
       hyperparameter_optimization,
@@ -187,6 +189,26 @@ def test_flags_that_make_no_sense_are_said_in_a_line(
   common = {'data_dir': str(trec), 'output_dir': str(tmp_path / 'bad')}
   with pytest.raises(flags.UserError, match=f'^{message}'):
     program.main(program.Config(**common | options))
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('', 'has none of the 2 words of the text'),
+    ('x 1 2\n', 'has none of the 2 words of the text'),
+    ('a 1\n', 'line 1 has 1 finite numbers, not 2'),
+    ('x 1\na 1 nan\n', 'line 2 has 1 finite numbers, not 2'),
+    ('a 1 b\n', 'line 1: could not convert'),
+  ],
+)
+def test_word_vectors_are_those_of_the_words(tmp_path, content, message):
+  path = tmp_path / 'vectors.txt'
+  path.write_text(content)
+  with pytest.raises(flags.UserError, match=message):
+    hyper_representation.read_vectors(str(path), ['a', 'b'], 2)
+  path.write_text('b 3 4\nx 1\n')
+  found = hyper_representation.read_vectors(str(path), ['a', 'b'], 2)
+  np.testing.assert_array_equal(found[1], [3.0, 4.0])
 
 
 def ends(folder):

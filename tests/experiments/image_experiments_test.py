@@ -113,7 +113,8 @@ def test_a_run_of_growing_batches_resumes(config):
   [
     ('1', 'a size must be from 2 to the 137 images'),
     ('138', 'a size must be from 2 to the 137 images'),
-    ('many', 'invalid literal'),
+    ('many', 'not a size, full, or a test with its constant, as in norm:1'),
+    ('64+root', 'not a size, full, or a test with its constant'),
     ('norm:0', 'eta must be in'),
     ('norm:small', 'could not convert'),
     ('random:1', 'no test random; there are norm, means, coordinate'),
@@ -139,6 +140,13 @@ def test_words_behind_a_test_give_it_a_memory_and_couple_the_rate():
     assert bool(memory) == remembers, text
     assert rule.cap == (2.0 if remembers else None)
     assert rule.power == power
+
+
+def test_an_image_is_not_moved_out_of_sight():
+  with pytest.raises(flags.UserError, match='--shift=4: an image of 6 x 4'):
+    images.shifted(4)(
+      jnp.ones((2, 6, 4, 1)), jax.random.split(jax.random.key(0))
+    )
 
 
 def test_shifted_images_are_the_same_ones_elsewhere():

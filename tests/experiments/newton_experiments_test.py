@@ -211,7 +211,7 @@ def test_scikit_learns_calls_are_counted(x64):
     ({'optimizers': ('gns', 'adam')}, '--optimizers=adam: not one of gns'),
     ({'optimizers': ()}, '--optimizers is empty'),
     ({'l2': 0.0}, '--l2=0.0: must be at least'),
-    ({'l2': float('nan')}, '--l2=nan: not a number'),
+    ({'l2': float('nan')}, '--l2=nan: not a finite number'),
     ({'precision': 'half'}, '--precision=half: not one of float32, float64'),
     ({'seeds': 0}, '--seeds=0: must be at least 1'),
   ],

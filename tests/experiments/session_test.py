@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -252,6 +253,122 @@ def test_a_run_that_was_not_finished_is_not_begun_anew(config, whole):
   assert numbers(config.output_dir) == whole
 
 
+def test_a_run_that_had_no_row_is_begun_anew(config, whole):
+  """As one that ended by a flag that was refused."""
+  with pytest.raises(flags.UserError), Session('test', config):
+    raise flags.UserError('--rate: is too large')
+  with Session('test', dataclasses.replace(config, rate=0.2)) as session:
+    go(session)
+  assert numbers(config.output_dir) == whole
+  assert not list(session.folder.glob('record.1.jsonl'))
+
+
+def change(folder, number, **fields):
+  """Replaces fields of a line of a record; those that are None go."""
+  path = pathlib.Path(folder) / 'record.jsonl'
+  lines = path.read_text().split('\n')
+  row = json.loads(lines[number]) | fields
+  lines[number] = json.dumps({k: v for k, v in row.items() if v is not None})
+  path.write_text('\n'.join(lines))
+
+
+def test_a_flag_that_came_later_has_its_default(config, whole, capsys):
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  old = record.read(session.folder)[0]['identity']
+  del old['rate']
+  change(session.folder, 0, identity=old)
+  with pytest.raises(flags.UserError, match=r'--rate was None, is 0\.2'):
+    Session('test', resumed(config, rate=0.2))
+  with Session('test', resumed(config)) as more:
+    go(more)
+  assert '--rate was None, is 0.1' in capsys.readouterr().err
+  assert record.select(numbers(config.output_dir), 'eval') == (
+    record.select(whole, 'eval')
+  )
+
+
+def test_rows_that_are_lost_or_there_twice_are_made_again(config, whole):
+  path = pathlib.Path(config.output_dir) / 'record.jsonl'
+  with Session('test', config) as session:
+    go(session)
+  content = path.read_text().split('\n')
+  for lines in ([*content[:5], *content[3:]], content[:3] + content[4:]):
+    path.write_text('\n'.join(lines))
+    with Session('test', resumed(config)) as more:
+      go(more)
+    assert numbers(config.output_dir) == whole
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    ({'earlier': 3}, '3 are no names'),
+    ({'earlier': ['record.7.jsonl']}, r'record\.7\.jsonl: No such file'),
+  ],
+)
+def test_a_damaged_header_changes_nothing(config, fields, match):
+  with Session('test', config) as session:
+    go(session, steps=1)
+  change(session.folder, 0, **fields)
+  before = (session.folder / 'record.jsonl').read_bytes()
+  with pytest.raises(flags.UserError, match=match):
+    Session('test', resumed(config))
+  assert (session.folder / 'record.jsonl').read_bytes() == before
+
+
+def test_what_is_repeated_is_what_is_there(capsys):
+  rows = [{'kind': 'eval', 'value': float(i), 'seconds': i} for i in range(3)]
+  ended = [*rows, {'kind': 'end'}]
+  launch._check_repeated(rows[:2], ended)
+  assert (
+    '2 rows with the same numbers; that run was not finished, this one'
+    in (capsys.readouterr().out)
+  )
+  for was, now in ((ended[1:], ended), ([rows[0], ended[-1]], ended)):
+    with pytest.raises(flags.UserError, match='row 2 differs|row 3 differs'):
+      launch._check_repeated(was, now)
+  with pytest.raises(flags.UserError, match='there were 4 rows, there are 3'):
+    launch._check_repeated(ended, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists(Config):
+  names: tuple[str, ...] = flags.flag(('a',), 'Names.')
+  rates: tuple[float, ...] = flags.flag((0.1,), 'Rates.')
+  target: float | None = flags.flag(None, 'Target.')
+  data_dir: str = flags.flag('', 'Folder.')
+
+
+def test_a_notebook_gives_lists_paths_and_numpys_numbers(tmp_path):
+  found = Lists(
+    names=['a', 'b'], rates=[1, np.float32(0.5)], seeds=np.int64(3), rate=1,
+    output_dir=tmp_path,
+  )  # fmt: skip
+  assert found == Lists(
+    names=('a', 'b'), rates=(1.0, 0.5), seeds=3, rate=1.0,
+    output_dir=str(tmp_path),
+  )  # fmt: skip
+  assert isinstance(found.rate, float)
+  assert type(found.seeds) is int
+  for fields, match in (
+    ({'names': 'a'}, r"--names='a': is not a list, as in \['a'\]"),
+    ({'names': ('a', 'b', 'a')}, '--names: a is there twice'),
+    ({'names': (1,)}, '--names=1: is not a text'),
+    ({'seeds': 2.0}, r'--seeds=2\.0: is not a whole number'),
+    ({'seeds': True}, '--seeds=True: is not a whole number'),
+    ({'seeds': None}, '--seeds=None: is not a whole number'),
+    ({'quick': 1}, '--quick=1: is not true or false'),
+    ({'rate': '0.1'}, "--rate='0.1': is not a number"),
+    ({'rates': (0.1, math.inf)}, '--rates=inf: not a finite number'),
+    ({'target': math.nan}, '--target=nan: not a finite number'),
+    ({'max_seconds': math.inf}, '--max_seconds=inf: not a finite number'),
+    ({'data_dir': '/nowhere'}, '--data_dir=/nowhere: no such folder'),
+  ):
+    with pytest.raises(flags.UserError, match=match):
+      Lists(**fields)
+
+
 def test_one_run_a_folder(config):
   with Session('test', config) as session:
     go(session)
@@ -436,6 +553,9 @@ HEADER = json.dumps({
     (b'HEADER\n\n', 'line 2 is not JSON'),
     (b'HEADER\n\0\0\n', 'line 2 is not JSON'),
     (b'HEADER\nHEADER\n', 'line 2 begins another'),
+    (b'HEADER\n' + b'[' * 100_000 + b'\n', 'line 2 is not JSON'),
+    (b'HEADER\n{"kind": "a", "b": ' + b'9' * 9999 + b'}\n', 'is not JSON'),
+    (b'HEADER\n{"kind": "resumed"}\n', 'kind resumed without changed'),
   ],
 )
 def test_a_file_that_is_no_record_is_named(tmp_path, content, message):
@@ -445,6 +565,12 @@ def test_a_file_that_is_no_record_is_named(tmp_path, content, message):
   path.write_bytes(content.replace(b'HEADER', HEADER.encode()))
   with pytest.raises(flags.UserError, match=f'bad: .*{message}'):
     record.read(path)
+
+
+def test_a_device_is_no_record():
+  """Some have no end."""
+  with pytest.raises(flags.UserError, match='/dev/zero: not a record'):
+    record.read('/dev/zero')
 
 
 def test_marks_and_cut_lines_are_no_damage(tmp_path):
