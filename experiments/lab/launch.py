@@ -159,7 +159,7 @@ def _repeated(
   return config_type(**values)
 
 
-def _say_what_differs(header: dict, config: flags.Config) -> None:
+def _say_what_differs(header: dict, config: flags.BareConfig) -> None:
   """Names flags that came later, and other versions, of a repeated record."""
   lines = [
     f'the record has no {field.name}, which is {getattr(config, field.name)}'
