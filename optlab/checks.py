@@ -149,12 +149,13 @@ def enforce(function: Callable[..., Any], values: dict[str, Any]) -> None:
     domain.check(name, values[name])
 
 
-def check_scalar(name: str, value: Any) -> None:
+def check_scalar(name: str, value: Any, remedy: str = '') -> None:
   """Raises a ``TypeError`` unless a function returned a real scalar.
 
   Args:
     name: The function's name, for the message.
     value: What it returned.
+    remedy: What to do about it, for the message.
   """
   try:
     shape, dtype = jnp.shape(value), jnp.result_type(value)
@@ -163,7 +164,7 @@ def check_scalar(name: str, value: Any) -> None:
   if shape or not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
       f'{name} must return a real scalar of floats, got shape {shape} and dtype'
-      f' {dtype}.'
+      f' {dtype}.' + (f' {remedy}' if remedy else '')
     )
 
 

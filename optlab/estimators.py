@@ -90,8 +90,8 @@ def value_and_grad(
     empty, or a `losses.LossState`.
 
   Raises:
-    TypeError: ``fun`` is not a function, or a leaf of ``params`` not a floating
-      array.
+    TypeError: ``fun`` is not a function, its loss no real scalar, or a leaf of
+      ``params`` not a floating array.
     ValueError: ``init`` gets too few or too many arguments, or ``fun`` returns
       something else than declared.
 
@@ -115,7 +115,7 @@ def value_and_grad(
     checks.check_params('params', params)
     model_state, key, state = loss.begin(state)
     batch = base.rows_of(batch)
-    (value, (new, aux)), grads = jax.value_and_grad(loss, has_aux=True)(
+    (value, (new, aux)), grads = jax.value_and_grad(loss.scalar, has_aux=True)(
       params, model_state, batch, key
     )
     bound = jax.tree_util.Partial(loss.value, model_state, batch, key)

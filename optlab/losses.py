@@ -81,6 +81,17 @@ class Loss(NamedTuple):
     )  # fmt: skip
     return value, (trees.cast_like(new, own), aux)
 
+  def scalar(self, *args: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The same of a loss of a whole batch, which must be one real number."""
+    value, rest = self(*args)
+    checks.check_scalar(
+      'the loss',
+      value,
+      'Take its mean over the batch, or give the losses of the examples to'
+      ' optlab.per_example.',
+    )
+    return value, rest
+
   def own(self, model_state):
     """The part of the model state that this loss returns."""
     return model_state if self.part is None else model_state[self.part]

@@ -69,6 +69,10 @@ def _is_jaxpr(part):
   return isinstance(part, (jax_core.Jaxpr, jax_core.ClosedJaxpr))
 
 
+def _has_jaxpr(value):
+  return isinstance(value, tuple) and any(map(_is_jaxpr, value))
+
+
 def _moved(jaxpr, found):
   if not _pins(jaxpr):
     return jaxpr
@@ -92,7 +96,7 @@ def _equation(eqn, found):
     return _moved(value, found) if isinstance(value, jax_core.Jaxpr) else value
 
   params = {
-    name: tuple(map(part, value)) if isinstance(value, tuple) else part(value)
+    name: tuple(map(part, value)) if _has_jaxpr(value) else part(value)
     for name, value in eqn.params.items()
   }
   return eqn.replace(params=params)

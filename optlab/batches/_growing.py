@@ -76,7 +76,7 @@ def growing_init(
     data: The data set, a pytree of arrays with N examples on the leading axes.
       Where they are split over devices, every device will do its part of each
       microbatch.
-    key: Typed PRNG key of the permutations.
+    key: PRNG key of the permutations.
     *inner: What ``estimator.init`` takes after the parameters: model state, the
       key of the run.
     num_shards: Devices over which `data` is split by `jax.shard_map`.
@@ -93,6 +93,7 @@ def growing_init(
       estimator.
   """
   checks.enforce(growing_init, locals())
+  key = checks.as_key('key', key)
   length = batch_length(data)
   if length % num_shards:
     raise ValueError(

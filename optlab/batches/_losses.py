@@ -51,6 +51,12 @@ def checked(
       f'losses must return one loss per example, shape {mask.shape}, got shape'
       f' {jnp.shape(values)}: leave out the mean over the batch.'
     )
+  dtype = jnp.result_type(values)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f'losses must return real numbers, got dtype {dtype}, which has no'
+      ' gradient that descends.'
+    )
   return values
 
 

@@ -252,6 +252,11 @@ class Over(NamedTuple):
           f' {mask.shape[0]}, got shape {jnp.shape(leaf)}: per_example takes'
           ' its mean over the examples.'
         )
+      if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(
+          f'aux must be numbers, got dtype {leaf.dtype}: per_example takes its'
+          ' mean over the examples.'
+        )
       wide = leaf.astype(jnp.promote_types(leaf.dtype, mask.dtype))
       return jnp.tensordot(mask.astype(wide.dtype), wide, 1)
 

@@ -49,13 +49,7 @@ class Level(NamedTuple):
         ' has_aux=True, where the estimator has it, and return (scalar, aux)'
         ' from both levels; else leave the aux out.'
       )
-    dtype, shape = getattr(out, 'dtype', None), getattr(out, 'shape', ())
-    if dtype is None or shape or not jnp.issubdtype(dtype, jnp.floating):
-      raise TypeError(
-        f'{self.name} must return a real scalar, got '
-        + (f'shape {shape}' if shape else f'{dtype or type(out).__name__}')
-        + ': sum or average the losses.'
-      )
+    checks.check_scalar(self.name, out, 'Sum or average the losses.')
     return out, aux
 
 

@@ -386,12 +386,17 @@ def pinned(spread):
   def losses(p, x):
     body = lambda h, w: (spread(jnp.tanh(h @ w)), None)
     hidden = jax.checkpoint(spread)(jnp.tanh(x @ p['w']))
+    hidden += p['table'][(8 * x[:, 0]).astype(int) % 5]
     return jnp.sum(jax.lax.scan(body, hidden, p['layers'])[0] ** 2, 1)
 
   return losses
 
 
-PINNED = {'w': dense(16, 32), 'layers': dense(2, 32, 32)}
+PINNED = {
+  'w': dense(16, 32),
+  'table': dense(5, 32),
+  'layers': dense(2, 32, 32),
+}
 
 
 @pytest.mark.parametrize('route', ['ghost_norms', 'vmap_grads'])

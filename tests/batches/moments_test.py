@@ -527,6 +527,15 @@ def test_bad_input_is_named():
     make(mlp).estimate(MLP, (), (x, y[:3]))
   with pytest.raises(ValueError, match='examples on its leading axis'):
     make(mlp).estimate(MLP, (), (x, 1.0))
+  x = jnp.ones((4, 2))
+  for to, kind in ((int, 'int32'), (complex, 'complex64'), (bool, 'bool')):
+    losses = lambda p, x, to=to: (x @ p).astype(to)
+    for route in (optlab.batches.vmap_grads, optlab.ghost_norms):
+      with pytest.raises(TypeError, match=f'losses must return real.*{kind}'):
+        make(losses, route).estimate(jnp.ones(2), (), x)
+  keys = lambda p, x: (x @ p, jax.random.split(jax.random.key(0), len(x)))
+  with pytest.raises(TypeError, match=r'aux must be numbers, got dtype key'):
+    make(keys, has_aux=True).estimate(jnp.ones(2), (), x)
 
 
 @pytest.mark.parametrize(
