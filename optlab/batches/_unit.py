@@ -128,7 +128,10 @@ def _loop(run, step, one, inputs, axis):
   @jax.custom_jvp
   def rounds(consts):
     def body(carry):
-      after = step(carry, found_in(consts, carry.unit))
+      # What a pass gathers or casts stays in it: XLA would move it in front of
+      # the loop, and hold it there.
+      unit, held = jax.lax.optimization_barrier((carry.unit, consts))
+      after = step(carry, found_in(held, unit))
       vary = lambda flag: _vary(flag, axes)
       return after._replace(
         unit=vary(after.unit),
