@@ -86,7 +86,7 @@ for make in BILEVEL:
         inner=inner,
       ),
       TypeError,
-      r'upper must return a real scalar, got shape \(2,\): sum or average',
+      r'upper must return a real scalar of floats.*\(2,\).*Sum or average',
     )
 for index, error, match in (
   (3, ValueError, 'batch.lower.index must be below lower_blocks=3, got 3'),

@@ -180,7 +180,7 @@ row(
   'losses where their mean belongs',
   lambda: estimate(value_and_grad(fun=losses), ROWS),
   TypeError,
-  'the loss must return a real scalar, got shape',
+  'the loss must return a real scalar of floats, got shape',
 )
 
 
