@@ -394,13 +394,9 @@ def test_leaves_that_no_gradient_moves_are_named(leaf, match):
 )
 def test_a_loss_that_is_no_real_number_is_named(value, found):
   estimator = optlab.value_and_grad(lambda p, batch: value)
-  with pytest.raises(
-    TypeError, match=f'loss must return a .*scalar.*{found}'
-  ):
+  with pytest.raises(TypeError, match=f'loss must return a .*scalar.*{found}'):
     estimator.estimate(jnp.ones(2), (), None)
-  with pytest.raises(
-    TypeError, match=f'fun must return a .*scalar.*{found}'
-  ):
+  with pytest.raises(TypeError, match=f'fun must return a .*scalar.*{found}'):
     optlab.minimize(lambda p: value, jnp.ones(2), optax.sgd(0.1), max_steps=2)
 
 
