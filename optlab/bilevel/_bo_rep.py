@@ -221,7 +221,7 @@ def bo_rep(
 
     Strong convexity is assumed. Where ``g_yy`` is singular along ``f_y``, ``z``
     grows linearly: ``dual_radius`` bounds it and ``dual_residual`` shows it.
-    Where it is indefinite, ``info.ok`` is false. A
+    Where it is indefinite, or after 200 steps not felt, ``info.ok`` is false. A
     step with numbers that are not finite is rejected: the state is held, the
     hypergradient is zero, and ``info.total_rejected`` counts it.
   """

@@ -10,6 +10,8 @@ from optlab import base
 from optlab import trees
 from optlab.bilevel import _problem
 
+PATIENCE = 200  # Steps after which z must have felt the curvature.
+
 
 class Dual(NamedTuple):
   """How z moves."""
@@ -113,7 +115,10 @@ def step(
   Where ``g_yy`` is positive semidefinite and the rate at most two over its
   largest eigenvalue, a step makes ``z`` longer by at most the rate times the
   norm of ``f_y``. The sum of these is the ball, twice as wide, that holds ``z``
-  where the caller gave none: it cuts only what would diverge. The sign of
+  where the caller gave none: it cuts only what would diverge. A ``z`` that is
+  still nearly as long after many steps has met no curvature that it can feel:
+  the lower level is linear there, singular, or the rate far too small, and the
+  hypergradient not that of a solution. The sign of
   ``z' g_yy z`` is looked at too, by ``sampled`` where ``product`` is no true
   one. The norm of ``beside``, the lower gradient, is taken with the others: in
   small problems looking costs as much as computing.
@@ -138,13 +143,15 @@ def step(
   length, size, reached, *rest, along = trees.norms(
     *looked, product=(z, product if sampled is None else sampled)
   )
-  reach, bound = state.reach, dual.radius
+  reach, bound, idle = state.reach, dual.radius, jnp.asarray(False)
   if rate is not None:
     reach += (rate * size).astype(reach.dtype)
     bound = 2 * reach if bound is None else bound
+    idle = is_idle(reached, reach, count)
   moved, ok, _ = hold(moved, jnp.inf if bound is None else bound, reached)
   # At least the norm of g_yy z, times about that of z.
   ok &= is_convex(along, reached * (length + size))
+  ok &= ~idle & (feels(along, reached, size) | (count < PATIENCE))
   return Solution(
     moved, length, ok, DualState(opt_state, reach), (reached, *rest)
   )
@@ -165,6 +172,20 @@ def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
   """The caller's ball, or that of a Neumann series whose terms do not grow."""
   own = 1.01 * rates * trees.norm(grad_y)
   return own if radius is None else jnp.minimum(own, radius)
+
+
+def feels(along: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
+  """Whether ``g_yy`` along z is more than nothing, beside ``f_y``.
+
+  At a solution ``z' g_yy z`` is ``z' f_y``, which only a condition number of a
+  million makes so small. Where it is nothing, z is as long as its steps were.
+  """
+  return (along > 1e-3 * length * size) | (length == 0) | (size == 0)
+
+
+def is_idle(length: jax.Array, reach: jax.Array, count: jax.Array) -> jax.Array:
+  """Whether many steps have led z about as far as ``f_y`` alone would."""
+  return (length > 0.7 * reach) & (reach > 0) & (count >= PATIENCE)
 
 
 def is_convex(along: jax.Array, scale: Any) -> jax.Array:

@@ -92,7 +92,9 @@ def soba(
     gradient, one Hessian-vector and one cross product.
     Unstable where f_y changes by much in one step: z then lags behind.
     ``info.ok`` is false where ``z`` left its ball or found
-    negative curvature, or where the lower optimizer held a part of y.
+    negative curvature, where it has found none after 200 steps (a lower level
+    that is linear or singular, or a rate far too small), or where the lower
+    optimizer held a part of y.
   """
   checks.enforce(soba, locals())
   problem = _bilevel.problem_of(

@@ -172,7 +172,7 @@ def recursive_estimator(
     rate = trees.at_step(dual.lr, state.step)
     reach = state.dual_state.reach
     reach += (rate * size).astype(reach.dtype)
-    z, ok, _ = _dual.hold(
+    z, ok, length = _dual.hold(
       _dual.subtract(state.dual, rate, d_z),
       2 * reach if dual.radius is None else dual.radius,
     )
@@ -192,7 +192,7 @@ def recursive_estimator(
       memory=SrbaMemory(*now, moves),
       lower_grad_norm=trees.norm(d_y),
       dual_residual=trees.norm(d_z),
-      ok=ok & convex,
+      ok=ok & convex & ~_dual.is_idle(length, reach, state.step),
       constrained=held,
     )
 
@@ -210,6 +210,7 @@ def _look(problem, step, params, inner, z, batch):
     z, product, grad_y, product=(z, product)
   )
   convex = _dual.is_convex(along, length * scale)
+  convex &= _dual.feels(along, length, size) | (step < _dual.PATIENCE)
   return (value, seen.value, size, convex), (
     trees.wide(_bilevel.hypergradient(grad_x, cross)),
     trees.wide(seen.grad),

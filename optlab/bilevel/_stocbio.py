@@ -93,7 +93,8 @@ def stocbio(
     Cost: one upper gradient, ``lower_steps`` lower gradients, one lower
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
     residual) and one cross product. ``info.ok`` is false where the series
-    grows: the rate is too large, or ``g_yy`` indefinite.
+    grows: the rate is too large, or ``g_yy`` indefinite; and where it meets no
+    curvature: the lower level is linear, or the rate far too small.
   """
   checks.enforce(stocbio, locals())
   problem = _bilevel.problem_of(
@@ -123,9 +124,9 @@ def stocbio(
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))
     size = trees.norm(grad_y)
     ok = inside & (residual <= 1.01 * size)
-    ok &= _dual.is_convex(
-      trees.inner_product(dual, product), length * (residual + size)
-    )
+    along = trees.inner_product(dual, product)
+    ok &= _dual.is_convex(along, length * (residual + size))
+    ok &= _dual.feels(along, length, size)
     return _dual.Solution(dual, residual, ok), cross, lower
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)

@@ -135,6 +135,7 @@ def ttsa(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
     cross, product = products(dual)
+    along, size = trees.inner_product(dual, product), trees.norm(grad_y)
     result = base.Estimate(
       value,
       _bilevel.hypergradient(grad_x, cross),
@@ -148,9 +149,8 @@ def ttsa(
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(lower.grad),
       ok=inside
-      & _dual.is_convex(
-        trees.inner_product(dual, product), length * trees.norm(product)
-      ),
+      & _dual.is_convex(along, length * trees.norm(product))
+      & _dual.feels(along, length, size),
       constrained=held,
       memory=TtsaMemory(key, power),
     )

@@ -191,6 +191,42 @@ def test_a_semidefinite_hessian_is_no_fault():
     assert state.info.total_not_ok == 0, name
 
 
+@pytest.mark.parametrize('name', [*FORMULA, 'mrbo'])
+def test_a_lower_level_without_curvature_is_told(name):
+  """Linear, linear along one axis, with its minimum at infinity."""
+
+  def lower(x, y, kind):
+    along = (y[0] - x[0]) ** 2 - 0.3 * x[1] * y[1]
+    fine = (y[0] - x[0]) ** 2 + 0.5 * jnp.sum((y - x) ** 2)
+    levels = fine, -x @ y, along, jnp.sum(jax.nn.softplus(-x * y))
+    return jnp.asarray(levels)[kind]
+
+  upper = lambda x, y, kind: 0.5 * jnp.sum((y - 1.0) ** 2)
+  options = {'reuse_sample': True} if name in ROUNDS else {}
+  make = {**FORMULA, 'mrbo': bilevel.mrbo}[name]
+  estimator = make(upper, lower, optax.sgd(0.2), 0.2, **options)
+  tx = optax.sgd(0.05)
+  step = optlab.train_step(estimator, tx)
+  state = optlab.init(
+    jnp.array([0.5, -0.5]), estimator, tx, jnp.array([5.0, -4.0])
+  )
+
+  @jax.jit
+  def last(kind):
+    batch = optlab.BilevelBatch(kind, kind)
+    return jax.lax.scan(lambda s, _: step(s, batch), state, length=600)[0]
+
+  for kind in range(4):
+    end = last(kind)
+    info = end.estimator_state.info
+    assert info.ok == (kind == 0), kind
+    if kind == 0:
+      np.testing.assert_allclose(end.params, 1.0, atol=1e-3)
+      assert info.total_not_ok == 0
+    else:
+      assert info.total_not_ok > 100
+
+
 @pytest.mark.parametrize('warm', [True, False])
 def test_implicit_recovers_from_an_indefinite_sample(x64, warm):
   """A poisoned z is left behind by the next good sample."""
