@@ -3,46 +3,20 @@
 A loss that mixes its examples (batch normalization that trains) is another
 function on a batch of one, and its per-example gradients are wrong. The jaxpr
 of the losses is read once, while a step is traced: the axis of the examples is
-followed, and an operation that takes them together, on the way to the loss, is
-an error. What can't be followed passes; `check_losses` compares numbers.
+followed (`_dependence`), and an operation that takes them together, on the way
+to the loss, is an error. What can't be followed passes; `check_losses` compares numbers.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
 from optlab import base
 from optlab import checks
+from optlab.batches import _dependence
 from optlab.batches import _losses
-
-_ELEMENTWISE = """
-  abs add and acos acosh asin asinh atan atan2 atanh cbrt ceil clamp complex
-  conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc
-  exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-  logistic lt max min mul ne neg nextafter not optimization_barrier or pow
-  real reduce_precision rem round rsqrt select_n sharding_constraint sign
-  sin sinh sqrt square stop_gradient sub tan tanh xor pvary pcast
-"""
-_CALLS = """
-  jit pjit closed_call core_call remat2 checkpoint custom_jvp_call
-  custom_vjp_call custom_vjp_call_jaxpr
-"""
-_IS_ELEMENTWISE, _IS_CALL = map(
-  frozenset, (_ELEMENTWISE.split(), _CALLS.split())
-)
-
-
-class _Mixed(NamedTuple):
-  """A number in which examples are mixed, and by what."""
-
-  by: str
-
-
-_NONE, _UNKNOWN = 'none', 'unknown'  # No data in it; not followed.
 
 
 def check_losses(
@@ -130,10 +104,9 @@ def _program(losses, params, examples):
 def _mixed_by(closed, params, examples):
   if _losses.batch_length(examples) < 2:
     return None
-  inputs = [_NONE] * len(jax.tree.leaves(params))
-  inputs += [0] * len(jax.tree.leaves(examples))
-  found = _walk(closed.jaxpr, inputs)[0]
-  return found.by if isinstance(found, _Mixed) else None
+  return _dependence.mixed_by(
+    closed.jaxpr, len(jax.tree.leaves(params)), len(jax.tree.leaves(examples))
+  )
 
 
 def _message(what):
@@ -143,154 +116,3 @@ def _message(what):
     ' (use_running_average=True), normalize within examples, or take'
     ' microbatch_means or plain_grads, whose gradients are of microbatches.'
   )
-
-
-def _walk(jaxpr, inputs):
-  env: dict[Any, Any] = dict.fromkeys(jaxpr.constvars, _NONE)
-  env |= dict(zip(jaxpr.invars, inputs, strict=True))
-  read = lambda atom: _NONE if isinstance(atom, jax_core.Literal) else env[atom]
-  for eqn in jaxpr.eqns:
-    outs = _equation(eqn, [read(atom) for atom in eqn.invars])
-    env |= dict(zip(eqn.outvars, outs, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
-
-
-def _equation(eqn, states):
-  """Where the axis of the examples is in each result."""
-  count = len(eqn.outvars)
-  name = eqn.primitive.name
-  if all(state == _NONE for state in states):
-    return [_NONE] * count
-  if name in _IS_CALL:
-    inner = eqn.params.get('jaxpr', eqn.params.get('call_jaxpr'))
-    inner = getattr(inner, 'jaxpr', inner)
-    if inner is not None and len(inner.invars) == len(states):
-      return _walk(inner, states)
-  for state in states:
-    if isinstance(state, _Mixed):
-      return [state] * count
-  if any(state == _UNKNOWN for state in states):
-    return [_UNKNOWN] * count
-  rule = _RULES.get(name)
-  if name in _IS_ELEMENTWISE:
-    rule = _elementwise
-  elif name.startswith(('reduce_', 'arg')) and 'axes' in eqn.params:
-    rule = _reduce
-  elif name.startswith('cum'):
-    rule = _along('axis')
-  return [_UNKNOWN] * count if rule is None else [rule(eqn, states)] * count
-
-
-def _elementwise(eqn, states):
-  axes = {state for state in states if state != _NONE}
-  return axes.pop() if len(axes) == 1 else _UNKNOWN
-
-
-def _reduce(eqn, states):
-  axes = eqn.params['axes']
-  if states[0] in axes:
-    return _Mixed(eqn.primitive.name)
-  return states[0] - sum(axis < states[0] for axis in axes)
-
-
-def _along(parameter):
-  def rule(eqn, states):
-    axis = _elementwise(eqn, states)
-    same = axis == eqn.params[parameter]
-    return _Mixed(eqn.primitive.name) if same else axis
-
-  return rule
-
-
-def _dot(eqn, states):
-  contract, batch = eqn.params['dimension_numbers']
-  places = []
-  for side, state in enumerate(states):
-    if state == _NONE:
-      continue
-    if state in contract[side]:
-      return _Mixed('dot_general')
-    if state in batch[side]:
-      places.append(list(batch[side]).index(state))
-      continue
-    ranks = [len(atom.aval.shape) for atom in eqn.invars]
-    free = [
-      axis
-      for axis in range(ranks[side])
-      if axis not in contract[side] and axis not in batch[side]
-    ]
-    before = len(batch[0])
-    if side == 1:
-      before += ranks[0] - len(contract[0]) - len(batch[0])
-    places.append(before + free.index(state))
-  return places[0] if len(set(places)) == 1 else _Mixed('dot_general')
-
-
-def _reshape(eqn, states):
-  before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-  axis = states[0]
-  lead = math.prod(before[:axis])
-  for place, size in enumerate(after):
-    if size == before[axis] and math.prod(after[:place]) == lead:
-      return place
-  return _UNKNOWN
-
-
-def _transpose(eqn, states):
-  return list(eqn.params['permutation']).index(states[0])
-
-
-def _broadcast(eqn, states):
-  return eqn.params['broadcast_dimensions'][states[0]]
-
-
-def _convolution(eqn, states):
-  numbers = eqn.params['dimension_numbers']
-  lhs = states[0] == numbers.lhs_spec[0] and states[1] == _NONE
-  whole = eqn.params['batch_group_count'] == 1
-  return numbers.out_spec[0] if lhs and whole else _UNKNOWN
-
-
-def _window(eqn, states):
-  """Slices, pads and concatenations along the other axes."""
-  axis = _elementwise(eqn, states)
-  if axis == _UNKNOWN or states[0] == _NONE:
-    return _UNKNOWN
-  before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-  return axis if before[axis] == after[axis] else _UNKNOWN
-
-
-def _gather(eqn, states):
-  numbers = eqn.params['dimension_numbers']
-  if states[1] == _NONE:
-    return _UNKNOWN
-  if states[0] != _NONE and (
-    states[0] not in numbers.operand_batching_dims
-    or numbers.start_indices_batching_dims[
-      list(numbers.operand_batching_dims).index(states[0])
-    ]
-    != states[1]
-  ):
-    return _UNKNOWN
-  rank = len(eqn.outvars[0].aval.shape)
-  free = [axis for axis in range(rank) if axis not in numbers.offset_dims]
-  return free[states[1]]
-
-
-_RULES = {
-  'broadcast_in_dim': _broadcast,
-  'concatenate': _window,
-  'conv_general_dilated': _convolution,
-  'dot_general': _dot,
-  'dynamic_slice': _window,
-  'expand_dims': _reshape,
-  'gather': _gather,
-  'pad': _window,
-  'reshape': _reshape,
-  'rev': _window,
-  'slice': _window,
-  'sort': _along('dimension'),
-  'split': _window,
-  'squeeze': _reshape,
-  'transpose': _transpose,
-}

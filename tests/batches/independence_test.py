@@ -69,6 +69,44 @@ def hidden(params, x):
   return (x - jax.lax.stop_gradient(x.mean(0))) @ params['w'][:, 0]
 
 
+def of_rows(centre):
+  """Squares of rows that a function has put together."""
+  return lambda params, x: jnp.sum(centre(x @ params['w']) ** 2, 1)
+
+
+def by_name(z):
+  """As equinox normalizes: by the name of a mapped axis."""
+  return jax.vmap(lambda z: z - jax.lax.pmean(z, 'rows'), axis_name='rows')(z)
+
+
+def from_classes(z):
+  classes = jnp.arange(len(z)) % 2 + (z[:, 0] > 0)
+  return z - jax.ops.segment_sum(z, classes, 3)[classes]
+
+
+def in_turn(z):
+  return jax.lax.scan(lambda seen, row: (seen + row, seen + row), z[0] * 0, z)[
+    1
+  ]
+
+
+def in_scanned_layers(z):
+  layer = lambda z, w: (jnp.tanh(z - z.mean(0)) * w, None)
+  return jax.lax.scan(layer, z, jnp.ones(2))[0]
+
+
+def in_a_branch(z):
+  return jax.lax.cond(z.size > 0, lambda z: z - z.mean(0), lambda z: z, z)
+
+
+def distances(z):
+  return jnp.sum((z[:, None] - z[None]) ** 2, 1)
+
+
+def after_a_sum_by_hand(z):
+  return z * jax.lax.fori_loop(0, len(z), lambda i, total: total + z[i, 0], 0.0)
+
+
 MIXED = {
   'batch norm': normalized(False, True),
   'batch norm of images': normalized(True, True),
@@ -77,6 +115,22 @@ MIXED = {
   'sort': (ranked, PARAMS, X),
   'cumsum': (running, PARAMS, X),
   'stop_gradient': (hidden, PARAMS, X),
+  **{
+    part.__name__: (of_rows(part), PARAMS, X)
+    for part in (
+      by_name,
+      from_classes,
+      in_turn,
+      in_scanned_layers,
+      in_a_branch,
+      distances,
+      after_a_sum_by_hand,
+    )
+  },
+  'roll': (of_rows(lambda z: z - jnp.roll(z, 1, 0)), PARAMS, X),
+  'order': (of_rows(lambda z: z - z[::-1]), PARAMS, X),
+  'all numbers': (of_rows(lambda z: z - z.reshape(-1).mean()), PARAMS, X),
+  'spectrum': (of_rows(lambda z: jnp.fft.fft(z, axis=0).real), PARAMS, X),
 }
 
 
@@ -118,7 +172,45 @@ def penalized(params, x):
   return (x @ params['w'])[:, 0] + jnp.sum(params['w'] ** 2)
 
 
+def in_pieces(params, x):
+  """Chunks, loops and views, each example for itself."""
+  z = x @ params['w']
+  part = lambda z: jnp.sum(jnp.tanh(z) ** 2, -1)
+  chunks = jnp.concatenate([part(z[:2]), part(z[2:])])
+  mapped = jax.lax.map(lambda row: jnp.sum(row @ params['w']), x)
+  counted = jax.lax.scan(lambda k, row: (k + 1, k + row[0]), 0.0, z * 0)[1]
+  fill = lambda i, out: out.at[i].set(jnp.sum(z[i]))
+  filled = jax.lax.fori_loop(0, len(z), fill, jnp.zeros(len(z)))
+  twice = jnp.concatenate([z, 2 * z])
+  views = jnp.sum(twice[: len(z)] * twice[len(z) :], 1)
+  return chunks * mapped + counted * 0 + filled + views
+
+
+def by_row(params, x):
+  """What mixes rows, within each example."""
+
+  def one(row):
+    z = row @ params['w']
+    order = jnp.argsort(z)
+    counts = jax.ops.segment_sum(z, order, 3)[order]
+    return (
+      jnp.sum(jnp.cumsum(jnp.sort(z)) * counts)
+      + jax.lax.top_k(z, 2)[0][1]
+      + jnp.abs(jnp.fft.rfft(row)).sum()
+      + jax.lax.cond(z[0] > 0, jnp.sum, jnp.prod, z)
+      + jnp.sum(jax.lax.scan(lambda c, y: (c * y, c), 1.0, z)[1])
+      + jax.lax.while_loop(
+        lambda c: c > 1.0, lambda c: c / 2, jax.lax.stop_gradient(z[0])
+      )
+      + jnp.linalg.slogdet(jnp.outer(z, z) + jnp.eye(3))[1]
+    )
+
+  return jax.vmap(one)(x)
+
+
 ALONE = {
+  'in pieces': (in_pieces, PARAMS, X),
+  'by row': (by_row, PARAMS, X),
   'fixed statistics': normalized(False, False),
   'images, fixed statistics': normalized(True, False),
   'layer norm': (layer_norm, PARAMS, X),
