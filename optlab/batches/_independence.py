@@ -4,7 +4,8 @@ A loss that mixes its examples (batch normalization that trains) is another
 function on a batch of one, and its per-example gradients are wrong. The jaxpr
 of the losses is read once, while a step is traced: the axis of the examples is
 followed (`_dependence`), and an operation that takes them together, on the way
-to the loss, is an error. What can't be followed passes; `check_losses` compares numbers.
+to the loss, is an error. What can't be followed passes; `check_losses` compares
+numbers.
 """
 
 from typing import Any
