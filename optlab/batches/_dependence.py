@@ -173,7 +173,7 @@ def _scan(eqn, states):
     for state, kept in zip(xs, slices, strict=True)
   ]
   before = body(carry, others)[loop.carry :]
-  outs = []
+  outs: list[Any] = []
   for state, kept in zip(stacked, before, strict=True):
     if state == SOME:
       outs.append(0 if kept == NONE else Mixed('scan'))
@@ -216,10 +216,10 @@ def _while(eqn, states):
 
 def _cond(eqn, states):
   index, *operands = states
-  outs = None
+  outs: list[Any] = [NONE] * len(eqn.outvars)
   for branch in eqn.params['branches']:
     found = _walk(getattr(branch, 'jaxpr', branch), operands)
-    outs = found if outs is None else list(map(_join, outs, found))
+    outs = list(map(_join, outs, found))
   if index == NONE:
     return outs
   if index == UNKNOWN:
