@@ -61,7 +61,7 @@ def load(
     return _from_sklearn(name)
   if name.startswith('openml:'):
     return _from_openml(name.removeprefix('openml:'))
-  path = _find(name, data_dir)
+  path = find(name, data_dir)
   if '-idx3-' in path.name:
     return _idx(name, path)
   return _libsvm(name, path, num_features)
@@ -134,7 +134,8 @@ def _from_openml(name: str) -> Dataset:
   return _dataset(name, features, bunch.target)
 
 
-def _find(name: str, data_dir: str) -> pathlib.Path:
+def find(name: str, data_dir: str) -> pathlib.Path:
+  """The file of a data set, or a `flags.UserError` that says what there is."""
   if pathlib.Path(name).is_file():
     return pathlib.Path(name)
   folder = pathlib.Path(data_dir) if data_dir else None

@@ -113,6 +113,11 @@ def load(
   train = train[keep]
   flipped = random.uniform(size=len(train)) < flip
   train = np.where(flipped[:, None], -train, train)
+  if not min(len(train), len(validation), len(test)):
+    raise flags.UserError(
+      f'{full.name}: {len(train)} rows to train on, {len(validation)} to'
+      f' validate and {len(test)} to test are too few'
+    )
   return Split(train, validation, test)
 
 
@@ -122,10 +127,12 @@ def _signed(features, signs) -> np.ndarray:
 
 
 def _test_file(name, data_dir, num_features) -> np.ndarray | None:
+  file = f'{name}_testing.libsvm.gz'
   try:
-    test = data_lib.load(f'{name}_testing.libsvm.gz', data_dir, num_features)
+    data_lib.find(file, data_dir)
   except flags.UserError:
     return None
+  test = data_lib.load(file, data_dir, num_features)
   return _signed(data_lib.dense(test), data_lib.signs(test))
 
 

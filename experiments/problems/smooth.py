@@ -95,7 +95,11 @@ def least_value(problem: Problem) -> float:
     if first.size <= FEW:
       # scipy's methods take vectors.
       fun = jax.jit(lambda x: wide.fun(x.reshape(first.shape), wide.data))
-      parts = {'jac': jax.jit(jax.grad(fun)), 'hess': jax.jit(jax.hessian(fun))}
+      slope, unit = jax.jit(jax.grad(fun)), jnp.eye(first.size)
+      # One column after the other: sparse products have no rule for batches.
+      column = lambda x, v: jax.jvp(slope, (x,), (v,))[1]
+      hess = jax.jit(lambda x: jax.lax.map(lambda v: column(x, v), unit))
+      parts = {'jac': slope, 'hess': hess}
       for solver, needs in REFERENCES.items():
         result = scipy.optimize.minimize(
           fun,

@@ -95,6 +95,8 @@ def _csv(path: pathlib.Path) -> np.ndarray:
           f' {len(rows[0]) if rows else 1} finite ones'
         )
       rows.append(values)
+  if not rows:
+    raise flags.UserError(f'{path}: has no rows of numbers')
   return np.asarray(rows).reshape(len(rows), -1)
 
 

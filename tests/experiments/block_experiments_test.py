@@ -1,5 +1,7 @@
 """The multi-block programs end to end, at a size that takes seconds."""
 
+import gzip
+
 import jax
 import numpy as np
 import pytest
@@ -159,6 +161,25 @@ def test_spoiled_labels_are_those_of_training_rows_alone():
   flipped = np.any(turned.train != few.train, axis=1)
   np.testing.assert_array_equal(turned.train[flipped], -few.train[flipped])
   assert 0.2 < np.mean(flipped) < 0.4
+
+
+def test_a_split_is_whole_or_refused(tmp_path):
+  """A test file that is damaged is not passed over for another split."""
+  (tmp_path / 'toy.libsvm').write_text('1 1:1\n-1 2:1\n' * 8)
+  load = lambda: logistic.load(
+    'toy', str(tmp_path), random=np.random.default_rng(0)
+  )
+  assert len(load().test) == 3
+  other = tmp_path / 'toy_testing.libsvm.gz'
+  other.write_bytes(gzip.compress(b'1 1:1\n-1 2:1\n'))
+  assert len(load().test) == 2
+  other.write_bytes(b'1 1:1\n')
+  with pytest.raises(flags.UserError, match='toy_testing.*Not a gzipped'):
+    load()
+  other.unlink()
+  (tmp_path / 'toy.libsvm').write_text('1 1:1\n-1 2:1\n')
+  with pytest.raises(flags.UserError, match='0 to validate .* too few'):
+    load()
 
 
 def test_multi_block_hyperparameters_end_to_end(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scipy.optimize
 from sklearn import datasets
 
 from experiments import logistic_regression
@@ -191,6 +192,18 @@ def test_float32_reaches_what_float32_can(small):
     logistic_regression.main(config)
   for row in record.select(record.read(config.output_dir)[1], 'summary'):
     assert row['reached']
+
+
+def test_a_small_sparse_file_has_a_least_value(tmp_path):
+  """By the reference solvers, whose Hessian needs more than products."""
+  path = tmp_path / 'toy.libsvm'
+  path.write_text('+1 1:0.5 3:2\n-1 2:1\n' * 3)
+  dataset = data.load(str(path))
+  a, y = data.dense(dataset), data.signs(dataset)
+  fun = lambda x: np.mean(np.logaddexp(0.0, -y * (a @ x))) + 0.005 * x @ x
+  found = smooth.least_value(regressions.logistic(dataset, 1e-2))
+  expected = scipy.optimize.minimize(fun, np.zeros(3), tol=1e-12).fun
+  np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_scikit_learns_calls_are_counted(x64):

@@ -86,6 +86,9 @@ def test_csv_files(tmp_path):
     path.write_text('\n'.join([*lines[:60], bad]))
     with pytest.raises(flags.UserError, match=match):
       tabular.load(str(path))
+  path.write_text('')
+  with pytest.raises(flags.UserError, match='has no rows of numbers'):
+    tabular.load(str(path))
   path.write_text('1,2\n3,4\n')
   with pytest.raises(flags.UserError, match='2 rows of 2 columns'):
     tabular.load(str(path))
