@@ -2,11 +2,19 @@
 
 import ast
 import importlib.util
+import os
 import pathlib
 import runpy
+import signal
 import sys
+from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
+SIGNALS = [
+  getattr(signal, name)
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+  if hasattr(signal, name)
+]
 NEEDS = ('flax', 'matplotlib', 'orbax', 'rich', 'sklearn')
 
 
@@ -17,6 +25,12 @@ def programs() -> dict[str, str]:
     text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
     found[path.stem] = text.partition('\n')[0]
   return found
+
+
+def _leave(number: int, frame: Any) -> None:
+  del number, frame
+  os.write(2, b'interrupted; no run was begun or is under way\n')
+  os._exit(130)
 
 
 def main() -> None:
@@ -37,6 +51,10 @@ def main() -> None:
       f'optlab {name} needs {", ".join(missing)}: '
       "pip install 'optlab-jax[experiments]'"
     )
+  # Until the program listens, which loads JAX first.
+  for number in SIGNALS:
+    if signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, _leave)
   sys.argv = sys.argv[1:]
   runpy.run_module(f'{__package__}.{name}', run_name='__main__', alter_sys=True)
 

@@ -208,7 +208,7 @@ def _check_repeated(rows: list[dict], again: list[dict]) -> None:
 
 
 def _fail(message: str) -> typing.NoReturn:
-  print(f'error: {message}', file=sys.stderr)
+  stopping.say(f'error: {message}')
   sys.exit(1)
 
 
@@ -246,6 +246,9 @@ def run(
     main: The program.
     config_type: Its configuration, a subclass of `flags.BareConfig`.
   """
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # Closed, as by some schedulers.
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
   if issubclass(config_type, devices.Config):
     peers.supervise(sys.argv[1:])
   _define(config_type)
@@ -266,9 +269,13 @@ def run(
       with listener:
         _run(main, config_type, argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # As of `| head`.
+    except OSError as error:
+      # What is still to be written there would fail once more at the exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      _fail(f'nobody reads the standard output; {listener.way_on}')
+      said = f'{error.filename or "standard output"}: {error.strerror or error}'
+      if isinstance(error, BrokenPipeError):  # As of `| head`.
+        said = 'nobody reads the standard output'
+      _fail(f'{said}; {listener.way_on}')
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:

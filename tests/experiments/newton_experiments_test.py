@@ -82,18 +82,24 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
   with pytest.raises(flags.UserError, match='no rows with both'):
     plot.main(plot.Config(records=(str(folder),), output=output, y='energy'))
 
-  # A reader of the table that goes away ends it with a line, no traceback.
+  # A reader of the table that goes away ends it with a line, no traceback; so
+  # does a disk that is full.
   command = [sys.executable, '-m', 'experiments.plot', str(folder)]
   reading, writing = os.pipe()
   os.close(reading)
-  ended = subprocess.run(
-    [*command, f'--output={output}'],
-    cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
-  )  # fmt: skip
-  os.close(writing)
-  assert ended.returncode == 1
-  assert ended.stderr.startswith('error: nobody reads the standard output; ')
-  assert ended.stderr.count('\n') == 1
+  full = os.open('/dev/full', os.O_WRONLY)
+  for place, said in (
+    (writing, 'error: nobody reads the standard output; '),
+    (full, 'error: standard output: No space left on device; '),
+  ):
+    ended = subprocess.run(
+      [*command, f'--output={output}'],
+      cwd=ROOT, stdout=place, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(place)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count('\n') == 1
 
   # Resumed, there is nothing left to do.
   before = (folder / 'record.jsonl').read_bytes()
