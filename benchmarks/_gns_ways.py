@@ -27,6 +27,8 @@ class Way(NamedTuple):
   run: Callable[[], np.ndarray]
   prepare_s: float = 0.0  # Compiling.
   note: str = ''
+  run_s: float = 0.0  # The first run, compiling apart.
+  x: Any = None  # Where it ended.
 
 
 def seconds(run):
@@ -48,11 +50,12 @@ def compiled(name, problem, tx, least, factory=None, data=None) -> Way:
     )  # fmt: skip
 
   start = jnp.asarray(problem.start(0))
-  taken, run = seconds(lambda: jax.block_until_ready(solve(data, start)))
+  prepare_s, ready = seconds(lambda: solve.lower(data, start).compile())
+  run_s, run = seconds(lambda: jax.block_until_ready(ready(data, start)))
   counts = run.counts
   note = f'{run.steps} steps, {counts.values} values, {counts.products} Hv'
-  params = lambda: np.asarray(solve(data, start).params)
-  return Way(name, params, taken, note)
+  params = lambda: np.asarray(ready(data, start).params)
+  return Way(name, params, prepare_s, note, run_s, np.asarray(run.params))
 
 
 def tuned(problem: smooth.Problem, least: float) -> list[Way]:
@@ -127,7 +130,9 @@ def sklearn(problem: smooth.Problem, least: float, value) -> list[Way]:
         taken, x = seconds(run)
         if value(x) - least <= GAP:
           kind = 'CSR' if scipy.sparse.issparse(store) else 'dense'
-          found.append(Way(f'{solver} {kind}', run, note=f'tol {tol:g}'))
+          found.append(
+            Way(f'{solver} {kind}', run, 0.0, f'tol {tol:g}', taken, x)
+          )
           # The other storage needs about the same tolerance.
           tolerances = [t for t in tolerances if t <= 1.5 * tol]
           break
