@@ -72,6 +72,53 @@ def test_a_step_that_the_box_turns_uphill_is_not_the_end(x64):
   assert jnp.all((grad > -1e-8) & ((run.params <= 0) | (grad < 1e-8)))
 
 
+def test_lanes_of_a_vmap_turns_of_a_scan_and_donated_starts_agree():
+  def solve(start, upper):
+    run = optlab.minimize(
+      lambda p: jnp.sum((p['a'] - 2.0) ** 4) + (p['a'][0] - p['b']) ** 2,
+      start, optlab.gns_newton(), max_steps=60, grad_tol=1e-3,
+      bounds=(-1.0, {'a': upper, 'b': 1.5}),
+    )  # fmt: skip
+    return run.params, run.active, run.steps, run.status
+
+  starts = {
+    'a': jnp.array([[0.0, 5.0], [-3.0, 1.0], [2.0, 2.0]]), 'b': jnp.arange(3.0)
+  }  # fmt: skip
+  uppers = jnp.array([[1.0, 9.0], [9.0, 0.5], [0.0, 0.0]])
+  lanes = jax.jit(jax.vmap(solve))(starts, uppers)
+  turns = jax.jit(
+    lambda *all: jax.lax.scan(lambda _, at: (None, solve(*at)), None, all)[1]
+  )(starts, uppers)
+  single = jax.jit(solve, donate_argnums=0)
+  for k in range(3):
+    at = lambda tree, k=k: jax.tree.map(lambda leaf: leaf[k], tree)
+    alone = single(at(starts), uppers[k])
+    for found in (at(lanes), at(turns)):
+      for a, b in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert alone[3] == training.GRAD_TOL
+  assert single._cache_size() == 1
+  np.testing.assert_array_equal(lanes[1]['a'], [[1, 0], [0, 1], [1, 1]])
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_the_dtypes_of_the_parameters_stay(x64, dtype):
+  start = {'a': jnp.ones(2, dtype), 'b': jnp.ones((), jnp.float32)}
+  run = jax.eval_shape(
+    lambda p: optlab.minimize(
+      lambda p: jnp.sum(p['a'] ** 2).astype(jnp.float32) + p['b'] ** 2, p,
+      optlab.gns_newton(), max_steps=3, bounds=(0.5, jnp.full((), 2.0)),
+    ),
+    start,
+  )  # fmt: skip
+  assert run.params['a'].dtype == dtype and run.params['b'].dtype == jnp.float32
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(run.params))
+  assert {leaf.dtype for leaf in jax.tree.leaves(run.active)} == {
+    np.dtype('int8')
+  }
+
+
 def test_trees_with_ends_left_out_fixed_leaves_and_narrow_dtypes():
   fun = lambda p: (
     jnp.sum((p['a'] - 2.0) ** 2) + (p['b'] + 1.0) ** 2

@@ -1,5 +1,7 @@
 """Rows of the contract table: GNS-Newton and its solvers."""
 
+import jax
+
 import optlab
 from tests.contract import Row
 from tests.contract import loss
@@ -11,7 +13,23 @@ def solved(solver):
   return plain(lambda gamma: optlab.gns_newton(solver(), gamma_init=gamma))
 
 
+def few_products():
+  """Two of eight: the error of the model is not that of rounding alone.
+
+  It moves the smoothness, which is compared.
+  """
+  near = optlab.newton.hutchinson(jax.random.key(1))
+  return optlab.cg(max_steps=2, preconditioner=near)
+
+
 ROWS = [
+  Row(
+    'cg',
+    solved(few_products),
+    1.0,
+    is_transformation=True,
+    whole=True,
+  ),
   Row(
     'multishift_cg',
     solved(optlab.newton.multishift_cg),
