@@ -12,6 +12,7 @@ import numpy as np
 
 from optlab import base
 from optlab import checks
+from optlab.batches._losses import batch_length
 from optlab.batches._rest import REST
 from optlab.batches._rest import Rest
 from optlab.batches._rest import order_after
@@ -108,8 +109,9 @@ def host_loader(
   Raises:
     TypeError: ``gather`` or ``rest`` is not a function.
     ValueError: ``num_examples`` is below 1, or ``buckets`` not increasing and
-      positive; in ``take``, a batch size below 1 or above the last bucket, and
-      a state of another number of examples.
+      positive; in ``take``, a batch size below 1 or above the last bucket, a
+      state of another number of examples, and a ``gather`` that does not give
+      an example an index.
 
   Examples:
     >>> import numpy as np, optlab
@@ -164,7 +166,14 @@ def host_loader(
       rows = np.concatenate([rows, now[:position]])
     bucket = next(bucket for bucket in buckets if bucket >= size)
     padded = np.concatenate([rows, np.repeat(rows[:1], bucket - size)])
-    batch = PaddedBatch(gather(padded), np.asarray(size, np.int32))
+    examples = gather(padded)
+    found = batch_length(examples)
+    if found != bucket:
+      raise ValueError(
+        f'gather must return an example for each of the {bucket} indices, got'
+        f' {found}.'
+      )
+    batch = PaddedBatch(examples, np.asarray(size, np.int32))
     return batch, _state(seed, epoch, position, now)
 
   return HostLoader(init, take)

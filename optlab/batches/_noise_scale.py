@@ -229,6 +229,9 @@ def size_schedule(schedule: optax.Schedule, *, unit: Any = 1.0) -> Test:
     del grads, extras
     # The request is that of the next step.
     seen = batch_size if sample_size is None else sample_size
-    return schedule((samples + seen) * unit), state
+    size = schedule((samples + seen) * unit)
+    if jnp.iscomplexobj(size) or not hasattr(size, '__float__'):
+      raise TypeError(f'schedule must return a size, a number, got {size!r}.')
+    return size, state
 
   return Test(lambda params: (), update)

@@ -37,7 +37,7 @@ class Reader:
     self._source = source
     self._batched, self._prefetch, self._finite = batched, prefetch, finite
     self._begins_again = iter(source) is not source
-    self._is_new = True
+    self._is_new, self._closed = True, False
     self._like = None
     self._thread = futures.ThreadPoolExecutor(1) if prefetch else None
     self._ahead: list[Any] = []  # what the thread will have read
@@ -74,15 +74,14 @@ class Reader:
         self._iterator = iter(self._source)
         self._epoch, self._number = self._epoch + 1, 0
         continue
-      rows = jax.tree.map(np.asarray, item)
+      rows = jax.tree.map(_array, item)
       if not self._batched:
         rows = jax.tree.map(lambda leaf: leaf[None], rows)
       here = self._epoch, self._number
       self._number += 1
       chunk = _Chunk(rows, batch_length(rows), *here, at)
       self._check(chunk)
-      if chunk.length:
-        return chunk
+      return chunk
 
   def _check(self, chunk):
     like = jax.tree.map(
@@ -113,6 +112,8 @@ class Reader:
 
   def fill(self, size: int) -> None:
     """Reads until so many examples are held; on an error none is lost."""
+    if self._closed:
+      raise ValueError('stream is closed, it takes no more examples.')
     have = sum(chunk.length for chunk in self._held) - self._offset
     while have < size:
       chunk = self._next()
@@ -178,7 +179,7 @@ class Reader:
       here, length = (chunk.epoch, chunk.number), chunk.length
       self._held = [chunk]
     self._offset = int(state.offset)
-    if state.offset and (here != there or length < state.offset):
+    if here != there or length < state.offset:
       raise ValueError(
         f'source must have the item {there[1]} of pass {there[0]} that it had,'
         ' got fewer, or shorter ones.'
@@ -193,8 +194,18 @@ class Reader:
   def close(self) -> None:
     """Ends the thread."""
     self._cancel()
+    self._closed = True
     if self._thread is not None:
       self._thread.shutdown(wait=False)
+
+
+def _array(leaf: Any) -> np.ndarray:
+  if np.ma.is_masked(leaf):
+    raise ValueError(
+      'source must yield whole arrays, got a masked one, whose hidden entries'
+      ' would be used: fill or drop them.'
+    )
+  return np.asarray(leaf)
 
 
 def _fault(leaf: np.ndarray, finite: bool) -> str:

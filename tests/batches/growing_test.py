@@ -376,6 +376,9 @@ def test_bad_input_of_the_loader():
       loader.take(loader.init(0), size)
   with pytest.raises(ValueError, match='seed must be at least 0'):
     loader.init(-1)
+  few = optlab.host_loader(lambda rows: rows[:-1], N, (8, 16))
+  with pytest.raises(ValueError, match='each of the 8 indices, got 7'):
+    few.take(few.init(0), 8)  # Padding would stand in the place of an example.
   other = optlab.host_loader(lambda rows: rows, N + 1, (8, 16)).init(0)
   with pytest.raises(ValueError, match='of 40 examples, got one of 41: start'):
     loader.take(other, 8)

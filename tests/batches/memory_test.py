@@ -119,6 +119,12 @@ def test_schedules_follow_the_samples():
     )
     _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
     assert state.batch_size == 4
+  for wrong in (None, 2j, 'eight'):
+    rule = optlab.grow_batch(
+      optlab.batches.size_schedule(lambda n, w=wrong: w), 4, 8
+    )
+    with pytest.raises(TypeError, match='schedule must return a size, a num'):
+      rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
   several = optlab.batches.size_schedule(lambda n: jnp.ones(2) * n)
   rule = optlab.grow_batch(several, 4, 8)
   with pytest.raises(

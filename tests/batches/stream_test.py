@@ -255,11 +255,20 @@ def test_bad_examples_are_named_and_the_rest_goes_on(prefetch):
     (np.array([1, 2**40]), 'integers within int32, got others in item 0'),
     (np.array([1, None]), 'numbers, got object in item 0'),
     (np.array(['a', 'b']), 'numbers, got <U1 in item 0'),
+    (np.ma.masked_array([1.0, 2.0], [False, True]), 'got a masked one'),
   ):
     stream = optlab.batches.stream([item], 2, prefetch=prefetch)
     with pytest.raises(ValueError, match=match):
       stream.take(2)
     stream.close()
+  # A place that the source does not have any more.
+  stream = optlab.batches.stream([good, good], 3, prefetch=prefetch)
+  gone = stream.position()._replace(chunks=5)
+  with pytest.raises(ValueError, match='source must have the item 5 of pass 0'):
+    stream.seek(gone)
+  stream.close()
+  with pytest.raises(ValueError, match='stream is closed'):
+    stream.take(3)
   stream = optlab.batches.stream([good, nan], 6, finite=False)
   assert np.isnan(stream.take(6).examples['x']).sum() == 6
   stream.close()
