@@ -174,7 +174,7 @@ def per_example(
       if unit is not None:
         extras['sq_norms'] = _unit.sq_norms(result.grads, wide)
       rest = result.count, aux, new_state
-      return _unit.Found((result.value, result.grads), extras, rest)
+      return _unit.Found(result.value, result.grads, extras, rest)
 
     if moments is _routes.plain_grads and inner_products is None:
       found, extras = run(None), {}
@@ -183,15 +183,15 @@ def per_example(
       found, unit = _unit.fitted(run, power, wide, inputs, axis_name)
       extras = _unit.plain(found.moments, unit)
       extras['scaled_moments'] = found.moments | {'unit': unit}
-    (value, grads), (count, aux, new_state) = found.first, found.rest
+    count, aux, new_state = found.rest
     extras['sample_size'] = count.astype(jnp.int32)
     if axis_name is None:  # Else it holds one device's part of the batch.
       extras['value_fn'] = jax.tree_util.Partial(
         value_fn, (batch, model_state, key)
       )
     aux = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), aux)
-    grads = trees.conjugate(trees.cast_like(grads, params))
-    estimate = base.Estimate(value, grads, extras, aux)
+    grads = trees.conjugate(trees.cast_like(found.grads, params))
+    estimate = base.Estimate(found.value, grads, extras, aux)
     return estimate, loss.end(state, new_state)
 
   return base.GradientEstimator(loss.init, estimate)

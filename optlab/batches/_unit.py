@@ -27,12 +27,14 @@ class Found(NamedTuple):
   """What a pass over the batch finds.
 
   Attributes:
-    first: The loss and its gradient, over the unit.
+    value: The loss, over the unit.
+    grads: Its gradient, over the unit.
     moments: By name, of the gradients over the unit.
     rest: What does not depend on the unit.
   """
 
-  first: Any
+  value: Any
+  grads: Any
   moments: dict[str, Any]
   rest: Any
 
@@ -63,27 +65,23 @@ def fitted(
     axis: The mapped axis that ``run`` merges over, or ``None``.
 
   Returns:
-    What was found, its ``first`` in the first round; and the unit.
+    What was found, its value and gradient not over the unit; and the unit.
   """
 
   def step(carry, found):
     size = _size(found.moments, wide)
     again, ok, unit = _next(carry.unit, size, power, carry.round)
-    first = found.first
     if not (isinstance(carry.round, int) and carry.round == 0):
-      first = jax.tree.map(
-        lambda new, old: jnp.where(carry.round == 0, new, old),
-        first,
-        carry.found.first,
-      )
-    found = found._replace(first=first)
+      # A number is kept of the first round; of trees the loop holds one.
+      value = jnp.where(carry.round == 0, found.value, carry.found.value)
+      found = found._replace(value=value)
     return _Carry(unit, carry.unit, again, ok, carry.round + 1, found)
 
   one = jnp.ones((), wide)
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
     carry = _loop(run, step, one, inputs, axis)
   else:
-    carry = _Carry(one, one, True, True, 0, Found((), {}, ()))
+    carry = _Carry(one, one, True, True, 0, Found((), (), {}, ()))
     carry = step(carry, run(one))
     if isinstance(
       carry.again, jax.core.Tracer
@@ -97,7 +95,17 @@ def fitted(
     lambda sq: jnp.where(carry.ok, sq, jnp.nan), found.moments['sq_norms']
   )
   moments = found.moments | {'sq_norms': sq_norms}
-  return found._replace(moments=moments), carry.used
+  grads = jax.tree.map(lambda leaf: _whole(leaf, carry.used), found.grads)
+  return found._replace(grads=grads, moments=moments), carry.used
+
+
+def _whole(leaf, unit):
+  """A gradient from the one over the unit.
+
+  Where that of all but nothing overflows over a small unit, it is nothing.
+  """
+  known = jnp.isfinite(leaf) | (unit >= 1)
+  return jnp.where(known, leaf * unit.astype(leaf.dtype), 0)
 
 
 def _loop(run, step, one, inputs, axis):
@@ -146,11 +154,9 @@ def _loop(run, step, one, inputs, axis):
   def tangents(primals, tangents):
     carry = rounds(*primals)
 
-    def moved(unit):
-      in_unit = lambda consts: found_in(consts, unit)
-      return jax.jvp(in_unit, primals, tangents)[1]
-
-    found = moved(carry.used)._replace(first=moved(one).first)
+    in_unit = lambda consts: found_in(consts, carry.used)
+    found = jax.jvp(in_unit, primals, tangents)[1]
+    found = found._replace(value=found.value * carry.used)
     still = jax.tree.map(_no_tangent, carry)
     return carry, still._replace(found=found)
 

@@ -368,6 +368,8 @@ def test_memory_is_that_of_a_gradient():
     'layers': {'w': shape(8, 128, 128), 'b': shape(8, 128)},
     'head': shape(128, 1024),
   }
+  estimator = optlab.per_example(losses, optlab.ghost_norms)
+  outputs = lambda e: (e.value, e.grads, e.extras['scaled_moments'])
   memory = [
     jax.jit(f)
     .lower(params, shape(8, 128, 128))
@@ -377,9 +379,11 @@ def test_memory_is_that_of_a_gradient():
     for f in (
       jax.grad(lambda p, x: jnp.mean(losses(p, x))),
       lambda p, x: optlab.ghost_norms(losses, p, x, jnp.ones(8)),
+      # Which may repeat the pass in another unit.
+      lambda p, x: outputs(estimator.estimate(p, (), x)[0]),
     )
   ]
-  assert memory[1] <= 1.3 * memory[0], memory
+  assert max(memory[1:]) <= 1.3 * memory[0], memory
 
 
 def pinned(spread):
