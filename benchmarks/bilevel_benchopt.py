@@ -2,8 +2,10 @@
 
 pip install benchopt
 git clone https://github.com/benchopt/benchmark_bilevel
-BENCHMARK_BILEVEL=benchmark_bilevel python -m benchmarks bilevel_benchopt
+BENCHMARK_BILEVEL=benchmark_bilevel python -m benchmarks.bilevel_benchopt SABA
 
+One solver of `BATCHES` after the other, each in a process of its own, so that
+the memory is that of one; those named, or all. Lines come as they are known.
 Its `simulated` quadratics, 100 unknowns below and 10 above. All solvers draw as
 many samples. Its own take its published best rates; ours, which are not tuned,
 those of its SABA. SOBA, which it publishes no rates of, has its default.
@@ -88,7 +90,7 @@ def asked(label, options, seeds):
   return f'{name}[{options},eval_freq={steps},random_state={list(seeds)}]'
 
 
-def main() -> None:
+def main(names=()) -> None:
   source = os.environ.get('BENCHMARK_BILEVEL')
   if not source or shutil.which('benchopt') is None:
     print(f'skipped: it needs what {__file__} says', file=sys.stderr)
@@ -100,11 +102,19 @@ def main() -> None:
   shutil.copy(solver, folder / 'solvers')
   solvers = [(label, PUBLISHED.get(label, PLAIN)) for label in BATCHES]
   solvers.append(('optlab[soba]', f'{PLAIN},exponent=0.5'))
-  ends = run(folder, 'compared', [asked(*each, SEEDS) for each in solvers])
   rows = []
-  for (label, chosen), values in ends.items():
-    decays = dict(chosen).get('exponent', '0.0') != '0.0'
-    rows.append((np.median([*values.values()]), label, decays))
+  for each in solvers:
+    if names and each[0] not in names:
+      continue
+    try:
+      ends = run(folder, 'compared', [asked(*each, SEEDS)])
+    except (OSError, subprocess.CalledProcessError) as error:
+      print(f'{each[0]}: {error}', file=sys.stderr)
+      continue
+    for (label, chosen), values in ends.items():
+      decays = dict(chosen).get('exponent', '0.0') != '0.0'
+      rows.append((np.median([*values.values()]), label, decays))
+      print(f'{label}{", decaying" * decays} {rows[-1][0]:.1e}', flush=True)
   tables.show(
     f'benchmark_bilevel, simulated quadratics, {INNER} and {OUTER} samples;'
     f' squared hypergradient norm after {BUDGET} samples, {len(SEEDS)} seed(s)',
@@ -117,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -1,9 +1,10 @@
 """Coupled compositions against the plain mini-batch, at equal samples.
 
 Three problems, ``python -m benchmarks.fcco softmax precision contrastive``, all
-if none is named: a softmax over many classes of which a step sees few; average
-precision on unbalanced rows; contrastive learning from small batches, judged by
-a linear probe. OPTLAB_DATA names a folder with a8a, w8a and MNIST; without it
+if none is named, with ``quick`` a fifth of the steps on three seeds: a softmax
+over many classes of which a step sees few; average precision on unbalanced
+rows; contrastive learning from small batches, judged by a linear probe.
+OPTLAB_DATA names a folder with a8a, w8a and MNIST; without it
 rows of a8a's shape and digits take their place.
 
 Each method has the best of one grid of rates, which goes on past its edges, on
@@ -33,6 +34,7 @@ import optlab
 FCCOBatch = optlab.multi_block.FCCOBatch
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (1, 2, 3, 4, 5)
+QUICK = 5  # So many times fewer steps, and fewer seeds, where quick is asked.
 FOLDER = os.environ.get('OPTLAB_DATA', '')
 
 
@@ -49,9 +51,11 @@ def run(estimator, table, batch_of, start, steps, rate, seed):
   return jax.lax.scan(step, state, keys)[0].params
 
 
-def contest(title, methods, start, steps, measure):
+def contest(title, methods, start, steps, measure, quick):
   """A table of the methods, their rates, medians, and gaps to the first."""
   rows, first = [], None
+  seeds = SEEDS[:3] if quick else SEEDS
+  steps = steps // QUICK if quick else steps
   for name, (estimator, table, batch_of) in methods.items():
     final = jax.jit(
       functools.partial(run, estimator, table, batch_of, start, steps)
@@ -60,7 +64,7 @@ def contest(title, methods, start, steps, measure):
       RATES,
       lambda rates, _, final=final: [(r, measure(final(r, 0))) for r in rates],
     )
-    values = np.array([measure(final(found.rate, seed)) for seed in SEEDS])
+    values = np.array([measure(final(found.rate, seed)) for seed in seeds])
     first = values if first is None else first
     gap = verdicts.paired(values - first)
     rows.append((
@@ -70,15 +74,16 @@ def contest(title, methods, start, steps, measure):
       f' {gap.high:+.4f}', gap.said,
     ))  # fmt: skip
   columns = 'method', 'rate', 'median', 'least', 'most', 'gap, 95 %', 'verdict'
-  tables.show(title, columns, rows)
+  tables.show(f'{title}, {steps} steps', columns, rows)
 
 
 # A softmax over ten thousand classes.
 
 
 def softmax(
-  classes=10_000, rows=50_000, width=8, sampled=512, drawn=16, steps=3000
-):
+  classes=10_000, rows=50_000, width=8, sampled=512, drawn=16, steps=3000,
+  quick=False,
+):  # fmt: skip
   """Cross-entropy of all rows; a step sees few rows and few classes.
 
   The labels are drawn from a softmax that is far from certain: where rows can
@@ -135,7 +140,7 @@ def softmax(
   contest(
     f'cross-entropy, {classes:,} classes, {drawn} seen in a step'
     f' (the truth {measure(truth):.3f})',
-    methods, start, steps, lambda w: float(measure(w)),
+    methods, start, steps, lambda w: float(measure(w)), quick,
   )  # fmt: skip
 
 
@@ -157,13 +162,13 @@ def unbalanced(name):
   return x, y
 
 
-def precision(drawn=16, sampled=16, steps=3000):
+def precision(drawn=16, sampled=16, steps=3000, quick=False):
   """On a8a and w8a."""
   for name in ('a8a', 'w8a') if FOLDER else ('drawn',):
-    average_precision(name, *unbalanced(name), drawn, sampled, steps)
+    average_precision(name, *unbalanced(name), drawn, sampled, steps, quick)
 
 
-def average_precision(name, x, y, drawn, sampled, steps):
+def average_precision(name, x, y, drawn, sampled, steps, quick):
   """A smooth average precision of few positive rows: one block for each.
 
   The precision at positive row i is E_j [y_j l_ij] / E_j l_ij, with the squared
@@ -219,14 +224,16 @@ def average_precision(name, x, y, drawn, sampled, steps):
   contest(
     f'{name}, {y.mean():.1%} positive: 1 - average precision on test rows,'
     f' {sampled} + {drawn} rows a step',
-    methods, start, steps, measure,
+    methods, start, steps, measure, quick,
   )  # fmt: skip
 
 
 # Contrastive learning.
 
 
-def contrastive(rows=2000, batch=16, width=64, temperature=0.2, steps=4000):
+def contrastive(
+  rows=2000, batch=16, width=64, temperature=0.2, steps=4000, quick=False
+):
   """SogCLR beside InfoNCE: an image is a block, its negatives are few."""
   name = 'mnist' if FOLDER else 'digits'
   images = small_images.load(name, FOLDER, 0)
@@ -310,7 +317,7 @@ def contrastive(rows=2000, batch=16, width=64, temperature=0.2, steps=4000):
   contest(
     f'{name}: error of a linear probe, {rows:,} images, {batch} a step (not'
     f' trained {measure(start):.4f})',
-    methods, start, steps, measure,
+    methods, start, steps, measure, quick,
   )  # fmt: skip
 
 
@@ -322,9 +329,10 @@ PROBLEMS = {
 
 
 def main(names=()):
-  """Runs the problems named, or all."""
-  for name in names or PROBLEMS:
-    PROBLEMS[name]()
+  """Runs the problems named, or all; `quick` among them shortens all."""
+  quick = 'quick' in names
+  for name in [name for name in names if name != 'quick'] or PROBLEMS:
+    PROBLEMS[name](quick=quick)
 
 
 if __name__ == '__main__':

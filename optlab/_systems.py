@@ -15,6 +15,17 @@ from optlab import base
 from optlab import trees
 
 
+def magnitude(b: base.Params) -> jax.Array:
+  """A power of two near the largest number of ``b``, or one if it is usual.
+
+  To divide a system by it changes no digit of the solution.
+  """
+  top = trees.largest(b)
+  _, exponent = jnp.frexp(top)
+  unusual = (jnp.abs(exponent) > 30) & (top > 0) & jnp.isfinite(top)
+  return jnp.ldexp(jnp.ones_like(top), jnp.where(unusual, exponent - 1, 0))
+
+
 class _State(NamedTuple):
   x: base.Params
   residual: base.Params  # b - A x

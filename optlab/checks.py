@@ -158,6 +158,8 @@ def check_scalar(name: str, value: Any, remedy: str = '') -> None:
     remedy: What to do about it, for the message.
   """
   try:
+    if value is None:  # Which has a shape in some releases of jax.
+      raise TypeError
     shape, dtype = jnp.shape(value), jnp.result_type(value)
   except (TypeError, ValueError):
     raise TypeError(f'{name} must return a scalar, got {value!r}.') from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box as rich_box
 from rich import console as rich_console
+from rich import markup as rich_markup
 from rich import table as rich_table
 
 
@@ -72,9 +73,13 @@ def _parts(widths: Sequence[int]) -> list[list[int]]:
 def _print(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   table = rich_table.Table(box=rich_box.SIMPLE_HEAD, padding=(0, 1))
   for i, column in enumerate(columns):
-    table.add_column(column, justify='right' if i else 'left', no_wrap=True)
+    table.add_column(
+      rich_markup.escape(column),
+      justify='right' if i else 'left',
+      no_wrap=True,
+    )
   for row in rows:
-    table.add_row(*row)
+    table.add_row(*map(rich_markup.escape, row))
   # A pipe has no width, and a narrow terminal would cut the numbers off.
   width = rich_console.Console(width=1000).measure(table).maximum
   rich_console.Console(width=width).print(table)

@@ -155,6 +155,7 @@ def estimator(
       result,
       state,
       looked,
+      lower.value,
       dual_seen=dual_seen,
       inner=inner,
       dual=solution.dual,

@@ -180,7 +180,9 @@ def feels(along: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
   At a solution ``z' g_yy z`` is ``z' f_y``, which only a condition number of a
   million makes so small. Where it is nothing, z is as long as its steps were.
   """
-  return (along > 1e-3 * length * size) | (length == 0) | (size == 0)
+  least = 1e-3 * length * size
+  # The smallest numbers have no squares; and zero says nothing.
+  return (along > least) | (least < 1e5 * jnp.finfo(along.dtype).tiny)
 
 
 def is_idle(length: jax.Array, reach: jax.Array, count: jax.Array) -> jax.Array:

@@ -109,8 +109,11 @@ def implicit(
     wide = state.dual
     multiply = lambda z: trees.cast_like(products(z)[1], wide)
     b = trees.cast_like(grad_y, wide)
+    # Squares of f_y may leave the range of numbers that f_y itself keeps.
+    size = _systems.magnitude(b)
+    b = trees.divided(b, size)
     tolerance = trees.at_step(rtol, state.step)
-    start = state.dual if warm else None
+    start = trees.divided(state.dual, size) if warm else None
     if lower_map is None:
       dual, ok = _systems.cg(
         multiply, b, start, rtol=tolerance, max_steps=max_steps
@@ -119,6 +122,7 @@ def implicit(
       dual, ok = _systems.gmres(
         multiply, b, start, rtol=tolerance, max_steps=max_steps
       )
+    dual = trees.scaled(size, dual)
     if dual_radius is not None:
       dual, inside, _ = _dual.hold(dual, dual_radius)
       ok &= inside

@@ -184,7 +184,7 @@ def recursive_estimator(
     return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),
       state,
-      moves,
+      (lower_value, moves),
       inner=inner,
       dual=z,
       lower_opt_state=lower_opt_state,

@@ -146,9 +146,10 @@ def accept(
   )
   new = old._replace(step=old.step + 1, info=info, **fields)
   dual = () if dual_seen else new.dual
-  # The residual is NaN where f_y is, which conjugate gradients swallow.
+  # The residual is NaN where f_y is, which conjugate gradients swallow; and a
+  # logarithm has a slope where it has no value.
   finite = trees.is_finite(
-    estimate.grads, new.inner, dual, dual_residual, others
+    estimate.value, estimate.grads, new.inner, dual, dual_residual, others
   )
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(

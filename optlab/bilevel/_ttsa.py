@@ -144,7 +144,7 @@ def ttsa(
     return _state.accept(
       result,
       state,
-      lower.grad,
+      (lower.value, lower.grad),
       inner=inner,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(lower.grad),

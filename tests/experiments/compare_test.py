@@ -469,9 +469,10 @@ def test_wide_tables_stand_in_parts(capsys):
   tables.show(
     'A title that is so long that it goes on in another line, and in one more',
     ['method', *(f'column {i}' for i in range(12))],
-    [['a', *range(12)], ['b', *([1234567] * 12)]],
+    [['a[b]', *range(12)], ['b', *([1234567] * 12)]],
   )
   lines = capsys.readouterr().out.split('\n')
+  assert sum('a[b]' in line for line in lines) == 3
   assert max(map(len, lines)) <= 80
   assert sum('method' in line for line in lines) == 3
   assert sum('1,234,567' in line for line in lines) == 3
