@@ -83,10 +83,16 @@ def tempered_smc(
     <https://github.com/blackjax-devs/blackjax>`_
 
   Notes:
+    Fresh draws of the noise, 32 for each particle, tell a mode that the
+    particles lost; one that neither has met is seen by ``data`` alone. Where
+    the model's density is zero for most draws of the noise no temperature is
+    near enough, and the score is refused.
+
     It takes the noise's density on trust: one that does not integrate to one is
     seen by importance sampling alone. Bits and counts in floats are refused
     without a discrete sampler. Cost: ``repeats * num_particles * num_steps``
-    gradients of model and noise at each temperature; with ``data`` of
+    gradients of model and noise at each temperature, and 82 evaluations for
+    each particle; with ``data`` of
     `log_partition` somewhat more than twice that.
   """
   checks.enforce(tempered_smc, locals())
@@ -215,11 +221,42 @@ def _stand(found, log_density, noise, key, flat, discrete):
   change, change_error = _walk.change_of(
     value, log_w, walked.log_w, jnp.asarray(flat.shape[0] / 5, value.dtype)
   )
+  unmet = _unmet(log_density, noise, key, value, log_w)
+  ok &= unmet <= 50 / log_w.size
   ok &= (walked.infinite == 0) & ~walked.escaped
   if not discrete:
     ok &= ~jnp.any(whole)  # MALA does not move bits.
   ok &= jnp.abs(change) <= 3 * change_error + 1e-3
-  return found._replace(rejected=found.rejected + walked.infinite, ok=ok)
+  # A thin tail that the particles have not reached in full.
+  tail = jnp.where(jnp.abs(change) > change_error, change, 0)
+  return found._replace(
+    rejected=found.rejected + walked.infinite,
+    standard_error=jnp.hypot(found.standard_error, tail),
+    ok=ok,
+  )
+
+
+def _unmet(log_density, noise, key, value, log_w):
+  """The share of mass where fresh draws outweigh each of the particles.
+
+  Were the particles draws of the model, it would be about one over their
+  number; a mode that they lost, or never met, is more. NaN is infinite.
+  """
+
+  def add(carry, key):
+    rows = noise.sample(key, log_w.size)
+    log_p = log_density(rows).astype(value.dtype)
+    log_q = noise.log_prob(rows).astype(value.dtype)
+    gap = jnp.where(log_p == -jnp.inf, -jnp.inf, log_p - log_q)
+    over = jnp.where(gap > jnp.max(log_w), jnp.exp(gap - value), 0)
+    over = jnp.where(jnp.isnan(gap), jnp.inf, over)
+    return (carry[0] + jnp.mean(over), carry[1] + jnp.sum(over > 0)), None
+
+  keys = jax.random.split(jax.random.fold_in(key, 1), 32)
+  start = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
+  (total, count), _ = jax.lax.scan(add, start, keys)
+  # One draw or two may fall on the top of a narrow mode by chance.
+  return jnp.where((count > 2) | (total == jnp.inf), total / 32, 0)
 
 
 def _summary(runs):

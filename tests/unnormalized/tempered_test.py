@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import optlab
+from optlab.unnormalized import _tempered
 from tests.unnormalized import log_partition_test
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -116,6 +117,25 @@ def test_bits_in_floats_are_not_ok():
     method=optlab.unnormalized.tempered_smc(32, repeats=2, num_steps=2),
   )
   assert not result.ok
+
+
+def test_fresh_draws_tell_a_mode_that_the_particles_lost():
+  unmet = jax.jit(_tempered._unmet, static_argnums=0)
+  far = lambda x, to: -0.5 * jnp.sum((x - to) ** 2, -1) - HALF_LOG_2PI
+  both = lambda x: jnp.logaddexp(far(x, 0.0), far(x, 4.0)) - math.log(2)
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), 2 * jnp.eye(1))
+  draws = jax.random.normal(jax.random.key(0), (1000, 1))
+  judge = lambda draws, value: unmet(
+    both, noise, jax.random.key(1), jnp.log(value),
+    both(draws) - noise.log_prob(draws),
+  )  # fmt: skip
+  assert judge(draws, 0.5) > 0.2
+  assert judge(draws + jnp.where(draws > 0, 4.0, 0.0), 1.0) < 0.01
+  beyond = lambda x: jnp.where(x[:, 0] > 3, jnp.nan, both(x))
+  assert (
+    unmet(beyond, noise, jax.random.key(1), jnp.zeros(()), jnp.zeros(1000))
+    == np.inf
+  )
 
 
 def lost(size=4):
