@@ -136,9 +136,11 @@ def _loop(run, step, one, inputs, axis):
   @jax.custom_jvp
   def rounds(consts):
     def body(carry):
-      # What a pass gathers or casts stays in it: XLA would move it in front of
-      # the loop, and hold it there.
-      unit, held = jax.lax.optimization_barrier((carry.unit, consts))
+      unit, held = carry.unit, consts
+      if not any(map(_layout.varies_over, (unit, *consts))):
+        # What a pass gathers or casts stays in it: XLA would move it in front
+        # of the loop, and hold it there.
+        unit, held = jax.lax.optimization_barrier((unit, held))
       after = step(carry, found_in(held, unit))
       vary = lambda flag: _vary(flag, axes)
       return after._replace(
