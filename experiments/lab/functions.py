@@ -202,6 +202,13 @@ def of_file(path: str) -> Problem:
       raise ValueError(f'loss, measure and tuning give scalars, not {bad[0]}')
     jax.eval_shape(jax.grad(loss), params, key)
     fields = _settings(found)
+    first = start(key)
+    for name, value in (
+      ('loss', loss(first, key)),
+      ('measure', reported(first)),
+    ):
+      if math.isnan(value):
+        raise ValueError(f'{name} is not a number at the start')
   except Exception as error:
     raise _bad_file(path, error) from error
   return of_function(
@@ -217,16 +224,40 @@ def _bad_file(path: str, error: BaseException) -> flags.UserError:
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:
   """What a file says in capitals, or defaults."""
-  methods = found.get('METHODS', ('sgd', 'adam', 'diffgrad'))
-  rates = tuple(float(rate) for rate in found.get('LEARNING_RATES', GRID))
-  budget, target = float(found.get('BUDGET', 1000)), found.get('TARGET')
+  methods = _list(found, 'METHODS', ('sgd', 'adam', 'diffgrad'), str)
+  rates = _list(found, 'LEARNING_RATES', GRID, float)
+  budget = _real('BUDGET', found.get('BUDGET', 1000))
+  target = found.get('TARGET')
+  target = None if target is None else _real('TARGET', target)
   if not rates or not all(0 <= rate < math.inf for rate in rates):
     raise ValueError(f'LEARNING_RATES are numbers of at least 0, not {rates}')
   if not 0 < budget < math.inf:
     raise ValueError(f'BUDGET is a positive number, not {budget}')
   return {
-    'methods': (methods,) if isinstance(methods, str) else tuple(methods),
+    'methods': methods,
     'learning_rates': rates,
     'budget': budget,
-    'target': None if target is None else float(target),
+    'target': target,
   }
+
+
+def _list(found, name, default, kind) -> tuple[Any, ...]:
+  """What a file has under a name: one, or several, of a kind."""
+  value = found.get(name, default)
+  single = isinstance(value, str) or not hasattr(value, '__iter__')
+  entries = (value,) if single else tuple(value)
+  if kind is float:
+    return tuple(_real(name, entry) for entry in entries)
+  if not entries or not all(isinstance(entry, kind) for entry in entries):
+    raise ValueError(f'{name} are names, at least one, not {value!r}')
+  return entries
+
+
+def _real(name: str, value: Any) -> float:
+  try:
+    number = float(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{name}: {error}') from error
+  if math.isnan(number):
+    raise ValueError(f'{name} is {number}, not a number')
+  return number

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+import shutil
 import textwrap
 from typing import Any
 
@@ -28,13 +29,18 @@ def number(value: Any) -> str:
   return f'{value:.3g}'
 
 
-WIDTH = 80
+WIDTH, NARROWEST = 80, 40
+
+
+def width() -> int:
+  """Columns that a table may take: fewer than `WIDTH` on a narrow terminal."""
+  return min(WIDTH, max(NARROWEST, shutil.get_terminal_size().columns))
 
 
 def show(
   title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> None:
-  """Prints a table, at most 80 columns wide.
+  """Prints a table, at most 80 columns wide, fewer on a narrow terminal.
 
   Args:
     title: Above the table.
@@ -51,7 +57,7 @@ def show(
     )
     for i in range(len(columns))
   ]
-  print('\n' + textwrap.fill(title, WIDTH))
+  print('\n' + textwrap.fill(title, width()))
   for part in _parts(widths):
     _print(
       [columns[i] for i in part], [[row[i] for i in part] for row in cells]
@@ -62,7 +68,7 @@ def _parts(widths: Sequence[int]) -> list[list[int]]:
   """The columns of each table, the first one in all of them."""
   parts: list[list[int]] = [[0]]
   for i in range(1, len(widths)):
-    if sum(widths[j] + 3 for j in (*parts[-1], i)) + 1 > WIDTH and (
+    if sum(widths[j] + 3 for j in (*parts[-1], i)) + 1 > width() and (
       len(parts[-1]) > 1
     ):
       parts.append([0])

@@ -336,7 +336,12 @@ def test_a_problem_of_the_users_own(tmp_path, capsys):
     (MINE + 'BUDGET = "x"', 'could not convert string'),
     (MINE + 'LEARNING_RATES = ()', 'LEARNING_RATES are numbers'),
     (MINE + 'LEARNING_RATES = (0.1, -1.0)', 'LEARNING_RATES are numbers'),
-    (MINE + 'TARGET = "low"', 'could not convert string'),
+    (MINE + 'LEARNING_RATES = "ab"', 'LEARNING_RATES: could not convert'),
+    (MINE + 'TARGET = "low"', 'TARGET: could not convert string'),
+    (MINE + 'TARGET = float("nan")', 'TARGET is nan, not a number'),
+    (MINE + 'METHODS = ()', 'METHODS are names, at least one'),
+    (MINE + 'METHODS = 3', 'METHODS are names, at least one, not 3'),
+    (MINE.replace('jnp.zeros(4)', 'jnp.log(-jnp.ones(4))'), 'loss is not a n'),
     ('raise SystemExit(3)', 'SystemExit: 3'),
     ('import nothing_at_all', 'ModuleNotFoundError: No module'),
     ('def', 'SyntaxError'),
@@ -476,6 +481,14 @@ def test_wide_tables_stand_in_parts(capsys):
   assert max(map(len, lines)) <= 80
   assert sum('method' in line for line in lines) == 3
   assert sum('1,234,567' in line for line in lines) == 3
+
+
+def test_tables_on_a_narrow_terminal(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '60')
+  tables.show('A title ' * 12, ['method', 'a' * 30, 'b' * 30], [['x', 1, 2]])
+  lines = capsys.readouterr().out.split('\n')
+  assert max(map(len, lines)) <= 60
+  assert sum('method' in line for line in lines) == 2
 
 
 def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
