@@ -12,7 +12,8 @@ class Counts(NamedTuple):
   """Oracle calls of a run of `minimize`, int32 scalars.
 
   Attributes:
-    values: Values of the objective, with or without a gradient.
+    values: Values of the objective, with or without a gradient; what a
+      curvature evaluates to be linearized is its own.
     gradients: Gradients.
     products: Operator-vector products that the transformation asked for, as far
       as its state says; those that form a matrix are the curvature's own.
