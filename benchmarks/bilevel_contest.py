@@ -1,6 +1,6 @@
 """Every bilevel estimator at equal oracle calls and at equal flops.
 
-python -m benchmarks bilevel_contest
+python -m benchmarks.bilevel_contest [quadratic|a8a [STEPS [calls|flops]]]
 
 Two finite sums: quadratics, whose hypergradient is known, and logistic
 regression on a8a (where OPTLAB_DATA is set) with a penalty for each feature.
@@ -10,6 +10,7 @@ difference from the best one.
 """
 
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -227,9 +228,12 @@ def contest(problem, made, unit, steps):
   return rows
 
 
-def main(steps: int = 2000) -> None:
-  problems = [('quadratic', quadratic(), 'squared norm of grad F')]
-  if folder := os.environ.get('OPTLAB_DATA'):
+def main(only: str = '', steps: int = 2000, unit: str = '') -> None:
+  problems = []
+  if only != 'a8a':
+    problems = [('quadratic', quadratic(), 'squared norm of grad F')]
+  folder = os.environ.get('OPTLAB_DATA')
+  if folder and only != 'quadratic':
     title = 'a8a, a penalty a feature'
     problems.append((title, a8a(folder), 'F, the validation loss'))
   for title, problem, value in problems:
@@ -239,15 +243,16 @@ def main(steps: int = 2000) -> None:
       name: runner(name, method, levels, rows, start, upper_step)
       for name, method in methods(blocks, rows).items()
     }
-    for unit in ('calls', 'flops'):
+    for each in [unit] if unit else ['calls', 'flops']:
       tables.show(
-        f'{title}: {unit} of {steps} steps of bo_rep; {value}, {SEEDS} seeds;'
+        f'{title}: {each} of {steps} steps of bo_rep; {value}, {SEEDS} seeds;'
         ' * a rate at the edge of a grid that went on',
         ('estimator', 'steps', 'lower', 'upper', 'median',
          'behind the first, 95 %'),
-        contest(problem, made, unit, steps),
+        contest(problem, made, each, steps),
       )  # fmt: skip
 
 
 if __name__ == '__main__':
-  main()
+  given = sys.argv[1:]
+  main(*given[:1], *map(int, given[1:2]), *given[2:3])

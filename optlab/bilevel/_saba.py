@@ -228,7 +228,7 @@ def saba(
     result, new = _state.accept(
       base.Estimate(value, grads, aux=aux),
       state._replace(memory=()),
-      lower.value,
+      lower_value=lower.value,
       inner=inner,
       dual=solution.dual,
       lower_opt_state=lower_opt_state,

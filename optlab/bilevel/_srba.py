@@ -184,7 +184,8 @@ def recursive_estimator(
     return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),
       state,
-      (lower_value, moves),
+      moves,
+      lower_value=lower_value,
       inner=inner,
       dual=z,
       lower_opt_state=lower_opt_state,

@@ -111,6 +111,7 @@ def accept(
   old: BilevelState,
   *others: base.Params,
   dual_seen: bool = False,
+  lower_value: Any = 0.0,
   ok: Any = True,
   constrained: Any = False,
   lower_grad_norm: Any = (),
@@ -127,6 +128,7 @@ def accept(
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
     dual_seen: Whether z is finite where ``others`` are.
+    lower_value: What must be finite as well.
     ok: For `BilevelInfo`, whether the linear system is.
     constrained: For `BilevelInfo`.
     lower_grad_norm: For `BilevelInfo`.
@@ -149,8 +151,9 @@ def accept(
   # The residual is NaN where f_y is, which conjugate gradients swallow; and a
   # logarithm has a slope where it has no value.
   finite = trees.is_finite(
-    estimate.value, estimate.grads, new.inner, dual, dual_residual, others
+    estimate.grads, new.inner, dual, dual_residual, others
   )
+  finite &= jnp.isfinite(estimate.value) & jnp.isfinite(lower_value)
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(
     rejected=~finite,

@@ -144,7 +144,8 @@ def ttsa(
     return _state.accept(
       result,
       state,
-      (lower.value, lower.grad),
+      lower.grad,
+      lower_value=lower.value,
       inner=inner,
       lower_opt_state=lower_opt_state,
       lower_grad_norm=trees.norm(lower.grad),
