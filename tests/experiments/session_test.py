@@ -20,6 +20,7 @@ from experiments.lab import flags
 from experiments.lab import launch
 from experiments.lab import progress
 from experiments.lab import record
+from experiments.lab import repeating
 from experiments.lab import stopping
 from experiments.lab.session import Session
 
@@ -320,16 +321,16 @@ def test_a_damaged_header_changes_nothing(config, fields, match):
 def test_what_is_repeated_is_what_is_there(capsys):
   rows = [{'kind': 'eval', 'value': float(i), 'seconds': i} for i in range(3)]
   ended = [*rows, {'kind': 'end'}]
-  launch._check_repeated(rows[:2], ended)
+  repeating.check(rows[:2], ended)
   assert (
     '2 rows with the same numbers; that run was not finished, this one'
     in (capsys.readouterr().out)
   )
   for was, now in ((ended[1:], ended), ([rows[0], ended[-1]], ended)):
     with pytest.raises(flags.UserError, match='row 2 differs|row 3 differs'):
-      launch._check_repeated(was, now)
+      repeating.check(was, now)
   with pytest.raises(flags.UserError, match='there were 4 rows, there are 3'):
-    launch._check_repeated(ended, rows)
+    repeating.check(ended, rows)
 
 
 @dataclasses.dataclass(frozen=True)
