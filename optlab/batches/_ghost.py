@@ -70,7 +70,9 @@ def ghost_norms(
 
     The difference of squares loses :math:`\|g\|^2 / V` digits: where the spread
     of the gradients is below 1e-6 of their mean in float32, it is rounding,
-    clipped at 0, and far below any request to grow.
+    clipped at 0, and far below any request to grow. Inputs of a layer below
+    1e-19 or above 1e19 in float32, whose own squares leave its range, make the
+    norms NaN, which keeps the size: `vmap_grads` has them.
   """
   values, grads, sq_norms = _backward(losses, params, examples, mask)
   count = jnp.sum(mask)

@@ -95,17 +95,13 @@ def fitted(
     lambda sq: jnp.where(carry.ok, sq, jnp.nan), found.moments['sq_norms']
   )
   moments = found.moments | {'sq_norms': sq_norms}
-  grads = jax.tree.map(lambda leaf: _whole(leaf, carry.used), found.grads)
+  # Where that of all but nothing overflows over a small unit, it is nothing.
+  known = jnp.isfinite(_size(found.moments, wide)) | (carry.used >= 1)
+  grads = jax.tree.map(
+    lambda leaf: jnp.where(known, leaf * carry.used.astype(leaf.dtype), 0),
+    found.grads,
+  )
   return found._replace(grads=grads, moments=moments), carry.used
-
-
-def _whole(leaf, unit):
-  """A gradient from the one over the unit.
-
-  Where that of all but nothing overflows over a small unit, it is nothing.
-  """
-  known = jnp.isfinite(leaf) | (unit >= 1)
-  return jnp.where(known, leaf * unit.astype(leaf.dtype), 0)
 
 
 def _loop(run, step, one, inputs, axis):
