@@ -7,6 +7,7 @@ import re
 import shutil
 from typing import Any
 
+from absl import logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -73,6 +74,17 @@ def _manager(folder: pathlib.Path):
     manager.close()
 
 
+@contextlib.contextmanager
+def _quiet():
+  """What orbax logs of a damaged file is said in a line of our own."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
+
+
 def save(folder: pathlib.Path, state: Any, step: int, meta: dict) -> None:
   """Writes a state whole, or not at all.
 
@@ -119,7 +131,7 @@ def read(folder: pathlib.Path, state: Any, fits: Any, say: Any) -> Any:
   if not folder.exists():
     return None, {}
   packed = stored(state)
-  with _manager(folder) as manager:
+  with _quiet(), _manager(folder) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
         found = manager.restore(
