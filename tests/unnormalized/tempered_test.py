@@ -138,6 +138,34 @@ def test_fresh_draws_tell_a_mode_that_the_particles_lost():
   )
 
 
+NARROWER = {
+  'cauchy': (log_partition_test.cauchy, 1.0, math.log(math.pi)),
+  'a far mode': (
+    lambda x: jnp.logaddexp(
+      math.log(0.9) - x[:, 0] ** 2 / 2, math.log(0.1) - (x[:, 0] - 6) ** 2 / 2
+    ),
+    2.0,
+    HALF_LOG_2PI,
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', NARROWER)
+def test_noise_narrower_than_the_model_is_in_the_error(case):
+  pytest.importorskip('blackjax')
+  log_density, variance, truth = NARROWER[case]
+  noise = log_partition_test.isotropic(1, variance)
+  score = lambda key: optlab.log_partition(
+    log_density, noise, key, method=METHOD
+  )
+  result = jax.jit(lambda keys: jax.lax.map(score, keys))(
+    jax.random.split(jax.random.key(17), 5)
+  )
+  miss = np.abs(result.value - truth) > 1.96 * result.standard_error
+  assert np.sum(result.ok & miss) == 0
+
+
 def lost(size=4):
   """Two modes, five away, and noise around one of them."""
   far = lambda x, to: -0.5 * jnp.sum((x - to) ** 2, -1)
