@@ -100,6 +100,10 @@ def minimizer(
     step = jax.tree.map(jnp.negative, step)
     if box is not None:
       step = known(jax.tree.map(jnp.add, step, carried))
+    # A slope that jax sees not to depend on them (of ``|x - c|``) would leave
+    # out the system, and its NaN, on the way back.
+    doubt = jnp.where(sure, 0.0, jnp.nan) * _total(moves)
+    step = jax.tree.map(lambda x: x + doubt.astype(x.dtype), step)
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
 
@@ -135,6 +139,7 @@ def _is_near(fun, params, constants, box, active, ok, start):
   eps = jnp.finfo(trees.accumulator_dtype(params)).eps
   near = trees.norm(left) <= jnp.cbrt(eps) * far + 8 * eps * trees.norm(params)
   near |= ok
+  near &= trees.is_finite(left)
   if _size(params) > DENSE:
     near &= _is_definite(inner, params, is_free)
   if box is not None:
@@ -197,6 +202,12 @@ def _is_definite(product, like, is_free):
 def _wide(product, like):
   """Products with vectors of float32 or wider."""
   return lambda v: trees.wide(product(trees.cast_like(v, like)))
+
+
+def _total(moves):
+  """The sum of all tangents of floats."""
+  real = [x for x in moves if x.dtype != jax.dtypes.float0]
+  return sum((jnp.sum(jnp.real(x)) for x in real), start=jnp.zeros(()))
 
 
 def _size(tree):

@@ -164,6 +164,17 @@ def test_a_leaf_that_does_not_depend_on_it_and_one_that_is_narrow(n):
     np.testing.assert_allclose(jax.jit(jax.grad(total))(2.0), n)
 
 
+@pytest.mark.parametrize('bounds', [None, (-9.0, 9.0)])
+def test_a_kink_has_no_derivative_in_either_mode(bounds):
+  # Its slope is a sign, which does not depend on c: it was 0, for 1.
+  of = lambda c: optlab.minimize(
+    lambda x: jnp.sum(jnp.abs(x - c)), jnp.zeros(2), optax.sgd(0.5),
+    max_steps=9, bounds=bounds, grad_tol=0.1,
+  ).params.sum()  # fmt: skip
+  assert jnp.isnan(jax.jit(jax.grad(of))(1.0))
+  assert jnp.isnan(jax.jit(jax.jvp, static_argnums=0)(of, (1.0,), (1.0,))[1])
+
+
 def test_a_badly_scaled_minimizer_is_not_singular(x64):
   scales = jnp.array([1e-9, 1.0, 1e9])
   of = lambda c: jnp.vdot(
