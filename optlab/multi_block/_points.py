@@ -218,8 +218,11 @@ def _stretch(products, directions, upper_grads):
   length, bent = norms(directions), norms(products)
   along = jax.vmap(trees.inner_product)(directions, products)
   scale = _sight.inverse(length)
-  left = norms(jax.tree.map(jnp.subtract, products, upper_grads))
-  return bent * scale, along * scale * scale, left
+  # Plain squares: it is to be read, and decides nothing.
+  left = jax.vmap(lambda tree: trees.sq_norm(tree, length.dtype))(
+    jax.tree.map(jnp.subtract, products, upper_grads)
+  )
+  return bent * scale, along * scale * scale, jnp.sqrt(left)
 
 
 def _first(tree):

@@ -102,11 +102,12 @@ def write(
     touched=rows.touched,
     pace=rows.pace._replace(grad_norm=old.pace.grad_norm),
   )
-  lost = rows._replace(
-    visited=jnp.full_like(rows.visited, -1),
-    dual=jax.tree.map(jnp.zeros_like, rows.dual),
+  rows = trees.where(sampled.ok | sampled.flat, rows, stands)
+  forget = lambda leaf: jnp.where(trees.align(sampled.flat, leaf), 0, leaf)
+  rows = rows._replace(
+    visited=jnp.where(sampled.flat, -1, rows.visited),
+    dual=jax.tree.map(forget, rows.dual),
   )
-  rows = trees.where(sampled.ok, rows, trees.where(sampled.flat, lost, stands))
   use = sampled.use & (jnp.any(sampled.ok) | sampled.rejected | sampled.flat)
   table = Rows(*(getattr(state, name) for name in Rows._fields))
   table = tables.scatter_rows(table, rows, blocks, use)
