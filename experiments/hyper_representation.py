@@ -118,9 +118,20 @@ def class_table(labels: np.ndarray, classes: list[int]) -> np.ndarray:
   Returns:
     int32 [classes, longest].
   """
-  rows = [np.flatnonzero(labels == c) for c in classes]
+  return table([np.flatnonzero(labels == c) for c in classes])
+
+
+def table(rows: list[np.ndarray]) -> np.ndarray:
+  """Lists of row numbers, each repeated to one length."""
   longest = max(len(r) for r in rows)
   return np.stack([np.resize(r, longest) for r in rows]).astype(np.int32)
+
+
+def halves(labels: np.ndarray, classes: list[int]) -> list[np.ndarray]:
+  """Two tables of row numbers by class that share no row."""
+  rows = [np.flatnonzero(labels == c) for c in classes]
+  parts = [np.array_split(r, 2) for r in rows]
+  return [table(list(part)) for part in zip(*parts, strict=True)]
 
 
 def few_shot(config, sentences, support, query, seen, held_out) -> float:
@@ -181,12 +192,11 @@ def make_encoder(config: Config, vocabulary: list[str]):
 
 def make_data(sentences: text.Text, seen: list[int]) -> dict[str, Any]:
   """Support and query sentences are different halves of each class."""
-  train = class_table(sentences.train.labels, seen)
-  half = train.shape[1] // 2
+  support, query = halves(sentences.train.labels, seen)
   data: dict[str, Any] = {
     'tokens': sentences.train.tokens,
-    'support': train[:, :half],
-    'query': train[:, half : 2 * half],
+    'support': support,
+    'query': query,
   }
   for part in ('valid', 'test'):
     rows = getattr(sentences, part)

@@ -211,6 +211,15 @@ def test_word_vectors_are_those_of_the_words(tmp_path, content, message):
   np.testing.assert_array_equal(found[1], [3.0, 4.0])
 
 
+def test_sentences_of_support_and_query_are_different_ones():
+  """Also of a class with fewer than half of the largest one's."""
+  labels = np.repeat([0, 1, 2], [40, 9, 2])
+  support, query = hyper_representation.halves(labels, [0, 1, 2])
+  for label, (one, other) in enumerate(zip(support, query, strict=True)):
+    assert not set(one) & set(other)
+    assert set(one) | set(other) == set(np.flatnonzero(labels == label))
+
+
 def ends(folder):
   _, rows = record.read(folder)
   return record.select(rows, 'summary')
