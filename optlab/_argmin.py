@@ -134,9 +134,39 @@ def argmin(
       has_aux=True,
     )  # fmt: skip
     size = trees.norm(residual(jax.lax.stop_gradient(inner)))
+    if lower_map is None:
+      inner = _doubted(inner, _is_curved(lower, x, inner, batch), (x, batch))
     return ArgminResult(inner, size, steps.astype(jnp.int32), size <= grad_tol)
 
   return solve
+
+
+@jax.custom_jvp
+def _doubted(inner, sure, inputs):
+  """The solution, whose derivative is NaN where it is not ``sure``.
+
+  Where jax sees that the slope does not depend on the inputs (of ``|x - y|``,
+  say), it leaves out the linear system, and its NaN.
+  """
+  del sure, inputs
+  return inner
+
+
+@_doubted.defjvp
+def _doubted_jvp(primals, tangents):
+  inner, sure, inputs = primals
+  moves = _implicit.total(jax.tree.leaves(tangents[2]))
+  doubt = jnp.where(sure, 0.0, jnp.nan) * moves
+  moved = jax.tree.map(lambda x: x + doubt.astype(x.dtype), tangents[0])
+  return _doubted(inner, sure, inputs), moved
+
+
+def _is_curved(lower, x, y, batch):
+  """Whether the lower level is curved at all there; costs one product."""
+  x, y, batch = jax.lax.stop_gradient((x, y, batch))
+  slope = lambda y: jax.grad(lower, argnums=1)(x, y, batch)
+  probe = jax.tree.map(jnp.ones_like, y)
+  return trees.norm(jax.jvp(slope, (y,), (probe,))[1]) > 0
 
 
 def _iterate(residual, y, tol, max_steps):

@@ -102,7 +102,7 @@ def minimizer(
       step = known(jax.tree.map(jnp.add, step, carried))
     # A slope that jax sees not to depend on them (of ``|x - c|``) would leave
     # out the system, and its NaN, on the way back.
-    doubt = jnp.where(sure, 0.0, jnp.nan) * _total(moves)
+    doubt = jnp.where(sure, 0.0, jnp.nan) * total(moves)
     step = jax.tree.map(lambda x: x + doubt.astype(x.dtype), step)
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
@@ -204,7 +204,7 @@ def _wide(product, like):
   return lambda v: trees.wide(product(trees.cast_like(v, like)))
 
 
-def _total(moves):
+def total(moves: Any) -> jax.Array:
   """The sum of all tangents of floats."""
   real = [x for x in moves if x.dtype != jax.dtypes.float0]
   return sum((jnp.sum(jnp.real(x)) for x in real), start=jnp.zeros(()))

@@ -66,7 +66,7 @@ def ghost_norms(
 
     A backward rule (`jax.custom_vjp`) of parameters alone is taken as linear in
     the cotangent, as a derivative is: one that clips runs once on the sum over
-    the examples, as it does in a batch.
+    the examples, where a batch runs it on their mean.
 
     The difference of squares loses :math:`\|g\|^2 / V` digits: where the spread
     of the gradients is below 1e-6 of their mean in float32, it is rounding,

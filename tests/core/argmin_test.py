@@ -119,3 +119,12 @@ def test_bad_input_is_named():
   wrong = functools.partial(optlab.argmin, lower)
   with pytest.raises(ValueError, match=r'lower_map\(x, y, batch\)'):
     wrong(lower_map=lambda x, y, batch: y[:1])(np.ones(2), np.ones(2))
+
+
+def test_a_kink_has_no_derivative():
+  """The slope of a distance is constant: no linear system would be met."""
+  solve = optlab.argmin(lambda x, y, _: jnp.sum(jnp.abs(y - x)))
+  found = lambda x: jnp.sum(solve(x, jnp.zeros(2)).inner)
+  x = jnp.array([0.3, 0.2])
+  assert jnp.all(jnp.isnan(jax.jit(jax.grad(found))(x)))
+  assert jnp.isnan(jax.jvp(found, (x,), (x,))[1])
