@@ -108,6 +108,14 @@ def largest_eigenvalue(matrix: jax.Array) -> jax.Array:
   return jnp.linalg.norm(jax.lax.fori_loop(0, PRODUCTS, turn, start))
 
 
+def _is_due(pace: Pace, along: jax.Array, step: jax.Array) -> jax.Array:
+  """Which blocks are looked at again though nothing is wrong with them."""
+  # One step in eight, at irregular times: visits may be periodic.
+  turn = (step.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 26
+  refresh = (pace.scale < 1) | ~(along > 0)
+  return (pace.flat > 0.05) | ((turn < 8) & refresh) | (turn == 0)
+
+
 def look(
   problem: _system.Problem,
   params: base.Params,
@@ -145,17 +153,12 @@ def look(
   norm = jax.vmap(trees.norm)(slope).astype(dtype)
   new = rows.visited < 0
   finite &= jnp.isfinite(norm)
-  # One step in eight, at irregular times: visits may be periodic.
-  turn = (step.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 26
-  refresh = (rows.pace.scale < 1) | ~(along > 0)
   suspect = use & (
     new
     | ~finite
     | (norm > GROWTH * rows.pace.grad_norm)
     | (rows.pace.scale * stretch > stable)
-    | (rows.pace.flat > 0.05)
-    | ((turn < 8) & refresh)
-    | (turn == 0)
+    | _is_due(rows.pace, along, step)
   )
 
   def measure(_):
