@@ -65,6 +65,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
+  MINUTES = (2, None)
 
   data_dir: str = flags.flag(
     '', "A text file, or a folder of them; Python's reference if empty."
