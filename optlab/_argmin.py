@@ -98,7 +98,8 @@ def argmin(
     The derivative is that of a solution: where ``ok`` is false it is wrong by
     about the distance to it. Where ``g_yy`` is not positive definite there, or
     the system with ``lower_map`` not solved, it is NaN. Cost of a derivative:
-    one lower linearization, up to ``cg_steps`` products.
+    two lower linearizations, up to ``cg_steps`` products, and as many as a
+    system with another right side takes, which sees flat directions.
   """
   checks.enforce(argmin, locals())
   if tx is not None:
@@ -155,18 +156,16 @@ def _doubted(inner, sure, inputs):
 @_doubted.defjvp
 def _doubted_jvp(primals, tangents):
   inner, sure, inputs = primals
-  moves = _implicit.total(jax.tree.leaves(tangents[2]))
-  doubt = jnp.where(sure, 0.0, jnp.nan) * moves
-  moved = jax.tree.map(lambda x: x + doubt.astype(x.dtype), tangents[0])
+  moves = jax.tree.leaves(tangents[2])
+  moved = _implicit.doubted(tangents[0], sure, moves)
   return _doubted(inner, sure, inputs), moved
 
 
 def _is_curved(lower, x, y, batch):
-  """Whether the lower level is curved at all there; costs one product."""
+  """Whether the lower level is curved along all directions there."""
   x, y, batch = jax.lax.stop_gradient((x, y, batch))
   slope = lambda y: jax.grad(lower, argnums=1)(x, y, batch)
-  probe = jax.tree.map(jnp.ones_like, y)
-  return trees.norm(jax.jvp(slope, (y,), (probe,))[1]) > 0
+  return _implicit.is_definite(jax.linearize(slope, y)[1], y)
 
 
 def _iterate(residual, y, tol, max_steps):

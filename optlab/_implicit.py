@@ -102,8 +102,7 @@ def minimizer(
       step = known(jax.tree.map(jnp.add, step, carried))
     # A slope that jax sees not to depend on them (of ``|x - c|``) would leave
     # out the system, and its NaN, on the way back.
-    doubt = jnp.where(sure, 0.0, jnp.nan) * total(moves)
-    step = jax.tree.map(lambda x: x + doubt.astype(x.dtype), step)
+    step = doubted(step, sure, moves)
     change = jax.jvp(closed, (params, *constants), (step, *moves))[1]
     return (params, value), (step, change.astype(value.dtype))
 
@@ -141,7 +140,7 @@ def _is_near(fun, params, constants, box, active, ok, start):
   near |= ok
   near &= trees.is_finite(left)
   if _size(params) > DENSE:
-    near &= _is_definite(inner, params, is_free)
+    near &= is_definite(inner, params, is_free)
   if box is not None:
     near &= _box.is_clear(box, active, params, left)
   return near
@@ -184,7 +183,9 @@ def _solve(product, b, ok, is_free):
   return trees.cast_like(x, like)
 
 
-def _is_definite(product, like, is_free):
+def is_definite(
+  product: base.Operator, like: base.ArrayTree, is_free: Any = None
+) -> jax.Array:
   """Whether a vector of all directions is reached: none is flat or downhill.
 
   The right side of a derivative may have no part in such a direction.
@@ -204,10 +205,12 @@ def _wide(product, like):
   return lambda v: trees.wide(product(trees.cast_like(v, like)))
 
 
-def total(moves: Any) -> jax.Array:
-  """The sum of all tangents of floats."""
+def doubted(step: base.ArrayTree, sure: jax.Array, moves: Any) -> Any:
+  """A tangent that is NaN where it is not ``sure``, in reverse mode too."""
   real = [x for x in moves if x.dtype != jax.dtypes.float0]
-  return sum((jnp.sum(jnp.real(x)) for x in real), start=jnp.zeros(()))
+  total = sum((jnp.sum(jnp.real(x)) for x in real), start=jnp.zeros(()))
+  doubt = jnp.where(sure, 0.0, jnp.nan) * total
+  return jax.tree.map(lambda x: x + doubt.astype(x.dtype), step)
 
 
 def _size(tree):

@@ -7,6 +7,7 @@ from . import verdicts
 from .judging import Rows
 from .judging import against
 from .judging import all_worse
+from .judging import gap_of
 from .judging import grade
 from .judging import interval
 from .judging import median
@@ -246,8 +247,8 @@ def few_noise(rows: Rows) -> tuple[str, str]:
   )
   ours, alone = average['median'], single['median']
   return (
-    f'{ours:.3f}, gamma = 1 {alone:.3f} ({single["gap_low"]:+.2g} to'
-    f' {single["gap_high"]:+.2g}): {alone / ours:.0f} times',
+    f'{ours:.3f}, gamma = 1 {alone:.3f} ({interval(gap_of(single))}):'
+    f' {alone / ours:.0f} times',
     grade(alone >= 10 * ours, alone > ours),
   )
 
@@ -261,7 +262,7 @@ def far_mean(rows: Rows) -> tuple[str, str]:
   numbers = ', '.join(
     f'{name} {row["median"]:.2g}'
     + ('' if row['verdict'] == '-'
-       else f' ({row["gap_low"]:+.2g} to {row["gap_high"]:+.2g})')
+       else f' ({interval(gap_of(row))})')
     for name, row in found.items()
   )  # fmt: skip
   ours, plain, nce = (row['median'] for row in found.values())

@@ -59,6 +59,12 @@ def interval(found: verdicts.Paired, scale: float = 1.0) -> str:
   return f'{scale * found.low:+.2g} to {scale * found.high:+.2g}'
 
 
+def gap_of(row: dict) -> verdicts.Paired:
+  """The difference that a summary holds."""
+  fields = ('gap', 'gap_low', 'gap_high', 'verdict')
+  return verdicts.Paired(*(row[name] for name in fields))
+
+
 def all_worse(said: list[str]) -> str:
   """The verdict on a claim that all peers are worse."""
   return grade(

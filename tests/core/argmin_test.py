@@ -121,9 +121,15 @@ def test_bad_input_is_named():
     wrong(lower_map=lambda x, y, batch: y[:1])(np.ones(2), np.ones(2))
 
 
-def test_a_kink_has_no_derivative():
+@pytest.mark.parametrize('smooth', [0.0, 1.0])
+def test_a_kink_has_no_derivative(smooth):
   """The slope of a distance is constant: no linear system would be met."""
-  solve = optlab.argmin(lambda x, y, _: jnp.sum(jnp.abs(y - x)))
+  curved = jnp.array([0.0, smooth])
+
+  def lower(x, y, _):
+    return jnp.sum(jnp.where(curved > 0, (y - x) ** 2, jnp.abs(y - x)))
+
+  solve = optlab.argmin(lower)
   found = lambda x: jnp.sum(solve(x, jnp.zeros(2)).inner)
   x = jnp.array([0.3, 0.2])
   assert jnp.all(jnp.isnan(jax.jit(jax.grad(found))(x)))
