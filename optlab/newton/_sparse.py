@@ -15,6 +15,7 @@ import numpy as np
 from optlab import checks
 from optlab import trees
 from optlab.newton import _one_hot
+from optlab.newton import _sparse_product
 
 MAX_GRAM_COLUMNS = 46_340  # Squared, an int32.
 
@@ -61,7 +62,9 @@ class Gather:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseMatrix:
-  """A constant matrix of shape ``(m, d)``; ``matrix @ vector`` differentiates.
+  """A matrix of shape ``(m, d)``; ``matrix @ vector`` differentiates.
+
+  ``vector`` has shape ``(d,)``, or ``(d, k)`` for k products at once.
 
   Attributes:
     rows: The product with a vector, of what is stored.
@@ -83,20 +86,19 @@ class SparseMatrix:
     return self.rows.shape
 
   def __matmul__(self, vector: jax.Array) -> jax.Array:
-    if jnp.shape(vector) != self.shape[1:]:
+    shape = jnp.shape(vector)
+    if shape[:1] != self.shape[1:] or len(shape) > 2:
       raise ValueError(
         f'vector must have shape {self.shape[1:]} for a SparseMatrix of shape'
-        f' {self.shape}, got {jnp.shape(vector)}.'
+        f' {self.shape}, or columns of it, got {shape}.'
       )
     checks.check_floating(
       'vector', vector, 'The entries are read in its dtype.'
     )
-    return jax.custom_derivatives.linear_call(
-      _product,
-      _transposed_product,
-      self,
-      vector,
-    )
+    vector = jnp.asarray(vector)
+    if vector.ndim == 1:
+      return _sparse_product.product(self, vector)
+    return _sparse_product.product(self, vector.T).T
 
   def gram(self, weights: jax.Array) -> jax.Array:
     """``A^T diag(weights) A``, shape ``(d, d)``, in the dtype of the weights.
@@ -135,21 +137,6 @@ class SparseMatrix:
     return jnp.tril(lower) + jnp.tril(lower, -1).T
 
 
-def _product(matrix, vector):
-  if matrix.one_hot is None:
-    return matrix.rows(vector)
-  stored = matrix.rows(matrix.one_hot.differences(vector))
-  return stored + jnp.sum(vector[matrix.one_hot.left_out])
-
-
-def _transposed_product(matrix, vector):
-  sums = matrix.columns(vector)
-  if matrix.one_hot is None:
-    return sums
-  sums = matrix.one_hot.restored(sums)
-  return sums.at[matrix.one_hot.left_out].add(jnp.sum(vector))
-
-
 def _restored_sums(matrix, weights, gram):
   """``M^T S^T w``; where ``S`` is of ones, the Gram's diagonal holds it."""
   is_binary = matrix.columns.values is None
@@ -176,7 +163,7 @@ def sparse_matrix(matrix: Any, *, gram: bool = False) -> SparseMatrix:
       pair, four above 65,535 rows.
 
   Returns:
-    A `SparseMatrix`. It must not be differentiated with respect to.
+    A `SparseMatrix`.
 
   Raises:
     TypeError: ``matrix`` is not sparse, or complex.

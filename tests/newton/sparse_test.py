@@ -74,6 +74,65 @@ def test_products_derivatives_and_gram(kind, binary):
   np.testing.assert_array_equal(found[-1], found[-1].T)
 
 
+@pytest.mark.parametrize('kind', CASES)
+def test_products_are_batched_and_differentiated_like_dense_ones(kind):
+  dense = CASES[kind](False)
+  d = dense.shape[1]
+  matrix = optlab.sparse_matrix(scipy.sparse.csr_array(dense))
+  x = jnp.linspace(-1.0, 2.0, 2 * d).reshape(2, d)
+
+  def scaled(t):
+    """The entries, where there are some, times ``t``."""
+    floats = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x * t if floats(x) else x, matrix)
+
+  def everything(a, of):
+    fun = lambda x: jnp.sum(jnp.sin(a @ x))
+    slope = lambda t: jnp.cos(jax.grad(lambda x: jnp.sum(of(t) @ x) ** 2)(x[0]))
+    return (
+      jax.vmap(lambda x: a @ x)(x),
+      a @ x.T,
+      jax.vmap(jax.grad(fun))(x),
+      jax.grad(lambda x: jnp.sum(jax.vmap(fun)(x) ** 2))(x),
+      jax.hessian(fun)(x[0]),
+      optlab.dense(optlab.hessian(fun))(x[0]).matrix,
+      jax.jacfwd(slope)(1.2),
+    )
+
+  of = lambda t: t * dense
+  if matrix.rows.values is None:  # Of ones; what no leaf holds stays so.
+    of = lambda t: dense
+  expected = jax.jit(lambda: everything(jnp.asarray(dense), of))()
+  found = jax.jit(lambda: everything(matrix, scaled))()
+  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
+  parts = zip(found, expected, strict=True)
+  for actual, wanted in list(parts)[: -1 if matrix.one_hot else None]:
+    np.testing.assert_allclose(actual, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_many_matrices_and_what_a_minimizer_owes_to_its_data():
+  dense = data(False)
+  matrix = optlab.sparse_matrix(scipy.sparse.csr_array(dense))
+  both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), matrix)
+  found = jax.vmap(lambda a: jax.grad(lambda x: jnp.sum((a @ x) ** 2))(
+    jnp.ones(9)
+  ))(both)  # fmt: skip
+  wanted = 2 * dense.T @ dense @ np.ones(9)
+  np.testing.assert_allclose(found, [wanted, wanted], rtol=1e-12)
+
+  @jax.jit
+  def slope(a, c):
+    fun = lambda x: jnp.sum((a @ x - c) ** 2) + x @ x
+    return jax.grad(lambda c: optlab.minimize(
+      lambda x: fun(x) - c * jnp.sum(a @ x), jnp.zeros(9), optlab.gns_newton(),
+      max_steps=20, grad_tol=1e-8,
+    ).params.sum())(c)  # fmt: skip
+
+  inverse = np.linalg.inv(2 * dense.T @ dense + 2 * np.eye(9))
+  wanted = np.sum(inverse @ dense.T @ np.ones(30))
+  np.testing.assert_allclose(slope(matrix, 0.3), wanted, rtol=1e-8)
+
+
 def test_the_fullest_column_of_a_group_is_not_stored():
   dense = one_hot(True)
   matrix = optlab.sparse_matrix(scipy.sparse.csr_array(dense), gram=True)
