@@ -22,7 +22,7 @@ def evaluate(
   fun: Callable[[base.Params], jax.Array],
   params: base.Params,
   opt_state: base.OptState,
-  anew: Any = False,
+  anew: Any,
 ) -> tuple[jax.Array, base.Updates, jax.Array]:
   """Value and gradient, from the state where they are those of ``params``.
 

@@ -108,10 +108,9 @@ def _turn(run, now):
   if run.box is not None:
     land = _box.landing(run.box, result.params, result.active)
     fun = _box.objective(run.fun, run.box, land)
-  # An earlier run may have stopped outside of the box, or without one.
-  anew = False if run.box is None else first
+  # The state of an earlier run may be of another point, box or objective.
   value, grad, evaluated = _kept.evaluate(
-    fun, result.params, result.opt_state, anew
+    fun, result.params, result.opt_state, anew=first
   )
   if run.box is not None:
     held = _box.active(run.box, result.params, grad)

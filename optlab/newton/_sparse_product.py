@@ -75,7 +75,8 @@ def _shape(*operands, kind, transposed):
 def _jvp(primals, tangents, **how):
   *leaves, vector = primals
   *entries, move = tangents
-  total = None
+  out = _product.bind(*primals, **how)
+  total = jnp.zeros_like(out)
   if not isinstance(move, ad.Zero):
     total = _product.bind(*leaves, move, **how)
   moved = [
@@ -91,12 +92,10 @@ def _jvp(primals, tangents, **how):
         found[i] = x
       return _compute(*found, vector, **how)
 
-    change = jax.jvp(
+    total += jax.jvp(
       of, [leaves[i] for i in moved], [entries[i] for i in moved]
     )[1]
-    total = change if total is None else total + change
-  out = _product.bind(*primals, **how)
-  return out, ad.Zero.from_primal_value(out) if total is None else total
+  return out, total
 
 
 def _transpose(cotangent, *operands, kind, transposed):

@@ -122,6 +122,23 @@ def test_goes_on_where_an_earlier_result_stopped():
   np.testing.assert_allclose(rest.params, whole.params, rtol=1e-6)
 
 
+@pytest.mark.parametrize('make', [optax.lbfgs, optlab.gns_newton])
+def test_a_state_of_another_point_or_objective_is_not_believed(make):
+  tx = make()
+  run = jax.jit(
+    lambda x, centre, state: optlab.minimize(
+      lambda x: jnp.sum(jnp.cosh(x - centre)), x, tx, max_steps=50,
+      grad_tol=1e-3, opt_state=state,
+    )
+  )  # fmt: skip
+  first = run(jnp.full(2, 1.0), 0.0, tx.init(jnp.zeros(2)))
+  assert first.success
+  for x, centre in [(first.params + 3.0, 0.0), (first.params, 2.0)]:
+    then = run(x, centre, first.opt_state)
+    assert then.success and then.steps > 0
+    np.testing.assert_allclose(then.params, centre, atol=1e-3)
+
+
 def test_tolerances_may_be_traced():
   run = jax.jit(lambda tol: minimize(jnp.zeros(3), grad_tol=tol).steps)
   assert run(1e-4) > run(1e-1)
