@@ -23,6 +23,7 @@ from optlab.batches._layout import permutation
 from optlab.batches._losses import batch_length
 from optlab.batches._rest import REST
 from optlab.batches._rest import Rest
+from optlab.batches._rest import ask
 from optlab.batches._rest import order_after
 from optlab.batches._rest import wrap
 from optlab.batches._sizes import is_static
@@ -241,9 +242,9 @@ def growing_step(
         f'batch_size must be at most the {length} examples of data, got'
         f' {np.max(size)}.'
       )
-    # What is traced and larger takes all examples.
-    size = jnp.minimum(jnp.asarray(size, jnp.int32), length)
-    taken, skipped = rest(size, length - epochs.position)
+    # What is traced and larger takes all examples, and one if it is below 1.
+    size = jnp.clip(jnp.asarray(size, jnp.int32), 1, length)
+    taken, skipped = ask(rest, size, length - epochs.position)
     first = epochs.position + skipped
     end = first + taken
 

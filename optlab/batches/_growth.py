@@ -97,7 +97,8 @@ def grow_batch(
     batch_size: The first size, at least 2: one example has no variance.
     max_batch_size: The largest size, for example the number of examples.
     test_interval: Tests on every so many steps only.
-    growth_cap: At most this factor a test, above 1; ``None`` for no cap.
+    growth_cap: At most this factor a test, above 1, but at least one example;
+      ``None`` for no cap.
     multiple_of: Rounds sizes up to multiples of this, for batches that are
       split over so many devices; divides ``batch_size`` and ``max_batch_size``.
 
@@ -269,11 +270,7 @@ def _ask(test, updates, grad, state, extras):
       ' layers=True).'
     ) from error
   finite = _is_finite(grads, extras, test.scaled)
-  if jnp.ndim(requested):
-    raise ValueError(
-      'test must request one size, a scalar, got an array of shape'
-      f' {jnp.shape(requested)}: take its largest.'
-    )
+  _statistics.check_size('test must request', requested)
   requested = jnp.asarray(requested, state.info.requested_size.dtype)
   return (
     jnp.where(finite, requested, jnp.nan),

@@ -15,8 +15,10 @@ from optlab import checks
 from optlab.batches._losses import batch_length
 from optlab.batches._rest import REST
 from optlab.batches._rest import Rest
+from optlab.batches._rest import ask
 from optlab.batches._rest import order_after
 from optlab.batches._rest import wrap
+from optlab.batches._sizes import on_host
 from optlab.batches._windows import PaddedBatch
 
 
@@ -144,8 +146,7 @@ def host_loader(
     return _state(seed, 0, 0, order(seed, 0))
 
   def take(state, batch_size):
-    checks.check_int('batch_size', batch_size, 1, traced=True)
-    size = int(batch_size)
+    size = on_host('batch_size', batch_size)
     if size > buckets[-1]:
       raise ValueError(
         f'batch_size must be at most the last bucket {buckets[-1]}, got {size}.'
@@ -156,7 +157,8 @@ def host_loader(
         f' {len(state.order)}: start again by init.'
       )
     seed, epoch, position = map(int, state[:3])
-    size, skipped = rest(min(size, num_examples), num_examples - position)
+    size = min(size, num_examples)
+    size, skipped = ask(rest, size, num_examples - position, np)
     first, now = position + skipped, state.order
     rows = now[first : first + size]
     position = first + size

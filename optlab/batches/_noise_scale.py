@@ -146,7 +146,8 @@ def _check_mask(mask, params):
     if not isinstance(keep, (bool, np.bool_)):
       raise TypeError(
         f'mask{jax.tree_util.keystr(path)} must be a bool, got {keep!r} of type'
-        f' {type(keep).__name__}.'
+        f' {type(keep).__name__}: give a tree of True and False, of a function'
+        ' of the parameters its value.'
       )
   try:
     kept = _kept(params, mask)
@@ -230,8 +231,7 @@ def size_schedule(schedule: optax.Schedule, *, unit: Any = 1.0) -> Test:
     # The request is that of the next step.
     seen = batch_size if sample_size is None else sample_size
     size = schedule((samples + seen) * unit)
-    if jnp.iscomplexobj(size) or not hasattr(size, '__float__'):
-      raise TypeError(f'schedule must return a size, a number, got {size!r}.')
+    _statistics.check_size('schedule must return', size)
     return size, state
 
   return Test(lambda params: (), update)

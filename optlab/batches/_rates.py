@@ -77,7 +77,7 @@ def batch_learning_rate(
 
   Raises:
     TypeError: An argument is not a number; ``learning_rate`` neither that nor a
-      schedule.
+      schedule; in the step, it is a plain schedule of an optimizer.
     ValueError: ``learning_rate`` is negative, ``batch_size`` below 1, ``power``
       or ``unit`` not finite, or ``unit`` not above 0; in the step, no
       ``sample_size`` among the extra arguments.
@@ -128,6 +128,12 @@ def batch_learning_rate(
 
   def rate(state, *, sample_size=None, **extra_args):
     del extra_args
+    if not isinstance(state, BatchRateState):
+      raise TypeError(
+        'batch_learning_rate must be given to an optimizer by'
+        ' optax.inject_hyperparams, which keeps its state and tells it the size'
+        f' of the batch, got the step of a plain schedule, {state!r}.'
+      )
     # Weak types: the optimizer's parameters give the dtype.
     value = learning_rate
     if callable(value):

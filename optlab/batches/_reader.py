@@ -74,14 +74,23 @@ class Reader:
         self._iterator = iter(self._source)
         self._epoch, self._number = self._epoch + 1, 0
         continue
+      number, self._number = self._number, self._number + 1
+      chunk = self._chunk(item, number, at)
+      self._check(chunk)
+      return chunk
+
+  def _chunk(self, item, number, at) -> _Chunk:
+    try:
       rows = jax.tree.map(_array, item)
       if not self._batched:
         rows = jax.tree.map(lambda leaf: leaf[None], rows)
-      here = self._epoch, self._number
-      self._number += 1
-      chunk = _Chunk(rows, batch_length(rows), *here, at)
-      self._check(chunk)
-      return chunk
+      length = batch_length(rows)
+    except (TypeError, ValueError) as error:
+      raise type(error)(
+        'source must yield batches, or with batched=False examples, of arrays,'
+        f' and not in item {number} of pass {self._epoch}: {error}'
+      ) from error
+    return _Chunk(rows, length, self._epoch, number, at)
 
   def _check(self, chunk):
     like = jax.tree.map(
@@ -154,6 +163,10 @@ class Reader:
 
   def seek(self, state: StreamState) -> None:
     """Goes on at a position."""
+    if min(map(int, state[:3])) < 0:
+      raise ValueError(
+        f'state must be a position, numbers of at least 0, got {state}.'
+      )
     if not (self._begins_again or self._is_new):
       raise ValueError(
         'source must be new where a stream goes on at a position, got an'

@@ -65,6 +65,29 @@ def drop(size: Any, left: Any) -> tuple[Any, Any]:
   return size, (size > left) * left
 
 
+def ask(rest: Rest, size: Any, left: Any, xp: Any = jnp) -> tuple[Any, Any]:
+  """What a rule says, within what an epoch can give.
+
+  Args:
+    rest: The rule.
+    size: The size of the batch.
+    left: The examples that are left.
+    xp: ``numpy`` on the host.
+
+  Returns:
+    As the rule: from 1 to ``size`` taken, from 0 to ``left`` skipped.
+
+  Raises:
+    TypeError: It does not say two numbers.
+  """
+  found = rest(size, left)
+  if not isinstance(found, tuple) or [xp.ndim(n) for n in found] != [0, 0]:
+    raise TypeError(
+      f'rest must return a pair of integers (taken, skipped), got {found!r}.'
+    )
+  return xp.clip(found[0], 1, size), xp.clip(found[1], 0, left)
+
+
 def order_after(
   fresh: Any, order: Any, first: Any, head: Any, xp: Any = jnp
 ) -> Any:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optlab import checks
+
 
 def samples_seen(samples: jax.Array, dtype: Any) -> jax.Array:
   """The number of examples, as a real number."""
@@ -46,6 +48,17 @@ def is_static(*values: Any) -> bool:
   return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+def on_host(name: str, size: Any) -> int:
+  """The size of a batch that is made on the host."""
+  checks.check_int(name, size, 1, traced=True)
+  if not is_static(size):
+    raise TypeError(
+      f'{name} must be known on the host, got {size}: batches are taken outside'
+      ' of jax.jit.'
+    )
+  return int(size)
+
+
 def next_size(
   requested: jax.Array,
   now: jax.Array,
@@ -58,6 +71,7 @@ def next_size(
   wanted = requested
   if growth_cap is not None:
     cap = jnp.floor(jnp.asarray(growth_cap, wide) * now.astype(wide))
+    cap = jnp.maximum(cap, now.astype(wide) + 1)  # Or it never grew.
     wanted = jnp.where(jnp.isnan(wanted), wanted, jnp.minimum(wanted, cap))
   # Compared as real numbers: an integer cast of more than int32 is undefined,
   # and float32(2^31 - 1) is 2^31.

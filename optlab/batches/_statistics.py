@@ -149,6 +149,17 @@ def from_moments(
   return Test(init, update, scaled=True)
 
 
+def check_size(name: str, size: Any) -> None:
+  """Raises unless what a function requests is one real number."""
+  if jnp.iscomplexobj(size) or not hasattr(size, '__float__'):
+    raise TypeError(f'{name} a size, a number, got {size!r}.')
+  if jnp.ndim(size):
+    raise ValueError(
+      f'{name} one size, a scalar, got an array of shape {jnp.shape(size)}:'
+      ' take its largest.'
+    )
+
+
 def scalars(*names: str) -> Callable[[base.Params], Any]:
   """``params -> zeros`` by name."""
   return lambda params: {name: jnp.zeros((), real(params)) for name in names}

@@ -13,6 +13,7 @@ import numpy as np
 
 from optlab import checks
 from optlab.batches import _processes
+from optlab.batches import _sizes
 from optlab.batches._reader import Reader
 from optlab.batches._reader import StreamState
 from optlab.batches._windows import PaddedBatch
@@ -128,8 +129,7 @@ def stream(
   reader = Reader(source, batched, prefetch, finite)
 
   def take(size):
-    checks.check_int('size', size, 1, traced=True)
-    size = int(size)
+    size = _sizes.on_host('size', size)
     if size > microbatch_size:
       raise ValueError(
         f'size must be at most microbatch_size={microbatch_size}, got {size}:'
@@ -156,6 +156,10 @@ def stream(
     return _processes.position(reader) if several else reader.position()
 
   def seek(state):
+    if not isinstance(state, StreamState):
+      raise TypeError(
+        f'state must be a StreamState, of position(), got {state!r}.'
+      )
     go = lambda: reader.seek(_processes.own_position(state)) or 0
     _ = _processes.together(go) if several else go()
 

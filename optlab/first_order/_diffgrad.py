@@ -82,11 +82,43 @@ def _with_a_square(g, real):
   return jnp.where(jnp.isfinite(size) & (size > largest), g / size * largest, g)
 
 
+class _Dtype(NamedTuple):
+  """A domain: a real floating dtype."""
+
+  optional: bool = True
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None:
+      return
+    try:
+      real = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+      real = False
+    if not real:
+      raise TypeError(
+        f'{name} must be a real floating dtype such as jnp.bfloat16, got'
+        f' {value!r}; for complex leaves it is that of their parts.'
+      )
+
+
+def _dtype_of(leaf, dtype):
+  """In which a leaf is kept: imaginary parts too."""
+  if jnp.iscomplexobj(leaf):
+    return jnp.promote_types(dtype, jnp.complex64)
+  return dtype
+
+
 DECAY = checks.DECAY._replace(remedy='It is the decay of a moving average.')
 
 
 @checks.domains(
-  b1=DECAY, b2=DECAY, eps=checks.NON_NEGATIVE, eps_root=checks.NON_NEGATIVE
+  b1=DECAY,
+  b2=DECAY,
+  eps=checks.NON_NEGATIVE,
+  eps_root=checks.NON_NEGATIVE,
+  mu_dtype=_Dtype(),
+  prev_grad_dtype=_Dtype(),
 )
 def scale_by_diffgrad(
   b1: float | jax.Array = 0.9,
@@ -118,7 +150,8 @@ def scale_by_diffgrad(
       after. The two differ by 5e-5 after 200 steps at ``eps=1e-8`` and
       completely at ``eps=1e-2``.
     mu_dtype: Dtype in which the first moment is kept; ``None`` keeps the
-      gradient's, and at least float32.
+      gradient's, and at least float32. In float16 moments below 6e-8 are lost
+      and those above 65,504 infinite.
     prev_grad_dtype: Dtype in which the last gradient is kept; ``None`` keeps
       the gradient's.
 
@@ -126,7 +159,7 @@ def scale_by_diffgrad(
     An optax transformation with `ScaleByDiffGradState`.
 
   Raises:
-    TypeError: A hyperparameter is not a number.
+    TypeError: A hyperparameter is not a number, or a dtype not floating.
     ValueError: A hyperparameter is outside its interval.
   """
   checks.enforce(scale_by_diffgrad, locals())
@@ -139,9 +172,11 @@ def scale_by_diffgrad(
     wide = trees.accumulator_dtype
     return ScaleByDiffGradState(
       step=jnp.zeros((), jnp.int32),
-      mu=zeros(lambda leaf: mu_dtype or wide(leaf)),
+      mu=zeros(lambda leaf: _dtype_of(leaf, mu_dtype or wide(leaf))),
       nu=zeros(lambda leaf: jnp.finfo(wide(leaf)).dtype),
-      prev_grad=zeros(lambda leaf: prev_grad_dtype or jnp.result_type(leaf)),
+      prev_grad=zeros(
+        lambda leaf: _dtype_of(leaf, prev_grad_dtype or jnp.result_type(leaf))
+      ),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -178,6 +213,8 @@ def scale_by_diffgrad(
   eps=checks.NON_NEGATIVE,
   eps_root=checks.NON_NEGATIVE,
   weight_decay=checks.NON_NEGATIVE._replace(optional=True),
+  mu_dtype=_Dtype(),
+  prev_grad_dtype=_Dtype(),
 )
 def diffgrad(
   learning_rate: base.ScalarOrSchedule,
@@ -228,7 +265,7 @@ def diffgrad(
     An optax transformation.
 
   Raises:
-    TypeError: A hyperparameter is not a number.
+    TypeError: A hyperparameter is not a number, or a dtype not floating.
     ValueError: A hyperparameter is outside its interval.
 
   Examples:

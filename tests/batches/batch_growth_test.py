@@ -210,6 +210,9 @@ def test_interval_cap_and_multiples():
   assert sizes(3, growth_cap=1.5, test_interval=2) == [6, 6, 9]
   assert sizes(1, multiple_of=4) == [92]
   assert sizes(2, multiple_of=4, growth_cap=2.5) == [12, 32]
+  # A cap of less than one example.
+  assert sizes(2, growth_cap=1.01) == [5, 6]
+  assert sizes(2, multiple_of=4, growth_cap=1.01) == [8, 12]
 
 
 def test_the_largest_int32_and_narrow_floats_do_not_overflow():

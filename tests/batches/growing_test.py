@@ -87,10 +87,11 @@ def test_constant_sizes_share_the_program():
     step = optlab.growing_step(ESTIMATOR, tx, batch_size=size)
     return step(step(state, data)[0], data)[0].epochs
 
-  for size, position in ((3, 6), (20, 0), (30, 20), (50, 0)):
+  pairs = (3, 6), (20, 0), (30, 20), (50, 0), (0, 2), (-3, 2)
+  for size, position in pairs:
     epochs = two_steps(jnp.int32(size))
     # 30, the 10 that are left with 20 of the next epoch; what is more than
-    # the data is all of them.
+    # the data is all of them, what is less than one example one.
     assert epochs.position == position
   assert two_steps._cache_size() == 1
   with pytest.raises(ValueError, match='needs a batch size'):
@@ -158,6 +159,20 @@ def test_a_rest_that_is_kept_or_dropped():
   for rest in (optlab.batches.wrap, optlab.batches.drop):
     seen, _ = counts_of(rest, (10,) * 12, 101, 1)
     assert np.all(seen.sum(-1) == 10)
+
+
+def test_a_rule_of_the_rest_says_two_numbers():
+  state, data = start(optax.sgd(0.1))
+  loader = optlab.host_loader(lambda rows: rows, 5, (2,), rest=lambda s, n: s)
+  step = optlab.growing_step(
+    ESTIMATOR, optax.sgd(0.1), batch_size=2, rest=lambda size, left: [size]
+  )
+  for run in (
+    lambda: loader.take(loader.init(0), 2),
+    lambda: jax.eval_shape(step, state, data),
+  ):
+    with pytest.raises(TypeError, match=r'rest must return .*\(taken, skipped'):
+      run()
 
 
 def test_seeds_under_vmap_are_the_seeds_alone():

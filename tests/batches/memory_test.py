@@ -125,6 +125,10 @@ def test_schedules_follow_the_samples():
     )
     with pytest.raises(TypeError, match='schedule must return a size, a num'):
       rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
+    with pytest.raises(TypeError, match='test must request a size, a number'):
+      optlab.grow_batch(lambda grads, w=wrong: w, 4, 8).update(
+        jnp.ones(2), rule.init(jnp.ones(2))
+      )
   several = optlab.batches.size_schedule(lambda n: jnp.ones(2) * n)
   rule = optlab.grow_batch(several, 4, 8)
   with pytest.raises(
@@ -203,3 +207,14 @@ def test_a_rate_in_bfloat16_keeps_the_state_and_needs_the_size():
   assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
   with pytest.raises(ValueError, match='batch_learning_rate needs.*sample_siz'):
     tx.update(jnp.ones_like(x), state, x)
+
+
+def test_a_rate_that_is_no_state_of_the_optimizer_is_refused():
+  """It would be the rate of the first batch for all."""
+  rate = optlab.batches.batch_learning_rate(0.1, 8)
+  for make in (optax.sgd, optlab.diffgrad):
+    tx = make(rate)
+    with pytest.raises(
+      TypeError, match='optax.inject_hyperparams, which keeps'
+    ):
+      tx.update(jnp.ones(2), tx.init(jnp.ones(2)), sample_size=32)

@@ -240,8 +240,11 @@ def test_bad_examples_are_named_and_the_rest_goes_on(prefetch):
     (wide, r'one shape and dtype.*got .*item 1 of pass 0'),
     (double, r'one shape and dtype.*float64.*item 1 of pass 0'),
     ((good['x'],), 'one shape and dtype'),
-    ({'x': np.float32(1.0)}, 'examples on its leading axis'),
-    ({'x': np.ones((0, 2), np.float32)}, 'at least one example'),
+    ({'x': np.float32(1.0)}, 'source.*item 1 of.*examples on its leading axis'),
+    (
+      {'x': np.ones((0, 2), np.float32)},
+      'source.*item 1 of.*at least one exam',
+    ),
   ):
     stream = optlab.batches.stream([good, bad, good], 3, prefetch=prefetch)
     stream.take(3)
@@ -266,6 +269,12 @@ def test_bad_examples_are_named_and_the_rest_goes_on(prefetch):
   gone = stream.position()._replace(chunks=5)
   with pytest.raises(ValueError, match='source must have the item 5 of pass 0'):
     stream.seek(gone)
+  with pytest.raises(ValueError, match='state must be a position.*offset=-1'):
+    stream.seek(gone._replace(chunks=0, offset=-1))
+  with pytest.raises(TypeError, match='state must be a StreamState.*got 5'):
+    stream.seek(5)
+  with pytest.raises(TypeError, match='size must be known on the host'):
+    jax.jit(stream.take)(2)
   stream.close()
   with pytest.raises(ValueError, match='stream is closed'):
     stream.take(3)

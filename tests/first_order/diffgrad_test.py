@@ -189,6 +189,27 @@ def test_dtypes_of_the_state_can_be_chosen():
   assert state.nu.dtype == jnp.float32
 
 
+def test_a_chosen_dtype_keeps_imaginary_parts_and_is_floating():
+  params = {'z': jnp.array([1.0 - 2.0j], jnp.complex64), 'x': jnp.ones(2)}
+  plain = optlab.first_order.scale_by_diffgrad()
+  tx = optlab.first_order.scale_by_diffgrad(
+    mu_dtype=jnp.float32, prev_grad_dtype=jnp.bfloat16
+  )
+  state = tx.init(params)
+  assert state.mu['z'].dtype == state.prev_grad['z'].dtype == jnp.complex64
+  assert state.prev_grad['x'].dtype == jnp.bfloat16
+  ours, _ = tx.update(params, state, params)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    ours,
+    plain.update(params, plain.init(params), params)[0],
+  )
+  for name in ('mu_dtype', 'prev_grad_dtype'):
+    for bad in (jnp.int8, jnp.complex64, 'narrow', 16):
+      with pytest.raises(TypeError, match=f'{name} must be a real floating'):
+        optlab.diffgrad(0.1, **{name: bad})
+
+
 def test_none_and_masked_leaves_pass():
   tx = optlab.first_order.scale_by_diffgrad()
   params = {'a': jnp.ones(2), 'b': jnp.ones(3), 'c': None}
