@@ -158,7 +158,8 @@ def check_scalar(name: str, value: Any, remedy: str = '') -> None:
     remedy: What to do about it, for the message.
   """
   try:
-    if value is None:  # Which has a shape in some releases of jax.
+    # Which have shapes in some releases of jax.
+    if value is None or isinstance(value, (tuple, list)):
       raise TypeError
     shape, dtype = jnp.shape(value), jnp.result_type(value)
   except (TypeError, ValueError):

@@ -149,6 +149,7 @@ def blockwise() -> base.Solver:
         f' layerwise(gauss_newton(model, loss)) makes, got {operator!r}; use'
         ' cg or lanczos for others.'
       )
+    _operators.check_system(operator, b)
     vector = trees.wide(b)
 
     def solve(shift):
@@ -169,7 +170,7 @@ def blocks_of(operator: Any) -> Any:
 def _blocks_of(operator, like):
   """The blocks of an operator, and the products that they take."""
   leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, like))
-  blocks = []
+  blocks, product = [], _operators.checked(operator)
   for i, leaf in enumerate(leaves):
     if trees.is_split(leaf):
       raise ValueError(
@@ -180,7 +181,7 @@ def _blocks_of(operator, like):
     def column(unit, i=i, leaf=leaf):
       others = [jnp.zeros_like(other) for other in leaves]
       others[i] = unit.reshape(leaf.shape)
-      image = operator(jax.tree.unflatten(structure, others))
+      image = product(jax.tree.unflatten(structure, others))
       return jax.tree.leaves(image)[i].reshape(-1)
 
     eye = jnp.eye(leaf.size, dtype=leaf.dtype)

@@ -153,11 +153,9 @@ def unit_and_product(operator, b):
 
 def prepare(operator, b):
   """``b`` in float32 or wider, ``|b|``, and the products with such."""
-  vector = trees.wide(b)
-  _operators.check_operator(
-    'operator', operator, sum(leaf.size for leaf in jax.tree.leaves(vector))
-  )
-  product = lambda v: trees.wide(operator(like(v, b)))
+  _operators.check_system(operator, b)
+  vector, of = trees.wide(b), _operators.checked(operator)
+  product = lambda v: trees.wide(of(like(v, b)))
   return vector, trees.norm(vector), product
 
 

@@ -46,7 +46,8 @@ def hessian(fun: Callable[..., jax.Array]) -> _operators.OperatorFactory:
   checks.enforce(hessian, locals())
 
   def curvature(params, *args):
-    grad = jax.grad(lambda params: fun(params, *args))
+    checks.check_floating('params', params)
+    grad = jax.grad(lambda params: _scalar('fun', fun(params, *args)))
     return jax.linearize(grad, params)[1]
 
   return curvature
@@ -98,8 +99,10 @@ def gauss_newton(
     checks.check_floating('params', params)
     outputs_fn = lambda params: model(params, *args)
     outputs, vjp = jax.vjp(outputs_fn, params)
+    checks.check_floating('model(params)', outputs)
     jvp = jax.linearize(outputs_fn, params)[1]
-    outer = jax.linearize(jax.grad(lambda u: loss(u, *args)), outputs)[1]
+    slope = jax.grad(lambda u: _scalar('loss', loss(u, *args)))
+    outer = jax.linearize(slope, outputs)[1]
     return jax.tree_util.Partial(product, jvp, outer, vjp)
 
   return curvature
@@ -136,7 +139,8 @@ def empirical_fisher(
 
   Raises:
     TypeError: ``loss`` or ``weights`` is not a function.
-    ValueError: The examples have no common leading axis.
+    ValueError: The examples have no common leading axis, or ``weights`` returns
+      another number of them.
 
   Examples:
     >>> import jax.numpy as jnp, optlab
@@ -148,12 +152,18 @@ def empirical_fisher(
   checks.enforce(empirical_fisher, locals())
 
   def curvature(params, *args):
+    checks.check_floating('params', params)
     value_and_row = lambda *args: _value_and_row(loss, params, *args)
-    if jax.tree.leaves(args):
+    if _examples(args):
       losses, rows = jax.vmap(value_and_row)(*args)
     else:
       losses, rows = jax.tree.map(lambda x: x[None], value_and_row(*args))
     scale = 1.0 / losses.shape[0] if weights is None else weights(losses)
+    if jnp.shape(scale) not in ((), losses.shape):
+      raise ValueError(
+        'weights must return one number an example, shape'
+        f' {losses.shape}, got shape {jnp.shape(scale)}.'
+      )
     scale = jnp.sqrt(jnp.broadcast_to(scale, losses.shape)).astype(rows.dtype)
     return _operators.LowRank(scale[:, None] * rows)
 
@@ -177,11 +187,13 @@ def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
       examples; without ``args`` there is one example.
 
   Returns:
-    An operator factory that makes `LowRank` operators of rank ``m * classes``.
+    An operator factory that makes `LowRank` operators of rank ``m * classes``,
+    NaN where the probabilities of an example do not sum to one.
 
   Raises:
     TypeError: ``log_probs`` is not a function.
-    ValueError: ``log_probs`` does not return one number a class.
+    ValueError: ``log_probs`` does not return one number a class, or the
+      examples have no common leading axis.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optlab
@@ -197,17 +209,21 @@ def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
 
     def rows(*example):
       logs, vjp = jax.vjp(lambda params: log_probs(params, *example), params)
-      if jnp.ndim(logs) != 1:
+      if jnp.ndim(logs) != 1 or len(logs) < 2:
         raise ValueError(
           'log_probs must return one number a class of one example, shape'
-          f' (classes,), got shape {jnp.shape(logs)}.'
+          f' (classes,) for two or more, got shape {jnp.shape(logs)}.'
         )
       grads = jax.vmap(lambda e: _operators.ravel(vjp(e)[0]))(
         jnp.eye(logs.shape[0], dtype=logs.dtype)
       )
-      return jnp.exp(logs / 2).astype(grads.dtype)[:, None] * grads
+      # Of what is no distribution the sum is no Fisher matrix.
+      left = jnp.abs(jnp.sum(jnp.exp(logs)) - 1)
+      known = left <= 4 * jnp.sqrt(jnp.finfo(logs.dtype).eps)
+      roots = jnp.where(known, jnp.exp(logs / 2), jnp.nan)
+      return roots.astype(grads.dtype)[:, None] * grads
 
-    if jax.tree.leaves(args):
+    if _examples(args):
       factor = jax.vmap(rows)(*args)
       factor = factor / np.sqrt(factor.shape[0]).astype(factor.dtype)
       return _operators.LowRank(factor.reshape(-1, factor.shape[-1]))
@@ -217,5 +233,24 @@ def fisher(log_probs: Callable[..., jax.Array]) -> _operators.OperatorFactory:
 
 
 def _value_and_row(fun, params, *args):
-  value, grad = jax.value_and_grad(fun)(params, *args)
+  scalar = lambda params: _scalar('loss', fun(params, *args))
+  value, grad = jax.value_and_grad(scalar)(params)
   return value, _operators.ravel(grad)
+
+
+def _scalar(name, value):
+  checks.check_scalar(name, value)
+  return value
+
+
+def _examples(args):
+  """How many examples there are, along the first axis; 0 without ``args``."""
+  leaves = jax.tree.leaves(args)
+  sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in leaves}
+  if leaves and (len(sizes) > 1 or sizes & {None, 0}):
+    raise ValueError(
+      'the args of a factory must have one leading axis, over one example or'
+      f' more; got shapes {[jnp.shape(leaf) for leaf in leaves]}. Close over'
+      ' what is no example.'
+    )
+  return sizes.pop() if leaves else 0

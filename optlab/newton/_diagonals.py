@@ -142,7 +142,8 @@ def _diagonal(key, samples, rounds, estimate):
     shown = _shown_diagonal(operator, like)
     if shown is not None:
       return Diagonal(shown), 0
-    product = lambda v: trees.wide(operator(_conjugate.like(v, like)))
+    of = _operators.checked(operator)
+    product = lambda v: trees.wide(of(_conjugate.like(v, like)))
 
     def one_round(diagonal, key):
       root = jax.tree.map(jnp.sqrt, diagonal)

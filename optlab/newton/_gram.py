@@ -42,7 +42,8 @@ def linear_gauss_newton(
     inputs: ``(*args) -> A``, shape ``(m, d)``, an array or a `SparseMatrix`
       made with ``gram=True``.
     loss: ``(outputs, *args) -> scalar``, where ``outputs = A @ params``; a sum
-      or mean over rows of terms that depend on one row each (not checked).
+      or mean over rows of terms that depend on one row each. Else the matrix
+      is NaN.
     l2: The coefficient of a ridge term ``l2 / 2 * |params| ** 2``.
     sparse_dtype: The dtype of the work where the inputs are sparse; ``None`` is
       that of the parameters.
@@ -83,6 +84,7 @@ def linear_gauss_newton(
     product = jax.linearize(jax.grad(lambda u: loss(u, *args)), outputs)[1]
     if params.ndim == 1:
       weights = product(jnp.ones_like(outputs)).astype(outputs.dtype)
+      weights = _separable(product, outputs, weights, jnp.multiply)
       gram = features.gram if sparse else functools.partial(_gram, features)
       matrix = gram(weights)
     else:
@@ -91,6 +93,9 @@ def linear_gauss_newton(
       weights = jax.vmap(
         lambda unit: product(jnp.broadcast_to(unit, outputs.shape))
       )(jnp.eye(classes, dtype=outputs.dtype))
+      weights = _separable(
+        product, outputs, weights, lambda w, u: jnp.einsum('aib,ia->ib', w, u)
+      )
       row, col = np.tril_indices(classes)
       blocks = jax.lax.map(
         lambda pair: (
@@ -133,6 +138,17 @@ def _features(features: Any, params: Any) -> Any:
   if not own and not jnp.issubdtype(features.dtype, jnp.inexact):
     features = features.astype(trees.accumulator_dtype(params))
   return features
+
+
+def _separable(product, outputs, weights, blocks):
+  """The weights, NaN where the loss couples one row with another."""
+  probe = jnp.cos(jnp.arange(outputs.size, dtype=outputs.dtype) ** 2)
+  probe = probe.reshape(outputs.shape)
+  whole = product(probe)
+  coupled = trees.norm(whole - blocks(weights, probe))
+  info = jnp.finfo(outputs.dtype)
+  rounding = jnp.sqrt(info.eps) * trees.norm(whole) + outputs.size * info.tiny
+  return jnp.where(coupled <= rounding, weights, jnp.nan)
 
 
 def _gram(features, weights):

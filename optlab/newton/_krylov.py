@@ -57,7 +57,7 @@ def lanczos(
 
   def solver(operator, b, shift):
     unit, norm, product = _conjugate.unit_and_product(operator, b)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(b))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(unit))
     size = max(1, min(max_steps, numbers))
     basis, diagonal, off, k = _krylov_basis(
       product,

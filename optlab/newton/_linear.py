@@ -149,8 +149,8 @@ def woodbury() -> base.Solver:
         'woodbury needs an operator with a factor, such as empirical_fisher'
         f' makes, got {operator!r}; use cholesky, cg or lanczos for others.'
       )
+    _operators.check_system(operator, b)
     flat, unravel = flatten(b)
-    _operators.check_operator('operator', operator, flat.size)
     factor = factor.astype(flat.dtype)
     gram = factor @ factor.T
 
@@ -177,6 +177,7 @@ def woodbury() -> base.Solver:
 
 def _matrix(operator, b):
   """The matrix of an operator, and the products that it took."""
+  _operators.check_system(operator, b)
   matrix = _operators.as_matrix(operator, b)
   shown = (_operators.matrix_of(operator), _operators.factor_of(operator))
   products = 0 if any(part is not None for part in shown) else matrix.shape[0]

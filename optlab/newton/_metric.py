@@ -57,8 +57,9 @@ def _tree(metric, curvature, params):
     leaf.dtype == trees.accumulator_dtype(leaf)
     for leaf in map(jnp.asarray, jax.tree.leaves(params))
   )
+  product = _operators.checked(curvature)
   operator = jax.tree_util.Partial(
-    lambda v: divide(trees.wide(curvature(back(v))))
+    lambda v: divide(trees.wide(product(back(v))))
   )
   if isinstance(curvature, _blocks.Blocks):
     operator = curvature if root is None else curvature.between(root)
@@ -102,8 +103,9 @@ def _flat(metric, curvature, params, dtype):
   elif factor is not None:
     operator = _operators.LowRank(forward(factor.astype(dtype).T).T)
   else:
+    product = _operators.checked(curvature)
     operator = jax.tree_util.Partial(
-      lambda v: forward(ravel(curvature(back(backward(v)))))
+      lambda v: forward(ravel(product(back(backward(v)))))
     )
   return Space(
     dual=lambda tree: forward(ravel(tree)),

@@ -101,7 +101,8 @@ def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
   if factor is not None:
     factor = factor.astype(dtype)
     return factor.T @ factor
-  columns = jax.vmap(lambda unit: ravel(operator(unravel(unit))))
+  product = checked(operator)
+  columns = jax.vmap(lambda unit: ravel(product(unravel(unit))))
   return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
 
 
@@ -132,6 +133,30 @@ def check_operator(name: str, operator: Any, size: int) -> None:
       f'{name} must have a factor of shape (r, {size}), got'
       f' {jnp.shape(factor)}.'
     )
+
+
+def check_system(operator: Any, b: base.ArrayTree) -> None:
+  """Raises unless ``operator`` may be solved with the right side ``b``."""
+  for path, leaf in jax.tree.leaves_with_path(b):
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f'b{jax.tree_util.keystr(path)} must be of real floats, got dtype'
+        f' {dtype}; the solution has its dtype.'
+      )
+  size = sum(map(jnp.size, jax.tree.leaves(b)))
+  check_operator('operator', operator, size)
+
+
+def checked(operator: base.Operator) -> base.Operator:
+  """The operator, which raises where a product is unlike its vector."""
+
+  def product(vector):
+    image = operator(vector)
+    checks.check_same_tree('operator(v)', image, 'v', vector)
+    return image
+
+  return product
 
 
 def ravel(tree: base.ArrayTree) -> jax.Array:

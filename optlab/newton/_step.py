@@ -228,7 +228,7 @@ def _first_gamma(operator, g, g_norm, value, gamma):
   unit = trees.divided(g, jnp.where(first, g_norm, 1))
   shift = jax.lax.cond(
     first,
-    lambda: 0.01 * jnp.abs(trees.dot(unit, operator(unit))),
+    lambda: 0.01 * jnp.abs(trees.dot(unit, _operators.checked(operator)(unit))),
     lambda: jnp.ones((), gamma.dtype),
   ).astype(gamma.dtype)
   shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)

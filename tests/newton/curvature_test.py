@@ -267,3 +267,77 @@ def test_linear_gauss_newton_names_bad_params():
     factory({'w': jnp.ones(2)})
   with pytest.raises(ValueError, match='l2 must be in'):
     optlab.linear_gauss_newton(lambda: jnp.eye(2), jnp.sum, l2=-1.0)
+
+
+@pytest.mark.parametrize(
+  'loss',
+  [
+    jax.nn.logsumexp,
+    jnp.var,  # Its Hessian maps ones to zero.
+    lambda u: jnp.sum(jnp.exp(u)) + 0.01 * jnp.sum(u) ** 2,
+  ],
+)
+@pytest.mark.parametrize('shape', [(3,), (3, 2)])
+def test_a_loss_that_couples_rows_has_no_row_by_row_hessian(loss, shape):
+  features = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
+  factory = optlab.linear_gauss_newton(lambda: features, loss)
+  assert jnp.all(jnp.isnan(factory(jnp.ones(shape)).matrix))
+
+
+@pytest.mark.parametrize(
+  'log_probs', [lambda x, a: a * x, lambda x, a: jax.nn.softmax(a * x)]
+)
+def test_fisher_of_what_is_no_distribution_is_nan(log_probs):
+  product = optlab.fisher(log_probs)(jnp.zeros(2), jnp.ones((4, 2)))
+  assert jnp.all(jnp.isnan(product(jnp.ones(2))))
+
+
+one = lambda x, a: jnp.sum(x * a) ** 2
+OTHERS = {
+  'a fun of a vector': (
+    lambda: optlab.hessian(jnp.sin)(jnp.ones(2)),
+    'fun must return a real scalar of floats, got shape',
+  ),
+  'a fun with aux': (
+    lambda: optlab.hessian(lambda x: (jnp.sum(x), 3))(jnp.ones(2)),
+    'fun must return a scalar',
+  ),
+  'params of integers': (
+    lambda: optlab.hessian(jnp.sum)(jnp.arange(2)),
+    'params must be floating, got dtype int',
+  ),
+  'a loss of a vector': (
+    lambda: optlab.gauss_newton(jnp.sin, jnp.sin)(jnp.ones(2)),
+    'loss must return a real scalar of floats, got shape',
+  ),
+  'outputs of integers': (
+    lambda: optlab.gauss_newton(jnp.argmax, lambda u: 2.0 * u)(jnp.ones(2)),
+    r'model\(params\) must be floating, got dtype int',
+  ),
+  'no examples': (
+    lambda: optlab.empirical_fisher(one)(jnp.ones(2), jnp.ones((0, 2))),
+    r'one leading axis, over one example or more; got shapes \[\(0, 2\)\]',
+  ),
+  'examples of two numbers': (
+    lambda: optlab.fisher(one)(jnp.ones(2), (jnp.ones(2), jnp.ones(3))),
+    r'one leading axis, .*; got shapes \[\(2,\), \(3,\)\]',
+  ),
+  'weights of another number': (
+    lambda: optlab.empirical_fisher(one, lambda losses: jnp.ones(3))(
+      jnp.ones(2), jnp.ones((2, 2))
+    ),
+    r'weights must return one number an example, shape \(2,\), got shape',
+  ),
+  'one class': (
+    lambda: optlab.fisher(lambda x, a: jax.nn.log_sigmoid(x * a))(
+      jnp.ones(1), jnp.ones(4)
+    ),
+    r'\(classes,\) for two or more, got shape \(1,\)',
+  ),
+}
+
+
+@pytest.mark.parametrize('make, message', OTHERS.values(), ids=OTHERS.keys())
+def test_what_a_factory_is_given_is_named(make, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    make()

@@ -270,3 +270,55 @@ def test_bad_arguments(make):
     make(max_steps=0)
   with pytest.raises(ValueError, match='rtol'):
     make(rtol=-0.1)
+
+
+UNLIKE = {
+  'of another size': lambda v: jnp.ones(3),
+  'of another structure': lambda v: {'a': v},
+}
+
+
+@pytest.mark.parametrize('operator', UNLIKE.values(), ids=UNLIKE.keys())
+@pytest.mark.parametrize(
+  'make',
+  [
+    *EXACT.values(),
+    optlab.cg(preconditioner=optlab.newton.hutchinson(jax.random.key(0))),
+    optlab.cg(preconditioner=optlab.newton.leaf_blocks()),
+    lambda operator, b, shift: optlab.dense(lambda x: operator)(b),
+  ],
+)
+def test_a_product_unlike_its_vector_is_named(make, operator):
+  with pytest.raises(ValueError, match=r'operator\(v\) (must have|has shape)'):
+    make(operator, jnp.ones(2), 1.0)(1.0)
+
+
+def test_a_curvature_unlike_the_parameters_is_named():
+  tx = optlab.gns_newton()
+  fun = lambda x: jnp.sum(x**2)
+  for operator in UNLIKE.values():
+    with pytest.raises(
+      ValueError, match=r'operator\(v\) (must have|has shape)'
+    ):
+      optlab.minimize(
+        fun, jnp.ones(2), tx, max_steps=2, curvature=lambda x, o=operator: o
+      )
+
+
+@pytest.mark.parametrize('dtype', [int, complex])
+@pytest.mark.parametrize(
+  'make',
+  [
+    *EXACT.values(),
+    lambda operator, b, shift: optlab.newton.woodbury()(
+      optlab.newton.LowRank(jnp.eye(2)), b, shift
+    ),
+    lambda operator, b, shift: optlab.newton.blockwise()(
+      optlab.newton.Blocks(jnp.eye(2)), b, shift
+    ),
+  ],
+)
+def test_right_sides_are_real_floats(make, dtype):
+  # Of integers the solution would be cut to integers.
+  with pytest.raises(TypeError, match='b must be of real floats, got dtype'):
+    make(lambda v: 2 * v, jnp.ones(2, dtype), 1.0)
