@@ -1,6 +1,6 @@
 """What a run that goes on shares with what was there, and what it does not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import json
 import pathlib
@@ -135,23 +135,39 @@ class Part(NamedTuple):
 
   def is_whole(self, steps: int, every: int) -> bool:
     """Whether it is the run that is asked for."""
-    return self._asked(every) == steps
+    return self.asked(every) == steps
 
   def is_shorter(self, steps: int, every: int) -> bool:
     """Whether it is such a run, over fewer steps."""
-    asked = self._asked(every)
+    asked = self.asked(every)
     return asked is not None and asked < steps
 
-  def _asked(self, every: int) -> int | None:
-    """Its steps, if it came to its end and no row is lost or there twice."""
-    done = self.done
-    if done is None or done.get('every', every) != every:
-      return None
-    looks = range(0, done['steps'] + 1, every)
-    expected = [(step, seed) for step in looks for seed in done['seeds']]
+  def reaches(self, step: int, every: int, seeds: Sequence[int]) -> bool:
+    """Whether its rows are those up to a step: none lost, cut or there twice."""
+    looks = range(0, step + 1, every)
+    if len(looks) * len(seeds) != len(self.rows):
+      return False
+    expected = [(look, seed) for look in looks for seed in seeds]
     found = [(row['step'], row['seed']) for row in self.rows]
+    return found == expected and len({*map(_form, self.rows)}) <= 1
+
+  def asked(self, every: int) -> int | None:
+    """Its steps, if it came to its end and its rows are all there."""
+    done = self.done
+    if done is None or every < 1 or done.get('every', every) != every:
+      return None
     asked = done.get('of', done['steps'])  # Older records have none.
-    return asked if found == expected and isinstance(asked, int) else None
+    there = self.reaches(done['steps'], every, done['seeds'])
+    return asked if there and isinstance(asked, int) else None
+
+
+def _form(row: dict[str, Any]) -> tuple:
+  """Which fields a row has, and which of them are numbers."""
+  return tuple(
+    (name, isinstance(row[name], (int, float)))
+    for name in sorted(row)
+    if name != 'collectives'  # On a mesh alone.
+  )
 
 
 def part(rows: Iterable[dict], method: str, seeds: tuple[int, ...]) -> Part:
@@ -162,6 +178,34 @@ def part(rows: Iterable[dict], method: str, seeds: tuple[int, ...]) -> Part:
     [row for row in mine if row['kind'] == 'eval' and row['seed'] in seeds],
     done[-1] if done else None,
   )
+
+
+def damaged(rows: Iterable[dict]) -> str:
+  """What is wrong with rows that are whole lines each, or nothing.
+
+  Args:
+    rows: The rows of a record.
+
+  Returns:
+    A method of which rows are lost, or what is there twice.
+  """
+  seen: set[str] = set()
+  methods: dict[Any, list[dict]] = {}
+  for row in rows:
+    methods.setdefault(str(row.get('method')), []).append(row)
+    text = json.dumps(row)
+    if text in seen and row['kind'] != 'resumed':
+      return f'a row of kind {row["kind"]} is there twice'
+    seen.add(text)
+  for method, own in methods.items():
+    for done in record.select(own, 'done'):
+      found = part(own, method, tuple(done['seeds']))
+      every = done.get('every')
+      if 'every' not in done:  # An older record.
+        continue
+      if not isinstance(every, int) or found.asked(every) is None:
+        return f'rows of {method} are lost or damaged'
+  return ''
 
 
 def earlier(header: dict) -> list[str]:

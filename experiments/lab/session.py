@@ -67,7 +67,7 @@ class Session:
     self._config = config
     self._mesh = devices.make_mesh(getattr(config, 'mesh', ''))
     self._several = jax.process_count() > 1
-    self._earlier: list[dict] = []
+    self._earlier: list[list[dict]] = []  # The rows of each, oldest first.
     self._noted: dict[str, Any] = {}
     self._again = False  # Whether rows are made that the record has.
     self._listener = stopping.Listener()
@@ -119,13 +119,14 @@ class Session:
     for name, (was, now) in self._noted.items():
       _warn(f'--resume: {name} was {was}, is {now}: what comes is made with it')
     names = first['earlier'] = resuming.earlier(old)
-    self._earlier = [
-      row for name in names for row in record.read(self.folder / name)[1]
-    ]
-    if grown:
+    self._earlier = [record.read(self.folder / name)[1] for name in names]
+    lost = resuming.damaged(rows)
+    if lost:
+      _warn(f'--resume: {lost}: what is whole is kept, the rest made again')
+    if grown or lost:
       first['earlier'] = [*names, resuming.copy_aside(self._path)]
       record.begin(self._path, first)
-      self._earlier += rows
+      self._earlier.append(rows)
       rows = []
     else:
       first = old
@@ -334,17 +335,16 @@ class Session:
     return state, 0, 0.0
 
   def _replay(self, task: '_Task') -> resuming.Part:
-    """Copies what a record that this one continues has of a method."""
-    part = resuming.part(self._earlier, task.method, task.seeds)
-    whole = part.is_whole(task.steps, task.every)
-    if not whole and not (
-      task.prefix and part.is_shorter(task.steps, task.every)
-    ):
-      return resuming.Part([], None)
-    with self._listener.held():
-      for row in part.all_rows() if whole else part.rows:
-        self.rows.append(self._writer.write(**row))
-    return part
+    """Copies what the newest record that this one continues has of a method."""
+    for rows in reversed(self._earlier):
+      part = resuming.part(rows, task.method, task.seeds)
+      whole = part.is_whole(task.steps, task.every)
+      if whole or (task.prefix and part.is_shorter(task.steps, task.every)):
+        with self._listener.held():
+          for row in part.all_rows() if whole else part.rows:
+            self.rows.append(self._writer.write(**row))
+        return part
+    return resuming.Part([], None)
 
   def _advance(self, task, piece, measure, step, seconds, compile_seconds):
     """Goes on to the last step, and returns its state."""
@@ -438,8 +438,12 @@ class Session:
         return 'it belongs to a run over other steps'
       if meta['id'] != self._id:
         return 'it belongs to another record'
-      ahead = meta['rows'] > len(self.rows)
-      return 'it is ahead of the record' if ahead else None
+      if meta['rows'] > len(self.rows):
+        return 'it is ahead of the record'
+      rows = self.rows[: meta['rows']]
+      there = resuming.part(rows, task.method, task.seeds)
+      fits = there.reaches(meta['step'], task.every, task.seeds)
+      return None if fits else 'rows before it are lost or damaged'
 
     read = lambda: checkpoints.read(task.folder, state, unfit, _warn)
     if not self._several:

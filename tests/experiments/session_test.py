@@ -21,6 +21,7 @@ from experiments.lab import launch
 from experiments.lab import progress
 from experiments.lab import record
 from experiments.lab import repeating
+from experiments.lab import resuming
 from experiments.lab import stopping
 from experiments.lab.session import Session
 
@@ -290,15 +291,49 @@ def test_a_flag_that_came_later_has_its_default(config, whole, capsys):
 
 
 def test_rows_that_are_lost_or_there_twice_are_made_again(config, whole):
+  """What comes after them too, in the order of a run that nothing befell."""
   path = pathlib.Path(config.output_dir) / 'record.jsonl'
+
+  def program(session):
+    for method in ('noisy', 'other'):
+      session.run(
+        method, start(), advance, evaluate, steps=4, seeds=(0, 1), every=2
+      )
+      last = session.select('eval', method=method)[-1]
+      session.write('summary', method=method, value=last['value'])
+
   with Session('test', config) as session:
-    go(session)
+    program(session)
+  good = numbers(config.output_dir)
   content = path.read_text().split('\n')
-  for lines in ([*content[:5], *content[3:]], content[:3] + content[4:]):
+  for lines, said in (
+    ([*content[:5], *content[3:]], 'a row of kind eval is there twice'),
+    (content[:3] + content[4:], 'rows of noisy are lost or damaged'),
+    ([*content[:4], content[4].replace('value', 'valve'), *content[5:]],
+     'rows of noisy are lost or damaged'),
+    ([*content[:9], content[7], *content[9:]], 'kind done is there twice'),
+    (content[:11] + content[12:], 'rows of other are lost or damaged'),
+  ):  # fmt: skip
     path.write_text('\n'.join(lines))
+    rows = record.read(path)[1]
+    assert said in resuming.damaged(rows)
     with Session('test', resumed(config)) as more:
-      go(more)
-    assert numbers(config.output_dir) == whole
+      program(more)
+    assert numbers(config.output_dir) == good
+
+
+def test_rows_lost_before_a_checkpoint_are_made_again(config, whole, capsys):
+  with Session('test', config) as session:
+    stop_at(session, 9)
+  path = pathlib.Path(config.output_dir) / 'record.jsonl'
+  content = path.read_text().split('\n')
+  twice = [*content[:3], content[4], *content[4:]]  # As many as there were.
+  path.write_text('\n'.join(twice))
+  rows = [json.loads(line) for line in twice if line]
+  assert len(rows) == len([line for line in content if line])
+  with Session('test', resumed(config)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
 
 
 @pytest.mark.parametrize(
