@@ -47,6 +47,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
+  MINUTES = (1, None)
 
   problem: str = flags.flag(
     'logistic',
@@ -159,7 +160,7 @@ def draw(rows, name, methods, problem, path) -> None:
   axes.set(xlabel=problem.unit, ylabel=problem.value)
   if axes.get_legend_handles_labels()[0]:
     axes.legend(fontsize=8)
-  plots.save(figure, path, title=name)
+  plots.save(figure, path, title=f'{name}: median and range of the seeds')
 
 
 if __name__ == '__main__':

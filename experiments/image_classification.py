@@ -203,6 +203,7 @@ def draw(session: Session, config: Config, choices: Sequence[Choice]) -> None:
   """Batch size and signal-to-noise over samples; accuracy over both."""
   rows = session.select('eval')
   figure, panels = plt.subplots(2, 2, figsize=(11.5, 8.0), layout='constrained')
+  colors = plt.get_cmap('tab10' if len(choices) <= 10 else 'tab20')
   for axes, (x, y, across, up) in zip(panels.flat, PANELS, strict=True):
     for i, choice in enumerate(choices):
       # The start has no place on a logarithmic axis.
@@ -216,7 +217,7 @@ def draw(session: Session, config: Config, choices: Sequence[Choice]) -> None:
         low = high = middle
       plots.band(
         axes, xs, middle, low, high, style=style, marker='.',
-        color=plt.get_cmap('tab20')(i % 20), label=choice.label,
+        color=colors(i % colors.N), label=choice.label, bold=choice.grows,
       )  # fmt: skip
     axes.set(
       xscale='log' if x == 'updates' else 'linear', xlabel=across, ylabel=up,

@@ -299,7 +299,9 @@ def draw(session: Session, methods: Sequence[str], path) -> None:
     plots.draw_lines(axes, [('', rows)], x, 'value', log_y=False)
     axes.set(xlabel=name, ylabel='test loss' if x == 'calls' else '')
   panels[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  plots.save(figure, path, title='language modeling')
+  plots.save(
+    figure, path, title='language modeling: median and range of the seeds'
+  )
 
 
 if __name__ == '__main__':

@@ -46,9 +46,10 @@ class Config(devices.Config):
     'learning_rates': (0.04, 0.16, 0.64),
     'inner_lrs': (0.03, 0.3),
     'steps': 2000,
-    'seeds': 3,
+    'seeds': 6,  # As many as pairs of rates: one program for both.
     'tuning_seeds': 2,
   }
+  MINUTES = (1, None)
 
   num_blocks: int = flags.flag(100, 'Blocks of the problem, m.', low=1)
   blocks: tuple[int, ...] = flags.flag(

@@ -75,6 +75,7 @@ class Config(flags.Config):
   QUICK = {
     'seeds': 5,
   }
+  MINUTES = (1, 1)
 
   functions: tuple[str, ...] = flags.flag(
     tuple(FUNCTIONS), 'Functions.', choices=tuple(FUNCTIONS)
@@ -184,7 +185,8 @@ def draw(session: Session, config: Config) -> None:
     for i, name in enumerate(config.optimizers):
       rows = session.select('eval', method=f'{function}: {name}', seed=0)
       bottom.plot([row['updates'] for row in rows], [row['x'] for row in rows],
-                  color=f'C{i}', label=name)  # fmt: skip
+                  color=f'C{i}', label=name, lw=1.2 if i else 2.5,
+                  zorder=2 if i else 3)  # fmt: skip
       last = rows[-1]
       top.plot(last['x'], last['value'], 'o', color=f'C{i}', ms=9 - i)
     bottom.set_ylim(-1.1, 1.1)
@@ -193,7 +195,11 @@ def draw(session: Session, config: Config) -> None:
   panels[0][0].set_ylabel('value; dots: where seed 0 ends')
   panels[1][0].set_ylabel('x')
   plots.legend_right(figure, panels[1][0])
-  plots.save(figure, session.folder / 'synthetic_functions.png')
+  title = (
+    f'the functions of the diffGrad paper, rate {config.learning_rate:g},'
+    f' b1 {config.b1:g}'
+  )
+  plots.save(figure, session.folder / 'synthetic_functions.png', title=title)
 
 
 @launch.program

@@ -38,6 +38,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 0,
   }
+  MINUTES = (1, None)
 
   sets: tuple[str, ...] = flags.flag(
     ('digits:8', 'digits:16', 'digits:32', 'breast_cancer', 'wine'),
@@ -132,8 +133,13 @@ def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
   axes.set_xlim(-0.5, len(names) - 0.5)
   axes.set_ylabel(f'test nats more than {methods[0]}')
   axes.grid(alpha=0.3)
-  axes.legend(fontsize=8, ncols=2)
-  plots.save(figure, path)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(fontsize=8, ncols=2)
+  else:
+    axes.text(
+      0.5, 0.6, 'one split: no interval', ha='center', transform=axes.transAxes
+    )
+  plots.save(figure, path, title='held-out likelihood, 95 % of the gap')
 
 
 if __name__ == '__main__':

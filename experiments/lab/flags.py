@@ -30,6 +30,9 @@ FREE = (
 )  # fmt: skip
 
 
+MAX_SEEDS = 10_000  # From here on they tune rates.
+
+
 class UserError(Exception):
   """Something the user can mend; shown as one line, without a traceback."""
 
@@ -169,6 +172,10 @@ class Config(BareConfig):
         if field.name in self.QUICK and given == field.default:
           object.__setattr__(self, field.name, self.QUICK[field.name])
     super().__post_init__()
+    if self.seeds > MAX_SEEDS:
+      raise UserError(
+        f'--seeds={self.seeds}: must be at most {MAX_SEEDS:,}; those above tune'
+      )
 
   def is_default(self) -> bool:
     """Whether no flag but those of where and how is given."""

@@ -120,7 +120,10 @@ def rewrite(path: pathlib.Path, rows: list[dict]) -> None:
 def _replace(path: pathlib.Path, rows: list[dict]) -> None:
   temporary = path.with_suffix('.tmp')
   try:
-    temporary.write_bytes(b''.join(map(_line, rows)))
+    with temporary.open('wb') as file:
+      file.write(b''.join(map(_line, rows)))
+      file.flush()
+      os.fsync(file)  # Else a power cut may leave a new name without content.
     temporary.replace(path)
   except OSError as error:
     with contextlib.suppress(OSError):
@@ -186,6 +189,11 @@ class Writer:
   def size(self) -> int:
     """Bytes written, a place that `truncate` can go back to."""
     return self._file.seek(0, os.SEEK_END)
+
+  def sync(self) -> None:
+    """Puts what was written on the disk, where a power cut leaves it."""
+    with contextlib.suppress(OSError):  # Not every file system can.
+      os.fsync(self._file)
 
   def truncate(self, size: int) -> None:
     """Drops what was written after ``size`` bytes."""

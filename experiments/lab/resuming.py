@@ -143,7 +143,7 @@ class Part(NamedTuple):
     return asked is not None and asked < steps
 
   def reaches(self, step: int, every: int, seeds: Sequence[int]) -> bool:
-    """Whether its rows are those up to a step: none lost, cut or there twice."""
+    """Whether its rows are those up to a step: none lost or there twice."""
     looks = range(0, step + 1, every)
     if len(looks) * len(seeds) != len(self.rows):
       return False
@@ -226,8 +226,8 @@ def copy_aside(path: pathlib.Path) -> str:
 def make_room(folder: pathlib.Path) -> None:
   """Sets a finished run aside, whole; an unfinished one is refused.
 
-  Not one that ended before its first row, by a flag that was refused: there is
-  nothing to go on with.
+  Not one that ended before its first row, by a flag that was refused or a power
+  cut that left an empty file: there is nothing to go on with.
 
   Args:
     folder: Where another run begins.
@@ -236,7 +236,7 @@ def make_room(folder: pathlib.Path) -> None:
     UserError: There is a run that was not finished.
   """
   path = folder / record.NAME
-  if not path.exists():
+  if not path.exists() or not path.stat().st_size:
     return
   try:
     header, rows = record.read(path)

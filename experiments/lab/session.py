@@ -80,7 +80,7 @@ class Session:
     first['identity'] = resuming.identity(config)
     self._fixed = resuming.fixed(config)
     try:
-      if config.resume and devices.is_first():
+      if config.resume and devices.is_first() and self._path.stat().st_size:
         first = self._resume(first)
       elif devices.is_first() or not config.resume:
         resuming.make_room(self.folder)
@@ -423,6 +423,7 @@ class Session:
         'steps': task.steps, 'every': task.every, 'fixed': self._fixed,
         'id': self._id,
       }  # fmt: skip
+      self._writer.sync()  # A checkpoint that is ahead of it is not used.
       checkpoints.save(task.folder, state, step, meta)
 
   def _restore(self, task: '_Task', state: Any, part: resuming.Part) -> Any:

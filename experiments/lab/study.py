@@ -21,7 +21,7 @@ from . import verdicts
 from .session import Session
 from .verdicts import last
 
-TUNING_SEED = 10_000
+TUNING_SEED = flags.MAX_SEEDS
 
 # What programs take from here.
 Entry, Problem, Plan = entries.Entry, entries.Problem, entries.Plan

@@ -1,11 +1,14 @@
 """Data sets: bundled, from scikit-learn, from files, or from OpenML by name."""
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import pathlib
 import struct
 from typing import NamedTuple
+import zlib
 
 import numpy as np
 import scipy.sparse
@@ -156,15 +159,22 @@ def find(name: str, data_dir: str) -> pathlib.Path:
   )
 
 
-def _open(path: pathlib.Path):
-  return gzip.open(path, 'rb') if path.suffix == '.gz' else path.open('rb')
+# How a packed file begins, whatever its name.
+_PACKED = {
+  b'\x1f\x8b': gzip.decompress, b'BZh': bz2.decompress,
+  b'\xfd7zXZ\0': lzma.decompress,
+}  # fmt: skip
 
 
 def _read(path: pathlib.Path) -> bytes:
   try:
-    with _open(path) as file:
-      return file.read().removeprefix(codecs.BOM_UTF8)
-  except (OSError, EOFError) as error:
+    content = path.read_bytes()
+    for mark, unpack in _PACKED.items():
+      named = path.suffix == '.gz' and unpack is gzip.decompress
+      if named or content.startswith(mark):
+        content = unpack(content)
+    return content.removeprefix(codecs.BOM_UTF8)
+  except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
     raise flags.UserError(f'{path}: {error}') from error
 
 

@@ -120,5 +120,5 @@ def draw(
     )
     axes.label_outer()
   panels[0].legend(fontsize=8)
-  plots.save(figure, folder / 'mean.png')
+  plots.save(figure, folder / 'mean.png', title='the mean of a Gaussian')
   return ['mean.png']

@@ -107,5 +107,6 @@ def draw(
     )
     axes.axvline(distance, color='k', lw=0.5)
     axes.legend()
-  plots.save(figure, folder / 'landscape.png')
+  title = 'population losses along the mean of a Gaussian'
+  plots.save(figure, folder / 'landscape.png', title=title)
   return ['landscape.png']

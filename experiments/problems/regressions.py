@@ -110,7 +110,9 @@ def logistic(dataset: data_lib.Dataset, l2: float) -> smooth.Problem:
   data: tuple[Any, ...] = (features, labels)
   if not isinstance(dataset.features, np.ndarray):
     with jax.enable_x64(True):  # Runs in float64 use the values as well.
-      products = optlab.sparse_matrix(dataset.features, gram=True)
+      # Only the formed matrix of few columns takes pairs of them.
+      few = features.shape[1] <= smooth.DENSE_LIMIT
+      products = optlab.sparse_matrix(dataset.features, gram=few)
     data = (products, labels, features)
   row_loss = lambda output, label: jax.nn.softplus(-label * output)
 

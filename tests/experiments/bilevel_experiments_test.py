@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from sklearn import naive_bayes
 
+from experiments import __main__ as programs
 from experiments import hyper_cleaning
 from experiments import hyper_representation
 from experiments import hyperparameter_optimization
+from experiments import reproduce
 from experiments import unbounded_smoothness
 from experiments.lab import flags
 from experiments.lab import record
@@ -276,6 +279,20 @@ def test_representation_and_penalties_are_learned(trec, tmp_path):
   first = record.select(rows, 'eval', step=0)[0]['regret']
   (row,) = record.select(rows, 'summary')
   assert row['median'] < 0.2 * first
+
+
+def test_every_program_says_what_a_first_look_takes(
+  tmp_path, monkeypatch, capsys
+):
+  found = {path.stem for path in programs.FOLDER.glob('[!_]*.py')}
+  for name in found - {'plot', 'reproduce'}:
+    config = importlib.import_module(f'experiments.{name}').Config(quick=True)
+    assert config.MINUTES[0] in (1, 2), name
+  monkeypatch.setattr(reproduce.stopping, 'run_child', lambda *_: 130)
+  config = reproduce.Config(output_dir=str(tmp_path), quick=True)
+  with pytest.raises(flags.InterruptedRun, match='go on with --resume'):
+    reproduce.main(config)
+  assert 'reproduce: about 2 minutes' in capsys.readouterr().err
 
 
 def test_quick_takes_the_place_of_defaults_alone():

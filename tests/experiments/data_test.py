@@ -1,6 +1,8 @@
 """Loading data: every kind of file, and every kind of bad file."""
 
+import bz2
 import gzip
+import lzma
 import struct
 
 import numpy as np
@@ -90,6 +92,17 @@ def test_a_file_that_is_no_gzip(tmp_path):
   (tmp_path / 'bad.libsvm.gz').write_text('1 1:2\n')
   with pytest.raises(flags.UserError, match='Not a gzipped file'):
     data.load(str(tmp_path / 'bad.libsvm.gz'))
+
+
+@pytest.mark.parametrize('pack', [gzip, bz2, lzma])
+def test_packed_files_whatever_their_names(tmp_path, pack):
+  packed = pack.compress(b'1 1:2\n-1 2:1\n')
+  (tmp_path / 'a.libsvm').write_bytes(packed)
+  assert data.load(str(tmp_path / 'a.libsvm')).features.shape == (2, 2)
+  for bad in (packed[:-9], packed[:12] + packed[13:]):
+    (tmp_path / 'a.libsvm').write_bytes(bad)
+    with pytest.raises(flags.UserError, match='a.libsvm: '):
+      data.load(str(tmp_path / 'a.libsvm'))
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -233,6 +233,7 @@ def test_scikit_learns_calls_are_counted(x64):
     ({'l2': float('nan')}, '--l2=nan: not a finite number'),
     ({'precision': 'half'}, '--precision=half: not one of float32, float64'),
     ({'seeds': 0}, '--seeds=0: must be at least 1'),
+    ({'seeds': 10**20}, '--seeds=1.*: must be at most 10,000; those above'),
   ],
 )
 def test_bad_configurations(tmp_path, fields, words):
@@ -266,6 +267,22 @@ def test_help_names_the_flags():
   for words in ('--dataset', '--seeds: Number of seeds', '--l2: Weight of'):
     assert words in result.stdout
   assert 'Traceback' not in result.stderr
+
+
+def test_numbers_whose_squares_are_not_finite(tmp_path, small):
+  path = tmp_path / 'large.libsvm'
+  path.write_text('1 1:1e160\n-1 2:1\n')
+  config = dataclasses.replace(small, dataset=str(path))
+  with pytest.raises(flags.UserError, match=r'up to 1e\+160, whose squares fl'):
+    logistic_regression.main(config)
+
+
+def test_as_many_columns_as_rcv1(tmp_path):
+  path = tmp_path / 'wide.libsvm'
+  path.write_text('1 47236:1\n-1 1:1\n')
+  problem = regressions.logistic(data.load(str(path)), 1e-2)
+  at = problem.start(0)
+  assert problem.fun(at, problem.data) == pytest.approx(np.log(2.0))
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path, small):
