@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import sparse
 
 import optlab
 
@@ -273,18 +272,6 @@ def compare(
   return session
 
 
-def _check_range(dataset: data_lib.Dataset, precision: str) -> None:
-  """Raises a `UserError` where sums of squares of the data are not finite."""
-  features = dataset.features
-  numbers = features.data if sparse.issparse(features) else features
-  most = float(np.max(np.abs(numbers)))
-  if most > (float(np.finfo(precision).max) / numbers.size) ** 0.5:
-    raise flags.UserError(
-      f'{dataset.name}: has numbers up to {most:.3g}, whose squares {precision}'
-      ' does not hold; scale the columns'
-    )
-
-
 def _report(problem, config, session, least) -> None:
   columns = (
     'method', 'steps', 'trials', 'grads', 'Hv', 'solves', 'f - f*', 'ms',
@@ -325,6 +312,6 @@ def regress(
     config: The program's configuration.
   """
   dataset = data_lib.load(config.dataset, config.data_dir)
-  _check_range(dataset, config.precision)
+  data_lib.check_range(dataset, config.precision)
   l2 = 1.0 / len(dataset.labels) if config.l2 is None else config.l2
   compare(program, make(dataset, l2), config, config.optimizers)

@@ -106,6 +106,18 @@ def dense(dataset: Dataset) -> np.ndarray:
   return dataset.features.toarray()
 
 
+def check_range(dataset: Dataset, precision: str) -> None:
+  """Raises a `UserError` where sums of squares of the data are not finite."""
+  features = dataset.features
+  numbers = features.data if scipy.sparse.issparse(features) else features
+  most = float(np.max(np.abs(numbers)))
+  if most > (float(np.finfo(precision).max) / numbers.size) ** 0.5:
+    raise flags.UserError(
+      f'{dataset.name}: has numbers up to {most:.3g}, whose squares {precision}'
+      ' does not hold; scale the columns'
+    )
+
+
 def _dataset(name, features, labels) -> Dataset:
   classes, index = np.unique(labels, return_inverse=True)
   if len(classes) < 2:
