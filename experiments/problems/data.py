@@ -109,7 +109,8 @@ def dense(dataset: Dataset) -> np.ndarray:
 def check_range(dataset: Dataset, precision: str) -> None:
   """Raises a `UserError` where sums of squares of the data are not finite."""
   features = dataset.features
-  numbers = features.data if scipy.sparse.issparse(features) else features
+  dense = isinstance(features, np.ndarray)
+  numbers = np.asarray(features if dense else features.data)
   most = float(np.max(np.abs(numbers)))
   if most > (float(np.finfo(precision).max) / numbers.size) ** 0.5:
     raise flags.UserError(
