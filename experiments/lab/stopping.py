@@ -5,6 +5,9 @@ the program is, unless that is inside of `held`: then it waits for the end of
 the row or the checkpoint that is being made. A thread says so the moment the
 signal comes, also while the compiler or a compiled step has the main thread,
 and ends the process at the second signal.
+
+Where Python ignores what is raised, in a callback of the garbage collector or
+of a weak reference, the signal comes once more a moment later.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 from . import flags
@@ -24,6 +28,7 @@ from . import flags
 _HANGUP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *_HANGUP)
 STATUS = 130  # Of a program that was asked to stop.
+_AGAIN = 0  # In the place of a signal's number: one was ignored.
 _open: list['Listener'] = []  # The one that listens, if any.
 
 
@@ -55,6 +60,7 @@ class Listener:
     self._old_wakeup = signal.set_wakeup_fd(
       self._writer.fileno(), warn_on_full_buffer=False
     )
+    self._old_hook, sys.unraisablehook = sys.unraisablehook, self._ignored
     self._old = {number: signal.getsignal(number) for number in SIGNALS}
     for number in _HANGUP:  # `nohup` says that it is not to be heard.
       if self._old[number] is signal.SIG_IGN:
@@ -68,8 +74,10 @@ class Listener:
   def __exit__(self, *unused: Any) -> None:
     if not self.listens:
       return
+    self.listens = False
     for number, handler in self._old.items():
       signal.signal(number, handler)
+    sys.unraisablehook = self._old_hook
     signal.set_wakeup_fd(self._old_wakeup)
     self._writer.close()  # Ends the thread.
     self._thread.join()
@@ -84,10 +92,26 @@ class Listener:
     if not self._held:
       raise flags.InterruptedRun(f'interrupted; {self.way_on}')
 
+  def _ignored(self, unraisable: Any) -> None:
+    if issubclass(unraisable.exc_type, flags.InterruptedRun):
+      self._writer.send(bytes([_AGAIN]))
+    else:
+      self._old_hook(unraisable)
+
   def _tell(self) -> None:
-    told = False
+    told, own = False, 0
     while received := self._reader.recv(1):
+      if received[0] == _AGAIN:
+        own += 1  # What comes of it here is no second signal.
+        time.sleep(0.05)  # The callback ends.
+        if self.listens:
+          main = threading.main_thread().ident
+          signal.pthread_kill(main, signal.SIGINT)
+        continue
       if received[0] not in self._old:
+        continue
+      if own:
+        own -= 1
         continue
       if told and not self.children:
         say(f'interrupted at once; {self.way_on}')

@@ -503,6 +503,25 @@ def test_a_signal_stops_at_once_where_no_piece_is_made(config, number, capfd):
   assert numbers(config.output_dir)[-1]['kind'] == 'done'
 
 
+def test_a_signal_is_not_lost_in_a_callback(capfd):
+  """What is raised in one is ignored: in the collector's, in a finalizer."""
+
+  class Dying:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.1)
+
+  began = time.perf_counter()
+  with pytest.raises(flags.InterruptedRun), stopping.Listener():
+    item = Dying()
+    del item
+    time.sleep(5.0)
+  assert time.perf_counter() - began < 4.0
+  said = capfd.readouterr().err
+  assert said.count('stopping') == 1
+  assert 'Traceback' not in said
+
+
 def test_nohup_is_obeyed():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
