@@ -104,8 +104,8 @@ class Listener:
       if received[0] == _AGAIN:
         own += 1  # What comes of it here is no second signal.
         time.sleep(0.05)  # The callback ends.
-        if self.listens:
-          main = threading.main_thread().ident
+        main = threading.main_thread().ident
+        if self.listens and main is not None:
           signal.pthread_kill(main, signal.SIGINT)
         continue
       if received[0] not in self._old:
