@@ -111,12 +111,12 @@ def gns_newton(
     the saddle. With stochastic batches ``value_fn`` must be bound to the batch
     of ``grad``; the value and gradient in the state belong to that batch too.
     It cannot be masked or partitioned, as `optax.lbfgs` cannot: ``value_fn``
-    takes all parameters; close over what is frozen. A link before it that
-    zeroes gradients freezes nothing: the curvature couples what it zeroed with
-    the rest. Behind it in a chain, a link that changes its updates makes the
-    value and gradient in its state those of a point where nobody is: `minimize`
-    and `train_step` then evaluate anew, `optax.value_and_grad_from_state`
-    cannot know.
+    takes all parameters; close over what is frozen. Where a link before it
+    zeroes a part of the gradient, the step is zero and ``failed``: the
+    curvature couples that part with the rest, and would move it. Behind it in a
+    chain, a link that changes its updates makes the value and gradient in its
+    state those of a point where nobody is: `minimize` and `train_step` then
+    evaluate anew, `optax.value_and_grad_from_state` cannot know.
   """
   checks.enforce(gns_newton, locals())
   _check_metric(metric)

@@ -85,6 +85,7 @@ def _flat(metric, curvature, params, dtype):
   if metric is None:
     forward = backward = transposed = lambda x: x
   elif matrix is not None:
+    _operators.check_operator('metric', metric, flat.size)
     lower = jnp.linalg.cholesky(matrix.astype(dtype))
     triangular = jax.scipy.linalg.solve_triangular
     forward = lambda x: triangular(lower, x, lower=True)

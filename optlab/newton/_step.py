@@ -33,7 +33,8 @@ class GNSNewtonInfo(NamedTuple):
     accepted: Whether the last step was accepted; a rejected step is zero.
     stalled: Whether the last search ended because rounding hides any decrease.
     failed: Whether 40 attempts in a row, of one step or of several, were in
-      vain, or value or gradient are not finite in the state's dtype.
+      vain, value or gradient are not finite in the state's dtype, or a link of
+      the chain before it zeroed a part of the gradient.
     total_trials: Trials of all steps.
     total_solves: Systems solved in all steps.
     total_products: Operator-vector products of all steps.
@@ -131,7 +132,15 @@ def update(
   )
   checks.check_callable('value_fn', value_fn, 'params -> scalar')
   _check_whole_and_real(params)
-  checks.check_same_tree('grad', grad, 'params', params)
+  if jnp.shape(value):
+    raise ValueError(f'value must be a scalar, got shape {jnp.shape(value)}.')
+  for name, tree in [
+    ('updates', updates),
+    ('grad', grad),
+    ("the state's grad", state.grad),
+  ]:
+    checks.check_same_tree(name, tree, 'params', params)
+  value = _known(value, updates, grad)
   if curvature is None:
     curvature = _curvature.hessian(value_fn)(params)
   _operators.check_operator(
@@ -219,6 +228,21 @@ def _after(state, found):
       total_products=state.info.total_products + found.products,
     ),
   )
+
+
+def _known(value, updates, grad):
+  """The value, NaN where a link before zeroed a part of the gradient.
+
+  That freezes nothing: the curvature couples it with the rest.
+  """
+  cut = [
+    jnp.any((u == 0) & (g != 0))
+    for u, g in zip(
+      jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True
+    )
+    if u is not g
+  ]
+  return jnp.where(jnp.any(jnp.stack(cut)), jnp.nan, value) if cut else value
 
 
 def _first_gamma(operator, g, g_norm, value, gamma):

@@ -250,6 +250,18 @@ def _is_rounding(step, params):
   return jnp.all(jnp.asarray(jax.tree.leaves(small)))
 
 
+def _ruled(rule, trial, now):
+  """What a rule finds, once it is what a rule must find."""
+  found = rule.update(trial, now.rule)
+  if not isinstance(found, tuple) or len(found) != 2 or jnp.shape(found[0]):
+    raise TypeError(
+      'the update of a rule must return (gamma, state), where gamma is a'
+      f' scalar; got {found!r}.'
+    )
+  checks.check_same_tree("the rule's state", found[1], 'its init', now.rule)
+  return jnp.asarray(found[0], now.gamma.dtype), found[1]
+
+
 def _learn(start, now, point, shift, accepted, rule):
   """The search after a trial."""
   trial = _search.Trial(
@@ -262,8 +274,7 @@ def _learn(start, now, point, shift, accepted, rule):
     step_norm=trees.norm(point.move),
     residual_norm=trees.norm(trees.scale_add(shift, point.move, point.dual)),
   )
-  gamma, state = rule.update(trial, now.rule)
-  gamma = gamma.astype(now.gamma.dtype)
+  gamma, state = _ruled(rule, trial, now)
   # Nothing is learned where the gradient is zero or the point the same, unless
   # it is the same because the system could not be solved.
   useful = (gamma > 0) & jnp.isfinite(gamma)

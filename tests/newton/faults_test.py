@@ -267,6 +267,56 @@ def test_a_mask_is_told_to_close_over_what_is_frozen(wrapper):
     tx.init({'a': jnp.ones(2), 'b': jnp.ones(2)})
 
 
+def test_a_link_that_zeroes_a_part_of_the_gradient_is_refused():
+  fun = lambda p: (p['a'] - 1) ** 2 + (p['b'] - 2) ** 2 + p['a'] * p['b']
+  start = {'a': jnp.float32(0), 'b': jnp.float32(0)}
+  frozen = optax.masked(optax.set_to_zero(), {'a': True, 'b': False})
+  before = optax.chain(frozen, optlab.gns_newton())
+  run = minimize(fun, start, before)
+  assert run.status == training.REJECTED and run.params == start
+  # Behind it, what lands is evaluated, and `a` stays.
+  behind = optax.chain(optlab.gns_newton(), frozen)
+  run = minimize(fun, start, behind)
+  assert run.params['a'] == 0
+  np.testing.assert_allclose(run.params['b'], 2.0, rtol=1e-5)
+  # What is shorter everywhere is no fault.
+  shorter = optax.chain(optax.scale(0.5), optlab.gns_newton())
+  assert minimize(fun, start, shorter, grad_tol=1e-2).success
+
+
+@pytest.mark.parametrize(
+  'update, message',
+  [
+    (lambda trial, state: trial.gamma, r'must return \(gamma, state\)'),
+    (lambda trial, state: (jnp.ones(2), state), 'gamma is a scalar'),
+    (lambda trial, state: (trial.gamma, 3), "rule's state must have the tree"),
+  ],
+)
+def test_what_a_rule_must_find_is_said(update, message):
+  rule = optlab.newton.SearchRule(lambda gamma: (), update)
+  with pytest.raises((TypeError, ValueError), match=message):
+    minimize(quartic, jnp.full(2, 0.1), optlab.gns_newton(rule=rule))
+
+
+@pytest.mark.parametrize(
+  'wrong, message',
+  [
+    ({'value': jnp.ones(1)}, r'value must be a scalar, got shape \(1,\)'),
+    ({'updates': jnp.ones(3)}, r'updates has shape \(3,\), but params'),
+    ({'size': 3}, r"the state's grad has shape \(3,\), but params"),
+    ({'metric': 3}, r'metric must have a matrix of shape \(2, 2\), got'),
+  ],
+)
+def test_what_an_update_is_given_is_named(wrong, message):
+  metric = wrong.get('metric') and optlab.Dense(jnp.eye(wrong['metric']))
+  tx, x = optlab.gns_newton(metric=metric), jnp.ones(2)
+  with pytest.raises((TypeError, ValueError), match=message):
+    tx.update(
+      wrong.get('updates', x), tx.init(jnp.ones(wrong.get('size', 2))), x,
+      value=wrong.get('value', 1.0), grad=x, value_fn=jnp.sum,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('wide', [True, False])
 @pytest.mark.parametrize('make', [optlab.gns_newton, optax.lbfgs])
