@@ -50,6 +50,11 @@ def check_params(name: str, tree: Any) -> None:
         f'{where} must be floating, got dtype {dtype}; what is not trained'
         ' belongs to the loss, to the batch or to the model state.'
       )
+    if jnp.finfo(dtype).bits < 16:
+      raise TypeError(
+        f'{where} must have 16 bits or more, got dtype {dtype}; keep wider'
+        ' parameters, and cast them in the loss.'
+      )
 
 
 def check_arrays(name: str, tree: Any) -> None:

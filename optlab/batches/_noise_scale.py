@@ -223,6 +223,10 @@ def size_schedule(schedule: optax.Schedule, *, unit: Any = 1.0) -> Test:
     13
     20
     31
+
+  Notes:
+    In `optax.MultiSteps` of k steps the rule sees the last of k batches, and
+    counts its examples alone: ``unit=k`` counts them all.
   """
   checks.enforce(size_schedule, locals())
 

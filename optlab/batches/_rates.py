@@ -112,7 +112,8 @@ def batch_learning_rate(
     https://arxiv.org/abs/2205.10287.
 
   Notes:
-    In `optax.MultiSteps` it sees the last of the batches that make a step.
+    In `optax.MultiSteps` of k steps it sees the last of the batches that make a
+    step, and counts its examples alone: ``unit=k`` counts them all.
   """
   checks.enforce(batch_learning_rate, locals())
 

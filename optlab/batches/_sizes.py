@@ -68,7 +68,11 @@ def next_size(
 ) -> jax.Array:
   """The size after ``now``: never smaller, nor above ``limit``."""
   wide = requested.dtype
-  wanted = requested
+  # A schedule's 8 * (0.03 / 0.03) may be 8 and a rounding, and is not 9.
+  whole = jnp.round(requested)
+  slack = 4 * jnp.finfo(wide).eps * jnp.abs(requested)
+  is_whole = jnp.abs(requested - whole) <= slack
+  wanted = jnp.where(is_whole, whole, requested)
   if growth_cap is not None:
     cap = jnp.floor(jnp.asarray(growth_cap, wide) * now.astype(wide))
     cap = jnp.maximum(cap, now.astype(wide) + 1)  # Or it never grew.

@@ -108,6 +108,15 @@ def test_schedules_follow_the_samples():
     sizes.append(int(state.batch_size))
   assert sizes == sorted(sizes)
   assert sizes[:4] == [4, 4, 8, 16]
+  # Seesaw's first size: what rounding adds to a whole number is no example.
+  for rate, size in ((0.03, 10), (0.3, 12), (6e-4, 48)):
+    halved = optax.exponential_decay(rate, 1000, 0.5, staircase=True)
+    sizes = optlab.batches.size_schedule(
+      lambda n, size=size, rate=rate, halved=halved: size * rate / halved(n)
+    )
+    rule = optlab.grow_batch(sizes, 2, 64)
+    _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))
+    assert state.batch_size == size
   falling = optlab.batches.size_schedule(optax.linear_schedule(32, 2, 10))
   rule = optlab.grow_batch(falling, 32, 32)
   _, state = rule.update(jnp.ones(2), rule.init(jnp.ones(2)))

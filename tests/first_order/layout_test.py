@@ -96,10 +96,12 @@ def test_complex_leaves_descend(make):
 
 
 @over_all
-@pytest.mark.parametrize('bad', [jnp.arange(3), jnp.tanh, 'w'])
+@pytest.mark.parametrize(
+  'bad', [jnp.arange(3), jnp.tanh, 'w', np.ones(2, jnp.float8_e4m3fn)]
+)
 def test_leaves_that_no_gradient_moves_are_named(make, bad):
   with pytest.raises(
-    TypeError, match=r"params\['b'\] must be (floating|an ar)"
+    TypeError, match=r"params\['b'\] must (be floating|be an ar|have 16 bits)"
   ):
     make().init({'a': jnp.ones(2), 'b': bad})
 
