@@ -107,11 +107,16 @@ def argmin(
 
   def solve(x, y, batch=None):
     checks.check_params('x', x)
-    checks.check_params('y', y)
+    checks.check_real_params('y', y)
+
+    def value(y):
+      result = lower(x, y, batch)
+      checks.check_scalar('lower', result, 'Sum or average the losses.')
+      return result
 
     def residual(y):
       if lower_map is None:
-        return jax.grad(lower, argnums=1)(x, y, batch)
+        return jax.grad(value)(y)
       mapped = lower_map(x, y, batch)
       checks.check_same_tree('lower_map(x, y, batch)', mapped, 'y', y)
       return jax.tree.map(jnp.subtract, y, mapped)
@@ -119,7 +124,7 @@ def argmin(
     def find(_, y):
       if lower_map is None or tx is not None:
         result = _minimize.minimize(
-          lambda y: lower(x, y, batch), y, tx or optax.lbfgs(),
+          value, y, tx or optax.lbfgs(),
           max_steps=max_steps, grad_tol=grad_tol if lower_map is None else 0.0,
         )  # fmt: skip
         inner, steps = result.params, result.steps

@@ -78,7 +78,8 @@ def f2sa(
 
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
-    ValueError: A number is outside its domain, or the step samples are missing.
+    ValueError: A number is outside its domain, the step samples are missing, or
+      ``lower_optimizer`` moves nothing.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -103,16 +104,19 @@ def f2sa(
     lower rate serves both variables.
 
     Cost: a lower step takes two lower gradients and one upper one (two with
-    ``central``); an estimate two more of the lower level and one (two) of the
-    upper. Memory: two lower variables with their optimizer states, no second
-    derivatives. In float32 the difference of two gradients loses about
-    :math:`10^{-7} \lambda` of the larger. Where a lower variable lags behind,
-    the estimate is wrong by up to :math:`\lambda` times the lag:
+    ``central``); an estimate two more of the lower level, and one of the upper
+    and a value (two). Memory: two lower variables with their optimizer states,
+    no second derivatives. In float32 the difference of two gradients loses
+    about :math:`10^{-7} \lambda` of the larger. Where a lower variable lags
+    behind, the estimate is wrong by up to :math:`\lambda` times the lag:
     ``info.lower_grad_norm`` is the larger of the two levels' gradients, and
     ``info.dual_residual`` that of :math:`z = \lambda (y - y_\lambda)`.
     ``info.ok`` is false where the lower gradient falls along that shift, or its
     residual is ten times that of :math:`z = 0`: then the lower level is not
-    convex or runs away, or its steps are too long for the penalty.
+    convex or runs away, or its steps are too long for the penalty; where f_y
+    changes by half along the shift: then the penalty is too small, and the
+    estimate biased by about a third or more; and where after 200 steps the
+    lower gradient has hardly changed along it: then y lags behind.
   """
   checks.enforce(f2sa, locals())
   problem = _bilevel.problem_of(
@@ -144,7 +148,7 @@ def f2sa(
     )
     _, *g_below = _lower_grads(problem, params, y, batch.lower, state.step)
     minus = lambda a, b: trees.combine(lambda a, b: scale * (a - b), a, b)
-    mean, scale = f, strength
+    above, mean, scale = value, f, strength
     above_y = trees.combine(lambda g, f: g + weight * f, g[1], f[1])
     below_y = g_below[1]
     if central:
@@ -154,8 +158,15 @@ def f2sa(
       value, scale = 0.5 * (value + other), 0.5 * strength
       mean = trees.combine(lambda a, b: 0.5 * (a + b), f, f_below)
       below_y = trees.combine(lambda g, f: g - weight * f, below_y, f_below[1])
+    else:
+      other, _ = problem.upper(params, y, batch.upper)
     grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
-    residual, ok = _judge(minus(y, memory[0]), minus(g_below[1], g[1]), mean[1])
+    dual, product = minus(y, memory[0]), minus(g_below[1], g[1])
+    residual, ok = _judge(dual, product, mean[1], state.step)
+    first, curved = (
+      trees.inner_product(dual, tree) / scale for tree in (f[1], product)
+    )
+    ok &= _is_small(first, curved, above, other, central)
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -212,7 +223,25 @@ def _lower_grads(problem, params, inner, batch, step):
   return aux, *grads
 
 
-def _judge(dual, product, grad_y):
+def _is_small(first, curved, value, other, central):
+  """Whether the shift is short beside the curvature of f.
+
+  Else the difference is not near a derivative: f bends it by as much as g, or
+  is all that there is where a lower variable runs away.
+  """
+  change = other - value
+  eps = jnp.finfo(value.dtype).eps
+  rounding = 8 * eps * (jnp.abs(value) + jnp.abs(other))
+  # Half of what f_y differs by from one end to the other, along the shift.
+  bend = jnp.abs(change - first)
+  allowed = 0.5 * jnp.abs(change) if central else 0.25 * jnp.abs(first)
+  # Where f_y passes through zero the shift follows later, no longer than g lets
+  # it be.
+  allowed = jnp.maximum(allowed, 0.25 * curved)
+  return ~(bend > allowed + rounding)
+
+
+def _judge(dual, product, grad_y, step):
   """How well ``z`` solves its system, and whether the difference is sane.
 
   The shift times the penalty is a ``z``, and the change of the lower gradient
@@ -228,4 +257,7 @@ def _judge(dual, product, grad_y):
   ok = _dual.is_convex(along, reached * (length + size))
   # A constraint or a slow start may leave more than z = 0 would; an order more
   # is a lower level that runs away, or steps too long for so small a shift.
-  return length, ok & ~(length > 10 * size)
+  ok &= ~(length > 10 * size)
+  # At a solution both are the same; z feels little where y hardly moves.
+  idle = along < 0.1 * jnp.abs(trees.inner_product(dual, grad_y))
+  return length, ok & ~(idle & (step >= _dual.PATIENCE))

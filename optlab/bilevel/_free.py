@@ -14,6 +14,11 @@ _AXIS = 3  # Numbers of an axis that are tried.
 _FAR = 1e4  # Where a probe starts: what any dtype holds.
 _GATHERED = (8, 512)  # Updates of a probe where those before move nothing.
 _STAND_IN = 0.1  # A hyperparameter that is a tracer.
+_STILL = (
+  'lower_optimizer must move y, got one whose updates are zero for a gradient'
+  ' of one, 512 times over: the hypergradient would be that of a y that stands'
+  ' still. Give it a learning rate above zero.'
+)
 _MILD = 1.5e-3  # A pull that adam's default decay stays below, and lion's.
 
 
@@ -29,18 +34,7 @@ def check_free(optimizer: Any, inner: base.Params) -> None:
   What begins later, and numbers that stand still, are left to what the steps
   see. An optimizer that cannot be tried is refused: nobody knows what it does.
   """
-  whole = jax.tree.map(  # At least float32, whose rounding hides no decay.
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)
-    ),
-    inner,
-  )
-  few = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      tuple(min(size, _AXIS) for size in leaf.shape), leaf.dtype
-    ),
-    whole,
-  )
+  whole, few = _whole(inner), _few(inner)
   try:
     try:
       tried = _try(optimizer, few)
@@ -55,6 +49,77 @@ def check_free(optimizer: Any, inner: base.Params) -> None:
   for i, leaf in enumerate(jax.tree.leaves(whole)):
     eps = float(jnp.finfo(leaf.dtype).eps)
     _judge({name: moves[i] for name, moves in tried.items()}, eps)
+  signs = tried['up'] + tried['down']  # A half-space holds one of them.
+  if any(move.size for move in signs) and not any(map(np.any, signs)):
+    raise ValueError(_STILL)
+
+
+def check_moves(optimizer: Any, inner: Any, *, smooth: bool) -> None:
+  """Raises a ``ValueError`` for an optimizer that moves nothing of y.
+
+  For estimators that allow a constrained y. An optimizer that cannot be tried
+  passes: the steps themselves will tell.
+
+  Args:
+    optimizer: The lower optimizer.
+    inner: The lower variable.
+    smooth: Whether its steps must follow the gradient, and not its signs alone,
+      through which no derivative passes.
+  """
+  like = _few(inner)
+  random = np.random.default_rng(0)
+  start, *grads = [_filled(like, random) for _ in range(3)]
+  # A half-space holds one of the signs.
+  grads += [jax.tree.map(np.negative, grad) for grad in grads]
+  paths, moved = [], False
+  try:
+    for updates in (3, *_GATHERED):
+      look = _with_numbers(
+        functools.partial(_path, optimizer, updates, wavy=True), like
+      )
+      paths = [look(start, grad) for grad in grads]
+      moved = any(np.any(move) for path in paths for move in path)
+      if moved:
+        break
+  except Exception:
+    return
+  if not any(leaf.size for leaf in jax.tree.leaves(like)):
+    return
+  if not moved:
+    raise ValueError(_STILL)
+  up, other, down, below = paths
+  if smooth and all(map(np.array_equal, up + down, other + below)):
+    raise ValueError(
+      'lower_optimizer must have steps that follow the size of the gradient,'
+      ' got one that moves y alike for all sizes (as optax.sign_sgd, lion and'
+      ' rprop do): no derivative passes through such steps. Take another, or an'
+      ' estimator that solves a linear system, such as implicit.'
+    )
+
+
+def _whole(inner):
+  return jax.tree.map(  # At least float32, whose rounding hides no decay.
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)
+    ),
+    inner,
+  )
+
+
+def _few(inner):
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      tuple(min(size, _AXIS) for size in leaf.shape), leaf.dtype
+    ),
+    _whole(inner),
+  )
+
+
+def _filled(like, random):
+  return jax.tree.map(
+    lambda leaf: np.asarray(random.uniform(0.5, 1.5, leaf.shape), leaf.dtype),
+    like,
+  )
 
 
 def _try(optimizer, like) -> dict[Any, list[np.ndarray]]:
@@ -81,15 +146,27 @@ def _try(optimizer, like) -> dict[Any, list[np.ndarray]]:
   for updates in (1, *_GATHERED):
     look = _with_numbers(functools.partial(_moves, optimizer, updates), like)
     tried = {name: look(*case) for name, case in cases.items()}
-    if any(np.any(move) for move in tried['up']):
+    if any(map(np.any, tried['up'] + tried['down'])):
       break  # Else steps are gathered, or a rate begins at zero.
   return tried
 
 
 def _moves(optimizer, updates, start, grad):
   """The longest of so many moves of each leaf."""
+  longest = lambda leaf: jnp.take_along_axis(
+    leaf, jnp.argmax(jnp.abs(leaf), axis=0, keepdims=True), axis=0
+  )[0]
+  return [longest(leaf) for leaf in _path(optimizer, updates, start, grad)]
 
-  def update(state, _):
+
+def _path(optimizer, updates, start, slope, wavy=False):
+  """So many moves of each leaf, on a leading axis."""
+
+  def update(state, count):
+    # One size in all steps is what adam does not see.
+    grad = (
+      jax.tree.map(lambda g: g ** (1 + count % 3), slope) if wavy else slope
+    )
     moved, state = optimizer.update(
       grad, state, start, value=jnp.ones(()), grad=grad,
       value_fn=lambda y: jnp.ones(()),
@@ -103,13 +180,10 @@ def _moves(optimizer, updates, start, grad):
 
   state = optimizer.init(start)
   if updates == 1:
-    moved = jax.tree.map(lambda leaf: leaf[None], update(state, None)[1])
+    moved = jax.tree.map(lambda leaf: leaf[None], update(state, 0)[1])
   else:
-    _, moved = jax.lax.scan(update, state, length=updates)
-  longest = lambda leaf: jnp.take_along_axis(
-    leaf, jnp.argmax(jnp.abs(leaf), axis=0, keepdims=True), axis=0
-  )[0]
-  return [longest(leaf) for leaf in jax.tree.leaves(moved)]
+    _, moved = jax.lax.scan(update, state, jnp.arange(updates))
+  return jax.tree.leaves(moved)
 
 
 def _with_numbers(function, like):

@@ -74,6 +74,7 @@ def init_state(
   *,
   dual: _dual.Dual | bool = True,
   memory: Any = (),
+  smooth: bool = False,
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0`` if it has one."""
   for name, tree in (('params', params), ('inner', inner)):
@@ -81,6 +82,8 @@ def init_state(
   inner = trees.own(inner)
   if problem.lower_map is None and dual:
     _free.check_free(problem.optimizer, inner)
+  elif problem.lower_map is None:
+    _free.check_moves(problem.optimizer, inner, smooth=smooth)
   z = trees.zeros_accumulator(inner) if dual else ()
   # Not one zero twice: a buffer can be donated once.
   zero = lambda dtype: jnp.zeros((), dtype)

@@ -44,7 +44,8 @@ def unrolled(
   Args:
     upper: The upper objective f, ``(x, y, batch) -> scalar``.
     lower: The lower objective g, ``(x, y, batch) -> scalar``.
-    lower_optimizer: Any optax optimizer whose update can be differentiated.
+    lower_optimizer: Any optax optimizer whose update can be differentiated and
+      follows the gradient's size; not its signs alone.
     lower_steps: Lower steps N, each with a sample of its own.
     warm: Start from where the last steps ended, optimizer state included, or
       else from the first start with a fresh optimizer.
@@ -64,7 +65,8 @@ def unrolled(
 
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
-    ValueError: A number is outside its domain, or the step samples are missing.
+    ValueError: A number is outside its domain, the step samples are missing, or
+      ``lower_optimizer`` moves nothing, or by signs alone.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optlab
@@ -99,7 +101,9 @@ def unrolled(
 
   def init(params, inner):
     first = () if warm else trees.own(inner)
-    state = _state.init_state(problem, params, inner, dual=False, memory=first)
+    state = _state.init_state(
+      problem, params, inner, dual=False, memory=first, smooth=True
+    )
     return state._replace(info=state.info._replace(lower_grad_norm=()))
 
   def estimate(params, state, batch):

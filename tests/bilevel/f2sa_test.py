@@ -161,7 +161,8 @@ def test_a_step_takes_three_gradients_a_lower_step():
     jax.block_until_ready(jax.jit(estimator.estimate)(x, state, batch))
     jax.effects_barrier()
     assert calls['lower'] == 2 * 7 + 2
-    assert calls['upper'] == (2 * 7 + 2 if central else 7 + 1)
+    # Without central differences, the last is a value alone.
+    assert calls['upper'] == (2 * 7 + 2 if central else 7 + 2)
 
 
 def test_a_step_that_is_not_finite_is_held():
@@ -181,3 +182,31 @@ def test_a_step_that_is_not_finite_is_held():
       strict=True,
     ):
       np.testing.assert_array_equal(a, b)
+
+
+def test_a_penalty_too_small_or_a_level_that_lags_is_told():
+  """The shift runs away, f bends it by half, or y hardly moves."""
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, batch: jnp.sum((y - 2.0 * x) ** 2)
+  tx, x, y = optax.sgd(0.05), jnp.array([0.1]), jnp.array([0.5])
+
+  def train(central, rate, penalty):
+    estimator = bilevel.f2sa(
+      upper, lower, optax.sgd(rate), penalty, central=central
+    )
+    step = optlab.train_step(estimator, tx)
+    body = lambda state, _: step(state, optlab.BilevelBatch(None, None))
+    state = optlab.init(x, estimator, tx, y)
+    state, _ = jax.lax.scan(body, state, length=300)
+    return state.params, state.estimator_state.info
+
+  rates = np.float32([0.1, 0.1, 0.1, 1e-5, 0.1])
+  penalties = np.float32([1e-4, 1e-2, 1.0, 30.0, 30.0])
+  for central in (False, True):
+    run_all = jax.jit(jax.vmap(functools.partial(train, central)))
+    params, info = run_all(rates, penalties)
+    bad = info.total_not_ok + info.total_rejected
+    assert np.all(bad[:4] >= 90) and np.all(info.total_not_ok[:4] > 0)
+    # Of 300; where f_y passes through zero nothing is known of its change.
+    assert info.ok[4] and bad[4] <= 2
+    np.testing.assert_allclose(params[4], 0.5, atol=1e-5)

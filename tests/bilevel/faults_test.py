@@ -1,5 +1,6 @@
 """Bilevel problems outside the textbook: right, refused, or told by ``ok``."""
 
+import contextlib
 import functools
 
 import jax
@@ -102,7 +103,7 @@ def test_first_order_differences_tell_an_indefinite_or_runaway_level(central):
     ([[1.0, 0.0], [0.0, -0.01]], 0.1, False),
     ([[30.0, 0.0], [0.0, 1.0]], 0.1, False),  # Beyond two over the curvature.
     ([[30.0, 0.0], [0.0, 1.0]], 0.03, True),
-    ([[1.0, 0.0], [0.0, 0.0]], 0.1, True),
+    ([[1.0, 0.0], [0.0, 0.0]], 0.1, False),  # Its minimum is at infinity.
   ):
     _, lower = quadratic(matrix)
     estimator = bilevel.f2sa(
@@ -379,6 +380,28 @@ def test_a_lower_optimizer_that_keeps_a_half_space_is_refused(name, optimizer):
       init(X, Y)
 
 
+def test_a_lower_optimizer_that_moves_nothing_is_refused():
+  """And below `unrolled` one that takes signs alone; a warm-up moves later."""
+  upper, lower = quadratic(np.eye(3))
+  makes = {
+    **FORMULA,
+    'f2sa': lambda f, g, o, r: bilevel.f2sa(f, g, o, 50.0),
+    'unrolled': lambda f, g, o, r: optlab.unrolled(f, g, o),
+  }
+  for name in ('soba', 'implicit', 'f2sa', 'unrolled'):
+    make = lambda o, name=name: makes[name](upper, lower, o, 0.1).init(X, Y)
+    for still in (optax.set_to_zero(), optax.sgd(0.0)):
+      with pytest.raises(ValueError, match='lower_optimizer must move y'):
+        make(still)
+    make(optax.sgd(optax.linear_schedule(0.0, 0.1, 50)))
+  for optimizer in (optax.sign_sgd(0.1), optax.lion(0.1), optax.rprop(0.1)):
+    with pytest.raises(ValueError, match='follow the size of the gradient'):
+      make(optimizer)
+  for optimizer in (optax.adam(0.1), optax.contrib.prodigy(), optax.lbfgs()):
+    make(optimizer)
+  jax.vmap(lambda rate: make(optax.sgd(rate)).step)(np.zeros(2))
+
+
 def test_other_constraints_are_told_by_ok():
   target = jnp.array([2.0, 0.3, -0.4])
   lower = lambda x, y, batch: 0.5 * jnp.sum((y - x * target) ** 2)
@@ -441,7 +464,11 @@ def test_projections_that_move_all_numbers_are_refused(name):
     with refused:
       look()
   kept = projected(KEPT[name])
-  optlab.unrolled(upper, lower, kept).init(x, y)
+  told = contextlib.nullcontext()
+  if name == 'integers':  # No derivative passes through those.
+    told = pytest.raises(ValueError, match='must have steps that follow the')
+  with told:
+    optlab.unrolled(upper, lower, kept).init(x, y)
   bilevel.f2sa(upper, lower, kept, 10.0).init(x, y)
 
 

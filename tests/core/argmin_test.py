@@ -134,3 +134,13 @@ def test_a_kink_has_no_derivative(smooth):
   x = jnp.array([0.3, 0.2])
   assert jnp.all(jnp.isnan(jax.jit(jax.grad(found))(x)))
   assert jnp.isnan(jax.jvp(found, (x,), (x,))[1])
+
+
+def test_a_lower_level_that_is_no_real_scalar_is_named():
+  x = jnp.ones(2)
+  square = lambda x, y, batch: (y - x) ** 2
+  for lower in (square, lambda *args: (jnp.sum(square(*args)), 0)):
+    with pytest.raises(TypeError, match='lower must return a'):
+      optlab.argmin(lower)(x, x)
+  with pytest.raises(TypeError, match='y must be real, got dtype complex'):
+    optlab.argmin(square)(x, x + 0j)
