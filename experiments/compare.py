@@ -47,7 +47,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 1)
 
   problem: str = flags.flag(
     'logistic',

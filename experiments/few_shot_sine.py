@@ -42,7 +42,7 @@ class Config(flags.Config):
     'steps': 1000,
     'seeds': 2,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 2)
 
   num_tasks: int = flags.flag(200, 'Tasks, m.', low=1)
   tasks: int = flags.flag(20, 'Tasks sampled in a step, I.', low=1)

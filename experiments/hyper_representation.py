@@ -37,7 +37,7 @@ class Config(tuning.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 8)
 
   dataset: str = text.dataset_flag()
   min_count: int = text.min_count_flag()

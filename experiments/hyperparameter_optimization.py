@@ -36,7 +36,7 @@ class Config(tuning.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 3)
 
   problem: str = flags.flag(
     'ridge', 'What is regularized.', choices=('ridge', 'logistic', 'text')

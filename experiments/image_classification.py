@@ -44,7 +44,7 @@ class Config(devices.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 5)
 
   dataset: str = flags.flag(
     'digits', 'digits, mnist in data_dir, or an IDX file by path.'

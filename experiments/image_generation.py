@@ -48,7 +48,7 @@ class Config(tilted.Config):
     'tuning_seeds': 0,
     'learning_rates': (2e-3,),
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 3)
 
   chain_steps: int = flags.flag(200, 'Langevin steps of a chain.', low=1)
   step_size: float = flags.flag(0.03, 'Of the chains, in whitened pixels.')

@@ -65,7 +65,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (2, None)
+  MINUTES = (2, 90)
 
   data_dir: str = flags.flag(
     '', "A text file, or a folder of them; Python's reference if empty."

@@ -48,7 +48,7 @@ class Config(devices.Config):
     'tuning_seeds': 1,
     'looks': 10,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 3)
 
   dataset: str = flags.flag(
     'auto', 'A name or a file; auto: a8a in data_dir, or else mushrooms.'

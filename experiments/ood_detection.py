@@ -43,7 +43,7 @@ class Config(tilted.Config):
     'tuning_seeds': 0,
     'learning_rates': (2e-3,),
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 2)
 
   seeds: int = flags.flag(
     5, 'Number of seeds, 0 to seeds - 1.', low=1, grows=True

@@ -49,7 +49,7 @@ class Config(devices.Config):
     'seeds': 6,  # As many as pairs of rates: one program for both.
     'tuning_seeds': 2,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 10)
 
   num_blocks: int = flags.flag(100, 'Blocks of the problem, m.', low=1)
   blocks: tuple[int, ...] = flags.flag(

@@ -71,7 +71,7 @@ class Config(devices.Config):
     'tuning_seeds': 1,
     'looks': 10,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 5)
 
   dataset: str = flags.flag('plain', 'The queries.', choices=tuple(DATA))
   data_dir: str = flags.flag('', 'Folder with the files of movielens.')

@@ -19,7 +19,7 @@ class Config(newton.RegressionConfig):
     'curvature': ('exact', 'gauss_newton'),
     'optimizers': ('gns', 'lbfgs', 'gradient_descent'),
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 2)
 
   dataset: str = flags.flag(
     'digits',

@@ -42,7 +42,7 @@ class Config(tuning.Levels):
     'steps': 1000,
     'seeds': 2,
   }
-  MINUTES = (1, None)
+  MINUTES = (1, 6)
 
   problem: str = flags.flag(
     'cosh', 'The upper level.', choices=('cosh', 'quartic')

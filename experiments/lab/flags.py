@@ -138,7 +138,7 @@ class Config(BareConfig):
     QUICK: What ``--quick`` puts in the place of defaults, by the flag's name.
       A flag that was given another value than its default keeps it.
     MINUTES: Those that a run takes on two cores, with ``--quick`` and with the
-      defaults, as measured; ``None`` where it was not.
+      defaults, measured or reckoned from smaller runs; ``None`` where unknown.
   """
 
   QUICK: ClassVar[dict[str, Any]] = {}

@@ -476,7 +476,12 @@ def _expected(config: flags.Config) -> str:
   """What a run will take, where that was measured."""
   quick, whole = config.MINUTES
   minutes = quick if config.quick else whole
-  told = lambda n: f'about {n:g} minute{"s" * (n != 1)}'
+
+  def told(count):
+    unit = 'minute' if count < 90 else 'hour'
+    count = count if count < 90 else round(count / 60, 1)
+    return f'about {count:g} {unit}{"s" * (count != 1)}'
+
   parts = []
   if minutes is not None and config.is_default():
     parts.append(f'{told(minutes)} on two cores')
