@@ -25,7 +25,13 @@ def test_the_flags_of_a_run_are_those_of_its_program(name):
 
 
 def test_a_claim_is_run_and_judged(tmp_path, capsys, monkeypatch):
-  short = reproduce.Run('synthetic_functions', {'steps': '50', 'seeds': '3'})
+  few = {
+    'steps': '50',
+    'seeds': '3',
+    'functions': 'F1,F2',
+    'optimizers': 'diffgrad,adam',
+  }
+  short = reproduce.Run('synthetic_functions', few)
   monkeypatch.setitem(reproduce.RUNS, 'landscapes', short)
   config = reproduce.Config(output_dir=str(tmp_path), only=('landscapes',))
   reproduce.main(config)
