@@ -142,6 +142,9 @@ def estimator(
         held,
         seen=None if problem.lower_map else (lower.value, lower.grad),
       )  # fmt: skip
+    ok = solution.ok
+    if solution.lag is not None:
+      ok &= ~_lower.is_behind(solution.lag, state, inner)
     result = base.Estimate(
       value,
       hypergradient(grad_x, cross),
@@ -163,7 +166,7 @@ def estimator(
       dual_state=solution.dual_state,
       lower_grad_norm=looked[-1],
       dual_residual=solution.residual,
-      ok=solution.ok,
+      ok=ok,
       constrained=held,
     )
 

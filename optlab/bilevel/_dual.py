@@ -37,6 +37,7 @@ class Solution(NamedTuple):
   ok: jax.Array  # shape (), bool, no sign of an indefinite or too steep g_yy
   dual_state: Any = ()
   looked: Any = ()  # norms of z before its ball and of the lower gradient
+  lag: Any = None  # shape (), how far y* is at least, where that is known
 
 
 def init(dual: Dual, z: base.Params) -> DualState:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optlab import _systems
@@ -95,8 +96,10 @@ def implicit(
     linearization, up to ``max_steps`` + 2 Hessian-vector products, one cross
     product. Where ``g_yy`` has negative curvature on the sample, conjugate
     gradients stop at the best ``z`` before it and ``info.ok`` is false; damping
-    or Gauss-Newton products mend it. With ``lower_map`` the system is not
-    symmetric and GMRES solves it.
+    or Gauss-Newton products mend it. It is false too where after 200 steps y
+    has farther to go than it could in all of them, and than its own norm: the
+    lower steps are too short to follow x. With ``lower_map``
+    the system is not symmetric and GMRES solves it.
   """
   checks.enforce(implicit, locals())
   problem = _bilevel.problem_of(
@@ -128,7 +131,10 @@ def implicit(
       ok &= inside
     cross, product = products(dual)
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))
-    return _dual.Solution(dual, residual, ok), cross, lower
+    # z' g_y is z' g_yy times the way to y*: at least this long.
+    along, size = trees.inner_product(dual, lower.grad), trees.norm(product)
+    lag = jnp.where(size > 0, jnp.abs(along) / size, 0)
+    return _dual.Solution(dual, residual, ok, lag=lag), cross, lower
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)
   return _bilevel.estimator(problem, solve, move)

@@ -8,6 +8,7 @@ import optax
 
 from optlab import base
 from optlab import trees
+from optlab.bilevel import _dual
 from optlab.bilevel import _problem
 
 
@@ -95,6 +96,22 @@ def _holds_some(updates, grad, before):
   # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
   # is news.
   return held & (before | moved)
+
+
+def is_behind(lag: jax.Array, state: Any, inner: base.Params) -> jax.Array:
+  """Whether y has farther to go than steps as its last ones could have led it.
+
+  And than it is long: noise alone looks like a way to go, and at the end of a
+  decaying rate like one that takes for ever.
+
+  Args:
+    lag: How far at least.
+    state: The estimator's state before the steps.
+    inner: The lower variable after them.
+  """
+  moved = trees.norm(trees.combine(jnp.subtract, inner, state.inner))
+  far = (lag > state.step * moved) & (lag > trees.norm(inner))
+  return far & (state.step >= _dual.PATIENCE)
 
 
 def descend(

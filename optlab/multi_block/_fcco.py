@@ -155,6 +155,7 @@ def fcco(
     rows, visited = tables.gather_rows((state.tracked, state.visited), blocks)
     now, pull = jax.vjp(lambda x: inner(x, batch.inner), params)
     checks.check_same_tree('what inner returns', now, 'table[blocks]', rows)
+    checks.check_real_params('what inner returns', now)
     now_wide = trees.cast_like(now, rows)
     before = now_wide
     if tracker.needs_before:

@@ -264,6 +264,35 @@ def test_a_lower_level_without_curvature_is_told(name):
       assert info.total_not_ok > 100
 
 
+def test_implicit_tells_lower_steps_that_cannot_follow():
+  """Its linear system is solved all the same. Noise and Adam are fine."""
+  upper = lambda x, y, noise: jnp.sum((y - 1.0) ** 2)
+
+  def train(optimizer, curvature, noise=0.0, steps=260):
+    def lower(x, y, noise):
+      return curvature * (0.5 * jnp.sum((y - x) ** 2) + noise @ y)
+
+    tx = optax.sgd(0.05)
+    estimator = optlab.implicit(upper, lower, optimizer, reuse_sample=True)
+    step = optlab.train_step(estimator, tx)
+    body = lambda state, n: step(state, optlab.BilevelBatch(n, n))
+    samples = noise * jax.random.normal(jax.random.key(0), (steps, 2))
+    state = optlab.init(jnp.full(2, 0.3), estimator, tx, jnp.full(2, 0.5))
+    state, _ = jax.lax.scan(body, state, samples)
+    return state.params, state.estimator_state.info
+
+  both = jax.jit(jax.vmap(lambda c: train(optax.sgd(0.1), c)))
+  params, info = both(np.float32([1e-4, 1.0]))
+  assert not info.ok[0] and info.total_not_ok[0] > 50
+  np.testing.assert_allclose(params[1], 1.0, atol=1e-4)
+  assert info.total_not_ok[1] == 0
+  decayed = optax.sgd(optax.cosine_decay_schedule(0.2, 260 * 5))
+  assert train(decayed, 1.0, 0.5)[1].total_not_ok == 0
+  assert train(optax.adam(0.05), 1.0, 0.5)[1].total_not_ok == 0
+  frozen = optax.piecewise_constant_schedule(0.1, {50: 1e-6})
+  assert not train(optax.sgd(frozen), 1.0)[1].ok
+
+
 @pytest.mark.parametrize('warm', [True, False])
 def test_implicit_recovers_from_an_indefinite_sample(x64, warm):
   """A poisoned z is left behind by the next good sample."""

@@ -224,6 +224,18 @@ for wrong, batch, start, error, match in (
     match,
   )
 
+whole = family(
+  'fcco', inner=lambda x, b: jnp.ones(2, int), outer=lambda u, b: u**2,
+  num_blocks=4,
+)  # fmt: skip
+row(
+  'fcco',
+  'inner values of integers',
+  lambda: whole().estimate(X, whole().init(X, np.zeros(4, np.float32)), FCCO),
+  TypeError,
+  'what inner returns must be floating, got dtype int',
+)
+
 sample_blocks = family('sample_blocks', key=KEY, num_blocks=4, sampled=2)
 epoch_of_blocks = family('epoch_of_blocks', key=KEY, num_blocks=4, sampled=2)
 for make in (sample_blocks, epoch_of_blocks):
