@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optlab
@@ -203,12 +204,17 @@ def of_file(path: str) -> Problem:
     jax.eval_shape(jax.grad(loss), params, key)
     fields = _settings(found)
     first = start(key)
-    for name, value in (
-      ('loss', loss(first, key)),
-      ('measure', reported(first)),
+    for name, value, again in (
+      ('loss', loss(first, key), loss(first, key)),
+      ('measure', reported(first), reported(first)),
     ):
       if math.isnan(value):
         raise ValueError(f'{name} is not a number at the start')
+      if value != again:
+        raise _random(name)
+    same = functools.partial(np.array_equal, equal_nan=True)
+    if not jax.tree.all(jax.tree.map(same, first, start(key))):
+      raise _random('start')
   except Exception as error:
     raise _bad_file(path, error) from error
   return of_function(
@@ -216,6 +222,13 @@ def of_file(path: str) -> Problem:
     lambda params: {'tuning': tuning(params), 'value': reported(params)},
     value=str(found.get('VALUE', 'measure')), **fields,
   )  # fmt: skip
+
+
+def _random(name: str) -> ValueError:
+  return ValueError(
+    f'{name} is another one when it is called again: a compiled one would keep'
+    ' the numbers that it drew first. Draw by the key'
+  )
 
 
 def _bad_file(path: str, error: BaseException) -> flags.UserError:

@@ -215,7 +215,7 @@ def check_methods(
       problem.entry(method)
     except flags.UserError:
       raise
-    except Exception as error:  # Of a method that may be the user's.
+    except (Exception, SystemExit) as error:  # Of a user's method.
       if not skip:
         raise flags.UserError(_said(method, '', error)) from error
   if len(set(methods)) < len(methods):

@@ -342,6 +342,16 @@ def test_a_problem_of_the_users_own(tmp_path, capsys):
     (MINE + 'METHODS = ()', 'METHODS are names, at least one'),
     (MINE + 'METHODS = 3', 'METHODS are names, at least one, not 3'),
     (MINE.replace('jnp.zeros(4)', 'jnp.log(-jnp.ones(4))'), 'loss is not a n'),
+    (
+      MINE.replace('jnp.zeros(4)', 'jax.numpy.asarray(np.random.rand(4))')
+      + 'import numpy as np',
+      'start is another one when it is called again: .* Draw by the key',
+    ),
+    (
+      MINE.replace('jnp.sum((', 'np.random.rand() * jnp.sum((')
+      + 'import numpy as np',
+      '(loss|measure) is another one when it is called again',
+    ),
     ('raise SystemExit(3)', 'SystemExit: 3'),
     ('import nothing_at_all', 'ModuleNotFoundError: No module'),
     ('def', 'SyntaxError'),
