@@ -228,6 +228,6 @@ NOT_RUNNING = (
 )  # fmt: skip
 
 
-def _said(method: str, name: str, error: Exception) -> str:
+def _said(method: str, name: str, error: BaseException) -> str:
   problem = name or 'this problem'
   return f'{method} does not run on {problem}: {flags.one_line(error)}'
