@@ -322,6 +322,24 @@ def test_rows_that_are_lost_or_there_twice_are_made_again(config, whole):
     assert numbers(config.output_dir) == good
 
 
+def test_a_last_look_with_more_fields_is_no_damage(config):
+  def last(state):
+    more = {'test': jnp.ones(2)} if state[2] == 4 else {}
+    return evaluate(state[:2]) | more
+
+  def on(state):
+    return *advance(state[:2]), state[2] + 1
+
+  with Session('test', config) as session:
+    start_ = (*start(), jnp.zeros((), int))
+    session.run('noisy', start_, on, last, steps=4, seeds=(0, 1))
+    rows = session.rows
+  assert 'test' in rows[-3]
+  assert not resuming.damaged(rows)
+  rows[-3].pop('test')
+  assert resuming.damaged(rows) == 'rows of noisy are lost or damaged'
+
+
 def test_rows_lost_before_a_checkpoint_are_made_again(config, whole, capsys):
   with Session('test', config) as session:
     stop_at(session, 9)
