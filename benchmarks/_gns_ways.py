@@ -70,6 +70,10 @@ def tuned(problem: smooth.Problem, least: float) -> list[Way]:
   ):
     if problem.metric is not None or name != 'products, no metric':
       found.append(compiled(name, problem, tx, least, factory))
+  exact = problem.curvatures['exact']
+  if exact.columns:  # The formed matrix without LAPACK and its threads.
+    tx = optlab.gns_newton(optlab.lanczos())
+    found.append(compiled('matrix, lanczos', problem, tx, least, exact.factory))
   if len(problem.data) > 2:  # Curvature from half of the rows, drawn once.
     features, labels, l2 = problem.regression
     rows = len(labels)
