@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
@@ -32,11 +33,14 @@ class Paired(NamedTuple):
   said: str
 
 
-def paired(differences: Sequence[float] | np.ndarray) -> Paired:
+def paired(
+  differences: Sequence[float] | np.ndarray, small: float = 0.0
+) -> Paired:
   """The mean of differences with its 95 % interval, by Student's t.
 
   Args:
     differences: Of a method from the first one, by seed; more is worse.
+    small: What rounding leaves, which is no difference.
 
   Returns:
     `Paired`, which says ``better``, ``worse`` or ``tie``, and nothing of fewer
@@ -50,8 +54,8 @@ def paired(differences: Sequence[float] | np.ndarray) -> Paired:
   error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
   half = float(stats.t.ppf(0.975, len(values) - 1)) * error
   low, high = mean - half, mean + half
-  # What is below the rounding of the values is no difference.
-  small = 1e-12 * float(np.max(np.abs(values), initial=0.0))
+  # Nor is what rounding leaves of equal differences.
+  small = max(small, 1e-12 * float(np.max(np.abs(values), initial=0.0)))
   said = 'worse' if low > small else 'better' if high < -small else 'tie'
   return Paired(mean, low, high, said)
 
@@ -66,8 +70,23 @@ def spread(ends: Sequence[dict], name: str) -> dict[str, float]:
   }
 
 
+def rounding(rows: Iterable[dict], method: str, name: str) -> float:
+  """The rounding of a field, by the most that it was at a method's start."""
+  start = [
+    abs(row.get(name, 0.0))
+    for row in record.select(rows, 'eval', method=method, step=0)
+  ]
+  most = max(filter(math.isfinite, start), default=0.0)
+  return float(jnp.finfo(jnp.result_type(float)).eps) * most
+
+
 def summary(
-  ends: Sequence[dict], first: Sequence[dict], name: str, *, more: bool = False
+  ends: Sequence[dict],
+  first: Sequence[dict],
+  name: str,
+  *,
+  more: bool = False,
+  small: float = 0.0,
 ) -> dict[str, Any]:
   """A field over the seeds, and its differences from another method's.
 
@@ -76,6 +95,7 @@ def summary(
     first: Those of the method that it is compared with, by the same seeds.
     name: The field.
     more: Whether more of it is better.
+    small: What rounding leaves, which is no difference.
 
   Returns:
     ``median``, ``low``, ``high`` of the field; ``gap`` with its interval and
@@ -89,7 +109,7 @@ def summary(
 
   mine, theirs = values(ends), values(first)
   with np.errstate(invalid='ignore'):
-    gaps = paired(mine - theirs)
+    gaps = paired(mine - theirs, small)
   ordered = np.sort(sign * mine)
   return {
     'median': float(np.median(ordered)),
@@ -99,8 +119,8 @@ def summary(
     'gap_low': gaps.low,
     'gap_high': gaps.high,
     'verdict': gaps.said,
-    'wins': int(np.sum(mine < theirs)),
-    'losses': int(np.sum(mine > theirs)),
+    'wins': int(np.sum(mine < theirs - small)),
+    'losses': int(np.sum(mine > theirs + small)),
   }
 
 

@@ -103,6 +103,22 @@ def test_pairs_have_an_interval():
   assert verdicts.paired([-1.0, -1.1, -0.9]).said == 'better'
   assert verdicts.paired([1.0, 1.1, 0.9]).said == 'worse'
   assert verdicts.paired([0.0, 0.0]).said == 'tie'
+  # What rounding leaves of values that began at 2 is no win of nothing.
+  rows = [
+    {'kind': 'eval', 'method': m, 'seed': s, 'step': i, 'value': v}
+    for m, end in (('a', 3.5e-18), ('b', 0.0), ('c', 3e-15))
+    for s in (0, 1)
+    for i, v in enumerate((2.0, end + s * end / 10))
+  ]
+  small = verdicts.rounding(rows, 'a', 'value')
+  assert small == 2.0 * np.finfo(jnp.result_type(float)).eps
+  small = 2.0 * np.finfo(np.float64).eps
+  for method, said, losses in (('b', 'tie', 0), ('c', 'worse', 2)):
+    found = verdicts.summary(
+      *(verdicts.last(rows, m) for m in (method, 'a')), 'value', small=small
+    )
+    assert (found['verdict'], found['losses']) == (said, losses)
+    assert found['wins'] == 0
   assert (
     verdicts.paired([1.0]).said == verdicts.paired([1.0, math.inf]).said == '-'
   )
