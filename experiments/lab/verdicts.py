@@ -76,7 +76,7 @@ def rounding(rows: Iterable[dict], method: str, name: str) -> float:
     abs(row.get(name, 0.0))
     for row in record.select(rows, 'eval', method=method, step=0)
   ]
-  most = max(filter(math.isfinite, start), default=0.0)
+  most = max([value for value in start if math.isfinite(value)], default=0.0)
   return float(jnp.finfo(jnp.result_type(float)).eps) * most
 
 
