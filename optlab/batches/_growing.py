@@ -225,6 +225,8 @@ def growing_step(
         f'data must have the {length} examples that growing_init saw, got'
         f' {batch_length(data)}: start again by growing_init.'
       )
+    # Of numpy's arrays, where they are constants, a traced index takes no rows.
+    data = jax.tree.map(jnp.asarray, data)
     size = batch_size
     if size is None and rules_of(train.opt_state):
       size = next_size(train.opt_state)

@@ -86,7 +86,8 @@ class Reader:
         rows = jax.tree.map(lambda leaf: leaf[None], rows)
       length = batch_length(rows)
     except (TypeError, ValueError) as error:
-      raise type(error)(
+      kind = TypeError if isinstance(error, TypeError) else ValueError
+      raise kind(
         'source must yield batches, or with batched=False examples, of arrays,'
         f' and not in item {number} of pass {self._epoch}: {error}'
       ) from error

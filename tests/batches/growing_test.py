@@ -161,6 +161,16 @@ def test_a_rest_that_is_kept_or_dropped():
     assert np.all(seen.sum(-1) == 10)
 
 
+def test_data_of_numpy_may_be_constants():
+  tx = optax.sgd(0.1)
+  state, data = start(tx)
+  step = optlab.growing_step(ESTIMATOR, tx, batch_size=6)
+  np.testing.assert_array_equal(
+    jax.jit(lambda state: step(state, dataset()))(state)[1],
+    jax.jit(step)(state, data)[1],
+  )
+
+
 def test_a_rule_of_the_rest_says_two_numbers():
   state, data = start(optax.sgd(0.1))
   loader = optlab.host_loader(lambda rows: rows, 5, (2,), rest=lambda s, n: s)
