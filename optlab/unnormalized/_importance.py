@@ -49,8 +49,13 @@ def estimate(
   plain_error = jnp.sqrt(jnp.maximum(variance, 0))
   heavy = jnp.clip(k_hat - 0.3, 0, 1)
   error = plain_error * (1 + 5 * heavy + 20 * heavy**2)
-  # A constant in the log density takes digits from all that is added to it.
-  rounding = jnp.finfo(log_w.dtype).eps * jnp.abs(value)
+  # A constant in the log density takes digits from all that is added to it;
+  # half precision has few.
+  model = jax.eval_shape(lambda: log_density(noise.sample(key, chunk)))
+  rounding = jnp.maximum(
+    jnp.finfo(log_w.dtype).eps * jnp.abs(value),
+    _likelihood.rounding(model.dtype, reservoir.log_p),
+  )
   error = jnp.hypot(error, jnp.where(some, rounding, 0))
 
   walked = _walk.walk(
@@ -66,6 +71,7 @@ def estimate(
   )
   # Where walkers outweigh every draw there is a tail that no draw stands for.
   # It may be thin and wide, and then no weight tells of it but theirs alone.
+  # More of them than the largest draw explains are mass that none has met.
   beyond = jnp.sum(walked.log_w > weights.log_scale + 0.7).astype(error.dtype)
   error = jnp.hypot(error, jnp.minimum(beyond / 4, 1) * second_error)
   rejected += walked.infinite
@@ -81,6 +87,7 @@ def estimate(
     & (share <= bounds.max_share)
     & (k_hat <= jnp.minimum(bounds.max_k_hat, _pareto.largest_ok(num)))
     & (jnp.abs(change) <= bound)
+    & (beyond <= 3 + 4 * walked.log_w.size * share)
   )
   data_gap = jnp.full((), jnp.nan, log_w.dtype)
   if data is not None:

@@ -220,6 +220,14 @@ def good_noise(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   return (log_p < jnp.inf) & jnp.isfinite(log_q)  # NaN < inf is false.
 
 
+def rounding(dtype: Any, log_p: jax.Array) -> jax.Array:
+  """What is lost of finite log densities that were computed in ``dtype``."""
+  wide = log_p.astype(jnp.promote_types(jnp.float32, log_p.dtype))
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return jnp.zeros((), wide.dtype)
+  return jnp.finfo(dtype).eps * mean_of(jnp.abs(wide), jnp.isfinite(wide))
+
+
 class Weights(NamedTuple):
   """Importance weights of a batch, from one exponential of each."""
 

@@ -39,12 +39,17 @@ class Path(NamedTuple):
   max_stages: int
 
   def at(self, beta: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The log density of a temperature, ``[num, size] -> [num]``."""
+    """The log density of a temperature, ``[num, size] -> [num]``.
+
+    It is minus infinity where the model's is, at the noise's temperature too:
+    the path starts at the noise within the model's support.
+    """
 
     def log_density(positions):
-      weighted = beta * self.log_ratio(positions)
-      # Nothing times minus infinity is nothing.
-      return self.log_q(positions) + jnp.where(beta > 0, weighted, 0)
+      log_ratio = self.log_ratio(positions)
+      outside = log_ratio == -jnp.inf
+      weighted = beta * jnp.where(outside, 0, log_ratio)
+      return jnp.where(outside, -jnp.inf, self.log_q(positions) + weighted)
 
     return log_density
 
@@ -52,9 +57,12 @@ class Path(NamedTuple):
 class Tempered(NamedTuple):
   """What one run of tempering found."""
 
-  forward: jax.Array  # shape (), log Z by weights of the particles before
+  # Shape (), log Z over the noise's mass where the model has density, by
+  # weights of the particles before
+  forward: jax.Array
   backward: jax.Array  # shape (), by those after each temperature
   smallest_ess: jax.Array  # shape (), of all temperatures
+  share: jax.Array  # shape (), of the start, where the model has density
   infinite: jax.Array  # shape (), int32, particles of no or infinite density
   stages: jax.Array  # shape (), int32, temperatures
   finished: jax.Array  # shape (), bool, whether it came to the end
@@ -81,21 +89,9 @@ def climb(
 
 
 def descend(
-  library: Library,
-  path: Path,
-  key: jax.Array,
-  positions: jax.Array,
-  draws: jax.Array,
+  library: Library, path: Path, key: jax.Array, positions: jax.Array
 ) -> jax.Array:
-  """Log Z of the model by a run from its rows to the noise.
-
-  Args:
-    library: What blackjax gives.
-    path: The path.
-    key: PRNG key.
-    positions: Rows that are near the model's.
-    draws: Of the noise: where the model has no density, the run does not end.
-  """
+  """Log Z, as `Tempered.forward` is, by a run from rows to the noise."""
   move_key, key = jax.random.split(key)
   # Rows of data are not quite the model's.
   memory = path.moves.init(positions)
@@ -103,9 +99,8 @@ def descend(
   down, _ = _run(
     library, path, key, positions, start, lambda passed: 1 - passed, -1
   )
-  reached = jnp.mean(path.log_ratio(draws) > -jnp.inf)
-  log_z = jnp.log(reached) - down.forward
-  return jnp.where(down.finished & (down.infinite == 0), log_z, jnp.inf)
+  done = down.finished & (down.infinite == 0)
+  return jnp.where(done, -down.forward, jnp.inf)
 
 
 def _moved(path, key, particles, beta, memory, times=1):
@@ -120,15 +115,45 @@ def _moved(path, key, particles, beta, memory, times=1):
   return jax.lax.scan(move, (particles, memory), keys)[0]
 
 
+def _within(library, path, key, positions):
+  """Positions where the model has density, their ratios, and their share.
+
+  Those outside give way to copies of those within.
+  """
+  ratios = path.log_ratio(positions)
+  outside = ratios == -jnp.inf
+  weights = jnp.where(outside, 0, 1 / jnp.maximum(jnp.sum(~outside), 1))
+  index = library.resampling.systematic(
+    jax.random.fold_in(key, 3), weights.astype(ratios.dtype), ratios.size
+  )
+  index = jnp.where(outside, index, jnp.arange(ratios.size))
+  return positions[index], ratios[index], 1 - jnp.mean(outside)
+
+
+def _most(path, loop, beta):
+  """The longest change of temperature that the particles can vouch for.
+
+  Where the heaviest of them lies further out than others do, the model is wider
+  than they are, and their weights say nothing of the tail that they have not
+  met. Those of a Gaussian's draws keep their variance up to half of the way.
+  """
+  left = 1 - loop.passed
+  log_p = path.at(beta)(loop.particles)
+  outward = log_p[jnp.argmax(loop.ratios)] < jnp.mean(log_p)
+  return jnp.where(outward & (left > 2e-3), left / 2, left)
+
+
 def _run(library, path, key, like, positions, beta_of, sign):
   """Moves particles from one end to the other, and once more there."""
   num = positions.shape[0]
-  ratios = path.log_ratio(positions)
+  positions, ratios, share = _within(library, path, key, positions)
   dtype = ratios.dtype
   zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+  infinite = jnp.sum(~(ratios < jnp.inf)).astype(jnp.int32)
   result = Tempered(
-    zero, zero, jnp.full((), num, dtype), none, none, jnp.asarray(False)
-  )
+    zero, zero, jnp.full((), num, dtype), share, infinite, none,
+    jnp.asarray(False),
+  )  # fmt: skip
 
   def body(loop):
     key, step_key = jax.random.split(loop.key)
@@ -136,7 +161,9 @@ def _run(library, path, key, like, positions, beta_of, sign):
       lambda _: sign * loop.ratios, loop.particles, path.target_ess,
       1 - loop.passed, library.solver.dichotomy,
     )  # fmt: skip
-    delta = jnp.clip(change, 0, 1 - loop.passed).astype(dtype)
+    most = _most(path, loop, beta_of(loop.passed)) if sign > 0 else 1.0
+    delta = jnp.clip(change, 0, jnp.minimum(most, 1 - loop.passed))
+    delta = delta.astype(dtype)
 
     def update(keys, particles, parameters):
       return _moved(path, keys[0], particles, *parameters)
@@ -160,6 +187,7 @@ def _run(library, path, key, like, positions, beta_of, sign):
       loop.result.forward + info.log_likelihood_increment,
       loop.result.backward + back,
       jnp.minimum(loop.result.smallest_ess, 1 / jnp.sum(state.weights**2)),
+      loop.result.share,
       loop.result.infinite + jnp.sum(~(ratios < jnp.inf)).astype(jnp.int32),
       loop.result.stages + 1,
       loop.passed >= 1,

@@ -12,8 +12,8 @@ from optlab import checks
 from optlab.unnormalized import _kernels
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _samplers
+from optlab.unnormalized import _standing
 from optlab.unnormalized import _temper
-from optlab.unnormalized import _walk
 
 
 class Found(NamedTuple):
@@ -84,9 +84,11 @@ def tempered_smc(
 
   Notes:
     Fresh draws of the noise, 32 for each particle, tell a mode that the
-    particles lost; one that neither has met is seen by ``data`` alone. Where
-    the model's density is zero for most draws of the noise no temperature is
-    near enough, and the score is refused.
+    particles lost; one that neither has met is seen by ``data`` alone. They
+    tell as well which share of the noise lies where the model has density:
+    particles start there. Where that is fewer than eight of them the score is
+    refused. Where the model is wider than the noise the temperatures come no
+    nearer to the model than by half of the way at a time.
 
     It takes the noise's density on trust: one that does not integrate to one is
     seen by importance sampling alone. Bits and counts in floats are refused
@@ -115,18 +117,18 @@ def tempered_smc(
         return found, space.back(last), jnp.nan
       start = _spread(space.to(data), num_particles)
       reverse = _temper.descend(
-        library, path, jax.random.fold_in(key, 2), start, space.positions
+        library, path, jax.random.fold_in(key, 2), start
       )
       return found, space.back(last), reverse
 
     runs, rows, reverse = jax.vmap(run)(jax.random.split(key, repeats))
     flat = rows.reshape(-1, rows.shape[-1])
-    found = _summary(runs)
+    inside = _summary(runs)
     discrete = moves is not None and moves.discrete
-    found = _stand(
-      found, log_density, noise, jax.random.fold_in(key, 1), flat, discrete
+    found = _standing.judged(
+      inside, log_density, noise, jax.random.fold_in(key, 1), flat, discrete
     )
-    return found if data is None else _reached(found, reverse)
+    return found if data is None else _reached(found, reverse, inside.value)
 
   return method
 
@@ -192,71 +194,15 @@ def _spread(rows, num):
   return rows[jnp.arange(num) * rows.shape[0] // num]
 
 
-def _reached(found, reverse):
+def _reached(found, reverse, value):
   """Refuses where runs from the data to the noise find more mass."""
   num = reverse.shape[0]
   # 1 / Z is what a run estimates.
   log_z = jnp.log(float(num)) - special.logsumexp(-reverse)
-  gap = log_z - found.value
+  gap = log_z - value
   error = jnp.std(reverse, ddof=1) / jnp.sqrt(float(num))
   bound = 3 * jnp.hypot(error, found.standard_error) + 0.1
   return found._replace(ok=found.ok & (gap <= bound), data_gap=gap)
-
-
-def _stand(found, log_density, noise, key, flat, discrete):
-  """Refuses where the last particles do not stand still, as draws must not."""
-  value, ok = found.value, found.ok
-  layout = _walk.layout(jax.eval_shape(lambda: noise.sample(key, 1)))
-  rows = jax.vmap(layout.unravel)(flat)
-  log_p = log_density(rows).astype(value.dtype)
-  log_w = log_p - noise.log_prob(rows).astype(value.dtype)
-  fresh = noise.sample(key, 64)
-  floats = flat.astype(log_p.dtype)
-  whole = _walk.whole(_walk.flatten(fresh, floats.dtype))
-  reservoir = _walk.Reservoir(
-    value, floats, log_w, log_p, jnp.min(floats, 0), jnp.max(floats, 0), whole
-  )
-  walked = _walk.walk(log_density, noise, key, reservoir, layout, 50)
-  # Particles share ancestors: a fifth of them are their own.
-  change, change_error = _walk.change_of(
-    value, log_w, walked.log_w, jnp.asarray(flat.shape[0] / 5, value.dtype)
-  )
-  unmet = _unmet(log_density, noise, key, value, log_w)
-  ok &= unmet <= 50 / log_w.size
-  ok &= (walked.infinite == 0) & ~walked.escaped
-  if not discrete:
-    ok &= ~jnp.any(whole)  # MALA does not move bits.
-  ok &= jnp.abs(change) <= 3 * change_error + 1e-3
-  # A thin tail that the particles have not reached in full.
-  tail = jnp.where(jnp.abs(change) > change_error, change, 0)
-  return found._replace(
-    rejected=found.rejected + walked.infinite,
-    standard_error=jnp.hypot(found.standard_error, tail),
-    ok=ok,
-  )
-
-
-def _unmet(log_density, noise, key, value, log_w):
-  """The share of mass where fresh draws outweigh each of the particles.
-
-  Were the particles draws of the model, it would be about one over their
-  number; a mode that they lost, or never met, is more. NaN is infinite.
-  """
-
-  def add(carry, key):
-    rows = noise.sample(key, log_w.size)
-    log_p = log_density(rows).astype(value.dtype)
-    log_q = noise.log_prob(rows).astype(value.dtype)
-    gap = jnp.where(log_p == -jnp.inf, -jnp.inf, log_p - log_q)
-    over = jnp.where(gap > jnp.max(log_w), jnp.exp(gap - value), 0)
-    over = jnp.where(jnp.isnan(gap), jnp.inf, over)
-    return (carry[0] + jnp.mean(over), carry[1] + jnp.sum(over > 0)), None
-
-  keys = jax.random.split(jax.random.fold_in(key, 1), 32)
-  start = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
-  (total, count), _ = jax.lax.scan(add, start, keys)
-  # One draw or two may fall on the top of a narrow mode by chance.
-  return jnp.where((count > 2) | (total == jnp.inf), total / 32, 0)
 
 
 def _summary(runs):
