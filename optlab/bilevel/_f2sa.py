@@ -116,7 +116,8 @@ def f2sa(
     convex or runs away, or its steps are too long for the penalty; where f_y
     changes by half along the shift: then the penalty is too small, and the
     estimate biased by about a third or more; and where after 200 steps the
-    lower gradient has hardly changed along it: then y lags behind.
+    lower gradient has hardly changed along it: then y lags behind. In bfloat16
+    or float16 it is false where the shift is lost in the rounding of y.
   """
   checks.enforce(f2sa, locals())
   problem = _bilevel.problem_of(
@@ -167,6 +168,7 @@ def f2sa(
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
     ok &= _is_small(first, curved, above, other, central)
+    ok &= _is_seen(trees.norm(dual) / scale, y)
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -239,6 +241,16 @@ def _is_small(first, curved, value, other, central):
   # it be.
   allowed = jnp.maximum(allowed, 0.25 * curved)
   return ~(bend > allowed + rounding)
+
+
+def _is_seen(length, inner):
+  """Whether the shift stands out from the rounding of a narrow dtype."""
+  eps = max(
+    (float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(inner)),
+    default=0.0,
+  )
+  # In float32 or wider a short shift is that of a small f_y.
+  return (eps < 1e-4) | (length > 16 * eps * trees.norm(inner))
 
 
 def _judge(dual, product, grad_y, step):

@@ -210,3 +210,22 @@ def test_a_penalty_too_small_or_a_level_that_lags_is_told():
     # Of 300; where f_y passes through zero nothing is known of its change.
     assert info.ok[4] and bad[4] <= 2
     np.testing.assert_allclose(params[4], 0.5, atol=1e-5)
+
+
+def test_a_shift_lost_in_rounding_is_told():
+  """In bfloat16 both lower variables end alike, and the gradient is zero."""
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  x = jnp.full(2, 3.0)
+  for dtype, penalty, fine in (
+    (jnp.bfloat16, 300.0, False),
+    (jnp.float16, 300.0, False),
+    (jnp.float16, 10.0, True),
+    (jnp.float32, 300.0, True),
+  ):
+    estimator = bilevel.f2sa(upper, lower, optax.sgd(0.2), penalty)
+    start = jnp.zeros(2, dtype)
+    state, estimates = run(estimator, x.astype(dtype), start, 20)
+    assert state.info.ok == fine, dtype
+    if fine:
+      np.testing.assert_allclose(estimates.grads[-1], 4.0, rtol=0.1)
