@@ -79,6 +79,26 @@ class Integer(NamedTuple):
     check_int(name, value, self.minimum, self.remedy, traced=self.traced)
 
 
+class Dtype(NamedTuple):
+  """A real floating dtype."""
+
+  optional: bool = False
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless ``value`` is in the domain."""
+    if value is None and self.optional:
+      return
+    try:
+      real = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+      real = False
+    if not real or value is None:
+      raise TypeError(
+        f'{name} must be a real floating dtype such as jnp.bfloat16, got'
+        f' {value!r}; for complex leaves it is that of their parts.'
+      )
+
+
 class Function(NamedTuple):
   """A function, with its signature in words."""
 

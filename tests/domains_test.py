@@ -74,6 +74,9 @@ def cases(function, argument, domain):
       yield words(value, ValueError, 'must be at least')
     for value in ('2', 2.0, 2.5, np.nan, True, *none):
       yield words(value, TypeError, 'must be an integer')
+  elif isinstance(domain, checks.Dtype):
+    for value in ('narrow', 16, np.int8, np.complex64, True, *none):
+      yield words(value, TypeError, 'must be a real floating dtype')
   elif isinstance(domain, checks.Function):
     for value in (1.0, 'f', *none):
       yield words(

@@ -82,31 +82,10 @@ def _with_a_square(g, real):
   return jnp.where(jnp.isfinite(size) & (size > largest), g / size * largest, g)
 
 
-class _Dtype(NamedTuple):
-  """A domain: a real floating dtype."""
-
-  optional: bool = True
-
-  def check(self, name: str, value: Any) -> None:
-    """Raises unless ``value`` is in the domain."""
-    if value is None:
-      return
-    try:
-      real = jnp.issubdtype(jnp.dtype(value), jnp.floating)
-    except TypeError:
-      real = False
-    if not real:
-      raise TypeError(
-        f'{name} must be a real floating dtype such as jnp.bfloat16, got'
-        f' {value!r}; for complex leaves it is that of their parts.'
-      )
-
-
-def _dtype_of(leaf, dtype):
-  """In which a leaf is kept: imaginary parts too."""
-  if jnp.iscomplexobj(leaf):
-    return jnp.promote_types(dtype, jnp.complex64)
-  return dtype
+def _kept(leaf, dtype):
+  """The dtype in which a leaf is kept: with imaginary parts, if it has any."""
+  is_complex = jnp.iscomplexobj(leaf)
+  return jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
 
 
 DECAY = checks.DECAY._replace(remedy='It is the decay of a moving average.')
@@ -117,8 +96,8 @@ DECAY = checks.DECAY._replace(remedy='It is the decay of a moving average.')
   b2=DECAY,
   eps=checks.NON_NEGATIVE,
   eps_root=checks.NON_NEGATIVE,
-  mu_dtype=_Dtype(),
-  prev_grad_dtype=_Dtype(),
+  mu_dtype=checks.Dtype(optional=True),
+  prev_grad_dtype=checks.Dtype(optional=True),
 )
 def scale_by_diffgrad(
   b1: float | jax.Array = 0.9,
@@ -160,7 +139,8 @@ def scale_by_diffgrad(
 
   Raises:
     TypeError: A hyperparameter is not a number, or a dtype not floating.
-    ValueError: A hyperparameter is outside its interval.
+    ValueError: A hyperparameter is outside its interval; in ``update``, a
+      gradient has another shape than its parameter.
   """
   checks.enforce(scale_by_diffgrad, locals())
 
@@ -172,10 +152,10 @@ def scale_by_diffgrad(
     wide = trees.accumulator_dtype
     return ScaleByDiffGradState(
       step=jnp.zeros((), jnp.int32),
-      mu=zeros(lambda leaf: _dtype_of(leaf, mu_dtype or wide(leaf))),
+      mu=zeros(lambda leaf: _kept(leaf, mu_dtype or wide(leaf))),
       nu=zeros(lambda leaf: jnp.finfo(wide(leaf)).dtype),
       prev_grad=zeros(
-        lambda leaf: _dtype_of(leaf, prev_grad_dtype or jnp.result_type(leaf))
+        lambda leaf: _kept(leaf, prev_grad_dtype or jnp.result_type(leaf))
       ),
     )
 
@@ -188,6 +168,11 @@ def scale_by_diffgrad(
     def leaf(grad, mu, nu, prev_grad):
       if grad is None or isinstance(grad, optax.MaskedNode):
         return grad, mu, nu, prev_grad
+      if jnp.shape(grad) != jnp.shape(mu):
+        raise ValueError(
+          'updates must have the shapes of the parameters that init saw, got'
+          f' {jnp.shape(grad)} where they have {jnp.shape(mu)}.'
+        )
       update, mu, nu, last = _diffgrad_leaf(
         grad, mu, nu, prev_grad, step, b1, b2, eps, eps_root, eps_uncorrected
       )
@@ -213,8 +198,8 @@ def scale_by_diffgrad(
   eps=checks.NON_NEGATIVE,
   eps_root=checks.NON_NEGATIVE,
   weight_decay=checks.NON_NEGATIVE._replace(optional=True),
-  mu_dtype=_Dtype(),
-  prev_grad_dtype=_Dtype(),
+  mu_dtype=checks.Dtype(optional=True),
+  prev_grad_dtype=checks.Dtype(optional=True),
 )
 def diffgrad(
   learning_rate: base.ScalarOrSchedule,
@@ -266,7 +251,8 @@ def diffgrad(
 
   Raises:
     TypeError: A hyperparameter is not a number, or a dtype not floating.
-    ValueError: A hyperparameter is outside its interval.
+    ValueError: A hyperparameter is outside its interval; in ``update``, a
+      gradient has another shape than its parameter.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
