@@ -77,7 +77,7 @@ def cg(
     def solve(shift):
       inverse = lambda v: v
       if near is not None:
-        inverse = near.inverse(shift)
+        inverse = _operators.checked(near.inverse(shift))
       x, ok, k = iterate(product, unit, shift, tolerance, max_steps, inverse)
       return like(trees.scaled(norm, x), b), ok & trees.is_finite(x), k
 

@@ -40,7 +40,11 @@ class Diagonal(NamedTuple):
       shifted = d + jnp.asarray(shift, d.dtype)
       return (v / jnp.where(shifted == 0, 1.0, shifted)).astype(v.dtype)
 
-    return lambda vector: jax.tree.map(leaf_wise, self.diagonal, vector)
+    def solve(vector):
+      checks.check_same_tree('diagonal', self.diagonal, 'v', vector)
+      return jax.tree.map(leaf_wise, self.diagonal, vector)
+
+    return solve
 
 
 @checks.domains(samples=checks.Integer(1), rounds=checks.Integer(1))

@@ -52,8 +52,8 @@ def least_squares(
     A `MinimizeResult`.
 
   Raises:
-    TypeError: ``residuals`` is not a function or not of real floats, or
-      ``max_steps`` no integer.
+    TypeError: ``residuals`` is not a function or not of real floats,
+      ``max_steps`` no integer, or ``curvature`` is among the options.
     ValueError: ``grad_tol`` is negative.
 
   Examples:
@@ -70,6 +70,12 @@ def least_squares(
     residuals that bend much, `hessian` converges faster.
   """
   checks.enforce(least_squares, locals())
+  if 'curvature' in options:
+    raise TypeError(
+      'least_squares makes its own curvature, got curvature ='
+      f' {options["curvature"]!r}; give another one to minimize, with'
+      ' fun = lambda params: jnp.sum(residuals(params) ** 2) / 2.'
+    )
 
   def half(found, *args):
     del args

@@ -203,7 +203,7 @@ def _start(method, state, params, updates, value, value_fn, curvature):
     # What `minimize` shows of its bounds.
     project=getattr(value_fn, 'project', None),
   )
-  return start, gamma, products + prepared.products
+  return start, gamma, products + jnp.asarray(prepared.products, jnp.int32)
 
 
 def _after(state, found):

@@ -201,9 +201,11 @@ def _try(start, shift):
 def _solution(start, shift):
   """What the solver finds, once it is what a solver must find."""
   found = start.prepared.solve(shift)
-  if not isinstance(found, tuple) or len(found) != 3:
+  known = isinstance(found, tuple) and len(found) == 3 and found[1] is not None
+  if not known or jnp.shape(found[1]) or jnp.shape(found[2]):
     raise TypeError(
-      f'the solve of a solver must return (x, ok, products), got {found!r}.'
+      'the solve of a solver must return (x, ok, products), where ok and'
+      f' products are scalars; got {found!r}.'
     )
   checks.check_same_tree("the solver's x", found[0], 'grad', start.dual)
   return found[0], jnp.asarray(found[1], bool), jnp.asarray(found[2], jnp.int32)

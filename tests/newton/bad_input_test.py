@@ -203,6 +203,13 @@ for kind, dtype in (('counts', int), ('complex numbers', complex)):
     TypeError,
     r"residuals must return real floats, got dtype .* in residuals\['r'\]",
   )
+row(
+  'least_squares',
+  'a curvature of its own',
+  lambda: least_squares(curvature=optlab.hessian(jnp.sum)),
+  TypeError,
+  'least_squares makes its own curvature, got .*; give another one to minimize',
+)
 for name in ('adaptive', 'double', 'hold', 'measured'):
   family(name)
 gns_newton = family('gns_newton')

@@ -105,6 +105,8 @@ def test_a_solver_that_is_never_ok_is_rejected(x):
   'found, message',
   [
     (lambda b: (b, True), r'must return \(x, ok, products\)'),
+    (lambda b: (b, b > 0, 0), 'where ok and products are scalars'),
+    (lambda b: (b, None, 0), 'where ok and products are scalars'),
     (lambda b: (b[:1], True, 0), r"the solver's x has shape \(1,\)"),
   ],
 )

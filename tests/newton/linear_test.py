@@ -305,6 +305,13 @@ def test_a_curvature_unlike_the_parameters_is_named():
       )
 
 
+def test_a_preconditioner_of_another_size_is_named():
+  near = optlab.newton.Diagonal(jnp.ones(3))
+  solver = optlab.cg(preconditioner=lambda operator, like: (near, 0))
+  with pytest.raises(ValueError, match=r'diagonal has shape \(3,\), but v has'):
+    solver(lambda v: 2 * v, jnp.ones(2), 1.0)(1.0)
+
+
 @pytest.mark.parametrize('dtype', [int, complex])
 @pytest.mark.parametrize(
   'make',
