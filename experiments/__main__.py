@@ -39,9 +39,14 @@ def main() -> None:
   name = sys.argv[1] if len(sys.argv) > 1 else '--help'
   if name in ('--help', '-h', 'help'):
     width = max(map(len, known))
-    print('optlab PROGRAM [flags] runs one; optlab PROGRAM --help its flags.\n')
-    for program, line in known.items():
-      print(f'  {program:{width}}  {line}')
+    lines = [f'  {program:{width}}  {line}' for program, line in known.items()]
+    head = 'optlab PROGRAM [flags] runs one; optlab PROGRAM --help its flags.\n'
+    try:
+      print('\n'.join([head, *lines]), flush=True)
+    except OSError as error:  # As of `| head`: who reads has enough.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      if not isinstance(error, BrokenPipeError):
+        sys.exit(f'optlab: standard output: {error.strerror}')
     return
   if name not in known:
     sys.exit(f'optlab: no program {name}; `optlab` lists them')

@@ -1,5 +1,6 @@
 """What a package index shows, and the command `optlab`."""
 
+import os
 import pathlib
 import re
 import runpy
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from experiments import __main__ as command
+from experiments.lab import launch
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,6 +31,32 @@ def test_the_command_lists_every_program_with_what_it_does():
   table = (ROOT / 'README.md').read_text().split('| program |')[1]
   rows = re.findall(r'^\| (`.*?) \|', table, re.MULTILINE)
   assert {*re.findall(r'\w+', ' '.join(rows)), 'plot'} == set(programs)
+
+
+@pytest.mark.parametrize(
+  ('gone', 'status', 'said'), [(True, 0, ''), (False, 1, 'No space left')]
+)
+def test_a_list_or_a_help_that_nobody_reads_is_no_traceback(
+  gone, status, said, monkeypatch, capfd
+):
+  readers, writer = os.pipe()
+  os.close(readers)
+  writer = writer if gone else os.open('/dev/full', os.O_WRONLY)
+  line = [sys.executable, '-m', 'experiments']
+  result = subprocess.run(
+    line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+    check=False,
+  )  # fmt: skip
+  assert result.returncode == status
+  assert said in result.stderr and result.stderr.count('\n') <= 1
+  with open(writer, 'w') as file:
+    monkeypatch.setattr(sys, 'stdout', file)
+    monkeypatch.setattr(launch.absl_flags, 'FLAGS', lambda argv: print('help'))
+    with pytest.raises(SystemExit) as left:
+      launch._parse(['program', '--help'])
+    monkeypatch.undo()
+  assert (left.value.code or 0) == status
+  assert said in capfd.readouterr().err
 
 
 def test_the_command_runs_programs(tmp_path):

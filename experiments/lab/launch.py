@@ -116,9 +116,25 @@ def _fail(message: str) -> typing.NoReturn:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS(argv)
+    try:
+      return absl_flags.FLAGS(argv)
+    finally:  # After --help too.
+      sys.stdout.flush()
   except absl_flags.Error as error:
     _fail(' '.join(str(error).split()))
+  except OSError as error:
+    said = _of_output(error)
+    if isinstance(error, BrokenPipeError):  # Who reads the help has enough.
+      sys.exit()
+    _fail(said)
+
+
+def _of_output(error: OSError) -> str:
+  """What is said of an output that cannot be written; no more goes there."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  if isinstance(error, BrokenPipeError):  # As of `| head`.
+    return 'nobody reads the standard output'
+  return f'{error.filename or "standard output"}: {error.strerror or error}'
 
 
 def program(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -173,11 +189,7 @@ def run(
         sys.stdout.flush()
     except OSError as error:
       # What is still to be written there would fail once more at the exit.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      said = f'{error.filename or "standard output"}: {error.strerror or error}'
-      if isinstance(error, BrokenPipeError):  # As of `| head`.
-        said = 'nobody reads the standard output'
-      _fail(f'{said}; {listener.way_on}')
+      _fail(f'{_of_output(error)}; {listener.way_on}')
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:
