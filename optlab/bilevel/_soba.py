@@ -90,7 +90,10 @@ def soba(
   Notes:
     Cost: one upper gradient, one forward-over-reverse pass with the lower
     gradient, one Hessian-vector and one cross product.
-    Unstable where f_y changes by much in one step: z then lags behind.
+    Unstable where f_y changes by much in one step: z then lags behind. So may y
+    where its rate is too small for that of x, which ``info.ok`` of `implicit`
+    and `f2sa` tells and of no other: for these look at the ``lag`` of
+    `suggest_rates`.
     ``info.ok`` is false where ``z`` left its ball or found
     negative curvature, where it has found none after 200 steps (a lower level
     that is linear or singular, or a rate far too small), or where the lower

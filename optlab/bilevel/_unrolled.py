@@ -89,9 +89,11 @@ def unrolled(
     Cost: one upper gradient, N lower gradients and, backwards, N Hessian-vector
     and cross products (and N gradients again with ``checkpoint``). Memory: N
     lower variables with their optimizer state, and the activations of one step
-    (of all N without ``checkpoint``). On a quadratic with gradient descent from
-    a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the solution's
-    derivative, besides that of the lower variable itself.
+    (of all N without ``checkpoint``). Nothing is assumed of the lower level,
+    and ``info.ok`` says nothing of it: where it has no solution (it is linear,
+    say) ``warm`` steps go on for ever. On a quadratic with gradient descent
+    from a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the
+    solution's derivative, besides that of the lower variable itself.
   """
   checks.enforce(unrolled, locals())
   problem = _bilevel.problem_of(
