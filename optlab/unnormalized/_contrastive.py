@@ -161,6 +161,11 @@ def contrastive_divergence(
   def init(params, key, chains):
     checks.check_real_params('params', params)
     checks.check_arrays('chains', chains)
+    if not all(jnp.shape(leaf)[:1] > (0,) for leaf in jax.tree.leaves(chains)):
+      raise ValueError(
+        'chains must have one leading axis of at least one chain, got shapes'
+        f' {jax.tree.map(jnp.shape, chains)}.'
+      )
     dtype = trees.accumulator_dtype(params)
     return ContrastiveDivergenceState(
       key=checks.as_key('key', key),

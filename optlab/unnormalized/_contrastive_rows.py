@@ -72,8 +72,14 @@ def near(batch: Any, box: Box) -> Callable[[jax.Array], jax.Array]:
         )
     return lambda rows: _inside(box, rows)
   rows = (1 * batch.data, 1 * batch.noise)  # Bools as numbers.
-  low = jnp.minimum(*(jnp.min(part, 0) for part in rows))
-  high = jnp.maximum(*(jnp.max(part, 0) for part in rows))
+  # A row that is not finite is dropped, and says nothing of the others.
+  low, high = _ends(rows[0])
+  low, high = (
+    pick(end, other)
+    for pick, end, other in zip(
+      (jnp.minimum, jnp.maximum), (low, high), _ends(rows[1]), strict=True
+    )
+  )
   middle, reach = (low + high) / 2, 10 * (high - low)
 
   def near_enough(rows):
@@ -83,6 +89,16 @@ def near(batch: Any, box: Box) -> Callable[[jax.Array], jax.Array]:
     return jnp.all(inside, axes)
 
   return near_enough
+
+
+def _ends(rows):
+  """The least and the largest of each column, of finite numbers."""
+  if not jnp.issubdtype(rows.dtype, jnp.floating):
+    return jnp.min(rows, 0), jnp.max(rows, 0)
+  good, most = jnp.isfinite(rows), jnp.finfo(rows.dtype).max
+  low = jnp.min(jnp.where(good, rows, most), 0)
+  high = jnp.max(jnp.where(good, rows, -most), 0)
+  return low, high
 
 
 def check_values(data: jax.Array, moves: _samplers.Sampler) -> jax.Array:

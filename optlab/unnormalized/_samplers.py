@@ -79,6 +79,12 @@ def as_sampler(name: str, sampler: Any) -> Sampler:
   def step(log_density, key, rows, state):
     moved = sampler(log_density, key, rows)
     checks.check_same_tree(f'what {name} returns', moved, 'rows', rows)
+    if not jnp.issubdtype(moved.dtype, jnp.floating):
+      raise TypeError(
+        f'what {name} returns must be floating rows, got dtype {moved.dtype}:'
+        ' return them in the dtype of rows.'
+      )
+    moved = moved.astype(rows.dtype)
     bad = ~jnp.isfinite(moved).reshape(rows.shape[0], -1).all(1)
     return Moved(
       trees.where(bad, rows, moved),

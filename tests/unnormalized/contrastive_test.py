@@ -446,3 +446,44 @@ def test_bad_arguments():
     estimator.estimate(
       jnp.zeros(()), state, optlab.NoiseBatch(rows, rows, rows[:, 0])
     )
+
+
+def test_one_bad_row_of_data_does_not_hold_the_others():
+  """Every chain and row was far from NaN, and each step held."""
+  model = lambda mean, x: mean * x[:, 0] - x[:, 0] ** 2 / 2
+  estimator = optlab.contrastive_divergence(model, 0.2, 1)
+  rows = jnp.linspace(-1.0, 2.0, 8)[:, None]
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
+
+  @jax.jit
+  def grads(rows):
+    batch = optlab.noise_batch(noise, jax.random.key(0), rows, 4)
+    state = estimator.init(jnp.zeros(()), jax.random.key(1), batch.noise)
+    estimate, state = estimator.estimate(jnp.zeros(()), state, batch)
+    return estimate.grads, state.info
+
+  for bad in (jnp.nan, jnp.inf):
+    found, info = grads(rows.at[3].set(bad))
+    assert info.rejected == 1
+    assert not info.held
+    good = jnp.mean(jnp.delete(rows, 3))
+    whole, _ = grads(rows)
+    np.testing.assert_allclose(found + good, whole + jnp.mean(rows), rtol=1e-5)
+
+
+def test_samplers_and_chains_that_are_none_are_named():
+  model = lambda mean, x: mean * x[:, 0] - x[:, 0] ** 2 / 2
+  rows = jnp.linspace(-1.0, 2.0, 8)[:, None]
+  batch = optlab.NoiseBatch(rows, rows, jnp.zeros(8))
+
+  def step(sampler, chains):
+    estimator = optlab.contrastive_divergence(model, sampler=sampler)
+    state = estimator.init(jnp.zeros(()), jax.random.key(1), chains)
+    return estimator.estimate(jnp.zeros(()), state, batch)[1]
+
+  with pytest.raises(TypeError, match='must be floating rows, got dtype int32'):
+    step(lambda log_p, key, rows: rows.astype(jnp.int32), rows)
+  with pytest.raises(ValueError, match='at least one chain'):
+    step(None, rows[:0])
+  half = step(lambda log_p, key, rows: rows.astype(jnp.float16), rows)
+  assert half.chains.dtype == jnp.float32
