@@ -96,8 +96,8 @@ def argmin(
 
   Notes:
     The derivative is that of a solution: where ``ok`` is false it is wrong by
-    about the distance to it. Where ``g_yy`` is not positive definite there, or
-    the system with ``lower_map`` not solved, it is NaN. Cost of a derivative:
+    about the distance to it. Where the residual is not finite, ``g_yy`` is not
+    positive definite or the system with ``lower_map`` not solved, it is NaN. Cost of a derivative:
     two lower linearizations, up to ``cg_steps`` products, and as many as a
     system with another right side takes, which sees flat directions.
   """
@@ -140,8 +140,10 @@ def argmin(
       has_aux=True,
     )  # fmt: skip
     size = trees.norm(residual(jax.lax.stop_gradient(inner)))
+    sure = jnp.isfinite(size)
     if lower_map is None:
-      inner = _doubted(inner, _is_curved(lower, x, inner, batch), (x, batch))
+      sure &= _is_curved(lower, x, inner, batch)
+    inner = _doubted(inner, sure, (x, batch))
     return ArgminResult(inner, size, steps.astype(jnp.int32), size <= grad_tol)
 
   return solve

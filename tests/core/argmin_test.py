@@ -144,3 +144,14 @@ def test_a_lower_level_that_is_no_real_scalar_is_named():
       optlab.argmin(lower)(x, x)
   with pytest.raises(TypeError, match='y must be real, got dtype complex'):
     optlab.argmin(square)(x, x + 0j)
+
+
+@pytest.mark.parametrize('mapped', [False, True])
+def test_no_derivative_where_the_residual_is_not_finite(mapped):
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  lower_map = (lambda x, y, batch: 0.5 * (x + y)) if mapped else None
+  solve = optlab.argmin(lower, lower_map=lower_map)
+  found = lambda x, y: jnp.sum(solve(x, y).inner)
+  bad, y = jnp.array([jnp.nan, 0.3]), jnp.zeros(2)
+  assert jnp.all(jnp.isnan(jax.jit(jax.grad(found))(bad, y)))
+  np.testing.assert_allclose(jax.grad(found)(y, y), 1.0, rtol=1e-5)
