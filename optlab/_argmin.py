@@ -96,10 +96,11 @@ def argmin(
 
   Notes:
     The derivative is that of a solution: where ``ok`` is false it is wrong by
-    about the distance to it. Where the residual is not finite, ``g_yy`` is not
-    positive definite or the system with ``lower_map`` not solved, it is NaN. Cost of a derivative:
-    two lower linearizations, up to ``cg_steps`` products, and as many as a
-    system with another right side takes, which sees flat directions.
+    about the distance to it. Where the residual is not finite, ``g_yy`` not
+    positive definite, or the system with ``lower_map`` not solved, it is NaN.
+    Cost of a derivative: two lower linearizations, up to ``cg_steps`` products,
+    and as many as a system with another right side takes, which sees flat
+    directions.
   """
   checks.enforce(argmin, locals())
   if tx is not None:
