@@ -24,8 +24,9 @@ PROGRAMS = {
     logistic_regression,
     F64
     | {
+      # The matrix of 'exact' is of sums in float32, in another order there.
       'dataset': 'mushrooms', 'optimizers': ('gns',), 'max_steps': 8,
-      'curvature': ('exact',), 'seeds': 1,
+      'curvature': ('gauss_newton',), 'seeds': 1,
     },
   ),
   'diffgrad': (
