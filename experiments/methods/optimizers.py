@@ -74,9 +74,7 @@ def _arguments(text: str, inside: str) -> dict[str, Any]:
     call: Any = ast.parse(f'f({inside})', mode='eval').body
     if call.args or any(keyword.arg is None for keyword in call.keywords):
       raise ValueError('arguments are given as key=value')
-    found = {
-      keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
-    }
+    found = {keyword.arg: _literal(keyword) for keyword in call.keywords}
     if len(found) < len(call.keywords):
       raise ValueError('an argument is there twice')
     if any(value == [] for value in found.values()):
@@ -85,6 +83,17 @@ def _arguments(text: str, inside: str) -> dict[str, Any]:
   except (SyntaxError, ValueError) as error:
     reason = 'invalid syntax' if isinstance(error, SyntaxError) else error
     raise flags.UserError(f'--methods={text}: {reason}') from error
+
+
+def _literal(keyword: ast.keyword) -> Any:
+  try:
+    return ast.literal_eval(keyword.value)
+  except ValueError as error:
+    raise ValueError(
+      f'{keyword.arg}={ast.unparse(keyword.value)}: is no number, string or'
+      ' list of them; a schedule or another function goes into a function of'
+      ' your own, given as MODULE:FUNCTION(key=value)'
+    ) from error
 
 
 def resolve(name: str) -> Callable[..., Any]:
