@@ -39,11 +39,33 @@ ROWS = [
   *unnormalized.ROWS,
 ]
 
+# Rows of a method that another row has, with other arguments or another solver.
+AGAIN = {
+  'bsvrb_v1',
+  'cg',
+  'fcco_log',
+  'fcco_mirror',
+  'grow_batch_means',
+  'layerwise',
+  'meco_ratio_corrected',
+  'mrbo',
+  'normalized_descent',
+}
+
 
 def over(rows):
   # One worker runs all tests of a row, so that it compiles the step once.
-  marks = lambda row: pytest.mark.xdist_group(row.name)
-  params = [pytest.param(row, id=row.name, marks=marks(row)) for row in rows]
+  params = [
+    pytest.param(
+      row,
+      id=row.name,
+      marks=[
+        pytest.mark.xdist_group(row.name),
+        *([pytest.mark.slow] if row.name in AGAIN else []),
+      ],
+    )
+    for row in rows
+  ]
   return pytest.mark.parametrize('row', params)
 
 

@@ -7,7 +7,14 @@ import pytest
 from notebooks import build
 
 
-@pytest.mark.parametrize('name', build.NAMES)
+@pytest.mark.parametrize(
+  'name',
+  # One of them takes a quarter of a minute.
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if 'logistic' in name else [])
+    for name in build.NAMES
+  ],
+)
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_runs_and_matches_its_text_twin(name):
   executed = build.execute(name)

@@ -45,6 +45,7 @@ def test_quadratic_starts_where_it_was_recorded(x64):
   assert np.linalg.norm(grad) < 1e-14
 
 
+@pytest.mark.slow
 def test_parallel_speedup_end_to_end(x64, tmp_path):
   config = parallel_speedup.Config(
     output_dir=str(tmp_path), num_blocks=20, blocks=(20,), rows=(8,),
@@ -69,6 +70,7 @@ def test_parallel_speedup_end_to_end(x64, tmp_path):
   assert (tmp_path / 'parallel_speedup.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_ranking_end_to_end(tmp_path):
   config = ranking.Config(
     output_dir=str(tmp_path), queries=20, documents=15, features=4, hidden=3,

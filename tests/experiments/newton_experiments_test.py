@@ -107,7 +107,13 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
   assert (folder / 'record.jsonl').read_bytes() == before
 
 
-@pytest.mark.parametrize('load', [datasets.load_iris, datasets.load_wine])
+@pytest.mark.parametrize(
+  'load',
+  [
+    datasets.load_iris,
+    pytest.param(datasets.load_wine, marks=pytest.mark.slow),
+  ],
+)
 def test_softmax_regression(tmp_path, x64, load):
   """Of three classes, and of two, which scikit-learn takes in another form."""
   rows = load()

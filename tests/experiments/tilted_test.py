@@ -61,6 +61,7 @@ def few_draws(monkeypatch):
   monkeypatch.setattr(tilted, 'LOG_Z_DRAWS', 4000)
 
 
+@pytest.mark.slow
 def test_ood_detection_end_to_end(tmp_path, capsys, few_draws):
   """Every score is an AUROC, and training improved on the noise."""
   config = ood_detection.Config(
