@@ -53,7 +53,7 @@ AGAIN = {
 }
 
 
-def over(rows):
+def over(rows, slow=lambda row: row.name in AGAIN):
   # One worker runs all tests of a row, so that it compiles the step once.
   params = [
     pytest.param(
@@ -61,7 +61,7 @@ def over(rows):
       id=row.name,
       marks=[
         pytest.mark.xdist_group(row.name),
-        *([pytest.mark.slow] if row.name in AGAIN else []),
+        *([pytest.mark.slow] if slow(row) else []),
       ],
     )
     for row in rows

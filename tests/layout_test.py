@@ -26,6 +26,10 @@ REDUCTIONS = {
 }
 # Its curvature is a matrix, which sees all parameters as one vector.
 FLATTENING = ('with_curvature',)
+ONE_OF_EACH = {
+  'value_and_grad', 'gns_newton', 'diffgrad', 'adadagrad', 'soba', 'implicit',
+  'meco', 'contrastive_divergence',
+}  # fmt: skip
 
 
 def mesh_of(kind):
@@ -158,7 +162,11 @@ def test_collectives_of_an_update(row):
   assert len(COLLECTIVES.findall(text)) <= REDUCTIONS.get(row.name, 0)
 
 
-@over_rows
+# One of each wing; the others are among the slow tests.
+@contract.over(
+  contract.ROWS,
+  slow=lambda row: row.name not in ONE_OF_EACH,
+)
 def test_an_explicit_mesh_gives_the_same_numbers(row):
   if not row.shard:
     return

@@ -333,11 +333,11 @@ def test_auxiliary_output_comes_out_beside_the_value(method):
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('sharded', ['both', 'data'])
-@pytest.mark.parametrize('m', [8, 7])
+@pytest.mark.parametrize(
+  'm, sharded',
+  [(8, 'both'), (7, 'data'), pytest.param(8, 'data', marks=pytest.mark.slow)],
+)
 def test_explicit_meshes_give_the_same_numbers(method, sharded, m):
-  if m % 2 and sharded == 'both':
-    return
 
   def model(params, x):
     return jnp.tanh(x @ params['w']) @ params['v'] - jnp.sum(x**2, -1) / 2
