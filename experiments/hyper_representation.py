@@ -22,6 +22,7 @@ from .lab import flags
 from .lab import launch
 from .lab import tuning
 from .lab.session import Session
+from .problems import data as files
 from .problems import encoders
 from .problems import text
 
@@ -80,10 +81,8 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
   table = (table / np.sqrt(width)).astype(np.float32)
   place = {word: i for i, word in enumerate(vocabulary)}
   found = 0
-  try:
-    lines = pathlib.Path(path).read_text(errors='replace').split('\n')
-  except OSError as error:
-    raise flags.UserError(f'--vectors={path}: {error.strerror}') from error
+  content = files.read(pathlib.Path(path)).decode(errors='replace')
+  lines = content.split('\n')
   for number, line in enumerate(lines, 1):
     word, *numbers = line.split()[:1] + line.split()[1:] or ['']
     if word not in place:

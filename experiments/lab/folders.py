@@ -1,4 +1,7 @@
-"""Where a run writes: a folder of its own, that no other run writes to."""
+"""Where a run writes: a folder of its own, that no other run writes to.
+
+And how it reads: a file that is there, a pipe that somebody writes to.
+"""
 
 import contextlib
 import datetime
@@ -16,6 +19,31 @@ from . import flags
 
 RESULTS = pathlib.Path('results')
 LATEST = 'latest'
+
+
+def content(path: pathlib.Path) -> bytes:
+  """What is in a file, or comes by a pipe.
+
+  Args:
+    path: Its name. A pipe that nobody writes to is empty: it is not waited for.
+
+  Returns:
+    All of it.
+
+  Raises:
+    UserError: It cannot be read, or is a device: some have no end.
+  """
+  try:
+    # A pipe without a writer would keep the program in `open`, for ever.
+    number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))
+    with open(number, 'rb') as file:
+      if path.is_char_device():
+        raise flags.UserError(f'{path}: a device, no file')
+      if hasattr(os, 'O_NONBLOCK'):
+        os.set_blocking(number, True)
+      return file.read()
+  except OSError as error:
+    raise flags.UserError(f'{path}: {error.strerror or error}') from error
 
 
 def latest(home: pathlib.Path) -> pathlib.Path | None:
@@ -52,8 +80,18 @@ def choose(program: str, output_dir: str, resume: bool) -> pathlib.Path:
     return found
   folder = pathlib.Path(output_dir).absolute() if output_dir else home
   try:
+    str(folder).encode()
+  except UnicodeEncodeError as error:  # Checkpoints are named in UTF-8.
+    raise flags.UserError(
+      f'--output_dir={str(folder)!a}: its name is no text'
+    ) from error
+  try:
     folder.mkdir(parents=True, exist_ok=True)
     return folder if output_dir else _next(home)
+  except FileExistsError as error:
+    raise flags.UserError(
+      f'--output_dir={folder}: is there, and is no folder'
+    ) from error
   except OSError as error:
     raise flags.UserError(f'--output_dir={folder}: {error.strerror}') from error
 
@@ -109,7 +147,7 @@ class Lock:
       file = path.open('a+')
     except OSError as error:
       raise flags.UserError(
-        f'--output_dir={folder}: {error.strerror}'
+        f'--output_dir={folder}: {error.strerror or error}'
       ) from error
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -229,13 +229,7 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], list[dict]]:
   if path.is_dir() and path.name != NAME:
     inside = path if (path / NAME).exists() else folders.latest(path)
     path = (inside or path) / NAME
-  if path.is_char_device():  # Some have no end.
-    raise flags.UserError(f'{path}: not a record, a device')
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise flags.UserError(f'{path}: {error.strerror}') from error
-  content = content.removeprefix(codecs.BOM_UTF8)
+  content = folders.content(path).removeprefix(codecs.BOM_UTF8)
   lines = content.split(b'\n')[:-1]
   rows = [_parse(path, i, line) for i, line in enumerate(lines, 1)]
   if not rows:

@@ -159,4 +159,4 @@ def run_child(command: Sequence[str], output: pathlib.Path) -> int:
 def say(message: str) -> None:
   """A line on the standard error, also while something else writes there."""
   with contextlib.suppress(OSError):
-    os.write(sys.stderr.fileno(), f'{message}\n'.encode())
+    os.write(sys.stderr.fileno(), f'{message}\n'.encode(errors='replace'))

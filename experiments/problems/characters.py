@@ -5,7 +5,6 @@ itself carries it, half a million characters of English.
 """
 
 from collections.abc import Callable
-import gzip
 import pathlib
 import pydoc_data.topics
 import re
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 
 from ..lab import flags
+from . import data
 
 MAX_CHARACTERS = 255  # The rest of the alphabet counts as one.
 OTHER = '\ufffd'
@@ -52,15 +52,13 @@ def read(data_dir: str) -> tuple[str, str]:
   for file in files:
     if not file.is_file():
       continue
-    raw = file.read_bytes()
-    if file.suffix == '.gz':
-      raw = gzip.decompress(raw)
+    raw = data.read(file)
     try:
       parts.append(raw.decode())
     except UnicodeDecodeError:
       parts.append(raw.decode('iso-8859-1'))
   if not parts:
-    raise flags.UserError(f'--data_dir={data_dir}: no such file or folder')
+    raise flags.UserError(f'--data_dir={data_dir}: no file, nor one in it')
   return path.name, '\n'.join(parts)
 
 

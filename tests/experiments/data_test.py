@@ -3,13 +3,17 @@
 import bz2
 import gzip
 import lzma
+import os
 import struct
 
 import numpy as np
 import pytest
 
 from experiments.lab import flags
+from experiments.problems import characters
 from experiments.problems import data
+from experiments.problems import tabular
+from experiments.problems import text as sentences
 
 
 def test_mushrooms_is_bundled():
@@ -103,6 +107,38 @@ def test_packed_files_whatever_their_names(tmp_path, pack):
     (tmp_path / 'a.libsvm').write_bytes(bad)
     with pytest.raises(flags.UserError, match='a.libsvm: '):
       data.load(str(tmp_path / 'a.libsvm'))
+
+
+def test_damage_is_named_whoever_reads(tmp_path):
+  """Gzip's checks are not errors of the system: each reader had its own."""
+  packed = gzip.compress(b'3 how far is it ?\n' * 99)
+  path = tmp_path / 'a.gz'
+  readers = (
+    sentences.read,
+    tabular.read,
+    lambda path: characters.read(str(path)),
+  )
+  for bad in (packed[:-9], packed[:12] + b'\xff' + packed[13:], b'plain'):
+    path.write_bytes(bad)
+    for read in readers:
+      with pytest.raises(flags.UserError, match=r'a\.gz: '):
+        read(path)
+  path.unlink()
+  os.mkfifo(path)  # Nobody writes to it.
+  for read in readers[:2]:
+    with pytest.raises(flags.UserError, match=r'a\.gz: '):
+      read(path)
+
+
+def test_a_row_is_not_taken_for_a_head(tmp_path):
+  path = tmp_path / 'a.csv'
+  path.write_text('\ufeff1,2\n3,4\n', encoding='utf-8')
+  assert tabular.read(path).tolist() == [[1, 2], [3, 4]]
+  path.write_text('a,b\n3,4\n')
+  assert tabular.read(path).tolist() == [[3, 4]]
+  path.write_text('1,?\n3,4\n')
+  with pytest.raises(flags.UserError, match="line 1 is not numbers: '1,\\?'"):
+    tabular.read(path)
 
 
 def test_what_is_missing_is_named(tmp_path):

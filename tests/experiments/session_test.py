@@ -9,6 +9,7 @@ import pathlib
 import re
 import resource
 import signal
+import threading
 import time
 
 import jax
@@ -642,8 +643,47 @@ def test_a_file_that_is_no_record_is_named(tmp_path, content, message):
 
 def test_a_device_is_no_record():
   """Some have no end."""
-  with pytest.raises(flags.UserError, match='/dev/zero: not a record'):
+  with pytest.raises(flags.UserError, match='/dev/zero: a device, no file'):
     record.read('/dev/zero')
+
+
+def test_a_pipe_is_read_and_not_waited_for(tmp_path):
+  path = tmp_path / 'pipe'
+  os.mkfifo(path)
+  with pytest.raises(flags.UserError, match='no whole line'):
+    record.read(path)
+  ours, theirs = os.pipe()
+  os.write(theirs, f'{HEADER}\n'.encode())
+  # The rest of it comes after the reader is there.
+  timer = threading.Timer(0.1, os.close, (theirs,))
+  timer.start()
+  assert record.read(f'/dev/fd/{ours}')[1] == []
+  timer.join()
+  os.close(ours)
+
+
+@pytest.mark.parametrize(
+  ('make', 'match'),
+  [
+    (lambda path: path.write_text(''), 'is there, and is no folder'),
+    (lambda path: path.symlink_to('nowhere'), 'is there, and is no folder'),
+    (lambda path: (path / '.lock').mkdir(parents=True), 'Is a directory'),
+    (lambda path: path.mkdir() or os.mkfifo(path / '.lock'), r'\.lock|seek'),
+  ],
+)
+def test_a_folder_that_is_none_is_named(config, tmp_path, make, match):
+  make(tmp_path / 'out')
+  where = dataclasses.replace(config, output_dir=str(tmp_path / 'out'))
+  with pytest.raises(flags.UserError, match=f'out: .*({match})'):
+    Session('test', where)
+
+
+def test_a_name_that_is_no_text_is_refused(config, tmp_path, capfd):
+  where = dataclasses.replace(config, output_dir=f'{tmp_path}/\udcff')
+  with pytest.raises(flags.UserError, match=r'udcff.*no text') as error:
+    Session('test', where)
+  stopping.say(f'{error.value} \udcff')
+  assert 'no text' in capfd.readouterr().err
 
 
 def test_marks_and_cut_lines_are_no_damage(tmp_path):
