@@ -144,7 +144,8 @@ class Lock:
       return
     path = folder / '.lock'
     try:
-      file = path.open('a+')
+      # Unbuffered: what a full disk refuses is not tried again at the end.
+      file = path.open('a+b', buffering=0)
     except OSError as error:
       raise flags.UserError(
         f'--output_dir={folder}: {error.strerror or error}'
@@ -153,7 +154,7 @@ class Lock:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       file.seek(0)
-      holder = file.read().strip()
+      holder = file.read().decode(errors='replace').strip()
       file.close()
       if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
         return  # A file system without locks.
@@ -165,10 +166,8 @@ class Lock:
     with contextlib.suppress(OSError):  # A full disk; the lock holds.
       now = datetime.datetime.now().isoformat(' ', 'seconds')
       file.truncate(0)
-      file.write(
-        f'process {os.getpid()} on {socket.gethostname()} since {now}\n'
-      )
-      file.flush()
+      who = f'process {os.getpid()} on {socket.gethostname()} since {now}\n'
+      file.write(who.encode())
 
   def release(self) -> None:
     """Lets others in."""

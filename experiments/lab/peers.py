@@ -24,6 +24,8 @@ from . import stopping
 _CHILD = 'OPTLAB_CHILD'
 # How a line of C++ begins: severity, date, time.
 _NATIVE = re.compile(r'([EF]\d{4} \d\d:\d\d:\d\d\.|\*\*\* |Fatal Python error)')
+# And one of the runtime's in Python: the status, in capitals.
+_STATUS = re.compile(r'[A-Z_]+: ')
 _QUIET = {'TF_CPP_MIN_LOG_LEVEL': '3', 'GRPC_VERBOSITY': 'NONE'}
 
 
@@ -114,7 +116,8 @@ def together():
     if isinstance(error, flags.InterruptedRun):
       _leave(str(error), stopping.STATUS)
     _leave(f'error: {error}', 1)
-  except jax.errors.JaxRuntimeError as error:
+  # An exchange of arrays turns the runtime's errors into `ValueError`.
+  except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
     if jax.process_count() == 1 or not _is_of_peers(error):
       raise
     _leave(_gone(), 1)
@@ -122,6 +125,9 @@ def together():
 
 def _is_of_peers(error: Exception) -> bool:
   """Whether it is an exchange that failed, and not this process's own."""
+  runtime = isinstance(error, jax.errors.JaxRuntimeError)
+  if not (runtime or _STATUS.match(str(error))):
+    return False
   words = ('gloo', 'connection', 'coordination', 'unavailable', 'nccl', 'peer')
   text = str(error).lower()
   return any(word in text for word in (*words, 'deadline', 'barrier'))

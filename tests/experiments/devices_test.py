@@ -258,6 +258,26 @@ def test_flags_that_do_not_fit(options, message):
     peers.connect(devices.Config(**options))
 
 
+@pytest.mark.parametrize(
+  ('error', 'leaves'),
+  [
+    (ValueError('UNKNOWN: Gloo AllGather failed: Connection closed'), True),
+    (jax.errors.JaxRuntimeError('UNAVAILABLE: connection lost'), True),
+    (jax.errors.JaxRuntimeError('INTERNAL: out of memory'), False),
+    (ValueError('no connection between x and y'), False),
+  ],
+)
+def test_a_peer_that_is_gone_is_one_line(monkeypatch, error, leaves):
+  def leave(message, status):
+    assert 'another process of this run is gone' in message
+    raise SystemExit(status)
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(peers, '_leave', leave)
+  with pytest.raises(SystemExit if leaves else type(error)), peers.together():
+    raise error
+
+
 def test_a_batch_that_does_not_divide_stays_whole():
   mesh = devices.make_mesh('data=2')
   with jax.set_mesh(mesh):

@@ -668,7 +668,6 @@ def test_a_pipe_is_read_and_not_waited_for(tmp_path):
     (lambda path: path.write_text(''), 'is there, and is no folder'),
     (lambda path: path.symlink_to('nowhere'), 'is there, and is no folder'),
     (lambda path: (path / '.lock').mkdir(parents=True), 'Is a directory'),
-    (lambda path: path.mkdir() or os.mkfifo(path / '.lock'), r'\.lock|seek'),
   ],
 )
 def test_a_folder_that_is_none_is_named(config, tmp_path, make, match):
@@ -702,6 +701,13 @@ def test_a_full_disk_leaves_whole_rows(config):
       resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limit[1]))
       with pytest.raises(flags.UserError, match='too large.*--resume'):
         session.write('row', text='x' * 100)
+      # Not one byte: what has no record is named, and the lock no hindrance.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+      with pytest.raises(flags.UserError, match='none/record.*too large'):
+        Session(
+          'test',
+          dataclasses.replace(config, output_dir=f'{config.output_dir}/none'),
+        )
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limit)
       signal.signal(signal.SIGXFSZ, old)
