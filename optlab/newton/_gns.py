@@ -12,6 +12,7 @@ import optax
 
 from optlab import base
 from optlab import checks
+from optlab.newton import _defaults
 from optlab.newton import _operators
 from optlab.newton import _search
 from optlab.newton import _step
@@ -52,9 +53,11 @@ def gns_newton(
 
   Args:
     solver: Solves ``(H + shift B) x = g``, see `optlab.base.Solver`; ``None``
-      takes `cholesky` for operators with a ``matrix``, `woodbury` for those
-      with a ``factor``, `blockwise` for those with ``blocks``, `lanczos` for
-      others, and `multishift_cg` beyond ten thousand parameters.
+      takes `cholesky` for operators with a ``matrix`` (of 200 unknowns or more
+      where up to a hundred products, by `lanczos`, do not solve the system to
+      0.1 %), `woodbury` for those with a ``factor``, `blockwise` for those with
+      ``blocks``, `lanczos` for others, and `multishift_cg` beyond ten thousand
+      parameters.
     metric: ``B`` of the norm :math:`|d|^2 = \langle B d, d \rangle`: a pytree
       like the parameters (its positive diagonal), a `Dense` operator, or
       ``None`` for the identity.
@@ -147,7 +150,8 @@ def gns_newton_paper(
   and ``lambda = |g|_* / (gamma + 1e-8)``; the decrease test stands alone.
 
   Args:
-    solver: See `gns_newton`; the authors factorize (`cholesky`).
+    solver: See `gns_newton`; ``None`` factorizes every ``matrix``, as the
+      authors do.
     metric: See `gns_newton`.
     gamma_init: The first smoothness.
 
@@ -161,7 +165,7 @@ def gns_newton_paper(
   """
   checks.enforce(gns_newton_paper, locals())
   return gns_newton(
-    solver=solver,
+    solver=_defaults.exact_solver if solver is None else solver,
     metric=metric,
     gamma_init=gamma_init,
     rule=_search.double(factor=2.0, gamma_min=1e-9),

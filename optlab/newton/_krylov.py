@@ -1,5 +1,7 @@
 """A Krylov basis for all shifts; `optlab.newton` compares the solvers."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -56,40 +58,105 @@ def lanczos(
   checks.enforce(lanczos, locals())
 
   def solver(operator, b, shift):
-    unit, norm, product = _conjugate.unit_and_product(operator, b)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(unit))
-    size = max(1, min(max_steps, numbers))
-    basis, diagonal, off, k = _krylov_basis(
-      product,
-      unit,
-      norm == 0,
-      # At several shifts at once.
-      shift * 4.0 ** jnp.arange(16, dtype=norm.dtype),
-      size,
-      _conjugate.forcing(norm, rtol, power, unit),
-    )
-    inside = jnp.arange(size) < k
-    off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
+    krylov = _krylov(operator, b, shift, max_steps, rtol, power)
 
     def solve(shift):
-      y, ok = _solve_tridiagonal(
-        diagonal + jnp.where(inside, shift, 0.0), off, norm
-      )
-      x = _combination(y, basis)
-      ok = ok & trees.is_finite(x)
-      return _conjugate.like(x, b), ok, jnp.zeros((), jnp.int32)
+      x, definite, finite, _ = krylov.solve(shift)
+      return x, definite & finite, jnp.zeros((), jnp.int32)
 
-    return base.Prepared(solve, k)
+    return base.Prepared(solve, krylov.products)
 
   return solver
 
 
-def _krylov_basis(product, vector, empty, shifts, size, tolerance):
-  """Orthonormal vectors, the tridiagonal matrix in them, and their number."""
+def few_products(
+  fallback: base.Solver, max_steps: int = 100, rtol: float = 1e-3
+) -> base.Solver:
+  """`lanczos` where few products do; else another solver, for that shift.
+
+  For operators whose products are cheap beside the other solver, but not beside
+  what they are made of: solved this well, a system takes the steps that it
+  would take solved exactly.
+
+  Args:
+    fallback: The other solver, which prepares without products.
+    max_steps: The size of a basis.
+    rtol: The largest relative residual.
+
+  Returns:
+    A solver. ``ok`` is false where the basis shows a direction of curvature
+    that is not positive, or the other solver says so.
+  """
+
+  def solver(operator, b, shift):
+    krylov = _krylov(operator, b, shift, max_steps, rtol, 0.5, hopeful=True)
+    other = fallback(operator, b, shift)
+
+    def solve(shift):
+      x, ok, finite, small = krylov.solve(shift)
+      # Not a branch: under vmap both sides of one run, for each lane; a loop
+      # ends before it begins where no lane needs it. What did not depend on its
+      # carry the compiler would move out of it.
+      x, ok, _ = jax.lax.while_loop(
+        lambda now: ~now[2],
+        lambda now: (*other(jnp.where(now[2], 0, shift)), jnp.asarray(True)),
+        (x, ok, ~ok | (finite & small)),
+      )
+      return x, ok, jnp.zeros((), jnp.int32)
+
+    return base.Prepared(solve, krylov.products)
+
+  return solver
+
+
+class _Krylov(NamedTuple):
+  """A basis, as far as it was built."""
+
+  solve: Any  # shift -> (x, is definite, is finite, is the residual small)
+  products: jax.Array
+
+
+def _krylov(operator, b, shift, max_steps, rtol, power, hopeful=False):
+  """Prepares a basis; see `lanczos`."""
+  unit, norm, product = _conjugate.unit_and_product(operator, b)
+  numbers = sum(leaf.size for leaf in jax.tree.leaves(unit))
+  size = max(1, min(max_steps, numbers))
+  tolerance = _conjugate.forcing(norm, rtol, power, unit)
+  basis, diagonal, off, left, k = _krylov_basis(
+    product,
+    unit,
+    norm == 0,
+    # At several shifts at once.
+    shift * 4.0 ** jnp.arange(16, dtype=norm.dtype),
+    size,
+    tolerance,
+    hopeful,
+  )
+  inside = jnp.arange(size) < k
+  off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
+
+  def solve(shift):
+    y, definite = _solve_tridiagonal(
+      diagonal + jnp.where(inside, shift, 0.0), off, norm
+    )
+    x = _combination(y, basis)
+    # A + shift I of the solution misses b along the next vector alone.
+    small = left * jnp.abs(y[jnp.maximum(k - 1, 0)]) <= tolerance * norm
+    return _conjugate.like(x, b), definite, trees.is_finite(x), small
+
+  return _Krylov(solve, k)
+
+
+def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
+  """Orthonormal vectors, the tridiagonal matrix in them, and their number.
+
+  Where it is ``hopeful`` it ends early if the residual falls at less than a
+  third of the rate that would bring it to the tolerance in time.
+  """
   dtype = shifts.dtype
 
   def step(carry):
-    basis, diagonal, off, vector, pivots, residuals, good, _, k = carry
+    basis, diagonal, off, _, vector, pivots, residuals, good, _, k = carry
     basis = jax.tree.map(lambda rows, leaf: rows.at[k].set(leaf), basis, vector)
     image = product(vector)
     alpha = trees.dot(vector, image)
@@ -107,11 +174,14 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance):
     # An invariant subspace has been found, up to rounding.
     done = beta <= 10 * jnp.finfo(dtype).eps * scale
     done |= good[first] & (residuals[first] <= tolerance)
+    if hopeful:
+      in_time = residuals[first] <= tolerance ** ((k + 1) / (3 * size))
+      done |= (k + 1 >= size // 4) & ~(good[first] & in_time)
     off = off.at[k].set(jnp.where(done, 0.0, beta))
     vector = trees.divided(image, jnp.where(beta > 0, beta, 1.0))
     diagonal = diagonal.at[k].set(alpha)
     return (
-      basis, diagonal, off, vector, pivots, residuals, good, done, k + 1,
+      basis, diagonal, off, beta, vector, pivots, residuals, good, done, k + 1,
     )  # fmt: skip
 
   def unfinished(carry):
@@ -125,6 +195,7 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance):
     ),
     jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
     jnp.zeros(size, dtype),
+    jnp.zeros((), dtype),
     vector,
     jnp.ones_like(shifts),
     jnp.ones_like(shifts),
@@ -132,8 +203,10 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance):
     empty,
     jnp.zeros((), jnp.int32),
   )
-  basis, diagonal, off, *_, k = jax.lax.while_loop(unfinished, step, start)
-  return basis, diagonal, off, k
+  basis, diagonal, off, left, *_, k = jax.lax.while_loop(
+    unfinished, step, start
+  )
+  return basis, diagonal, off, left, k
 
 
 def _solve_tridiagonal(diagonal, off, first):

@@ -9,17 +9,13 @@ import optax
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.newton import _blocks
 from optlab.newton import _curvature
-from optlab.newton import _krylov
-from optlab.newton import _linear
+from optlab.newton import _defaults
 from optlab.newton import _metric
-from optlab.newton import _multishift
 from optlab.newton import _operators
 from optlab.newton import _trials
 
 GIVE_UP = 40  # attempts in a row
-LARGE = 10_000  # parameters, from which on no basis is kept
 
 
 class GNSNewtonInfo(NamedTuple):
@@ -186,8 +182,8 @@ def _start(method, state, params, updates, value, value_fn, curvature):
   if method.gamma_init is None:
     gamma, products = _first_gamma(operator, g, g_norm, value, gamma)
   shift_of = lambda gamma: g_norm / (gamma + method.gamma_offset)
-  prepare: Any = method.solver or _default_solver(operator, g)
-  prepared = prepare(operator, g, shift_of(gamma))
+  solver: Any = method.solver or _defaults.solver
+  prepared = solver(operator, g, shift_of(gamma))
   _check_prepared(prepared)
   start = _trials.Start(
     params=params,
@@ -285,15 +281,3 @@ def _check_prepared(prepared):
       'solver must return optlab.newton.Prepared(solve, products), where solve'
       f' maps a shift to (x, ok, products); got {prepared!r}.'
     )
-
-
-def _default_solver(operator, g):
-  if _operators.matrix_of(operator) is not None:
-    return _linear.cholesky()
-  if _operators.factor_of(operator) is not None:
-    return _linear.woodbury()
-  if _blocks.blocks_of(operator) is not None:
-    return _blocks.blockwise()
-  if sum(leaf.size for leaf in jax.tree.leaves(g)) > LARGE:
-    return _multishift.multishift_cg()
-  return _krylov.lanczos()

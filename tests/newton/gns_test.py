@@ -361,6 +361,25 @@ def test_a_quadratic_takes_few_steps_however_ill_conditioned(x64):
   assert plain.steps > run.steps + 3
 
 
+def test_a_matrix_of_some_hundred_unknowns_is_tried_by_products(x64):
+  scales = jnp.geomspace(1e-2, 1.0, 200)
+  fun = lambda x: x @ (scales * x) / 2 + jnp.sum(x)
+  run = lambda tx: minimize(
+    fun, jnp.zeros(200), tx, max_steps=9, grad_tol=1e-9,
+    curvature=lambda x: optlab.Dense(jnp.diag(scales)),
+  )  # fmt: skip
+  default, exact = (
+    run(optlab.gns_newton()),
+    run(optlab.gns_newton(optlab.cholesky())),
+  )
+  assert default.success and default.counts.values <= exact.counts.values + 2
+  assert exact.counts.products == 1 < default.counts.products
+  paper = lambda **arguments: optlab.newton.gns_newton_paper(**arguments)
+  published, same = run(paper()), run(paper(solver=optlab.cholesky()))
+  assert published.counts.products == 0
+  np.testing.assert_array_equal(published.params, same.params)
+
+
 def test_the_gain_ratio_saves_most_of_the_evaluations_on_rosenbrock(x64):
   start = jnp.array([-1.2, 1.0])
   run = lambda gain: minimize(

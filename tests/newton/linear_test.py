@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optlab
+from optlab.newton import _krylov
 
 N = 12
 
@@ -198,6 +199,47 @@ def test_lanczos_at_its_limit_gives_a_descent_direction(x64):
     optlab.Dense(jnp.asarray(matrix)), jnp.asarray(b), 1e-3
   )(1e-3)
   assert ok and b @ x > 0
+
+
+def no_solver(operator, b, shift):
+  """One that must not be asked."""
+  del operator, shift
+  return optlab.newton.Prepared(lambda shift: (jnp.nan * b, jnp.bool_(True), 0))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float64, jnp.float32])
+def test_few_products_are_enough_or_a_factorization_is(x64, dtype):
+  q = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
+  make = lambda values: optlab.Dense(jnp.asarray((q * values) @ q.T, dtype))
+  b = jnp.asarray(np.random.default_rng(1).normal(size=40), dtype)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(fallback, matrix, shift):
+    prepared = _krylov.few_products(fallback, 20, 0.01)(matrix, b, shift)
+    return prepared(shift), prepared.products
+
+  def residual(matrix, x, shift):
+    left = matrix.matrix @ x + shift * x - b
+    return float(jnp.linalg.norm(left) / jnp.linalg.norm(b))
+
+  easy, bad = make(np.linspace(1.0, 10.0, 40)), make(np.geomspace(1e-6, 1, 40))
+  (x, ok), products = run(no_solver, easy, 0.1)
+  assert ok and 0 < products < 20
+  assert 1e-5 < residual(easy, x, 0.1) <= 0.01
+  (x, ok), products = run(optlab.cholesky(), bad, 1e-5)
+  assert ok and products < 20  # Not all, for nothing.
+  np.testing.assert_array_equal(x, optlab.cholesky()(bad, b, 0.0)(1e-5)[0])
+  # What the basis shows not to be definite is not, and is not factorized.
+  indefinite = make(np.linspace(-1.0, 3.0, 40))
+  assert not run(no_solver, indefinite, 0.01)[0][1]
+  # Of several systems the factorization is none that all pay.
+  shifts = jnp.asarray([0.1, 1.0], dtype)
+  (x, ok), _ = jax.vmap(lambda shift: run(no_solver, easy, shift))(shifts)
+  assert jnp.all(ok) and jnp.all(jnp.isfinite(x))
+  text = run.lower(optlab.cholesky(), bad, 1e-5).compile().as_text()
+  assert 'potrf' in text and 'potrf' not in text.split('ENTRY')[1]
+  empty = optlab.Dense(jnp.full((40, 40), jnp.nan, dtype))
+  assert not run(no_solver, empty, 0.1)[0][1]
 
 
 def test_an_invariant_subspace_ends_the_basis(x64):
