@@ -33,8 +33,8 @@ from optlab.newton import _operators
 def cholesky() -> base.Solver:
   """Factorizes the shifted matrix anew for each shift.
 
-  The default for `Dense` operators, from 200 unknowns on where products with
-  the matrix do not solve the system first: faster than an eigendecomposition unless
+  The default for `Dense` operators, from 200 unknowns on where a hundred
+  products do not solve the system: faster than an eigendecomposition unless
   some 13 shifts are tried, and as accurate as the matrix allows. Other
   operators are made dense first, at ``n`` products. ``ok`` is false where a
   pivot is not above the rounding error of the matrix.
