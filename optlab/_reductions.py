@@ -3,7 +3,7 @@
 Sums are kept in float32 or wider. `optlab.trees` has them all.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,20 +27,20 @@ def norm(tree: base.Params) -> jax.Array:
 
 
 def norms(
-  *trees: base.Params, product: tuple[base.Params, base.Params]
+  *trees: base.Params, products: Sequence[tuple[base.Params, base.Params]]
 ) -> tuple[jax.Array, ...]:
-  """The norm of each tree, and an inner product, all in one look.
+  """The norm of each tree, and inner products, all in one look.
 
   Args:
     *trees: Real trees of one structure.
-    product: Two more of them.
+    products: Pairs of more of them; of bools, the product counts.
 
   Returns:
-    What `norm` returns of each, and the inner product of the last two.
+    What `norm` returns of each, and the inner product of each pair.
   """
   # Small leaves are stacked: there, a reduction costs what its launch does.
-  pairs = [*((tree, tree) for tree in trees), product]
-  sums = [jnp.zeros((), accumulator_dtype(pairs))] * len(pairs)
+  pairs = [*((tree, tree) for tree in trees), *products]
+  sums = jnp.zeros(len(pairs), accumulator_dtype(pairs))
   columns = [
     list(zip(*(jax.tree.leaves(side) for side in sides), strict=True))
     for sides in zip(*pairs, strict=True)
@@ -48,19 +48,17 @@ def norms(
   for left, right in zip(*columns, strict=True):
     if left[0].size <= _SMALL:
       product_of = jnp.stack(wide(left)) * jnp.stack(wide(right))
-      parts = list(jnp.sum(product_of, tuple(range(1, product_of.ndim))))
+      sums += jnp.sum(product_of, tuple(range(1, product_of.ndim)))
     else:
       parts = [inner_product(a, b) for a, b in zip(left, right, strict=True)]
-    sums = [total + part for total, part in zip(sums, parts, strict=True)]
-  *squares, last = sums
-  plain = tuple(map(jnp.sqrt, squares))
-  accurate = functools.reduce(jnp.logical_and, map(_is_accurate, plain))
+      sums += jnp.stack(parts).astype(sums.dtype)
+  plain, rest = jnp.sqrt(sums[: len(trees)]), sums[len(trees) :]
   lengths = jax.lax.cond(
-    accurate,
+    jnp.all(_is_accurate(plain)),
     lambda: plain,
-    lambda: tuple(map(_scaled_norm, trees, plain)),
+    lambda: jnp.stack(list(map(_scaled_norm, trees, plain))),
   )
-  return *lengths, last
+  return *lengths, *rest
 
 
 def _is_accurate(plain: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _dual
+from optlab.bilevel import _lag
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -98,7 +99,7 @@ def hypergradient(grad_x: base.Updates, cross: base.Updates) -> base.Updates:
   return trees.combine(jnp.subtract, grad_x, cross)
 
 
-Solve = Callable[..., tuple[_dual.Solution, base.Updates, _problem.Lower]]
+Solve = Callable[..., tuple[_dual.Solution, base.Updates, _problem.Lower, Any]]
 
 
 def estimator(
@@ -106,16 +107,19 @@ def estimator(
   solve: Solve,
   move: Callable[..., Any] | None = None,
   dual: _dual.Dual | bool = True,
+  every: int = 1,
 ) -> base.GradientEstimator:
   """An estimator of ``f_x - g_xy z``.
 
   Args:
     problem: The levels.
-    solve: ``(point, state, f_y) -> (solution, g_xy z, lower)``: the next z, the
-      cross product that the estimate takes, what was seen of the lower level.
+    solve: ``(point, state, f_y, beside) -> (solution, g_xy z, lower, rest)``:
+      the next z, the cross product that the estimate takes, what was seen of
+      the lower level; see `_dual.advance`.
     move: ``(params, state, batch) -> (y, lower_opt_state, held)``, before the
       derivatives are taken; without it, y takes one step after them.
     dual: How z moves, if in steps.
+    every: Steps from one move of y to the next.
 
   Returns:
     A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
@@ -135,38 +139,48 @@ def estimator(
       problem, params, inner, batch.upper
     )
     point = _problem.Point(params, inner, batch.lower, state.step)
-    solution, cross, lower = solve(point, state, grad_y)
+
+    def beside(lower, z):
+      after = _lower.Step(inner, lower_opt_state)
+      if move is None:
+        after = _lower.step(
+          problem, params, inner, lower_opt_state, batch.lower,
+          seen=None if problem.lower_map else (lower.value, lower.grad),
+        )  # fmt: skip
+      return *_lag.beside(z, lower.grad, after, state.inner), after
+
+    solution, cross, lower, after = solve(point, state, grad_y, beside)
+    _, slope, size, along, moved, *found = solution.seen
+    pace, behind = _lag.follow(
+      state.pace,
+      state.step,
+      along,
+      solution.scale,
+      moved,
+      size,
+      every=every,
+    )
     if move is None:
-      inner, lower_opt_state, held = _lower.step(
-        problem, params, inner, lower_opt_state, batch.lower,
-        held,
-        seen=None if problem.lower_map else (lower.value, lower.grad),
-      )  # fmt: skip
-    ok = solution.ok
-    if solution.lag is not None:
-      ok &= ~_lower.is_behind(solution.lag, state, inner)
+      held = _lower.holds_some(found, held)
     result = base.Estimate(
       value,
       hypergradient(grad_x, cross),
       aux=aux_of(problem, upper_aux, lower.aux),
     )
-    # A norm is finite where all numbers are: these need no second look.
-    looked, dual_seen = solution.looked, len(solution.looked) == 2
-    if not dual_seen:
-      looked = (lower.grad, trees.norm(lower.grad))
     return _state.accept(
       result,
       state,
-      looked,
-      dual_seen=dual_seen,
+      solution.seen[:3],  # A norm is finite where all numbers are.
+      seen=True,
       lower_value=lower.value,
-      inner=inner,
+      inner=after.inner,
       dual=solution.dual,
-      lower_opt_state=lower_opt_state,
+      lower_opt_state=after.opt_state,
       dual_state=solution.dual_state,
-      lower_grad_norm=looked[-1],
+      pace=pace,
+      lower_grad_norm=slope,
       dual_residual=solution.residual,
-      ok=ok,
+      ok=solution.ok & ~behind,
       constrained=held,
     )
 

@@ -244,7 +244,9 @@ def bo_rep(
       lambda: (state.inner, state.lower_opt_state, state.info.constrained),
     )  # fmt: skip
 
-  def solve(point, state, grad_y):
-    return _dual.advance(dual, problem, point, state, grad_y, fresh=fresh_dual)
+  def solve(point, state, grad_y, beside):
+    return _dual.advance(
+      dual, problem, point, state, grad_y, beside, fresh=fresh_dual
+    )
 
-  return _bilevel.estimator(problem, solve, move, dual)
+  return _bilevel.estimator(problem, solve, move, dual, period)

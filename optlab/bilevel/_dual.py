@@ -1,5 +1,6 @@
 """Steps on the linear system ``g_yy z = f_y``, bounded and watched."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,14 @@ class Solution(NamedTuple):
   dual: base.Params
   residual: jax.Array  # shape (), norm of g_yy z - f_y
   ok: jax.Array  # shape (), bool, no sign of an indefinite or too steep g_yy
+  scale: jax.Array  # shape (), norm of g_yy z, or more
   dual_state: Any = ()
-  looked: Any = ()  # norms of z before its ball and of the lower gradient
-  lag: Any = None  # shape (), how far y* is at least, where that is known
+  seen: Any = None  # norms and products of what lies beside, all finite with z
+
+
+# ``(lower, z) -> (trees, pairs, rest)``: norms and products to take, of what
+# lies beside a step of z, and what is handed on.
+Beside = Callable[[_problem.Lower, base.Params], Any]
 
 
 def init(dual: Dual, z: base.Params) -> DualState:
@@ -52,19 +58,34 @@ def advance(
   point: _problem.Point,
   state: Any,
   grad_y: base.Params,
+  beside: Beside,
   *,
   fresh: bool = False,
-) -> tuple[Solution, base.Updates, _problem.Lower]:
-  """The steps of z, ``g_xy z`` before them (or after), the lower gradient."""
+) -> tuple[Solution, base.Updates, _problem.Lower, Any]:
+  """The steps of z.
+
+  Args:
+    dual: How z moves.
+    problem: The levels.
+    point: Where derivatives are taken.
+    state: The estimator's state before.
+    grad_y: The upper gradient f_y.
+    beside: What to look at as well.
+    fresh: Whether the cross product is that of the new z.
+
+  Returns:
+    The next z, ``g_xy z``, what was seen of the lower level, and the rest.
+  """
   if dual.steps == 1 and dual.optimizer is None:
     lower, cross, product = _problem.multiply(problem, point, state.dual)
+    *looked, rest = beside(lower, state.dual)
     solution = step(
       dual, state.dual, product, grad_y, state.dual_state, state.step,
-      beside=lower.grad,
+      beside=looked,
     )  # fmt: skip
     if fresh:
       _, cross, _ = _problem.multiply(problem, point, solution.dual)
-    return solution, cross, lower
+    return solution, cross, lower, rest
   lower, products = _problem.linearize(problem, point)
 
   def once(z, dual_state):
@@ -74,12 +95,26 @@ def advance(
 
   def again(_, before):
     after = once(before.dual, before.dual_state)
-    return after._replace(ok=before.ok & after.ok)
+    # What is seen beside belongs to the z of the start.
+    return after._replace(ok=before.ok & after.ok, scale=before.scale)
 
   first = once(state.dual, state.dual_state)
   solution = jax.lax.fori_loop(1, dual.steps, again, first)
   cross, _ = products(solution.dual if fresh else state.dual)
-  return solution, cross, lower
+  return look(solution, cross, lower, state.dual, beside)
+
+
+def look(
+  solution: Solution,
+  cross: base.Updates,
+  lower: _problem.Lower,
+  z: base.Params,
+  beside: Beside,
+) -> tuple[Solution, base.Updates, _problem.Lower, Any]:
+  """What `advance` returns, once ``beside`` was looked at by itself."""
+  others, pairs, rest = beside(lower, z)
+  seen = trees.norms(solution.dual, *others, products=pairs)
+  return solution._replace(seen=seen), cross, lower, rest
 
 
 def residual_of(
@@ -109,7 +144,7 @@ def step(
   products: Any = None,
   *,
   sampled: base.Params | None = None,
-  beside: base.Params | None = None,
+  beside: Any = ((), ()),
 ) -> Solution:
   r"""One step on ``z' g_yy z / 2 - f_y' z``.
 
@@ -121,8 +156,8 @@ def step(
   the lower level is linear there, singular, or the rate far too small, and the
   hypergradient not that of a solution. The sign of
   ``z' g_yy z`` is looked at too, by ``sampled`` where ``product`` is no true
-  one. The norm of ``beside``, the lower gradient, is taken with the others: in
-  small problems looking costs as much as computing.
+  one. Norms and products of ``beside``, trees and pairs of them, are taken with
+  the others: in small problems looking costs as much as computing.
   """
   residual = residual_of(z, product, grad_y)
   rate: Any = None
@@ -140,9 +175,10 @@ def step(
       value_fn=lambda z: value(z, products(z)[1]),
     )  # fmt: skip
     moved = optax.apply_updates(z, updates)
-  looked = (residual, grad_y, moved, *(() if beside is None else (beside,)))
-  length, size, reached, *rest, along = trees.norms(
-    *looked, product=(z, product if sampled is None else sampled)
+  others, pairs = beside
+  curved = z, product if sampled is None else sampled
+  length, size, reached, *seen, along = trees.norms(
+    residual, grad_y, moved, *others, products=[*pairs, curved]
   )
   reach, bound, idle = state.reach, dual.radius, jnp.asarray(False)
   if rate is not None:
@@ -150,11 +186,11 @@ def step(
     bound = 2 * reach if bound is None else bound
     idle = is_idle(reached, reach, count)
   moved, ok, _ = hold(moved, jnp.inf if bound is None else bound, reached)
-  # At least the norm of g_yy z, times about that of z.
-  ok &= is_convex(along, reached * (length + size))
+  scale = length + size  # At least the norm of g_yy z.
+  ok &= is_convex(along, reached * scale)
   ok &= ~idle & (feels(along, reached, size) | (count < PATIENCE))
   return Solution(
-    moved, length, ok, DualState(opt_state, reach), (reached, *rest)
+    moved, length, ok, scale, DualState(opt_state, reach), (reached, *seen)
   )
 
 

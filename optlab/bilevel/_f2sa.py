@@ -188,7 +188,6 @@ def f2sa(
 def _descend(problem, steps, params, state, batch, weights):
   """Steps of both lower variables, each by its weight of the upper level."""
   samples, of = _lower.sampler(problem, batch, steps)
-  free = jnp.asarray(False)
 
   def penalized(params, inner, batch):
     up, low, weight = batch
@@ -202,8 +201,7 @@ def _descend(problem, steps, params, state, batch, weights):
     if weight is not None:
       level = problem._replace(lower=penalized)
       data = batch.upper, sample, weight
-    y, opt_state, _ = _lower.step(level, params, inner, opt_state, data, free)
-    return y, opt_state
+    return _lower.step(level, params, inner, opt_state, data)[:2]
 
   def body(carry, sample):
     sample = of(sample)

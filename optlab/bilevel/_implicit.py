@@ -4,7 +4,6 @@ from collections.abc import Callable
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optlab import _systems
@@ -96,10 +95,8 @@ def implicit(
     linearization, up to ``max_steps`` + 2 Hessian-vector products, one cross
     product. Where ``g_yy`` has negative curvature on the sample, conjugate
     gradients stop at the best ``z`` before it and ``info.ok`` is false; damping
-    or Gauss-Newton products mend it. It is false too where after 200 steps y
-    has farther to go than it could in all of them, and than its own norm: the
-    lower steps are too short to follow x. With ``lower_map``
-    the system is not symmetric and GMRES solves it.
+    or Gauss-Newton products mend it. It is false too where y is behind, as in
+    `soba`. With ``lower_map`` the system is not symmetric and GMRES solves it.
   """
   checks.enforce(implicit, locals())
   problem = _bilevel.problem_of(
@@ -107,7 +104,7 @@ def implicit(
     curvature=curvature, damping=damping, reuse_sample=reuse_sample,
   )  # fmt: skip
 
-  def solve(point, state, grad_y):
+  def solve(point, state, grad_y, beside):
     lower, products = _problem.linearize(problem, point)
     wide = state.dual
     multiply = lambda z: trees.cast_like(products(z)[1], wide)
@@ -131,10 +128,9 @@ def implicit(
       ok &= inside
     cross, product = products(dual)
     residual = trees.norm(_dual.residual_of(dual, product, grad_y))
-    # z' g_y is z' g_yy times the way to y*: at least this long.
-    along, size = trees.inner_product(dual, lower.grad), trees.norm(product)
-    lag = jnp.where(size > 0, jnp.abs(along) / size, 0)
-    return _dual.Solution(dual, residual, ok, lag=lag), cross, lower
+    solution = _dual.Solution(dual, residual, ok, trees.norm(product))
+    # The last z, in whose noise this sample has no part.
+    return _dual.look(solution, cross, lower, state.dual, beside)
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)
   return _bilevel.estimator(problem, solve, move)

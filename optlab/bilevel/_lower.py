@@ -1,6 +1,6 @@
 """Steps of the lower level at a fixed upper variable."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import optax
 
 from optlab import base
 from optlab import trees
-from optlab.bilevel import _dual
 from optlab.bilevel import _problem
 
 
@@ -43,15 +42,22 @@ def sampler(problem: _problem.Problem, batch: Any, steps: int) -> Any:
   return None, lambda _: batch.lower
 
 
+class Step(NamedTuple):
+  """What a lower step leads to."""
+
+  inner: base.Params
+  opt_state: base.OptState
+  found: Any = ()  # trees of bools: what is held, what moves; if it looks
+
+
 def step(
   problem: _problem.Problem,
   params: base.Params,
   inner: base.Params,
   opt_state: base.OptState,
   batch: base.Batch,
-  held: jax.Array,
   seen: tuple[jax.Array, base.Params] | None = None,
-) -> tuple[base.Params, base.OptState, jax.Array]:
+) -> Step:
   """One lower step.
 
   Args:
@@ -60,20 +66,10 @@ def step(
     inner: The lower variable y.
     opt_state: The optimizer's state.
     batch: A sample of the lower objective.
-    held: What the last step told about constraints.
     seen: The lower value and gradient on it, where they are known.
-
-  Returns:
-    The lower variable, the optimizer's state, and whether the optimizer holds
-    numbers that the gradient would move, while it moves others: then y is
-    constrained, and the formulas for a free one are wrong.
   """
   if problem.optimizer is None:
-    return (
-      problem.lower_map(params, inner, batch),
-      opt_state,
-      jnp.asarray(False),
-    )
+    return Step(problem.lower_map(params, inner, batch), opt_state)
   bound = jax.tree_util.Partial(
     lambda x, batch, y: problem.lower(x, y, batch)[0], params, batch
   )
@@ -82,36 +78,42 @@ def step(
   updates, opt_state = problem.optimizer.update(
     grad, opt_state, inner, value=value, grad=grad, value_fn=bound
   )
+  found: Any = ()
   if problem.lower_map is None:
-    held = _holds_some(updates, grad, held)
-  return optax.apply_updates(inner, updates), opt_state, held
+    nonzero = lambda tree: jax.tree.map(lambda leaf: leaf != 0, tree)
+    moves = nonzero(updates)
+    held = jax.tree.map(lambda u, g: ~u & g, moves, nonzero(grad))
+    found = held, moves
+  return Step(optax.apply_updates(inner, updates), opt_state, found)
 
 
-def _holds_some(updates, grad, before):
-  held = moved = jnp.asarray(False)
-  for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grad), strict=True):
-    seen = jnp.stack([(u == 0) & (g != 0), u != 0])
-    seen = jnp.any(seen, tuple(range(1, seen.ndim)))
-    held, moved = held | seen[0], moved | seen[1]
-  # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
-  # is news.
-  return held & (before | moved)
+def holds_some(found: Any, before: Any) -> jax.Array:
+  """Whether the optimizer holds numbers that the gradient would move.
 
-
-def is_behind(lag: jax.Array, state: Any, inner: base.Params) -> jax.Array:
-  """Whether y has farther to go than steps as its last ones could have led it.
-
-  And than it is long: noise alone looks like a way to go, and at the end of a
-  decaying rate like one that takes for ever.
+  While it moves others: then y is constrained, and the formulas for a free one
+  are wrong.
 
   Args:
-    lag: How far at least.
-    state: The estimator's state before the steps.
-    inner: The lower variable after them.
+    found: How many numbers it holds, and how many it moves; or nothing.
+    before: What the last step told.
   """
-  moved = trees.norm(trees.combine(jnp.subtract, inner, state.inner))
-  far = (lag > state.step * moved) & (lag > trees.norm(inner))
-  return far & (state.step >= _dual.PATIENCE)
+  if not found:
+    return jnp.asarray(False)
+  held, moved = found
+  # Where nothing moves (a warm-up, steps that are gathered, the end) none of it
+  # is news.
+  return (held > 0) & (before | (moved > 0))
+
+
+def _any(found):
+  """One for each tree that is true somewhere, zero for others."""
+  if not found:
+    return ()
+  met = [
+    jnp.any(jnp.stack(leaves), tuple(range(1, 1 + leaves[0].ndim)))
+    for leaves in zip(*map(jax.tree.leaves, found), strict=True)
+  ]
+  return tuple(jnp.any(jnp.stack(met), 0) * 1) if met else ()
 
 
 def descend(
@@ -145,12 +147,14 @@ def descend(
       the lower variable and not the activations.
 
   Returns:
-    What `step` returns; the last step tells whether y is constrained.
+    The lower variable, the optimizer's state, and what the last step told
+    about constraints.
   """
 
   def body(carry, sample):
     y, opt_state, held, mean, count = carry
-    y, opt_state, held = step(problem, params, y, opt_state, of(sample), held)
+    y, opt_state, found = step(problem, params, y, opt_state, of(sample))
+    held = holds_some(_any(found), held)
     if radius is not None:
       y = trees.project(y, inner, radius)
     if average:

@@ -124,4 +124,6 @@ def mrbo(
     moved = tuple(map(tracking.storm, directions, fresh, old, weights))
     return seen, trees.where(state.step > 0, moved, fresh)
 
-  return _srba.recursive_estimator(problem, dual, renew, lower_average)
+  return _srba.recursive_estimator(
+    problem, dual, renew, lower_average, 1 / lower_beta
+  )

@@ -12,6 +12,7 @@ from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
+from optlab.bilevel import _lag
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -212,15 +213,19 @@ def saba(
     (grad_lower, cross, product), lower_change = _recall(
       memory.lower, (lower.grad, *products), places[1]
     )
+    after = _lower.step(
+      problem, params, state.inner, state.lower_opt_state, batch.lower.data,
+      seen=(lower.value, grad_lower),
+    )  # fmt: skip
     solution = _dual.step(
       dual, state.dual, product, grad_y, state.dual_state, state.step,
       sampled=products[1],
+      beside=_lag.beside(state.dual, grad_lower, after, state.inner),
     )  # fmt: skip
-    inner, lower_opt_state, held = _lower.step(
-      problem, params, state.inner, state.lower_opt_state, batch.lower.data,
-      state.info.constrained,
-      seen=(lower.value, grad_lower),
-    )  # fmt: skip
+    _, slope, size, along, moved, *found = solution.seen
+    pace, behind = _lag.follow(
+      state.pace, state.step, along, solution.scale, moved, size
+    )
     grads = trees.cast_like(
       _bilevel.hypergradient(grad_x, cross), trees.dtypes(params)
     )
@@ -228,15 +233,18 @@ def saba(
     result, new = _state.accept(
       base.Estimate(value, grads, aux=aux),
       state._replace(memory=()),
+      solution.seen[:3],
+      seen=True,
       lower_value=lower.value,
-      inner=inner,
+      inner=after.inner,
       dual=solution.dual,
-      lower_opt_state=lower_opt_state,
+      lower_opt_state=after.opt_state,
       dual_state=solution.dual_state,
-      lower_grad_norm=trees.norm(grad_lower),
+      pace=pace,
+      lower_grad_norm=slope,
       dual_residual=solution.residual,
-      ok=solution.ok,
-      constrained=held,
+      ok=solution.ok & ~behind,
+      constrained=_lower.holds_some(found, state.info.constrained),
     )
     changes, ok = (upper_change, lower_change), ~new.info.rejected
     memory = SabaMemory(*map(_remember, memory, changes, places, (ok, ok)))

@@ -91,13 +91,14 @@ def soba(
     Cost: one upper gradient, one forward-over-reverse pass with the lower
     gradient, one Hessian-vector and one cross product.
     Unstable where f_y changes by much in one step: z then lags behind. So may y
-    where its rate is too small for that of x, which ``info.ok`` of `implicit`
-    and `f2sa` tells and of no other: for these look at the ``lag`` of
-    `suggest_rates`.
-    ``info.ok`` is false where ``z`` left its ball or found
-    negative curvature, where it has found none after 200 steps (a lower level
-    that is linear or singular, or a rate far too small), or where the lower
-    optimizer held a part of y.
+    where its rate is too small for that of x: ``info.lower_lag`` is how far y*
+    is from it at least, on average of late, along the way that f feels.
+    ``info.ok`` is false where ``z`` left its ball or found negative curvature,
+    or where the lower optimizer held a part of y. After 200 steps it is false
+    too where z has found no curvature (a lower level that is linear or
+    singular, or a rate far too small), and where y is behind: by more steps
+    than it has taken and a tenth of its norm, or by half of its norm where that
+    is no noise, or grows tenfold.
   """
   checks.enforce(soba, locals())
   problem = _bilevel.problem_of(
@@ -106,7 +107,7 @@ def soba(
   )  # fmt: skip
   dual = _bilevel.dual_of(dual_lr, dual_optimizer, dual_steps, dual_radius)
 
-  def solve(point, state, grad_y):
-    return _dual.advance(dual, problem, point, state, grad_y)
+  def solve(point, state, grad_y, beside):
+    return _dual.advance(dual, problem, point, state, grad_y, beside)
 
   return _bilevel.estimator(problem, solve, dual=dual)

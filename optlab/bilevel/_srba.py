@@ -12,6 +12,7 @@ from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
+from optlab.bilevel import _lag
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -134,6 +135,7 @@ def recursive_estimator(
   dual: _dual.Dual,
   renew: Callable[..., Any],
   average: Any = None,
+  calm: Any = 1,
 ) -> base.GradientEstimator:
   """`soba` whose three directions follow a recursion of their own.
 
@@ -144,6 +146,7 @@ def recursive_estimator(
       ``look(x, y, z, batch)``, which returns the same of one sample.
     average: Weight of y in its moving average, which is then looked at in its
       place, while y takes steps of its own; ``None`` is none.
+    calm: Steps for which the noise of the directions lasts.
 
   Returns:
     A `GradientEstimator` whose memory is an `SrbaMemory`.
@@ -176,25 +179,34 @@ def recursive_estimator(
       _dual.subtract(state.dual, rate, d_z),
       2 * reach if dual.radius is None else dual.radius,
     )
-    inner, lower_opt_state, held = _lower.step(
+    after = _lower.step(
       problem, params, state.inner, state.lower_opt_state, batch.lower,
-      state.info.constrained,
       seen=(lower_value, d_y) if average is None else None,
+    )  # fmt: skip
+    others, pairs = _lag.beside(state.dual, d_y, after, state.inner)
+    residual, slope, reached, along, moved, *found = trees.norms(
+      d_z, *others, products=pairs
+    )
+    pace, behind = _lag.follow(
+      state.pace, state.step, along, residual + size, moved, reached,
+      calm=calm,
     )  # fmt: skip
     return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),
       state,
-      moves,
+      (length, residual, slope, reached),
+      seen=True,
       lower_value=lower_value,
-      inner=inner,
+      inner=after.inner,
       dual=z,
-      lower_opt_state=lower_opt_state,
+      lower_opt_state=after.opt_state,
+      pace=pace,
       dual_state=_dual.DualState((), reach),
       memory=SrbaMemory(*now, moves),
-      lower_grad_norm=trees.norm(d_y),
-      dual_residual=trees.norm(d_z),
-      ok=ok & convex & ~_dual.is_idle(length, reach, state.step),
-      constrained=held,
+      lower_grad_norm=slope,
+      dual_residual=residual,
+      ok=ok & convex & ~behind & ~_dual.is_idle(length, reach, state.step),
+      constrained=_lower.holds_some(found, state.info.constrained),
     )
 
   return base.GradientEstimator(init, estimate)
@@ -208,7 +220,7 @@ def _look(problem, step, params, inner, z, batch):
   point = _problem.Point(params, inner, batch.lower, step)
   seen, cross, product = _problem.multiply(problem, point, z)
   length, scale, size, along = trees.norms(
-    z, product, grad_y, product=(z, product)
+    z, product, grad_y, products=[(z, product)]
   )
   convex = _dual.is_convex(along, length * scale)
   convex &= _dual.feels(along, length, size) | (step < _dual.PATIENCE)

@@ -11,6 +11,7 @@ from optlab import estimators
 from optlab import trees
 from optlab.bilevel import _dual
 from optlab.bilevel import _free
+from optlab.bilevel import _lag
 from optlab.bilevel import _problem
 
 
@@ -34,6 +35,7 @@ class BilevelInfo(NamedTuple):
   """Diagnostics of a hypergradient estimator; ``()`` is what it has not."""
 
   lower_grad_norm: Any  # shape (), norm of g_y at the last accepted estimate
+  lower_lag: Any  # shape (), how far y* is from y at least, of late on average
   dual_residual: Any  # shape (), norm of g_yy z - f_y there
   constrained: jax.Array  # shape (), bool, lower steps held a part of y
   ok: jax.Array  # shape (), bool, no assumption was seen to fail there
@@ -50,6 +52,7 @@ class BilevelState(NamedTuple):
   dual: base.Params  # the linear-system variable z, float32 or wider
   lower_opt_state: base.OptState
   dual_state: Any  # what the steps of z need; () where it takes none
+  pace: Any  # shape (7,), how y follows x, see `_lag`; () where nobody looks
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
 
@@ -96,9 +99,11 @@ def init_state(
       () if problem.optimizer is None else problem.optimizer.init(inner)
     ),
     dual_state=_dual.init(dual, z) if isinstance(dual, _dual.Dual) else (),
+    pace=_lag.start(wide) if dual else (),
     memory=memory,
     info=BilevelInfo(
       lower_grad_norm=zero(wide),
+      lower_lag=zero(wide) if dual else (),
       dual_residual=zero(wide) if dual else (),
       constrained=zero(bool),
       ok=jnp.ones((), bool),
@@ -113,7 +118,7 @@ def accept(
   estimate: base.Estimate,
   old: BilevelState,
   *others: base.Params,
-  dual_seen: bool = False,
+  seen: bool = False,
   lower_value: Any = 0.0,
   ok: Any = True,
   constrained: Any = False,
@@ -130,7 +135,7 @@ def accept(
     estimate: The estimate.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
-    dual_seen: Whether z is finite where ``others`` are.
+    seen: Whether y and z are finite where ``others`` are.
     lower_value: What must be finite as well.
     ok: For `BilevelInfo`, whether the linear system is.
     constrained: For `BilevelInfo`.
@@ -142,20 +147,20 @@ def accept(
     The estimate and the state.
   """
   ok = jnp.asarray(ok) & ~jnp.asarray(constrained)
+  pace = fields.get('pace', ())
   info = old.info._replace(
     lower_grad_norm=lower_grad_norm,
+    lower_lag=pace[1] if isinstance(pace, jax.Array) else (),
     dual_residual=dual_residual,
     constrained=jnp.asarray(constrained),
     ok=ok,
     total_not_ok=old.info.total_not_ok + (~ok).astype(jnp.int32),
   )
   new = old._replace(step=old.step + 1, info=info, **fields)
-  dual = () if dual_seen else new.dual
+  variables = () if seen else (new.inner, new.dual)
   # The residual is NaN where f_y is, which conjugate gradients swallow; and a
   # logarithm has a slope where it has no value.
-  finite = trees.is_finite(
-    estimate.grads, new.inner, dual, dual_residual, others
-  )
+  finite = trees.is_finite(estimate.grads, variables, dual_residual, others)
   finite &= jnp.isfinite(estimate.value) & jnp.isfinite(lower_value)
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(

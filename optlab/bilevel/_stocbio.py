@@ -93,8 +93,10 @@ def stocbio(
     Cost: one upper gradient, ``lower_steps`` lower gradients, one lower
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
     residual) and one cross product. ``info.ok`` is false where the series
-    grows: the rate is too large, or ``g_yy`` indefinite; and where it meets no
-    curvature: the lower level is linear, or the rate far too small.
+    grows: the rate is too large, or ``g_yy`` indefinite; where it meets no
+    curvature: the lower level is linear; after 200 steps where it leaves nine
+    tenths of f_y: the rate is far too small, or the terms too few; and where y
+    is behind, as in `soba`.
   """
   checks.enforce(stocbio, locals())
   problem = _bilevel.problem_of(
@@ -102,7 +104,7 @@ def stocbio(
     curvature=curvature, damping=damping, reuse_sample=reuse_sample,
   )  # fmt: skip
 
-  def solve(point, state, grad_y):
+  def solve(point, state, grad_y, beside):
     lower, products = _problem.linearize(problem, point)
     rate = trees.at_step(neumann_lr, state.step)
     # The first term is the gradient itself.
@@ -127,7 +129,12 @@ def stocbio(
     along = trees.inner_product(dual, product)
     ok &= _dual.is_convex(along, length * (residual + size))
     ok &= _dual.feels(along, length, size)
-    return _dual.Solution(dual, residual, ok), cross, lower
+    # As far from a solution as z = 0 is: the rate is far too small.
+    near = (residual < 0.9 * size) | (size == 0)
+    ok &= near | (state.step < _dual.PATIENCE)
+    solution = _dual.Solution(dual, residual, ok, residual + size)
+    # The last z, in whose noise this sample has no part.
+    return _dual.look(solution, cross, lower, state.dual, beside)
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)
   return _bilevel.estimator(problem, solve, move)

@@ -12,6 +12,7 @@ from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
+from optlab.bilevel import _lag
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -135,7 +136,14 @@ def ttsa(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
     cross, product = products(dual)
-    along, size = trees.inner_product(dual, product), trees.norm(grad_y)
+    after = _lower.Step(inner, lower_opt_state)
+    others, pairs = _lag.beside(dual, lower.grad, after, state.inner)
+    size, scale, slope, reached, bent, moved, along = trees.norms(
+      grad_y, product, *others, products=(*pairs, (dual, product))
+    )
+    pace, behind = _lag.follow(
+      state.pace, state.step, bent, scale, moved, reached
+    )
     result = base.Estimate(
       value,
       _bilevel.hypergradient(grad_x, cross),
@@ -144,13 +152,16 @@ def ttsa(
     return _state.accept(
       result,
       state,
-      lower.grad,
+      (length, slope, reached),
+      seen=True,
       lower_value=lower.value,
       inner=inner,
       lower_opt_state=lower_opt_state,
-      lower_grad_norm=trees.norm(lower.grad),
+      pace=pace,
+      lower_grad_norm=slope,
       ok=inside
-      & _dual.is_convex(along, length * trees.norm(product))
+      & ~behind
+      & _dual.is_convex(along, length * scale)
       & _dual.feels(along, length, size),
       constrained=held,
       memory=TtsaMemory(key, power),

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optlab import base
 from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
+from optlab.bilevel import _dual
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -89,10 +91,13 @@ def unrolled(
     Cost: one upper gradient, N lower gradients and, backwards, N Hessian-vector
     and cross products (and N gradients again with ``checkpoint``). Memory: N
     lower variables with their optimizer state, and the activations of one step
-    (of all N without ``checkpoint``). Nothing is assumed of the lower level,
-    and ``info.ok`` says nothing of it: where it has no solution (it is linear,
-    say) ``warm`` steps go on for ever. On a quadratic with gradient descent
-    from a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the
+    (of all N without ``checkpoint``). With ``warm=False`` nothing is assumed of
+    the lower level, and ``info.ok`` says nothing of it. With ``warm`` the N
+    steps stand for all before, and ``info.dual_residual`` is the norm of what
+    is left of f_y at their start: where that is nine tenths of f_y, after 200
+    steps, ``info.ok`` is false. Then the steps are too short for y to follow x,
+    or the lower level is linear or not convex. On a quadratic with gradient
+    descent from a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the
     solution's derivative, besides that of the lower variable itself.
   """
   checks.enforce(unrolled, locals())
@@ -106,7 +111,10 @@ def unrolled(
     state = _state.init_state(
       problem, params, inner, dual=False, memory=first, smooth=True
     )
-    return state._replace(info=state.info._replace(lower_grad_norm=()))
+    residual = jnp.zeros_like(state.info.lower_grad_norm) if warm else ()
+    return state._replace(
+      info=state.info._replace(lower_grad_norm=(), dual_residual=residual)
+    )
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
@@ -118,26 +126,36 @@ def unrolled(
         () if problem.optimizer is None else problem.optimizer.init(first)
       )
 
-    def run(params):
+    def run(params, first):
       inner, lower_opt_state, _ = _lower.descend(
         problem, params, first if start is None else start(params, first),
         opt_state, samples, steps=lower_steps, of=of, checkpoint=checkpoint,
       )  # fmt: skip
-      value, aux = problem.upper(params, inner, batch.upper)
-      return value, (aux, inner, lower_opt_state)
+      return inner, lower_opt_state
 
-    (value, (aux, inner, lower_opt_state)), grads = jax.value_and_grad(
-      run, has_aux=True
-    )(params)
+    inner, pull, lower_opt_state = jax.vjp(run, params, first, has_aux=True)
+    value, aux, grad_x, grad_y = _problem.upper_value_and_grads(
+      problem, params, inner, batch.upper
+    )
+    through, left = pull(grad_y)
+    residual, ok = (), True
+    if warm:
+      residual, size = trees.norm(left), trees.norm(grad_y)
+      # What is left of f_y at the start is what the steps have not seen: all
+      # where they are too short or g is linear, more where it is not convex.
+      ok = (residual < 0.9 * size) | (size == 0)
+      ok |= state.step < _dual.PATIENCE
     if has_aux:
       aux = _problem.BilevelAux(
         aux, problem.lower(params, inner, batch.lower)[1]
       )
     return _state.accept(
-      base.Estimate(value, grads, aux=aux),
+      base.Estimate(value, trees.combine(jnp.add, grad_x, through), aux=aux),
       state,
       inner=inner,
       lower_opt_state=lower_opt_state,
+      dual_residual=residual,
+      ok=ok,
     )
 
   return base.GradientEstimator(init, estimate)

@@ -56,7 +56,7 @@ def is_lost(
     residual, direction, square, longest, steepest = carry
     image = trees.cast_like(product(trees.cast_like(direction, inner)), start)
     length, stretch, along = trees.norms(
-      direction, image, product=(direction, image)
+      direction, image, products=[(direction, image)]
     )
     steepest = jnp.maximum(steepest, stretch * inverse(length))
     least = eps * steepest * length**2

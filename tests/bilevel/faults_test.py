@@ -180,7 +180,7 @@ def test_a_rate_beyond_two_over_the_curvature_is_bounded_and_told(name):
   assert np.all(np.abs(estimates.grads) < 300)
   assert state.info.total_not_ok > 30
   fine = RATED[name](upper, lower, optax.sgd(1e-6), 0.05)
-  state, _ = run(fine, X, Y, 300)
+  state, _ = run(fine, X, np.float32([1.0, 0.5, 1 / 30]), 300)  # At y*.
   assert state.info.total_not_ok == 0
 
 
@@ -224,7 +224,8 @@ def test_a_semidefinite_hessian_is_no_fault():
   upper, lower = quadratic(np.diag([1.0, 2.0, 0.0]))
   for name in ('soba', 'bo_rep', 'stocbio', 'saba'):
     estimator = RATED[name](upper, lower, optax.sgd(1e-6), 0.5)
-    state, _ = run(estimator, X, Y, 300)
+    x, y = np.float32([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])  # One solution.
+    state, _ = run(estimator, x, y, 300)
     assert state.info.total_not_ok == 0, name
 
 
@@ -291,6 +292,80 @@ def test_implicit_tells_lower_steps_that_cannot_follow():
   assert train(optax.adam(0.05), 1.0, 0.5)[1].total_not_ok == 0
   frozen = optax.piecewise_constant_schedule(0.1, {50: 1e-6})
   assert not train(optax.sgd(frozen), 1.0)[1].ok
+
+
+@pytest.mark.parametrize('name', [*FORMULA, 'mrbo', 'f2sa', 'unrolled'])
+def test_a_lower_level_that_cannot_follow_is_told(name):
+  """Steps too short by far, with noise and without; where they do, nothing."""
+
+  def lower(x, y, batch):
+    curvature, noise = batch
+    return curvature * (0.5 * jnp.sum((y - x) ** 2) + noise @ y)
+
+  # With a part of its own: a y that stands still leads to another x.
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2) + 0.5 * jnp.sum(x**2)
+  make, second = {
+    'mrbo': (bilevel.mrbo, (0.3,)),
+    'f2sa': (bilevel.f2sa, (50.0,)),
+    'unrolled': (optlab.unrolled, ()),
+  }.get(name) or (FORMULA[name], (0.3,))
+  reuse = name in ROUNDS or name == 'f2sa'
+  steps, tx = 400, optax.sgd(optax.cosine_decay_schedule(0.05, 400))
+  last = steps * (1 if name in ('soba', 'saba', 'mrbo', 'ttsa') else 5)
+
+  @jax.jit
+  @jax.vmap
+  def train(rate, noise):
+    decayed = lambda t: rate * (1 - t / last)
+    estimator = make(
+      upper, lower, optax.sgd(decayed), *second,
+      **({'reuse_sample': True} if reuse else {}),
+    )  # fmt: skip
+    step = optlab.train_step(estimator, tx)
+    samples = noise * jax.random.normal(jax.random.key(0), (steps, 2))
+
+    def body(state, sample):
+      return step(state, optlab.BilevelBatch(None, (1.0, sample)))
+
+    state = optlab.init(jnp.full(2, 0.3), estimator, tx, jnp.full(2, 0.5))
+    state, _ = jax.lax.scan(body, state, samples)
+    return state.params, state.estimator_state.info
+
+  params, info = train(*np.float32([[1e-5, 1e-5, 0.5, 0.5], [0, 1, 0, 0.3]]))
+  assert not np.any(info.ok[:2]) and np.all(info.total_not_ok[:2] > 100)
+  if name == 'unrolled':  # At the end of a decay, its steps are too short too.
+    assert np.all(info.total_not_ok[2:] < 100)
+    return
+  assert not np.any(info.total_not_ok[2:])
+  if name in ('f2sa', 'stocbio', 'ttsa'):  # Biased, as they say.
+    return
+  np.testing.assert_allclose(params[2], 2 / 3, atol=2e-3)
+  if name != 'f2sa':
+    assert np.all(info.lower_lag[:2] > 30 * info.lower_lag[2])
+    report = optlab.report(jax.tree.map(lambda leaf: leaf[0], info))
+    assert report['lower_lag'] == info.lower_lag[0]
+
+
+def test_variables_that_swing_or_run_away_together_are_told():
+  """A lower level of a rate that would do, were x slower."""
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+
+  @jax.jit
+  @jax.vmap
+  def train(x_lr, drift):
+    estimator = optlab.soba(upper, lower, optax.sgd(0.02), 0.3)
+    # The momentum of x makes the two run away.
+    tx = optax.sgd(x_lr, drift)
+    step = optlab.train_step(estimator, tx)
+    state = optlab.init(jnp.zeros(2), estimator, tx, jnp.array([0.5, 0.2]))
+    state, _ = jax.lax.scan(lambda s, _: step(s, NOTHING), state, length=400)
+    return state.params, state.estimator_state.info
+
+  params, info = train(*np.float32([[0.5, 0.1, 0.002], [0.0, 0.9, 0.0]]))
+  assert np.max(np.abs(params[1])) > 100  # And finite.
+  assert np.all(info.total_not_ok[:2] > 50) and not np.any(info.ok[:2])
+  assert info.total_not_ok[2] == 0
 
 
 @pytest.mark.parametrize('warm', [True, False])
