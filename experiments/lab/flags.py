@@ -211,7 +211,11 @@ def _convert(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
     wrong = isinstance(entry, bool) and kind is not bool
     if wrong or not isinstance(entry, sources):
       raise UserError(f'{_name(field)}={entry!r}: is not {said}')
-    return os.fspath(entry) if kind is str else kind(entry)
+    if kind is not str:
+      return kind(entry)
+    # No shell does it behind `--output_dir=`.
+    text = os.fspath(entry)
+    return os.path.expanduser(text) if text.startswith('~') else text
 
   if not is_list:
     return convert(value)

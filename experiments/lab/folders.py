@@ -68,6 +68,12 @@ def choose(program: str, output_dir: str, resume: bool) -> pathlib.Path:
   Raises:
     UserError: There is no run to resume, or the folder cannot be made.
   """
+  try:
+    pathlib.Path.cwd()
+  except OSError as error:
+    raise flags.UserError(
+      'the working directory is not there any more: change to another'
+    ) from error
   if output_dir and resume:
     return pathlib.Path(output_dir).absolute()
   home = (RESULTS / program).absolute()
@@ -79,12 +85,10 @@ def choose(program: str, output_dir: str, resume: bool) -> pathlib.Path:
       )
     return found
   folder = pathlib.Path(output_dir).absolute() if output_dir else home
-  try:
-    str(folder).encode()
-  except UnicodeEncodeError as error:  # Checkpoints are named in UTF-8.
-    raise flags.UserError(
-      f'--output_dir={str(folder)!a}: its name is no text'
-    ) from error
+  name = str(folder)
+  if '\0' in name or name != name.encode(errors='replace').decode():
+    # Checkpoints are named in UTF-8.
+    raise flags.UserError(f'--output_dir={name!a}: its name is no text')
   try:
     folder.mkdir(parents=True, exist_ok=True)
     return folder if output_dir else _next(home)

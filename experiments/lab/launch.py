@@ -13,6 +13,7 @@ A program ends with::
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import errno
 import functools
 import os
 import sys
@@ -39,6 +40,12 @@ _DEFINE: dict[type, Callable[..., Any]] = {
   float: absl_flags.DEFINE_float,
   bool: absl_flags.DEFINE_bool,
 }
+
+
+# Errors without a file's name: those of a write are the standard output's.
+_OF_WRITING = (
+  errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN, errno.ENXIO,
+)  # fmt: skip
 
 
 def _split(text: str) -> list[str]:
@@ -134,7 +141,10 @@ def _of_output(error: OSError) -> str:
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   if isinstance(error, BrokenPipeError):  # As of `| head`.
     return 'nobody reads the standard output'
-  return f'{error.filename or "standard output"}: {error.strerror or error}'
+  what, said = error.filename, error.strerror or str(error)
+  if what is None and error.errno in _OF_WRITING:
+    what = 'standard output'
+  return f'{what}: {said}' if what else said
 
 
 def program(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -206,7 +216,7 @@ def _run(main, config_type, argv) -> None:
   if isinstance(config, flags.Config) and absl_flags.FLAGS['repeat'].present:
     if not absl_flags.FLAGS.repeat:
       raise flags.UserError('--repeat is empty: give a record')
-    header, earlier = record.read(absl_flags.FLAGS.repeat)
+    header, earlier = record.read(os.path.expanduser(absl_flags.FLAGS.repeat))
     config = repeating.config_of(config_type, header)
   before = bool(jnp.result_type(float) == jnp.float64)
   if isinstance(config, flags.Config):

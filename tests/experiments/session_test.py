@@ -677,10 +677,27 @@ def test_a_folder_that_is_none_is_named(config, tmp_path, make, match):
     Session('test', where)
 
 
+def test_home_is_where_a_shell_would_put_it(config, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  where = dataclasses.replace(config, output_dir='~/out')
+  assert where.output_dir == f'{tmp_path}/out'
+
+
+def test_a_working_directory_that_is_gone_is_said(
+  config, tmp_path, monkeypatch
+):
+  (tmp_path / 'gone').mkdir()
+  monkeypatch.chdir(tmp_path / 'gone')
+  (tmp_path / 'gone').rmdir()
+  with pytest.raises(flags.UserError, match='working directory is not there'):
+    Session('test', dataclasses.replace(config, output_dir=''))
+
+
 def test_a_name_that_is_no_text_is_refused(config, tmp_path, capfd):
-  where = dataclasses.replace(config, output_dir=f'{tmp_path}/\udcff')
-  with pytest.raises(flags.UserError, match=r'udcff.*no text') as error:
-    Session('test', where)
+  for name, said in (('\udcff', r'\\udcff'), ('a\0b', r'a\\x00b')):
+    where = dataclasses.replace(config, output_dir=f'{tmp_path}/{name}')
+    with pytest.raises(flags.UserError, match=rf'{said}.*no text') as error:
+      Session('test', where)
   stopping.say(f'{error.value} \udcff')
   assert 'no text' in capfd.readouterr().err
 
