@@ -54,18 +54,18 @@ class Config(flags.Config):
   """Flags."""
 
   QUICK = {
-    'optimizers': ('adamw', 'diffgrad'),
+    'optimizers': ('adamw',),
     'batches': ('16', 'ramp', 'noise'),
     'tokens': 60_000,
     'length': 32,
     'width': 32,
     'layers': 2,
     'held': 32,
-    'learning_rates': (0.003, 0.01),
+    'learning_rates': (0.003, 0.01, 0.03),
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (2, 90)
+  MINUTES = (1, 90)
 
   data_dir: str = flags.flag(
     '', "A text file, or a folder of them; Python's reference if empty."

@@ -31,6 +31,7 @@ FREE = (
 
 
 MAX_SEEDS = 10_000  # From here on they tune rates.
+MAX_COUNT = 2**31 - 1  # A counter on the device has no larger one.
 
 
 class UserError(Exception):
@@ -244,3 +245,5 @@ def _check(field: dataclasses.Field, value: Any) -> None:
       raise UserError(f'{name}={entry}: not a finite number')
     if low is not None and entry is not None and entry < low:
       raise UserError(f'{name}={entry}: must be at least {low}')
+    if isinstance(entry, int) and abs(entry) > MAX_COUNT:
+      raise UserError(f'{name}={entry}: must be at most {MAX_COUNT:,}')

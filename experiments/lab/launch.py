@@ -200,6 +200,11 @@ def run(
     except OSError as error:
       # What is still to be written there would fail once more at the exit.
       _fail(f'{_of_output(error)}; {listener.way_on}')
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      said = ' '.join(str(error).split())
+      if not isinstance(error, MemoryError) and 'RESOURCE_EXH' not in said:
+        raise
+      _fail(f'not enough memory: {said[:150]}; {listener.way_on}')
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:

@@ -473,6 +473,11 @@ class Growing(Config):
   steps: int = flags.flag(10, 'Steps.', grows=True)
 
 
+def test_a_count_is_one_that_a_device_can_hold(tmp_path):
+  with pytest.raises(flags.UserError, match='--steps=.*at most 2,147,483,647'):
+    Growing(output_dir=str(tmp_path), steps=2**31)
+
+
 @pytest.mark.parametrize('prefix', [False, True])
 @pytest.mark.parametrize('more', [{'seeds': 3}, {'steps': 14}])
 def test_more_seeds_and_steps_give_the_numbers_of_the_larger_run(
