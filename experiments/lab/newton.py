@@ -112,19 +112,26 @@ def _entry(
 
   def step(state, key, rate, data):
     del key, rate
-    result = _minimize(
-      problem, method, state.params, data, max_steps=1,
-      opt_state=state.opt_state,
+    fun, extras = lambda params: problem.fun(params, data), {}
+    if method.curvature is not None:
+      extras['curvature'] = method.curvature.factory(state.params, data)
+    # Of an accepted trial: a step costs what is counted, and no start anew.
+    value, grad = optax.value_and_grad_from_state(fun)(
+      state.params, state=state.opt_state
+    )
+    updates, opt_state = method.tx.update(
+      grad, state.opt_state, state.params, value=value, grad=grad,
+      value_fn=fun, **extras,
     )  # fmt: skip
-    trials, gradients = method.evaluations(result.opt_state)
+    trials, gradients = method.evaluations(opt_state)
     products, solves = jnp.int32(0), jnp.int32(0)
     if method.curvature is not None:
       total = lambda opt_state: optax.tree.get(opt_state, 'total_products')
-      counted = total(result.opt_state) - total(state.opt_state)
+      counted = total(opt_state) - total(state.opt_state)
       products = counted + method.curvature.columns
-      solves = optax.tree.get(result.opt_state, 'solves')
+      solves = optax.tree.get(opt_state, 'solves')
     return State(
-      result.params, result.opt_state,
+      optax.apply_updates(state.params, updates), opt_state,
       state.trials + trials, state.gradients + gradients,
       state.products + products, state.solves + solves,
     )  # fmt: skip

@@ -17,8 +17,10 @@ from experiments import nonlinear_equations
 from experiments import plot
 from experiments import softmax_regression
 from experiments.lab import flags
+from experiments.lab import newton
 from experiments.lab import record
 from experiments.lab import sklearn_solvers
+from experiments.methods import newton as methods
 from experiments.problems import data
 from experiments.problems import regressions
 from experiments.problems import smooth
@@ -176,6 +178,27 @@ def test_two_runs_differ_in_times_alone(tmp_path, x64):
     for name in ('first', 'second')
   )
   assert first == second
+
+
+@pytest.mark.parametrize('name', ['gns', 'lbfgs'])
+def test_a_drawn_step_pays_what_it_counts(x64, name):
+  problem, calls = smooth.equations('rosenbrock', 2, 2), []
+
+  def fun(x, data):
+    jax.debug.callback(lambda: calls.append(0))
+    return problem.fun(x, data)
+
+  (method,) = methods.methods((name,), ('gauss_newton',), problem)
+  starts = np.asarray(problem.start(0))[None]
+  entry = newton._entry(
+    problem._replace(fun=fun), method, jax.numpy.array(starts)
+  )
+  state = entry.start(None, None, 0, ())
+  step = jax.jit(lambda state: entry.step(state, None, None, ()))
+  for _ in range(4):
+    state = step(state)
+  jax.effects_barrier()
+  assert len(calls) == state.gradients > 4
 
 
 def test_the_rank_one_curvature_is_the_papers(x64):
