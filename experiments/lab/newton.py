@@ -103,12 +103,13 @@ def _entry(
   problem: smooth.Problem, method: methods.Method, starts: jax.Array
 ) -> study.Entry:
   """A method of the study; a call is a step, and what it cost is kept."""
+  tx = optax.with_extra_args_support(method.tx)
 
   def start(key, rate, seed, data):
     del key, rate, data
     params = starts[seed]
     zero = jnp.zeros((), jnp.int32)
-    return State(params, method.tx.init(params), zero, zero + 1, zero, zero)
+    return State(params, tx.init(params), zero, zero + 1, zero, zero)
 
   def step(state, key, rate, data):
     del key, rate
@@ -119,7 +120,7 @@ def _entry(
     value, grad = optax.value_and_grad_from_state(fun)(
       state.params, state=state.opt_state
     )
-    updates, opt_state = method.tx.update(
+    updates, opt_state = tx.update(
       grad, state.opt_state, state.params, value=value, grad=grad,
       value_fn=fun, **extras,
     )  # fmt: skip
