@@ -86,7 +86,7 @@ def contrastive_divergence(
     sampler: What moves the chains: `langevin_sampler`, `hmc_sampler`,
       `kernel_sampler` of any kernel of blackjax, or a function ``(log_density,
       key, rows) -> rows``. ``None`` is ``langevin_sampler(step_size, num_steps,
-      adjust=adjust)``. Zeros and ones need a discrete one, such as
+      adjust=adjust)``. Bits, spins and counts need a discrete one, such as
       `gibbs_sampler`.
     persistent: Whether chains go on; else they start at the batch's data.
     restart: Probability that a persistent chain starts anew at a noise row.
@@ -142,9 +142,10 @@ def contrastive_divergence(
     chain outside the model's support, outside ``box``, or without one ten times
     further out than data and noise; it starts anew at the next step. Langevin
     chains clip their gradients (``max_drift`` of `langevin_sampler`); clip that
-    of the parameters by optax. Data of zeros and ones with Langevin chains, or
-    other values than a discrete sampler moves on: the step is held and its
-    value NaN, where the error cannot be raised (under ``jit``). A chain that
+    of the parameters by optax. Data of bits, spins, levels or whole numbers
+    with chains of real numbers, or other values than a discrete sampler moves
+    on: the step is held and its value NaN, where the error cannot be raised
+    (under ``jit``). One such column beside others is not seen. A chain that
     starts anew counts at once, and must cross from well to well within
     ``num_steps``: raise it where wells are apart. Cost per step: ``num_steps``
     gradients with respect to rows, and one over data and chains together.
@@ -201,6 +202,8 @@ def contrastive_divergence(
       start,
       state.sampler_state,
     )
+    if moves.discrete is None:
+      refused = _contrastive_rows.check_moved(refused, batch.data, run.rows)
     inside = near(batch.data) | (box is None), near(run.rows)
     rule = _rule(state.info, inside, refused, dtype)
     joined = _likelihood.aligned(

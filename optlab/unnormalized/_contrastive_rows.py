@@ -1,7 +1,7 @@
 """Which rows the chains of `contrastive_divergence` may stand on."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,12 @@ from optlab import checks
 from optlab.unnormalized import _samplers
 
 Box = tuple[jax.Array, jax.Array] | None
+LEAVE = (
+  'contrastive_divergence: Langevin chains and others of real numbers leave {};'
+  ' pass a sampler that moves on them, such as'
+  ' sampler=optlab.unnormalized.gibbs_sampler(values=...), or add uniform noise'
+  ' to numbers that were rounded.'
+)
 
 
 def as_box(box: Any) -> Box:
@@ -105,17 +111,67 @@ def check_values(data: jax.Array, moves: _samplers.Sampler) -> jax.Array:
   """Whether the sampler cannot move on such data; raises where it can tell."""
   if moves.discrete:
     return _check_discrete(data, moves.values)
-  remedy = (
-    'contrastive_divergence: Langevin chains leave {}; pass a sampler that'
-    ' moves on them, such as sampler=optlab.unnormalized.gibbs_sampler().'
-  )
   if not jnp.issubdtype(data.dtype, jnp.floating):
-    raise ValueError(remedy.format(f'data of dtype {data.dtype}'))
-  zero, one = data == 0, data == 1
-  bits = jnp.all(zero | one) & jnp.any(zero) & jnp.any(one)
-  if not isinstance(bits, jax.core.Tracer) and bits:
-    raise ValueError(remedy.format('data of zeros and ones'))
-  return bits
+    raise ValueError(LEAVE.format(f'data of dtype {data.dtype}'))
+  found = _lattice(data).found
+  if moves.discrete is not None and _is_true(found):
+    raise ValueError(LEAVE.format(_kind(data)))
+  return found
+
+
+def check_moved(
+  found: jax.Array, data: jax.Array, rows: jax.Array
+) -> jax.Array:
+  """Whether a sampler that said nothing took rows off such data; raises so."""
+  lattice = _lattice(data)
+  places = (rows.astype(data.dtype) - lattice.low) / lattice.step
+  left = found & jnp.any(jnp.abs(places - jnp.round(places)) > 1e-3)
+  if _is_true(left):
+    raise ValueError(LEAVE.format(_kind(data)))
+  return left
+
+
+def _is_true(flag):
+  return not isinstance(flag, jax.core.Tracer) and bool(flag)
+
+
+def _kind(data):
+  bits = jnp.all((data == 0) | (data == 1))
+  return 'data of zeros and ones' if bits else 'data of few or whole numbers'
+
+
+class _Lattice(NamedTuple):
+  """Numbers that are evenly apart."""
+
+  found: jax.Array  # shape (), bool, whether all that vary are on it
+  low: jax.Array  # scalar or of a row's shape
+  step: jax.Array
+
+
+def _lattice(data):
+  """Whether data are bits, whole numbers, or columns of nine levels at most."""
+  eps = jnp.finfo(data.dtype).eps
+  finite = jnp.isfinite(data)
+  data = jnp.where(finite, data, 0)
+  low, high = _ends(jnp.where(finite, data, jnp.nan))
+  most = jnp.finfo(data.dtype).max
+  second = jnp.min(jnp.where(finite & (data > low), data, most), 0)
+  step = jnp.where(high > low, second - low, 1)
+  places = jnp.where(finite, (data - low) / step, 0)
+  even = jnp.all(jnp.abs(places - jnp.round(places)) < 1e-3, 0)
+  even &= (high - low) / step < 8.5
+  varied = jnp.any(high > low)
+  # Large floats have no fraction.
+  whole = jnp.all((data == jnp.round(data)) & (eps * jnp.abs(data) < 1 / 64))
+  bits = jnp.all((data == 0) | (data == 1))
+  # A few numbers may be whole, or even, by chance.
+  found = bits | (whole & (data.size >= 20))
+  levels = jnp.all(even | ~(high > low)) & (data.shape[0] >= 20)
+  return _Lattice(
+    (found | levels) & varied,
+    jnp.where(whole, 0, low),
+    jnp.where(whole, 1, step),
+  )
 
 
 def _check_discrete(data, values):
@@ -126,7 +182,7 @@ def _check_discrete(data, values):
   for value in values:
     known |= data == jnp.asarray(value).astype(data.dtype)
   other = ~jnp.all(known)
-  if not isinstance(other, jax.core.Tracer) and other:
+  if _is_true(other):
     raise ValueError(
       'contrastive_divergence: data have other values than the sampler moves'
       f' on, {values}; give it theirs, as gibbs_sampler(values=(-1, 1)).'
@@ -136,7 +192,7 @@ def _check_discrete(data, values):
     totals = jnp.sum(data.astype(jnp.float32), 1)
     alike = jnp.all(totals == totals[:1])
     one_hot = alike & jnp.any(data != data[:1])
-    if not isinstance(one_hot, jax.core.Tracer) and one_hot:
+    if _is_true(one_hot):
       raise ValueError(
         'contrastive_divergence: all rows of data have one sum, as those of'
         ' one-hot columns, and a sampler that flips bits leaves them; number'

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 from optlab.unnormalized import _pareto
+from optlab.unnormalized import _unseen
 from optlab.unnormalized import _walk
 
 
@@ -58,13 +59,9 @@ def estimate(
   )
   error = jnp.hypot(error, jnp.where(some, rounding, 0))
 
+  walk_key, kick_key = jax.random.split(jax.random.fold_in(key, 1))
   walked = _walk.walk(
-    log_density,
-    noise,
-    jax.random.fold_in(key, 1),
-    reservoir,
-    layout,
-    walk_steps,
+    log_density, noise, walk_key, reservoir, layout, walk_steps
   )
   change, second_error = _walk.change_of(
     value, reservoir.log_w, walked.log_w, weights.ess
@@ -74,6 +71,11 @@ def estimate(
   # More of them than the largest draw explains are mass that none has met.
   beyond = jnp.sum(walked.log_w > weights.log_scale + 0.7).astype(error.dtype)
   error = jnp.hypot(error, jnp.minimum(beyond / 4, 1) * second_error)
+  unseen = _unseen.share(
+    log_density, noise, kick_key, reservoir, layout, value,
+    weights.log_scale + rounding, min(num, 10_000),
+  )  # fmt: skip
+  error = jnp.hypot(error, jnp.minimum(unseen, 1))
   rejected += walked.infinite
   # Rounding alone is no disagreement.
   bound = 3 * jnp.hypot(second_error, plain_error)
@@ -87,7 +89,8 @@ def estimate(
     & (share <= bounds.max_share)
     & (k_hat <= jnp.minimum(bounds.max_k_hat, _pareto.largest_ok(num)))
     & (jnp.abs(change) <= bound)
-    & (beyond <= 3 + 4 * walked.log_w.size * share)
+    & (beyond <= 3 + walked.log_w.size * (4 * share + 2 * unseen))
+    & (unseen <= _unseen.MOST)
   )
   data_gap = jnp.full((), jnp.nan, log_w.dtype)
   if data is not None:

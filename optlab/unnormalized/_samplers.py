@@ -42,13 +42,14 @@ class Sampler(NamedTuple):
     init: ``rows -> state``.
     step: ``(log_density, key, rows, state) -> Moved``, with ``log_density``
       the model at its parameters, ``rows -> [rows]``.
-    discrete: Whether it moves on integers, or on numbers that are 0 or 1.
+    discrete: Whether it moves on integers, or on numbers that are 0 or 1;
+      ``None`` where that is not known.
     values: The values that a column may take, if it moves on these alone.
   """
 
   init: Callable[[jax.Array], Any]
   step: Callable[[LogDensityOfRows, jax.Array, jax.Array, Any], Moved]
-  discrete: bool = False
+  discrete: bool | None = False
   values: tuple[float, ...] | None = None
 
 
@@ -93,7 +94,7 @@ def as_sampler(name: str, sampler: Any) -> Sampler:
       jnp.sum(bad).astype(jnp.int32),
     )
 
-  return Sampler(lambda rows: (), step)
+  return Sampler(lambda rows: (), step, None)
 
 
 @checks.domains(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
+from optlab.unnormalized import _unseen
 from optlab.unnormalized import _walk
 
 FRESH = 32  # Draws for each particle.
@@ -47,6 +48,10 @@ def judged(
     value, floats, log_w, log_p, jnp.min(floats, 0), jnp.max(floats, 0), whole
   )
   walked = _walk.walk(log_density, noise, key, reservoir, layout, 50)
+  unseen = _unseen.share(
+    log_density, noise, jax.random.fold_in(key, 4), reservoir, layout, value,
+    jnp.max(log_w) + rounding, 10_000,
+  )  # fmt: skip
   # Particles share ancestors: a fifth of them are their own.
   own = jnp.asarray(flat.shape[0] / 5, dtype)
   change, change_error = _walk.change_of(value, log_w, walked.log_w, own)
@@ -61,7 +66,7 @@ def judged(
   # density.
   beyond = jnp.sum(walked.log_w > jnp.max(log_w) + 0.7)
   ok &= beyond <= 5 + own / 8
-  ok &= rounding < 0.5
+  ok &= (rounding < 0.5) & (unseen <= _unseen.MOST)
   # A thin tail that the particles have not reached in full; mass that less than
   # one of them stands for; digits; and the share of the draws.
   told = (jnp.abs(change) > change_error) & (change_error < 0.5)
@@ -70,6 +75,7 @@ def judged(
     jnp.where(told, change, 0),
     1 / own,
     rounding,
+    unseen,
     jnp.sqrt((1 / share - 1) / (FRESH * log_w.size)),
   )
   return found._replace(

@@ -413,6 +413,50 @@ def test_zeros_and_ones_need_a_discrete_sampler():
     jax.eval_shape(estimator.estimate, theta, state, whole)
 
 
+BITS = jax.random.bernoulli(jax.random.key(0), 0.4, (40, 2)) * 1.0
+NORMAL = jax.random.normal(jax.random.key(1), (40, 2))
+COUNTS = jnp.round(jnp.abs(4 * NORMAL))
+
+
+def test_spins_levels_and_counts_in_floats_are_not_left_by_chains():
+  """Langevin chains on the reals trained, and no figure told."""
+  model = lambda theta, x: theta * jnp.sum(x, 1) - jnp.sum(x**2, 1)
+  theta = jnp.zeros(())
+
+  def first(estimator, data):
+    batch = optlab.NoiseBatch(data, data[::-1], jnp.zeros(40))
+    state = estimator.init(theta, jax.random.key(0), data)
+    return estimator.estimate(theta, state, batch)
+
+  langevin = optlab.contrastive_divergence(model, num_steps=1)
+  jitted = jax.jit(lambda data: first(langevin, data))
+  lattices = [
+    2 * BITS - 1, (2 * BITS - 1).at[3, 1].set(jnp.nan), 1e-20 * (BITS - 0.5),
+    (BITS - BITS.mean(0)) / BITS.std(0), COUNTS, jnp.minimum(COUNTS, 5) / 3,
+  ]  # fmt: skip
+  for data in lattices:
+    with pytest.raises(ValueError, match='leave data of few or whole numbers'):
+      first(langevin, data)
+    estimate, state = jitted(data)
+    assert np.isnan(estimate.value)
+    assert estimate.grads == 0
+    assert state.info.held
+  for data in (
+    NORMAL, jax.random.cauchy(jax.random.key(2), (40, 2)), 1e8 * NORMAL,
+    NORMAL.at[5].set(jnp.nan), jax.nn.relu(NORMAL), jnp.ones((40, 2)),
+    jnp.round(255 * jax.nn.sigmoid(NORMAL)) / 255,
+  ):  # fmt: skip
+    assert not jitted(data)[1].info.held
+  # A function that stays on spins may move them, and one that leaves may not.
+  stay = optlab.contrastive_divergence(model, sampler=lambda f, key, x: -x)
+  leave = optlab.contrastive_divergence(
+    model, sampler=lambda f, key, x: x + 0.1
+  )
+  assert not first(stay, lattices[0])[1].info.held
+  with pytest.raises(ValueError, match='leave data of few or whole numbers'):
+    first(leave, lattices[0])
+
+
 @pytest.mark.parametrize('kernel', ['hmc', 'mala', 'nuts'])
 def test_a_kernel_of_blackjax(kernel):
   blackjax = pytest.importorskip('blackjax')

@@ -307,18 +307,49 @@ def test_half_precision_is_in_the_error():
   assert not found(300.0).ok  # Two by two, as all of them are.
 
 
-def test_walkers_tell_a_mode_that_no_draw_met():
-  """A mode of 3 %: the interval held the truth in 37 runs of 100."""
+def apart(weight, distance):
+  """Two modes along the first axis, the second with so much of the mass."""
 
-  def both(x):
-    far = math.log(0.03) + quadratic(x - 10)
-    return jnp.logaddexp(math.log(0.97) + quadratic(x), far)
+  def log_density(x):
+    moved = x.at[:, 0].add(-distance)
+    return jnp.logaddexp(
+      jnp.log(1 - weight) + quadratic(x), jnp.log(weight) + quadratic(moved)
+    )
 
-  result = score(both, isotropic(1, 4.0), jax.random.key(0), 10_000)
-  assert not result.ok
-  # The weights had not told.
-  assert result.k_hat < 0.5
-  assert result.ess > 1000
+  return log_density
+
+
+def scores_apart(size):
+  """``(weight, distance, variance) -> log Z less its truth``, ten times."""
+
+  def score(weight, distance, variance, key):
+    found = optlab.log_partition(
+      apart(weight, distance), isotropic(size, variance), key, 10_000,
+      walk_steps=10,
+    )  # fmt: skip
+    return found._replace(value=found.value - size * HALF_LOG_2PI)
+
+  keys = jax.random.split(jax.random.key(0), 10)
+  return jax.jit(lambda *case: jax.lax.map(lambda key: score(*case, key), keys))
+
+
+@pytest.mark.parametrize(
+  ('size', 'distances'), [(1, (10.0, 14.0)), (3, (10.0,))]
+)
+def test_kicks_tell_a_mode_that_no_draw_met(size, distances):
+  """Of 3 %: the interval held the truth in 37 runs of 100, and in none."""
+  scores = scores_apart(size)
+  for distance in distances:
+    found = scores(0.03, distance, 4.0)
+    # The weights had not told.
+    assert np.all(found.k_hat < 0.5)
+    assert np.all(found.ess > 1000)
+    assert np.sum(found.ok) >= 3
+    gap = np.abs(found.value)
+    assert np.sum(found.ok & (gap > 1.96 * found.standard_error)) == 0
+    assert np.all(gap[found.ok] > 0.01)  # What the error makes up for.
+  # Of a fifth it is more than an error.
+  assert not np.any(scores(0.2, distances[-1], 4.0).ok)
 
 
 PAIRS = {
