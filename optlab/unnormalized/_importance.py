@@ -71,11 +71,11 @@ def estimate(
   # More of them than the largest draw explains are mass that none has met.
   beyond = jnp.sum(walked.log_w > weights.log_scale + 0.7).astype(error.dtype)
   error = jnp.hypot(error, jnp.minimum(beyond / 4, 1) * second_error)
-  unseen = _unseen.share(
+  kicked = _unseen.kick(
     log_density, noise, kick_key, reservoir, layout, value,
     weights.log_scale + rounding, min(num, 10_000),
   )  # fmt: skip
-  error = jnp.hypot(error, jnp.minimum(unseen, 1))
+  error = jnp.hypot(error, jnp.minimum(kicked.share, 1))
   rejected += walked.infinite
   # Rounding alone is no disagreement.
   bound = 3 * jnp.hypot(second_error, plain_error)
@@ -89,8 +89,9 @@ def estimate(
     & (share <= bounds.max_share)
     & (k_hat <= jnp.minimum(bounds.max_k_hat, _pareto.largest_ok(num)))
     & (jnp.abs(change) <= bound)
-    & (beyond <= 3 + walked.log_w.size * (4 * share + 2 * unseen))
-    & (unseen <= _unseen.MOST)
+    & (beyond <= 3 + walked.log_w.size * (4 * share + 2 * kicked.share))
+    & (kicked.share <= _unseen.MOST)
+    & (jnp.abs(kicked.gap) <= 4 * jnp.hypot(error, kicked.gap_error))
   )
   data_gap = jnp.full((), jnp.nan, log_w.dtype)
   if data is not None:

@@ -141,7 +141,9 @@ def log_partition(
     such as that of a Cauchy model under a wide Gaussian; the error is then no
     smaller than that of the second estimate. The mass where the model outweighs
     every draw is estimated by a third, whose noise are the model's rows kicked
-    by Cauchy steps: it is part of the error, and above a tenth refuses.
+    by Cauchy steps: it is part of the error, and above a tenth refuses. So does
+    another log Z by these, which tells of noise whose ``log_prob`` is off by a
+    constant.
 
     That finds a mode which no draw met some thirty spreads away in one column,
     ten in three, and hardly any in ten, where kicks go astray; a needle, much

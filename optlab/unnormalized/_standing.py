@@ -48,7 +48,7 @@ def judged(
     value, floats, log_w, log_p, jnp.min(floats, 0), jnp.max(floats, 0), whole
   )
   walked = _walk.walk(log_density, noise, key, reservoir, layout, 50)
-  unseen = _unseen.share(
+  kicked = _unseen.kick(
     log_density, noise, jax.random.fold_in(key, 4), reservoir, layout, value,
     jnp.max(log_w) + rounding, 10_000,
   )  # fmt: skip
@@ -66,7 +66,7 @@ def judged(
   # density.
   beyond = jnp.sum(walked.log_w > jnp.max(log_w) + 0.7)
   ok &= beyond <= 5 + own / 8
-  ok &= (rounding < 0.5) & (unseen <= _unseen.MOST)
+  ok &= (rounding < 0.5) & (kicked.share <= _unseen.MOST)
   # A thin tail that the particles have not reached in full; mass that less than
   # one of them stands for; digits; and the share of the draws.
   told = (jnp.abs(change) > change_error) & (change_error < 0.5)
@@ -75,14 +75,20 @@ def judged(
     jnp.where(told, change, 0),
     1 / own,
     rounding,
-    unseen,
+    # A tail that they stand for, and too little.
+    jnp.where(jnp.abs(kicked.gap) > 2 * kicked.gap_error, kicked.gap, 0),
+    jnp.minimum(kicked.share, 1),
     jnp.sqrt((1 / share - 1) / (FRESH * log_w.size)),
+  )
+  standard_error = jnp.sqrt(sum(error**2 for error in errors))
+  ok &= jnp.abs(kicked.gap) <= 0.1 + 3 * jnp.hypot(
+    found.standard_error, kicked.gap_error
   )
   return found._replace(
     value=value,
     second=second,
     rejected=found.rejected + walked.infinite,
-    standard_error=jnp.sqrt(sum(error**2 for error in errors)),
+    standard_error=standard_error,
     ok=ok & jnp.isfinite(value),
   )
 

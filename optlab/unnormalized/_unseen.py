@@ -6,7 +6,7 @@ steps of all lengths, are noise of another kind, and their weights do.
 
 from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,23 @@ CENTRES = 500  # Rows that are kicked, each as often.
 MOST = 0.1  # The largest share that counts as an error; more is refused.
 
 
-def share(
+class Kicked(NamedTuple):
+  """What kicks tell.
+
+  Attributes:
+    share: The share of the mass beyond the largest weight; infinite where the
+      density is.
+    gap: By how much log Z is larger by these draws; zero where few of them
+      carry it.
+    gap_error: The standard error of the gap, infinite where it is zero so.
+  """
+
+  share: jax.Array
+  gap: jax.Array
+  gap_error: jax.Array
+
+
+def kick(
   log_density: Callable[[Any], jax.Array],
   noise: _noise_batch.Noise,
   key: jax.Array,
@@ -28,10 +44,10 @@ def share(
   value: jax.Array,
   largest: jax.Array,
   num: int,
-) -> jax.Array:
-  """The share of the mass beyond the largest weight, by importance sampling.
+) -> Kicked:
+  """Estimates log Z anew, and the mass beyond the largest weight.
 
-  From a mixture of Cauchy distributions around rows of the model, as wide as
+  By a mixture of Cauchy distributions around rows of the model, as wide as
   these: in a few columns it meets modes many spreads away.
 
   Args:
@@ -45,8 +61,8 @@ def share(
     num: How many to draw, at least.
 
   Returns:
-    A scalar, infinite where the density is. It is zero where rows are discrete
-    in a column, or all one: kicks leave them.
+    What they tell: nothing where rows are discrete in a column, or all one,
+    because kicks leave them.
   """
   every = max(reservoir.rows.shape[0] // CENTRES, 1)
   centres = reservoir.rows[::every]
@@ -54,7 +70,7 @@ def share(
   fixed = jnp.any((spread == 0) | reservoir.whole | layout.discrete)
   spread = jnp.where(spread > 0, spread, 1)
 
-  def add(total, key):
+  def add(sums, key):
     there, log_r = _kicked(key, centres, spread)
     rows = jax.vmap(layout.unravel)(there)
     log_p = log_density(rows).astype(value.dtype)
@@ -62,14 +78,31 @@ def share(
     log_q = noise.log_prob(rows).astype(value.dtype)
     log_q = jnp.where(jnp.isnan(log_q), -jnp.inf, log_q)
     beyond = (log_p > -jnp.inf) & (log_p - log_q > largest)
-    mass = jnp.where(beyond, jnp.exp(log_p - log_r - value), 0)
-    return total + jnp.mean(mass), None
+    log_w = log_p - log_r - value
+    mass = jnp.where(beyond, jnp.exp(log_w), 0)
+    # Squares of what is far too large do not overflow.
+    weights = jnp.exp(jnp.minimum(log_w, 30))
+    new = (mass, (mass > 0).astype(mass.dtype), weights, weights**2)
+    return tuple(a + jnp.sum(b) for a, b in zip(sums, new, strict=True)), None
 
   times = -(-num // centres.shape[0])
-  total, _ = jax.lax.scan(
-    add, jnp.zeros((), value.dtype), jax.random.split(key, times)
+  num = times * centres.shape[0]
+  start = (jnp.zeros((), value.dtype),) * 4
+  (mass, hits, total, squares), _ = jax.lax.scan(
+    add, start, jax.random.split(key, times)
   )
-  return jnp.where(fixed, 0, total / times)
+  tiny = jnp.finfo(value.dtype).tiny
+  ess = total**2 / jnp.maximum(squares, tiny)
+  told = ~fixed & (ess >= 400)
+  # One draw or two may fall on the top of a mode by chance.
+  few = fixed | ((hits < 3) & (mass < jnp.inf))
+  return Kicked(
+    share=jnp.where(few, 0, mass / num),
+    gap=jnp.where(told, jnp.log(jnp.maximum(total / num, tiny)), 0),
+    gap_error=jnp.where(
+      told, jnp.sqrt(1 / jnp.maximum(ess, 1) - 1 / num), jnp.inf
+    ),
+  )
 
 
 def _kicked(key, centres, spread):
