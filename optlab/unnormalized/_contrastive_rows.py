@@ -175,7 +175,7 @@ def _lattice(data):
 
 
 def _check_discrete(data, values):
-  """Whether data have other values, or are one-hot."""
+  """Whether data have other values, or rows that one column's move leaves."""
   if values is None:
     return jnp.asarray(False)
   known = jnp.asarray(False)
@@ -187,15 +187,15 @@ def _check_discrete(data, values):
       'contrastive_divergence: data have other values than the sampler moves'
       f' on, {values}; give it theirs, as gibbs_sampler(values=(-1, 1)).'
     )
-  one_hot = jnp.asarray(False)
-  if values == (0.0, 1.0) and data.ndim == 2 and data.shape[0] >= 20:
+  bound = jnp.asarray(False)
+  if data.ndim == 2 and data.shape[0] >= 20:
     totals = jnp.sum(data.astype(jnp.float32), 1)
-    alike = jnp.all(totals == totals[:1])
-    one_hot = alike & jnp.any(data != data[:1])
-    if _is_true(one_hot):
+    bound = jnp.all(totals == totals[:1]) & jnp.any(data != data[:1])
+    if _is_true(bound):
       raise ValueError(
         'contrastive_divergence: all rows of data have one sum, as those of'
-        ' one-hot columns, and a sampler that flips bits leaves them; number'
-        ' the categories, and pass gibbs_sampler(values=range(k)).'
+        ' one-hot columns and of permutations, and a sampler that changes a'
+        ' column alone leaves them; number the categories, and pass'
+        ' gibbs_sampler(values=range(k)), or a function that swaps columns.'
       )
-  return other | one_hot
+  return other | bound

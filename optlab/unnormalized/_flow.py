@@ -95,9 +95,9 @@ def init_flow(
       f' {shape}.'
     )
   checks.check_real('rows', rows, low_open=True, high_open=True)
+  # Integers have no moments, and in half precision the fit overflows.
   rows = jnp.asarray(rows)
-  if jnp.issubdtype(rows.dtype, jnp.integer):
-    rows = rows.astype(trees.accumulator_dtype(rows))
+  rows = rows.astype(trees.accumulator_dtype(rows))
   size, dtype = rows.shape[1], rows.dtype
   mask_key, inner_key = jax.random.split(key)
   # Every other layer frees what the one before kept.

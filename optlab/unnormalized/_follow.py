@@ -110,10 +110,11 @@ def follow(
 def _weighed(noise: Any, rows: Any, log_weights: Any) -> tuple:
   """Rows that are finite, their weights, and whether there are any."""
   middle = noise.mean if isinstance(noise, KINDS[0]) else noise.means[0]
-  if jnp.ndim(rows) != 2 or jnp.shape(rows)[1:] != middle.shape:
+  shape = jnp.shape(rows)
+  if len(shape) != 2 or shape[1:] != middle.shape or not shape[0]:
     raise ValueError(
-      f'rows must have shape [num, {middle.shape[0]}], as the noise has,'
-      f' got {jnp.shape(rows)}.'
+      f'rows must have shape [num, {middle.shape[0]}] with num at least 1, as'
+      f' the noise has, got {shape}.'
     )
   dtype = middle.dtype
   rows = jnp.asarray(rows)

@@ -125,7 +125,7 @@ def tempered_smc(
     runs, rows, reverse = jax.vmap(run)(jax.random.split(key, repeats))
     flat = rows.reshape(-1, rows.shape[-1])
     inside = _summary(runs)
-    discrete = moves is not None and moves.discrete
+    discrete = moves is not None and bool(moves.discrete)
     found = _standing.judged(
       inside, log_density, noise, jax.random.fold_in(key, 1), flat, discrete
     )

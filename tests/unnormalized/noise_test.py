@@ -257,6 +257,26 @@ def test_a_flow_fits_what_a_gaussian_does_not():
   assert -np.mean(flow().log_prob(rows)) < gaussian - 0.3
 
 
+def test_a_flow_of_half_precision_rows_is_wider():
+  """In float16 every loss after some was NaN."""
+  rows = bent_rows().astype(jnp.float16)
+  flow = optlab.unnormalized.init_flow(jax.random.key(0), rows, 2, 8)
+  assert {leaf.dtype for leaf in flow} == {jnp.dtype(jnp.float32)}
+  fitted, losses = jax.jit(
+    lambda rows: optlab.unnormalized.fit_flow(
+      flow, jax.random.key(1), rows, 20, batch_size=32
+    )
+  )(rows)
+  assert np.all(np.isfinite(losses))
+  assert np.all(np.isfinite(fitted.log_prob(rows)))
+
+
+def test_no_rows_to_follow_are_named():
+  noise = optlab.unnormalized.gaussian(jnp.zeros(2), jnp.eye(2))
+  with pytest.raises(ValueError, match='with num at least 1, as the noise'):
+    optlab.unnormalized.follow(noise, jnp.zeros((0, 2)), 0.5)
+
+
 # Distributions of other libraries.
 
 

@@ -130,14 +130,15 @@ def test_a_chain_outside_the_support_starts_anew():
 
 
 @pytest.mark.parametrize(
-  ('data', 'match'),
+  ('data', 'match', 'values'),
   [
-    (2.0 * jax.random.bernoulli(KEY, 0.5, (30, 3)) - 1, 'other values'),
-    (jax.nn.one_hot(jnp.arange(30) % 3, 3), 'have one sum.*one-hot'),
+    (2.0 * jax.random.bernoulli(KEY, 0.5, (30, 3)) - 1, 'other values', (0, 1)),
+    (jax.nn.one_hot(jnp.arange(30) % 3, 3), 'have one sum.*one-hot', (0, 1)),
+    ((jnp.arange(30)[:, None] + jnp.arange(3)) % 3 * 1.0, 'swaps', range(3)),
   ],
 )
-def test_rows_that_bits_do_not_fit(data, match):
-  sampler = WING.gibbs_sampler()
+def test_rows_that_bits_do_not_fit(data, match, values):
+  sampler = WING.gibbs_sampler(values=values)
   with pytest.raises(ValueError, match=match):
     estimate_once(sampler, data, jitted=False)
   estimate, state = estimate_once(sampler, data)
