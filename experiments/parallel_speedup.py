@@ -43,6 +43,7 @@ class Config(devices.Config):
 
   QUICK = {
     'blocks': (10, 100),
+    'rows': (8,),
     'learning_rates': (0.04, 0.16, 0.64),
     'inner_lrs': (0.03, 0.3),
     'steps': 2000,
