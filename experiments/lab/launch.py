@@ -208,8 +208,7 @@ def run(
     except flags.UserError as error:
       _fail(str(error))
     except flags.InterruptedRun as stopped:
-      stopping.say(str(stopped))
-      sys.exit(stopping.STATUS)
+      peers.leave(str(stopped), stopping.STATUS)
 
   app.run(guarded, flags_parser=_parse)
 

@@ -53,7 +53,7 @@ def connect(config: devices.Config) -> None:
     ' same flags but --process'
   )
   # JAX itself would abort after its own time; this is before it.
-  timer = threading.Timer(config.timeout, _leave, (f'error: {late}', 1))
+  timer = threading.Timer(config.timeout, leave, (f'error: {late}', 1))
   timer.daemon = True
   waits = {
     'initialization_timeout': config.timeout + 60,
@@ -114,13 +114,13 @@ def together():
     if jax.process_count() == 1:
       raise
     if isinstance(error, flags.InterruptedRun):
-      _leave(str(error), stopping.STATUS)
-    _leave(f'error: {error}', 1)
+      leave(str(error), stopping.STATUS)
+    leave(f'error: {error}', 1)
   # An exchange of arrays turns the runtime's errors into `ValueError`.
   except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
     if jax.process_count() == 1 or not _is_of_peers(error):
       raise
-    _leave(_gone(), 1)
+    leave(_gone(), 1)
 
 
 def _is_of_peers(error: Exception) -> bool:
@@ -141,10 +141,19 @@ def _gone() -> str:
   return f'error: another process of this run is gone; {way_on}'
 
 
-def _leave(message: str, status: int) -> typing.NoReturn:
-  """Ends the process without waiting for the others, as `sys.exit` would."""
+def leave(message: str, status: int) -> typing.NoReturn:
+  """Ends the process without waiting, as `sys.exit` would.
+
+  For the others; and for the runtime's threads, which may be at work and then
+  crash in the interpreter's own end.
+
+  Args:
+    message: What is said.
+    status: Of the process.
+  """
   stopping.say(message)
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   os._exit(status)
 
 

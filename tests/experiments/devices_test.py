@@ -273,7 +273,7 @@ def test_a_peer_that_is_gone_is_one_line(monkeypatch, error, leaves):
     raise SystemExit(status)
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(peers, '_leave', leave)
+  monkeypatch.setattr(peers, 'leave', leave)
   with pytest.raises(SystemExit if leaves else type(error)), peers.together():
     raise error
 
