@@ -38,6 +38,7 @@ def with_log_normalizer(
 
   Raises:
     TypeError: ``log_density`` is not a function.
+    ValueError: Where it is called, the normalizer is no scalar.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -53,6 +54,12 @@ def with_log_normalizer(
     checks.check_fields(
       'params', params, NceParams._fields, 'NceParams(model, log_normalizer)'
     )
+    shape = jnp.shape(params.log_normalizer)
+    if shape:
+      raise ValueError(
+        f'params.log_normalizer must be a scalar, got shape {shape}; of several'
+        ' contexts give nce the model alone, and their number.'
+      )
     out = log_density(params.model, rows)
     if isinstance(out, tuple):
       log_p, aux = out

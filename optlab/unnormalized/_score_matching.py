@@ -107,7 +107,9 @@ def denoising_score_matching(
     axes = tuple(range(1, moved.ndim))
     losses = 0.5 * jnp.sum((scale * score + epsilon) ** 2, axes)
     # Where the model is constant or NaN its derivative may still be a number.
-    return jnp.where(jnp.isfinite(log_p), losses, jnp.nan)
+    # So it may where a scale that is traced is none.
+    known = jnp.isfinite(log_p) & jnp.all(scale > 0)
+    return jnp.where(known, losses, jnp.nan)
 
   def estimate(params, state, batch):
     batch = _checked(batch)

@@ -547,9 +547,14 @@ for wrong, arguments, error, match in (
     'rows of another size',
     {'rows': ROWS[:, :1]},
     ValueError,
-    r'\[num, 2\], as',
+    r'\[num, 2\] with num',
   ),
-  ('a vector', {'rows': X}, ValueError, r'rows must have shape \[num, 2\], as'),
+  (
+    'a vector',
+    {'rows': X},
+    ValueError,
+    r'rows must have shape \[num, 2\] with',
+  ),
   (
     'log_weights of another length',
     {'log_weights': X},

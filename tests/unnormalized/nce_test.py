@@ -185,3 +185,10 @@ def test_bad_arguments():
     optlab.unnormalized.ence(MODEL, max_exponent=-1.0)
   with pytest.raises(TypeError, match='log_density'):
     optlab.unnormalized.with_log_normalizer(3.0)
+
+
+def test_a_normalizer_that_is_no_scalar_is_named():
+  model = optlab.unnormalized.with_log_normalizer(lambda p, x: p * x)
+  params = optlab.unnormalized.NceParams(jnp.ones(()), jnp.zeros(4))
+  with pytest.raises(ValueError, match='a scalar, got shape .4,.; of several'):
+    model(params, jnp.ones(4))

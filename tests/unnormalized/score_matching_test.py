@@ -70,3 +70,23 @@ def test_a_bad_row_is_as_if_it_were_not_there():
   got, new = step(params, state, jnp.full_like(data, jnp.nan))
   assert np.all(got.grads == 0)
   assert new.info.held
+
+
+def test_a_traced_scale_that_is_none_holds_the_step():
+  rows = jax.random.normal(jax.random.key(0), (8, 1))
+
+  @jax.jit
+  def found(noise_scale):
+    estimator = optlab.unnormalized.denoising_score_matching(
+      lambda mean, x: mean * x[:, 0] - x[:, 0] ** 2 / 2, noise_scale
+    )
+    mean = jnp.zeros(())
+    return estimator.estimate(
+      mean, estimator.init(mean, jax.random.key(1)), rows
+    )
+
+  for noise_scale in (0.0, -1.0, jnp.nan):
+    estimate, state = found(noise_scale)
+    assert state.info.held
+    assert estimate.grads == 0
+  assert not found(0.3)[1].info.held
