@@ -38,7 +38,7 @@ class Config(flags.Config):
     'seeds': 2,
     'tuning_seeds': 0,
   }
-  MINUTES = (1, 30)
+  MINUTES = (1, 20)
 
   sets: tuple[str, ...] = flags.flag(
     ('digits:8', 'digits:16', 'digits:32', 'breast_cancer', 'wine'),

@@ -45,7 +45,7 @@ class Config(devices.Config):
     'seeds': 2,
     'tuning_seeds': 1,
   }
-  MINUTES = (1, 12)
+  MINUTES = (1, 8)
 
   problem: str = flags.flag('plane', 'What to run.', choices=PROBLEMS)
   sets: tuple[str, ...] = flags.flag(
