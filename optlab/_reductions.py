@@ -78,6 +78,8 @@ def _scaled_norm(tree: base.Params, plain: jax.Array) -> jax.Array:
   scaled = jax.tree.map(
     lambda leaf: jnp.abs(leaf).astype(plain.dtype) * scale, tree
   )
+  # Else XLA squares constants and scale apart, and zeros become NaN.
+  scaled = jax.lax.optimization_barrier(scaled)
   return jnp.sqrt(sq_norm(scaled, plain.dtype)) / scale
 
 

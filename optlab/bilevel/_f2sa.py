@@ -21,6 +21,7 @@ class F2saMemory(NamedTuple):
 
   shifted: base.Params  # minimizes g + f / penalty
   opt_state: base.OptState
+  steepest: jax.Array  # shape (), the largest norm of f_y so far
 
 
 @checks.domains(
@@ -116,8 +117,8 @@ def f2sa(
     convex or runs away, or its steps are too long for the penalty; where f_y
     changes by half along the shift: then the penalty is too small, and the
     estimate biased by about a third or more; and where after 200 steps the
-    lower gradient has hardly changed along it: then y lags behind. In bfloat16
-    or float16 it is false where the shift is lost in the rounding of y.
+    lower gradient has hardly changed along it: then y lags behind. It is
+    false where the shift is lost in the rounding of y.
   """
   checks.enforce(f2sa, locals())
   problem = _bilevel.problem_of(
@@ -129,7 +130,9 @@ def f2sa(
     shifted = trees.own(inner)
     zero = jnp.zeros_like(state.info.lower_grad_norm)
     info = state.info._replace(dual_residual=zero)
-    memory = F2saMemory(shifted, problem.optimizer.init(shifted))
+    memory = F2saMemory(
+      shifted, problem.optimizer.init(shifted), jnp.zeros_like(zero)
+    )
     return state._replace(memory=memory, info=info)
 
   def estimate(params, state, batch):
@@ -168,7 +171,9 @@ def f2sa(
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
     ok &= _is_small(first, curved, above, other, central)
-    ok &= _is_seen(trees.norm(dual) / scale, y)
+    size = trees.norm(mean[1])
+    steepest = jnp.maximum(state.memory.steepest, size)
+    ok &= _is_seen(trees.norm(dual) / scale, y, size <= 1e-3 * steepest)
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -176,7 +181,7 @@ def f2sa(
       memory,
       inner=y,
       lower_opt_state=opt_state,
-      memory=F2saMemory(*memory),
+      memory=F2saMemory(*memory, steepest.astype(residual.dtype)),
       lower_grad_norm=jnp.maximum(trees.norm(above_y), trees.norm(below_y)),
       dual_residual=residual,
       ok=ok,
@@ -211,7 +216,7 @@ def _descend(problem, steps, params, state, batch, weights):
     )
     return moved, None
 
-  start = (state.inner, state.lower_opt_state), tuple(state.memory)
+  start = (state.inner, state.lower_opt_state), tuple(state.memory[:2])
   return jax.lax.scan(body, start, samples, length=steps)[0]
 
 
@@ -241,14 +246,16 @@ def _is_small(first, curved, value, other, central):
   return ~(bend > allowed + rounding)
 
 
-def _is_seen(length, inner):
-  """Whether the shift stands out from the rounding of a narrow dtype."""
+def _is_seen(length, inner, at_end):
+  """Whether the shift stands out from the rounding of y."""
   eps = max(
     (float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(inner)),
     default=0.0,
   )
-  # In float32 or wider a short shift is that of a small f_y.
-  return (eps < 1e-4) | (length > 16 * eps * trees.norm(inner))
+  # In float32 or wider it may be short at the end, where f_y is small.
+  wide = eps < 1e-4
+  least = (4 if wide else 16) * eps * trees.norm(inner)
+  return (length > least) | (wide & at_end)
 
 
 def _judge(dual, product, grad_y, step):

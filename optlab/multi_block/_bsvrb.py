@@ -60,7 +60,7 @@ class _Method(NamedTuple):
   upper=_blocks.OBJECTIVE,
   lower=_blocks.OBJECTIVE,
   num_blocks=checks.Integer(),
-  inner_lr=checks.NON_NEGATIVE._replace(schedule=True, optional=True),
+  inner_lr=checks.POSITIVE._replace(schedule=True, optional=True),
   alpha=tracking.RATE._replace(schedule=True),
   beta=checks.FRACTION._replace(schedule=True),
   gamma=checks.NON_NEGATIVE._replace(schedule=True, optional=True),
@@ -141,7 +141,7 @@ def bsvrb(
       ``num_blocks`` or ``blocks`` are not integers, or a leaf of ``params`` or
       ``inner`` is not a real floating array.
     ValueError: ``num_blocks`` is below 1, ``alpha`` outside (0, 1), ``beta``
-      outside (0, 1], ``inner_lr`` negative, or ``None`` without the guard,
+      outside (0, 1], ``inner_lr`` not positive, or ``None`` without the guard,
       ``inner`` or the batch lacks its leading axis, or ``blocks`` is empty, has
       a negative entry or more than ``num_blocks`` of them.
 
@@ -189,7 +189,9 @@ def bsvrb(
     has a part without curvature, linear or singular, has no lower solution in
     sight: it is left out too, while its lower variable goes on, as a Huber loss
     is linear far out. ``info`` counts both and names them, and the worst and
-    the stiffest block; the steps of all others are the paper's.
+    the stiffest block; the steps of all others are the paper's. From 50 visits
+    a block on, ``info.ok`` also tells a block that has farther to go than it
+    would have gone at its pace in all steps so far: ``inner_lr`` is too small.
 
     *Departures.* The first hypergradient is :math:`G(x_0)` and a block's first
     trackers are its first samples. A block that is sampled twice counts once,

@@ -17,7 +17,8 @@ class BSVRBInfo(NamedTuple):
   steps of full length can bear. It is not ok where its Hessian has negative
   curvature along its dual variable, or none where its lower gradient points,
   for which the formula is wrong; where that is so on average over its visits,
-  it is rejected too. ``dual_residual`` is large where its steps are too short.
+  it is rejected too. Nor is it where its steps are too short: ``dual_residual``
+  is large there as well.
   No block is -1.
   """
 
@@ -72,7 +73,8 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
   written = sampled.use & (
     jnp.any(sampled.ok) | sampled.rejected | sampled.flat
   )
-  not_ok = (sampled.concave | sampled.flat).astype(jnp.int32)
+  not_ok = sampled.concave | sampled.flat | sampled.behind
+  not_ok = not_ok.astype(jnp.int32)
   last, last_block = _top(not_ok, sampled.use, blocks)
   new = BSVRBInfo(
     rejected=rejected,

@@ -24,6 +24,8 @@ from optlab.multi_block import _rows
 from optlab.multi_block import _sight
 from optlab.multi_block import _system
 
+VISITS = 50  # Of a block on average, after which its steps must have led it.
+
 
 def sample(
   problem: _system.Problem,
@@ -50,7 +52,7 @@ def sample(
     return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, along, left, aux) = evaluate(
+  blockwise, total, (stretch, along, left, toward, aux) = evaluate(
     inner, held, data, use
   )
   (value, _), inner_grad, dual_sample = blockwise
@@ -79,6 +81,9 @@ def sample(
     ok=ok,
     left=left,
     concave=use & (along < -1e-3 * stretch),
+    behind=use
+    & ~flat
+    & _is_behind(problem, state, rows, inner_grad, toward, use),
     flat=flat,
     rejected=verdict.rejected,
     pace=verdict.pace,
@@ -88,6 +93,19 @@ def sample(
     dual=dual_sample,
     hypergrad=total,
   )
+
+
+def _is_behind(problem, state, rows, slope, toward, use):
+  """Which blocks have farther to go than in all steps at their pace.
+
+  And than a tenth of their length, once they were visited often.
+  """
+  time = rows.pace.scale * jnp.sum(state.clock[0])
+  visits = state.step * jnp.sum(use) / problem.num_blocks
+  far = toward > time * jax.vmap(trees.norm)(_first(slope))
+  far &= toward > 0.1 * jax.vmap(trees.norm)(rows.inner)
+  # Where nothing moves, dual variables don't either.
+  return (far | (time == 0)) & (visits >= VISITS)
 
 
 def _without_bad(evaluate, inner, held, data, keep, bad, total):
@@ -178,7 +196,7 @@ def _points(problem, dual, points, inner, held, batch, use):
     hessian = functools.partial(_hessians, problem, x, y, lower_batch)
     lower_y.append(slope)
     if not stretch:
-      stretch = _stretch(product, _first(directions), upper_y[0])
+      stretch = _stretch(product, _first(directions), upper_y[0], slope)
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -208,11 +226,12 @@ def _hessians(problem, x, y, batch):
   return jax.vmap(block)(y, batch)
 
 
-def _stretch(products, directions, upper_grads):
+def _stretch(products, directions, upper_grads, slopes):
   """By how much the Hessian of each block stretches its dual variable.
 
   And its curvature along it: no lower level that is convex turns it back. And
-  the norm of what the dual variable leaves of the upper gradient.
+  the norm of what the dual variable leaves of the upper gradient, and how far
+  the lower solution is at least.
   """
   norms = jax.vmap(trees.norm)
   length, bent = norms(directions), norms(products)
@@ -222,7 +241,9 @@ def _stretch(products, directions, upper_grads):
   left = jax.vmap(lambda tree: trees.sq_norm(tree, length.dtype))(
     jax.tree.map(jnp.subtract, products, upper_grads)
   )
-  return bent * scale, along * scale * scale, jnp.sqrt(left)
+  pull = jax.vmap(trees.inner_product)(directions, slopes)
+  toward = jnp.abs(pull) * _sight.inverse(bent)
+  return bent * scale, along * scale * scale, jnp.sqrt(left), toward
 
 
 def _first(tree):

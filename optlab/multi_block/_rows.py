@@ -35,6 +35,7 @@ class Sampled(NamedTuple):
   ok: jax.Array  # shape (sampled,), those of them that are not rejected
   left: jax.Array  # shape (sampled,), what their dual variables leave unsolved
   concave: jax.Array  # shape (sampled,), those with negative curvature
+  behind: jax.Array  # shape (sampled,), those whose steps are too short
   flat: jax.Array  # shape (sampled,), those without a solution in sight
   rejected: jax.Array  # shape (sampled,), not for their data
   pace: _guard.Pace

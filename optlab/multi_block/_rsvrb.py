@@ -21,6 +21,7 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
+from optlab.multi_block import _points
 from optlab.multi_block import _sight
 from optlab.multi_block import _system
 from optlab.multi_block import _tracked
@@ -45,7 +46,7 @@ class RSVRBState(NamedTuple):
   upper=_blocks.OBJECTIVE,
   lower=_blocks.OBJECTIVE,
   num_blocks=checks.Integer(),
-  inner_lr=checks.NON_NEGATIVE._replace(schedule=True),
+  inner_lr=checks.POSITIVE._replace(schedule=True),
   beta=tracking.RATE._replace(schedule=True),
   floor=checks.POSITIVE,
   **_system.SYSTEM,
@@ -103,7 +104,7 @@ def rsvrb(
       ``num_blocks`` or ``blocks`` are not integers, or a leaf of ``params`` or
       ``inner`` is not a real floating array.
     ValueError: ``num_blocks`` is below 1, ``beta`` outside (0, 1), ``floor``
-      not positive, ``inner_lr`` negative, ``inner`` or the batch lacks its
+      not positive, ``inner_lr`` neither, ``inner`` or the batch lacks its
       leading axis, or the blocks are negative or more than ``num_blocks``.
 
   Examples:
@@ -172,7 +173,10 @@ def rsvrb(
     )
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
-    seen = seen._replace(ok=ok, flat=flat)
+    behind = use & _is_behind(state, batch.blocks, now, lr * count / num_blocks)
+    visits = state.step * count / num_blocks
+    behind &= visits >= _points.VISITS
+    seen = seen._replace(ok=ok, flat=flat, behind=behind)
     scales = tables.scatter_rows(
       state.scale, seen.pace.scale, batch.blocks, tracks
     )
@@ -232,6 +236,7 @@ class _Seen(NamedTuple):
   left: jax.Array
   concave: jax.Array
   flat: jax.Array
+  behind: jax.Array
   rejected: jax.Array
   pace: _guard.Pace
   rows: Any
@@ -262,6 +267,19 @@ def _lost(state, blocks, now, looked):
   return _sight.judge(old, lost, old < 0, looked)
 
 
+def _is_behind(state, blocks, now, length):
+  """Which blocks have farther to go than in all steps at their pace."""
+  pull = jnp.abs(jnp.sum(now.upper_y * now.inner_grad, -1))
+  bent = jnp.linalg.norm(
+    jnp.einsum('ijk,ik->ij', now.hessian, now.upper_y), axis=-1
+  )
+  toward = pull * _sight.inverse(bent)
+  scale = tables.gather_rows(state.scale, blocks)
+  pace = scale * length * jnp.linalg.norm(now.inner_grad, axis=-1)
+  size = jax.vmap(trees.norm)(tables.gather_rows(state.inner, blocks))
+  return (toward > state.step * pace) & (toward > 0.1 * size)
+
+
 def _pace(state, blocks, hessian, lr, use, finite, rejected):
   """The paces of the sampled blocks; 2 / lr is what its steps can bear."""
   ok = finite & ~rejected
@@ -280,6 +298,7 @@ def _pace(state, blocks, hessian, lr, use, finite, rejected):
     ok,
     jnp.zeros_like(curvature),
     concave,
+    jnp.zeros_like(ok),
     jnp.zeros_like(ok),
     finite & rejected,
     before._replace(scale=scale.astype(old.dtype)),

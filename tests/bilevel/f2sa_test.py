@@ -212,6 +212,29 @@ def test_a_penalty_too_small_or_a_level_that_lags_is_told():
     np.testing.assert_allclose(params[4], 0.5, atol=1e-5)
 
 
+def test_a_shift_lost_in_the_rounding_of_a_large_y_is_told():
+  """In float32 too; a shift that is short at the end is no fault."""
+  upper = lambda x, y, size: jnp.sum((y / size - 1.0) ** 2)
+  lower = lambda x, y, size: 0.5 * jnp.sum((y - size * x) ** 2)
+  estimator = bilevel.f2sa(
+    upper, lower, optax.sgd(0.3), 50.0, reuse_sample=True
+  )
+  tx = optax.sgd(0.1)
+  step = optlab.train_step(estimator, tx)
+
+  @jax.jit
+  @jax.vmap
+  def last(size):
+    state = optlab.init(jnp.full(2, 0.3), estimator, tx, size * jnp.ones(2))
+    advance = lambda s, _: step(s, optlab.BilevelBatch(size, size))
+    return jax.lax.scan(advance, state, length=300)[0]
+
+  end = last(np.float32([1e8, 1.0]))
+  assert not end.estimator_state.info.ok[0]
+  assert end.estimator_state.info.total_not_ok[1] == 0
+  np.testing.assert_allclose(end.params[1], 1.0, atol=1e-3)
+
+
 def test_a_shift_lost_in_rounding_is_told():
   """In bfloat16 both lower variables end alike, and the gradient is zero."""
   upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)

@@ -157,6 +157,24 @@ def test_one_level_that_is_not_finite_is_held_by_every_estimator():
     assert state.info.total_rejected == rejections == 4
 
 
+@pytest.mark.parametrize('name', [*FORMULA, 'mrbo', 'f2sa', 'unrolled'])
+def test_levels_that_do_not_meet_leave_the_direct_part(name):
+  """f without y, or g without x: nothing to solve, and no fault."""
+  alone = lambda x, y, batch: jnp.sum(jnp.sin(x))
+  both = lambda x, y, batch: alone(x, y, batch) + jnp.sum((y - 1.0) ** 2)
+  fixed = lambda x, y, batch: 0.5 * jnp.sum(y**2)
+  tied = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  second = {'f2sa': (50.0,), 'unrolled': ()}.get(name, (0.3,))
+  others = {
+    'mrbo': bilevel.mrbo, 'f2sa': bilevel.f2sa, 'unrolled': optlab.unrolled
+  }  # fmt: skip
+  make = {**FORMULA, **others}[name]
+  for upper, lower in ((alone, tied), (both, fixed)):
+    state, estimates = run(make(upper, lower, SGD, *second), X, Y, 2)
+    np.testing.assert_allclose(estimates.grads[-1], np.cos(X), rtol=1e-6)
+    assert state.info.total_not_ok == 0
+
+
 def test_samples_without_rows_are_named():
   """Their mean is NaN and its gradient zero: a step that looks done."""
   upper = lambda x, y, rows: jnp.mean((y - 1.0) ** 2) * jnp.mean(1 + 0 * rows)

@@ -448,7 +448,7 @@ def test_indefinite_hessians_are_projected_and_the_others_kept(x64):
     lambda x, y, batch: jnp.sum(y),
     lambda x, y, a: 0.5 * jnp.sum(a * y**2) - x * jnp.sum(y),
     2,
-    inner_lr=0.0,
+    inner_lr=optax.constant_schedule(0.0),
     dual=optlab.multi_block.track_hessians(floor),
   )
   x = jnp.ones(())
@@ -499,6 +499,7 @@ def test_projection_of_the_dual_biases_only_where_it_is_active(x64):
     ({'alpha': 1.0}, ValueError, r'alpha must be in \(0'),
     ({'beta': 0.0}, ValueError, r'beta must be in \(0'),
     ({'inner_lr': -0.1}, ValueError, 'inner_lr'),
+    ({'inner_lr': 0.0}, ValueError, 'inner_lr must be in'),
     ({'gamma': float('nan')}, ValueError, 'gamma'),
     ({'upper': 1.0}, TypeError, 'upper must be a function'),
     ({'lower': None}, TypeError, 'lower must be a function'),
@@ -735,7 +736,7 @@ def test_damping_and_curvature_take_the_place_of_the_lower_hessian(x64, method):
       make = optlab.multi_block.rsvrb
       kind = optlab.multi_block.PairedBlockBatch
       rest = (jnp.arange(2),)
-      system |= {'inner_lr': 0.0, 'floor': 0.1}
+      system |= {'inner_lr': optax.constant_schedule(0.0), 'floor': 0.1}
     else:
       make, kind, rest = optlab.bsvrb, optlab.BlockBatch, ()
       chosen = optlab.multi_block.track_hessians(0.1)

@@ -310,7 +310,9 @@ def test_a_block_without_a_lower_solution_is_left_out_told_and_named(name):
   assert state.estimator_state.info.total_rejected < 100
 
 
-@over_one_and_more
+@pytest.mark.parametrize(
+  'name', ['v2', pytest.param('v1', marks=pytest.mark.slow)]
+)  # `rsvrb` follows each sampled Hessian, and tells half of them.
 def test_curvature_that_is_negative_by_chance_is_no_reason(name):
   """Samples of -0.5 and 2.5 of each block, whose lower level is convex."""
 
@@ -363,6 +365,24 @@ def test_a_stiff_block_from_a_batch_with_padding_and_repeats():
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   assert states[0].info.stiffest_block == STIFF
+
+
+@over_one_and_more
+def test_steps_too_short_for_any_block_to_follow_are_told(name):
+  """Rates that are tracers, zero too, which a number may not be."""
+
+  def train(lr):
+    noise = lambda step, blocks: jnp.sin(7.0 * step + blocks)
+    lower = lambda x, y, n: quadratic(x, y, 1.0) + 0.1 * n * jnp.sum(y)
+    return run(name, lower, noise, steps=600, lr=lr)[0]
+
+  states = jax.jit(jax.vmap(train))(np.float32([0.0, 1e-5, 0.3]))
+  info = states.estimator_state.info
+  assert not np.any(info.ok[:2]) and np.all(info.total_not_ok[:2] > 1000)
+  assert np.all(info.not_ok_block[:2] >= 0)
+  assert info.total_not_ok[2] == 0 and np.all(
+    np.abs(states.params[2] - 1) < 0.1
+  )
 
 
 def test_step_sizes_from_own_curvature():
