@@ -181,7 +181,7 @@ def f2sa(
       memory,
       inner=y,
       lower_opt_state=opt_state,
-      memory=F2saMemory(*memory, steepest.astype(residual.dtype)),
+      memory=F2saMemory(memory[0], memory[1], steepest.astype(residual.dtype)),
       lower_grad_norm=jnp.maximum(trees.norm(above_y), trees.norm(below_y)),
       dual_residual=residual,
       ok=ok,
