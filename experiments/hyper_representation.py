@@ -81,7 +81,10 @@ def read_vectors(path: str, vocabulary: list[str], width: int) -> np.ndarray:
   table = (table / np.sqrt(width)).astype(np.float32)
   place = {word: i for i, word in enumerate(vocabulary)}
   found = 0
-  content = files.read(pathlib.Path(path)).decode(errors='replace')
+  try:
+    content = files.read(pathlib.Path(path)).decode(errors='replace')
+  except flags.UserError as error:
+    raise flags.UserError(f'--vectors={error}') from error
   lines = content.split('\n')
   for number, line in enumerate(lines, 1):
     word, *numbers = line.split()[:1] + line.split()[1:] or ['']

@@ -187,6 +187,23 @@ class Config(BareConfig):
       if field.name not in FREE
     )
 
+  def expected(self) -> str:
+    """What a run takes, where that was measured, or nothing."""
+    quick, whole = self.MINUTES
+    minutes = quick if self.quick else whole
+
+    def told(count):
+      unit = 'minute' if count < 90 else 'hour'
+      count = count if count < 90 else round(count / 60, 1)
+      return f'about {count:g} {unit}{"s" * (count != 1)}'
+
+    parts = []
+    if minutes is not None and self.is_default():
+      parts.append(f'{told(minutes)} on two cores')
+    if quick is not None and not self.quick:
+      parts.append(f'with --quick {told(quick)}')
+    return ', '.join(parts) + '; ' if parts else ''
+
 
 def _name(field: dataclasses.Field) -> str:
   return field.name if field.metadata.get('positional') else f'--{field.name}'

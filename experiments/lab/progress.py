@@ -1,4 +1,4 @@
-"""How far a method is: a bar on a terminal, lines elsewhere."""
+"""How far a method is: a bar on a terminal, lines elsewhere; and warnings."""
 
 import sys
 import time
@@ -66,3 +66,9 @@ class Progress:
     parts = [f'step {step} of {self._total}', value, time_text]
     text = ', '.join(part for part in parts if part)
     print(f'{self._method}: {text}', file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+  """Says something beside the results, once for all processes."""
+  if devices.is_first():
+    print(message, file=sys.stderr)

@@ -186,6 +186,38 @@ def part(rows: Iterable[dict], method: str, seeds: tuple[int, ...]) -> Part:
   )
 
 
+def unfit(
+  meta: dict[str, Any],
+  part_of: Part,
+  rows: Sequence[dict],
+  method: str,
+  seeds: tuple[int, ...],
+  steps: int,
+  every: int,
+) -> str | None:
+  """Why a checkpoint is not that of a run that goes on, or ``None``.
+
+  Args:
+    meta: What was stored beside it.
+    part_of: What the record has of the method.
+    rows: All of the record's rows.
+    method: The method.
+    seeds: Its seeds.
+    steps: The steps that are asked for.
+    every: The steps from one row to the next.
+  """
+  if part_of.done is not None:
+    wrong = meta['step'] != part_of.done['steps']
+    return 'it is not the end of the run' if wrong else None
+  if (meta['steps'], meta['every']) != (steps, every):
+    return 'it belongs to a run over other steps'
+  if meta['rows'] > len(rows):
+    return 'it is ahead of the record'
+  there = part(rows[: meta['rows']], method, seeds)
+  fits = there.reaches(meta['step'], every, seeds)
+  return None if fits else 'rows before it are lost or damaged'
+
+
 def damaged(rows: Iterable[dict]) -> str:
   """What is wrong with rows that are whole lines each, or nothing.
 

@@ -11,12 +11,9 @@ all else on the first of each process; only the first process's files stay.
 
 from collections.abc import Callable
 import contextlib
-import dataclasses
 import math
 import pathlib
 import pickle
-import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -27,7 +24,7 @@ import numpy as np
 from . import checkpoints
 from . import devices
 from . import flags
-from . import folders
+from . import journal
 from . import pieces
 from . import progress
 from . import record
@@ -47,7 +44,6 @@ class Session:
 
   Attributes:
     folder: Where the results go.
-    rows: All rows of the record so far.
   """
 
   def __init__(self, program: str, config: flags.Config, **header: Any):
@@ -67,98 +63,24 @@ class Session:
     self._config = config
     self._mesh = devices.make_mesh(getattr(config, 'mesh', ''))
     self._several = jax.process_count() > 1
-    self._earlier: list[list[dict]] = []  # The rows of each, oldest first.
-    self._noted: dict[str, Any] = {}
     self._again = False  # Whether rows are made that the record has.
     self._listener = stopping.Listener()
     self._until = time.monotonic() + (config.max_seconds or math.inf)
-    self.rows: list[dict] = []
-    self._open_folder(program)
-    self._checkpoints = self.folder / 'checkpoints'
-    self._path = self.folder / record.NAME
-    first = record.header(program, dataclasses.asdict(config), **header)
-    first['identity'] = resuming.identity(config)
     self._fixed = resuming.fixed(config)
-    try:
-      if config.resume and devices.is_first() and self._path.stat().st_size:
-        first = self._resume(first)
-      elif devices.is_first() or not config.resume:
-        resuming.make_room(self.folder)
-        record.begin(self._path, first)
-      self._writer = record.Writer(self._path)
-      if config.resume:
-        self._share_record()
-    except BaseException:
-      self._release()
-      raise
-    self._id = record.read(self._path)[0].get('id')
-    if devices.is_first():
-      folders.point(self.folder)
+    self._journal = journal.Journal(program, config, **header)
+    self.folder = self._journal.folder
+    self._checkpoints = self.folder / 'checkpoints'
     _opened.append(self.folder)
-    _warn(f'{program}: {_expected(config)}results go to {self.folder}')
+    progress.warn(f'{program}: {config.expected()}results go to {self.folder}')
 
-  def _open_folder(self, program: str) -> None:
-    """Finds the folder, and keeps other runs out of it."""
-    self._lock = None
-    if not devices.is_first():
-      self._scratch = tempfile.TemporaryDirectory()
-      self.folder = pathlib.Path(self._scratch.name)
-      return
-    config = self._config
-    self.folder = folders.choose(program, config.output_dir, config.resume)
-    if config.resume and not (self.folder / record.NAME).exists():
-      raise flags.UserError(f'--resume: no run in {self.folder}')
-    self._lock = folders.Lock(self.folder)
-
-  def _resume(self, first: dict) -> dict:
-    """Goes on with the record; its header."""
-    old, rows = record.read(self._path)
-    grown, self._noted = resuming.compare(
-      self.folder, old, rows, first, self._config
-    )
-    for name, (was, now) in self._noted.items():
-      _warn(f'--resume: {name} was {was}, is {now}: what comes is made with it')
-    names = first['earlier'] = resuming.earlier(old)
-    self._earlier = [record.read(self.folder / name)[1] for name in names]
-    lost = resuming.damaged(rows)
-    if lost:
-      _warn(f'--resume: {lost}: what is whole is kept, the rest made again')
-    if grown or lost:
-      first['earlier'] = [*names, resuming.copy_aside(self._path)]
-      record.begin(self._path, first)
-      self._earlier.append(rows)
-      rows = []
-    else:
-      first = old
-      ended = bool(rows) and rows[-1]['kind'] == 'end'  # Not any more.
-      record.cut_to_lines(self._path, less=int(ended))
-      rows = rows[: len(rows) - ended]
-    self.rows = rows
-    return first
-
-  def _share_record(self) -> None:
-    """Gives every process the record of the first."""
-    if not self._several:
-      return
-    content = devices.from_first(
-      self._path.read_bytes() if devices.is_first() else b''
-    )
-    self._earlier = pickle.loads(
-      devices.from_first(pickle.dumps(self._earlier))
-    )
-    if not devices.is_first():
-      self._writer.close()
-      self._path.write_bytes(content)
-      self._writer = record.Writer(self._path)
-      _, self.rows = record.read(self._path)
-
-  def _release(self) -> None:
-    if self._lock is not None:
-      self._lock.release()
+  @property
+  def rows(self) -> list[dict]:
+    """All rows of the record so far."""
+    return self._journal.rows
 
   def __enter__(self) -> 'Session':
     self._stack = contextlib.ExitStack()
-    self._stack.callback(self._release)
+    self._stack.callback(self._journal.release)
     listener = self._stack.enter_context(stopping.Listener())
     if not listener.listens:  # The program listens already.
       listener = stopping.current() or listener
@@ -178,7 +100,7 @@ class Session:
       if kind is None and not self._listener.asked:
         self.write('end')
         self._listener.way_on = f'the record is whole, in {self.folder}'
-      self._writer.close()
+      self._journal.close()
 
   def write(self, kind: str, **fields: Any) -> None:
     """Adds a row to the record, once: a resumed run does not repeat it."""
@@ -192,11 +114,7 @@ class Session:
     if self._again:
       return {'kind': kind, **record.plain(fields)}
     with self._listener.held():
-      if self._noted and kind != 'end':
-        noted, self._noted = self._noted, {}
-        self._write('resumed', changed=noted)
-      self.rows.append(self._writer.write(kind, **fields))
-      return self.rows[-1]
+      return self._journal.write(kind, **fields)
 
   def select(self, kind: str, **fields: Any) -> list[dict]:
     """The rows of one kind with the given fields."""
@@ -271,7 +189,7 @@ class Session:
     if piece.collectives is not None:
       fields['collectives'] = piece.collectives
       if piece.devices > 1 and not piece.collectives:
-        _warn(
+        progress.warn(
           f'{method}: no exchange between devices, each does the whole work;'
           ' the numbers of rows and of blocks must be multiples of --mesh'
         )
@@ -321,28 +239,27 @@ class Session:
         return found, None, 0.0
       if found is not None:
         if goes_on:
-          self._drop(task, 'done')
+          self._journal.drop(task.method, task.seeds, 'done')
         else:
-          self._cut_to(meta['rows'])
+          self._journal.cut_to(meta['rows'])
         return found, meta['step'], meta['seconds']
     if whole:  # What is lost is its last state: the record has its rows.
       self._again = True
       return state, 0, 0.0
     # The record and the checkpoints are another run's, or not to be read.
-    self._drop(task, 'eval', 'done')
+    self._journal.drop(task.method, task.seeds, 'eval', 'done')
     if devices.is_first():
       checkpoints.remove(task.folder)
     return state, 0, 0.0
 
   def _replay(self, task: '_Task') -> resuming.Part:
     """Copies what the newest record that this one continues has of a method."""
-    for rows in reversed(self._earlier):
+    for rows in reversed(self._journal.earlier):
       part = resuming.part(rows, task.method, task.seeds)
       whole = part.is_whole(task.steps, task.every)
       if whole or (task.prefix and part.is_shorter(task.steps, task.every)):
         with self._listener.held():
-          for row in part.all_rows() if whole else part.rows:
-            self.rows.append(self._writer.write(**row))
+          self._journal.copy(part.all_rows() if whole else part.rows)
         return part
     return resuming.Part([], None)
 
@@ -391,39 +308,14 @@ class Session:
       checkpoints.remove(task.folder)
     return result
 
-  def _drop(self, task: '_Task', *kinds: str) -> None:
-    """Takes the rows of a method and its seeds out of the record."""
-    kept = [
-      row
-      for row in self.rows
-      if row['kind'] not in kinds
-      or row.get('method') != task.method
-      or (
-        (row.get('seed') not in task.seeds)
-        and row.get('seeds') != list(task.seeds)
-      )
-    ]
-    if len(kept) == len(self.rows):
-      return
-    self._writer.close()
-    record.rewrite(self._path, kept)
-    self._writer = record.Writer(self._path)
-    self.rows = kept
-
-  def _cut_to(self, rows: int) -> None:
-    """Drops the rows that came after a checkpoint."""
-    self._writer.truncate(record.size_of(self._path, rows))
-    _, self.rows = record.read(self._path)
-    self._share_record()
-
   def _save(self, task: '_Task', state: Any, step: int, seconds: float) -> None:
     if devices.is_first():
       meta = {
         'step': step, 'seconds': seconds, 'rows': len(self.rows),
         'steps': task.steps, 'every': task.every, 'fixed': self._fixed,
-        'id': self._id,
+        'id': self._journal.id,
       }  # fmt: skip
-      self._writer.sync()  # A checkpoint that is ahead of it is not used.
+      self._journal.sync()  # A checkpoint that is ahead of it is not used.
       checkpoints.save(task.folder, state, step, meta)
 
   def _restore(self, task: '_Task', state: Any, part: resuming.Part) -> Any:
@@ -432,21 +324,13 @@ class Session:
     def unfit(meta):
       if meta['fixed'] != self._fixed:
         return 'it belongs to another configuration'
-      if part.done is not None:
-        wrong = meta['step'] != part.done['steps']
-        return 'it is not the end of the run' if wrong else None
-      if (meta['steps'], meta['every']) != (task.steps, task.every):
-        return 'it belongs to a run over other steps'
-      if meta['id'] != self._id:
+      if part.done is None and meta['id'] != self._journal.id:
         return 'it belongs to another record'
-      if meta['rows'] > len(self.rows):
-        return 'it is ahead of the record'
-      rows = self.rows[: meta['rows']]
-      there = resuming.part(rows, task.method, task.seeds)
-      fits = there.reaches(meta['step'], task.every, task.seeds)
-      return None if fits else 'rows before it are lost or damaged'
+      return resuming.unfit(
+        meta, part, self.rows, task.method, task.seeds, task.steps, task.every
+      )
 
-    read = lambda: checkpoints.read(task.folder, state, unfit, _warn)
+    read = lambda: checkpoints.read(task.folder, state, unfit, progress.warn)
     if not self._several:
       return read()
     found, meta = read() if devices.is_first() else (None, {})
@@ -472,24 +356,6 @@ class _Task(NamedTuple):
   folder: pathlib.Path  # Of its checkpoints.
 
 
-def _expected(config: flags.Config) -> str:
-  """What a run will take, where that was measured."""
-  quick, whole = config.MINUTES
-  minutes = quick if config.quick else whole
-
-  def told(count):
-    unit = 'minute' if count < 90 else 'hour'
-    count = count if count < 90 else round(count / 60, 1)
-    return f'about {count:g} {unit}{"s" * (count != 1)}'
-
-  parts = []
-  if minutes is not None and config.is_default():
-    parts.append(f'{told(minutes)} on two cores')
-  if quick is not None and not config.quick:
-    parts.append(f'with --quick {told(quick)}')
-  return ', '.join(parts) + '; ' if parts else ''
-
-
 def _check_precision(config: flags.Config) -> None:
   """Raises a `UserError` where the record would lie about the precision."""
   found = str(jnp.result_type(float))
@@ -499,8 +365,3 @@ def _check_precision(config: flags.Config) -> None:
       " program's main, which sets it, or wrap this in jax.enable_x64("
       f'{config.precision == "float64"})'
     )
-
-
-def _warn(message: str) -> None:
-  if devices.is_first():
-    print(message, file=sys.stderr)

@@ -33,7 +33,7 @@ def test_windows_do_not_overlap_and_are_held_out(folder):
   assert len(raw) - len(back) < 9
   with pytest.raises(flags.UserError, match='windows of 8 characters'):
     characters.load(str(folder), 8, 100)
-  with pytest.raises(flags.UserError, match='no such file'):
+  with pytest.raises(flags.UserError, match='other: no file, nor'):
     characters.load(str(folder / 'other'), 8, 10)
   name, python = characters.read('')
   assert name == 'the Python reference'
