@@ -17,6 +17,7 @@ from optlab.unnormalized import _walk
 
 CENTRES = 500  # Rows that are kicked, each as often.
 MOST = 0.1  # The largest share that counts as an error; more is refused.
+WIDEST = 16  # Columns; in more, kicks go astray and their weights mean nothing.
 
 
 class Kicked(NamedTuple):
@@ -62,12 +63,13 @@ def kick(
 
   Returns:
     What they tell: nothing where rows are discrete in a column, or all one,
-    because kicks leave them.
+    because kicks leave them, nor of more columns than `WIDEST`.
   """
   every = max(reservoir.rows.shape[0] // CENTRES, 1)
   centres = reservoir.rows[::every]
   spread = jnp.std(reservoir.rows, 0)
   fixed = jnp.any((spread == 0) | reservoir.whole | layout.discrete)
+  fixed |= spread.size > WIDEST
   spread = jnp.where(spread > 0, spread, 1)
 
   def add(sums, key):
