@@ -65,11 +65,13 @@ def kick(
     What they tell: nothing where rows are discrete in a column, or all one,
     because kicks leave them, nor of more columns than `WIDEST`.
   """
+  if reservoir.rows.shape[1] > WIDEST:
+    nothing = jnp.zeros((), value.dtype)
+    return Kicked(share=nothing, gap=nothing, gap_error=nothing + jnp.inf)
   every = max(reservoir.rows.shape[0] // CENTRES, 1)
   centres = reservoir.rows[::every]
   spread = jnp.std(reservoir.rows, 0)
   fixed = jnp.any((spread == 0) | reservoir.whole | layout.discrete)
-  fixed |= spread.size > WIDEST
   spread = jnp.where(spread > 0, spread, 1)
 
   def add(sums, key):
