@@ -39,6 +39,9 @@ SET_METHODS = (
 )  # fmt: skip
 
 
+SET_MINUTES = {'classic': (5, 12)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(flags.Config):
   """Flags."""
@@ -78,6 +81,12 @@ class Config(flags.Config):
   tuning_seeds: int = flags.flag(
     2, 'Seeds that pick rates; 0 takes the first rate.', low=0, grows=True
   )
+
+  def minutes(self) -> tuple[float, float] | None:
+    """Those of a set of problems, if it is one."""
+    if self.problems and self.is_default('problems'):
+      return SET_MINUTES[self.problems]
+    return super().minutes()
 
 
 def problems(config: Config) -> dict[str, study.Problem]:

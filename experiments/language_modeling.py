@@ -154,7 +154,10 @@ def make_problem(config: Config, text: characters.Text) -> study.Problem:
   def entry(name):
     optimizer, _, batch = name.partition(':')
     make, test_ = OPTIMIZERS[optimizer], rule(config, batch)
-    route, microbatch = optlab.ghost_norms, config.microbatch
+    size = None if test_ else int(batch)
+    # A round is no larger than the batch: what is beyond it is thrown away.
+    microbatch = min(config.microbatch, size or config.largest_size)
+    route = optlab.ghost_norms
     if test_ is None or batch == 'ramp':
       route = optlab.batches.plain_grads
     elif batch == 'means':  # Two of them, at least.
@@ -175,8 +178,6 @@ def make_problem(config: Config, text: characters.Text) -> study.Problem:
         optlab.grow_batch(test_, first, largest, growth_cap=2.0),
         optax.inject_hyperparams(make)(coupled),
       )
-
-    size = None if test_ else int(batch)
 
     def start(key, rate, seed, data):
       del seed

@@ -139,11 +139,11 @@ class Config(BareConfig):
     QUICK: What ``--quick`` puts in the place of defaults, by the flag's name.
       A flag that was given another value than its default keeps it.
     MINUTES: Those that a run takes on two cores, with ``--quick`` and with the
-      defaults, measured or reckoned from smaller runs; ``None`` where unknown.
+      defaults, measured or reckoned from smaller runs.
   """
 
   QUICK: ClassVar[dict[str, Any]] = {}
-  MINUTES: ClassVar[tuple[float | None, float | None]] = (None, None)
+  MINUTES: ClassVar[tuple[float, float] | None] = None
 
   quick: bool = flag(False, 'A budget of one to two minutes: a first look.')
 
@@ -178,31 +178,39 @@ class Config(BareConfig):
         f'--seeds={self.seeds}: must be at most {MAX_SEEDS:,}; those above tune'
       )
 
-  def is_default(self) -> bool:
-    """Whether no flag but those of where and how is given."""
+  def is_default(self, *but: str) -> bool:
+    """Whether no flag is given but these and those of where and how."""
     plain = type(self)(quick=self.quick)
     return all(
       getattr(self, field.name) == getattr(plain, field.name)
       for field in dataclasses.fields(self)
-      if field.name not in FREE
+      if field.name not in (*FREE, *but)
     )
 
+  def minutes(self) -> tuple[float, float] | None:
+    """`MINUTES` of these flags, or ``None`` where nobody knows."""
+    return self.MINUTES if self.is_default() else None
+
   def expected(self) -> str:
-    """What a run takes, where that was measured, or nothing."""
-    quick, whole = self.MINUTES
-    minutes = quick if self.quick else whole
+    """What a run takes, as the first line says it."""
 
     def told(count):
       unit = 'minute' if count < 90 else 'hour'
       count = count if count < 90 else round(count / 60, 1)
       return f'about {count:g} {unit}{"s" * (count != 1)}'
 
-    parts = []
-    if minutes is not None and self.is_default():
-      parts.append(f'{told(minutes)} on two cores')
-    if quick is not None and not self.quick:
-      parts.append(f'with --quick {told(quick)}')
-    return ', '.join(parts) + '; ' if parts else ''
+    if self.MINUTES is None:
+      return ''
+    known = self.minutes()
+    if known is None:
+      return (
+        'what these flags take is not known (the defaults'
+        f' {told(self.MINUTES[1])} on two cores); '
+      )
+    quick, whole = map(told, known)
+    if self.quick:
+      return f'{quick} on two cores; '
+    return f'{whole} on two cores, with --quick {quick}; '
 
 
 def _name(field: dataclasses.Field) -> str:

@@ -1,6 +1,7 @@
 """How far a method is: a bar on a terminal, lines elsewhere; and warnings."""
 
 import sys
+import threading
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich import progress as rich_progress
 from . import devices
 
 LOG_EVERY = 10.0  # Seconds from one line to the next.
+SILENT = 30.0  # Seconds after which what takes long is said.
 
 
 class Progress:
@@ -66,6 +68,37 @@ class Progress:
     parts = [f'step {step} of {self._total}', value, time_text]
     text = ', '.join(part for part in parts if part)
     print(f'{self._method}: {text}', file=sys.stderr, flush=True)
+
+
+class Watch:
+  """Says what takes long where no other line comes: compiling, mostly.
+
+  Attributes:
+    doing: What is done now.
+  """
+
+  def __init__(self):
+    self.doing = 'what comes before the first method'
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._tell, daemon=True)
+
+  def __enter__(self) -> 'Watch':
+    self._thread.start()
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def _tell(self) -> None:
+    told, since, due = '', 0.0, SILENT
+    while not self._ended.wait(min(SILENT, 1.0)):
+      now = time.perf_counter()
+      if self.doing != told:
+        told, since, due = self.doing, now, SILENT
+      elif now - since >= due:
+        warn(f'{told}: {now - since:.0f} s so far')
+        due *= 2
 
 
 def warn(message: str) -> None:

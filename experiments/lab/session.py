@@ -81,6 +81,7 @@ class Session:
   def __enter__(self) -> 'Session':
     self._stack = contextlib.ExitStack()
     self._stack.callback(self._journal.release)
+    self._watch = self._stack.enter_context(progress.Watch())
     listener = self._stack.enter_context(stopping.Listener())
     if not listener.listens:  # The program listens already.
       listener = stopping.current() or listener
@@ -182,6 +183,7 @@ class Session:
     found, step, seconds = self._find(task, state)
     if step is None:
       return found
+    self._watch.doing = f'{method}, compiling'
     began = time.perf_counter()
     with self._listener.held():  # The compiler may not survive an exception.
       piece = pieces.Piece(self._mesh, advance, found, data, tables)
@@ -214,6 +216,7 @@ class Session:
         )
       finally:
         self._again = False
+        self._watch.doing = f'what comes after {method}'
 
   def _find(self, task: '_Task', state: Any) -> tuple[Any, int | None, float]:
     """Where a method goes on: its state, step and seconds so far.
@@ -267,12 +270,14 @@ class Session:
     """Goes on to the last step, and returns its state."""
     result = piece.whole(piece.state)
     latest = self.rows[-len(task.seeds) :]
+    self._watch.doing = f'{task.method}, from step {step}'
     if step == 0:
       latest = measure(result, step, seconds)
     saved = time.perf_counter()
     with progress.Progress(task.method, task.steps, step) as bar:
       ended = task.stop is not None and task.stop(latest)
       while step < task.steps and not ended:
+        self._watch.doing = f'{task.method}, from step {step}'
         began = time.perf_counter()
         piece.advance()
         seconds += time.perf_counter() - began

@@ -20,6 +20,7 @@ from experiments.lab import functions
 from experiments.lab import launch as launch_lib
 from experiments.lab import oracles
 from experiments.lab import record
+from experiments.lab import session
 from experiments.lab import study
 from experiments.lab import tables
 from experiments.lab import verdicts
@@ -557,3 +558,30 @@ def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
   assert ran.returncode == 1
   assert 'row 2 differs: seed was 17, is 0' in ran.stderr
   assert 'Traceback' not in ran.stderr
+
+
+def test_the_time_that_is_announced_is_that_of_the_flags():
+  assert 'about 1 minute on two' in compare.Config().expected()
+  quick = compare.Config(problems='classic', quick=True).expected()
+  assert quick.startswith(f'about {compare.SET_MINUTES["classic"][0]} minutes')
+  unknown = compare.Config(problems='classic', seeds=9).expected()
+  assert 'not known' in unknown and '--quick' not in unknown
+
+
+def test_states_beyond_the_memory_are_refused(tmp_path):
+  entry = study.Entry(
+    lambda key, rate, seed, data: jnp.zeros(2**40, jnp.float32),
+    lambda state, key, rate, data: state, 1.0, tuned=False,
+  )  # fmt: skip
+  problem = study.Problem(
+    lambda name: entry, ('large',), (1.0,), 1.0, 'calls',
+    lambda state, data: {'value': state[0]}, 'value',
+  )  # fmt: skip
+  plan = study.Plan('', problem, 1.0, (1.0,), 1, 0)
+  config = compare.Config(output_dir=str(tmp_path))
+  with (
+    jax.enable_x64(True),
+    session.Session('compare', config) as opened,
+    pytest.raises(flags.UserError, match='large: states of 1 .*GB'),
+  ):
+    study.study(opened, plan, ('large',))

@@ -745,3 +745,19 @@ def test_seeds_run_one_after_the_other_under_one_name(config):
       )  # fmt: skip
     rows = session.select('eval', method='noisy')
   assert [row['seed'] for row in rows] == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_takes_long_without_a_line_is_named(config, capsys, monkeypatch):
+  monkeypatch.setattr(progress, 'SILENT', 0.05)
+
+  def slow(state):
+    jax.debug.callback(lambda: time.sleep(0.3))
+    return advance(state)
+
+  with Session('test', config) as session:
+    time.sleep(0.3)
+    session.run('noisy', start(), slow, evaluate, steps=1, seeds=(0, 1))
+    time.sleep(0.3)
+  said = capsys.readouterr().err
+  for what in ('comes before the first', 'from step 0', 'comes after noisy'):
+    assert re.search(rf'{what}.*: \d+ s so far', said)
