@@ -39,7 +39,7 @@ SET_METHODS = (
 )  # fmt: skip
 
 
-SET_MINUTES = {'classic': (5, 12)}
+SET_MINUTES = {'classic': (6, 7)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +149,9 @@ def main(config: Config) -> None:
   if len(chosen) > 1:
     summaries = session.select('summary')
     verdicts.show_profile(summaries, methods[name])
-    verdicts.draw_profile(
-      summaries, methods[name], session.folder / 'profile.png'
-    )
-    print(f'picture: {session.folder / "profile.png"}')
+    picture = session.folder / 'profile.png'
+    verdicts.draw_profile(summaries, methods[name], picture, config.problems)
+    print(f'picture: {picture}')
   print(f'record:  {session.folder / "record.jsonl"}')
 
 
@@ -164,11 +163,11 @@ def draw(rows, name, methods, problem, path) -> None:
     for row in rows
     if row['kind'] == 'eval' and row['method'] in labels
   ]
-  figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
+  figure, axes = plt.subplots(figsize=(8.4, 4.2), layout='constrained')
   plots.draw_lines(axes, [('', shown)], 'calls', 'value')
   axes.set(xlabel=problem.unit, ylabel=problem.value)
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(fontsize=8)
+    plots.legend_right(figure, axes, fontsize=8)
   plots.save(figure, path, title=f'{name}: median and range of the seeds')
 
 
