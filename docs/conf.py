@@ -98,6 +98,12 @@ def to_mathml(latex: str, block: bool) -> str:
   """MathML, which browsers draw by themselves: no script, no network."""
   for command, known in REWRITTEN.items():
     latex = latex.replace(command, known)
+  # TeX takes one digit for each half of a fraction, docutils a whole number.
+  latex = re.sub(r'\\frac *(\d)(\d)', r'\\frac{\1}{\2}', latex)
+  # And keeps the backslash of a name's underscore.
+  latex = re.sub(
+    r'\\text\{[^}]*\}', lambda name: name[0].replace(r'\_', '_'), latex
+  )
   # Browsers set no space between a name such as log and what it is applied to.
   latex = re.sub(r'\\log(?= *[A-Za-z\\|])', r'\\,\\log\\,', latex)
   try:

@@ -251,7 +251,7 @@ def main(config: Config) -> None:
     figure, axes = plt.subplots(figsize=(5.0, 3.5))
     plots.draw_lines(
       axes, [('', session.rows)], 'calls', 'value', log_x=False, log_y=True,
-      keep=lambda method: 'tuning' not in method,
+      keep=plots.reported,
     )  # fmt: skip
     axes.set(xlabel=made.unit, ylabel='error on new tasks')
     axes.legend(fontsize=8)

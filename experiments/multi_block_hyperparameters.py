@@ -214,8 +214,10 @@ def draw(rows: list[dict], path, title: str) -> None:
     for axes, x in zip(line, ('calls', 'seconds'), strict=True):
       plots.draw_lines(
         axes, [('', rows)], x, y, log_x=False, log_y=False,
-        keep=lambda method: 'tuning' not in method,
+        keep=plots.reported,
       )  # fmt: skip
+      if x == 'calls':
+        axes.set_xlabel('rows')
       axes.set_ylabel(f'{y} loss')
       axes.label_outer()
   panels[0][0].legend(fontsize=8)

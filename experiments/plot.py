@@ -4,7 +4,9 @@ python -m experiments.plot RECORD... overlays any records, each a file or the
 folder of a run. What is drawn comes from the records alone.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import itertools
 import pathlib
 
 from .lab import flags
@@ -25,6 +27,19 @@ class Config(flags.BareConfig):
   output: str = flags.flag('records.png', 'The picture: .png, .pdf or .svg.')
 
 
+def names(records: Sequence[str]) -> list[str]:
+  """As much of the end of each folder's name as tells it from the others."""
+  if len(records) == 1:
+    return ['']
+  paths = [pathlib.Path(path).absolute() for path in records]
+  folders = [path.parent if path.is_file() else path for path in paths]
+  for count in itertools.count(1):
+    found = ['/'.join(path.parts[-count:]) for path in folders]
+    if len(set(found)) == len(set(folders)):
+      return found
+  raise AssertionError  # The whole names are apart.
+
+
 def main(config: Config) -> None:
   """Draws the records."""
   if pathlib.Path(config.output).suffix not in ('.png', '.pdf', '.svg'):
@@ -32,13 +47,10 @@ def main(config: Config) -> None:
   folder = pathlib.Path(config.output).absolute().parent
   if not folder.is_dir():
     raise flags.UserError(f'--output={config.output}: no folder {folder}')
-  several = len(config.records) > 1
-  loaded = []
-  for path in config.records:
-    header, rows = record.read(path)
-    label = pathlib.Path(path)
-    name = label.parent.name if label.is_file() else label.name
-    loaded.append((name if several else '', header, rows))
+  loaded = [
+    (name, *record.read(path))
+    for name, path in zip(names(config.records), config.records, strict=True)
+  ]
   y = config.y or loaded[0][1].get('show', 'value')
   plots.draw(
     loaded, config.output,

@@ -3,6 +3,9 @@
 import importlib
 import pathlib
 import re
+import runpy
+import sys
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import pytest
@@ -65,3 +68,12 @@ def test_citation_has_the_version_and_the_papers():
   table = (ROOT / 'README.md').read_text().split('## The methods')[1]
   table = table.split('Beside them')[0]
   assert cited == set(re.findall(r'arxiv.org/abs/([\d.]+)', table))
+
+
+def test_mathematics_is_read_as_tex_reads_it(monkeypatch):
+  monkeypatch.setattr('sys.path', list(sys.path))
+  with mock.patch.dict('os.environ'):
+    to_mathml = runpy.run_path(str(DOCS / 'conf.py'))['to_mathml']
+  half = re.sub(r'\s', '', to_mathml(r'\tfrac12 (x + y)', block=True))
+  assert '<mfrac><mn>1</mn><mn>2</mn></mfrac>' in half
+  assert '\\' not in to_mathml(r'\text{inner\_lr}', block=False)

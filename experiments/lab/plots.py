@@ -22,7 +22,6 @@ from . import record
 mpl.use('Agg')
 
 LABELS = {
-  'calls': 'oracle calls (gradients + Hessian-vector products)',
   'gradients': 'gradients',
   'products': 'Hessian-vector products',
   'samples': 'samples',
@@ -45,6 +44,14 @@ def get(row: dict[str, Any], name: str) -> float:
       f'{name} is {value!r} in a row of {row.get("method")}: no number to draw'
     )
   return math.nan if value is None else value
+
+
+def axis_label(name: str, rows: Sequence[dict]) -> str:
+  """What stands beside an axis; of calls, what they are in these rows."""
+  if name == 'calls':
+    newton = any('products' in row for row in rows)
+    return 'oracle calls' + newton * ' (gradients + Hessian-vector products)'
+  return LABELS.get(name, name)
 
 
 def curves(
@@ -77,6 +84,11 @@ def methods(rows: Sequence[dict]) -> list[str]:
   """The methods of a record, in order."""
   found = (row['method'] for row in rows if row['kind'] == 'eval')
   return list(dict.fromkeys(found))
+
+
+def reported(method: str) -> bool:
+  """Whether it is no trial of rates."""
+  return ': tuning' not in method
 
 
 def save(
@@ -230,8 +242,9 @@ def draw_lines(
     )
   axes.set_xscale('log' if log_x else 'linear')
   axes.set_yscale('log' if log_y else 'linear')
-  axes.set_xlabel(LABELS.get(x, x))
-  axes.set_ylabel(LABELS.get(y, y))
+  every = [row for _, rows in records for row in rows]
+  axes.set_xlabel(axis_label(x, every))
+  axes.set_ylabel(axis_label(y, every))
   axes.grid(alpha=0.3)
 
 
@@ -258,15 +271,24 @@ def draw(
     1, len(x), figsize=(5.0 * len(x) + 1.5, 4.0), squeeze=False, sharey=True,
     layout='constrained',
   )  # fmt: skip
-  pairs = [(label, rows) for label, _, rows in records]
+  pairs = [
+    (label, [row for row in rows if reported(str(row.get('method')))])
+    for label, _, rows in records
+  ]
   for axes, name in zip(panels[0], x, strict=True):
     draw_lines(axes, pairs, name, y, log_x=log_x, log_y=log_y)
     axes.label_outer()
-    axes.set_xlabel(LABELS.get(name, name))
   drawn = [axes for axes in panels[0] if axes.lines]
-  if not drawn:
-    plt.close(figure)
-    raise flags.UserError(f'no rows with both {" or ".join(x)} and {y} to draw')
+  names = {
+    text for axes in drawn for text in axes.get_legend_handles_labels()[1]
+  }
+  for label, rows in pairs:
+    begins = f'{label}: ' if label else ''
+    if names.isdisjoint(f'{begins}{method}' for method in methods(rows)):
+      plt.close(figure)
+      raise flags.UserError(
+        f'{begins}no rows with both {" or ".join(x)} and {y} to draw'
+      )
   legend_right(figure, drawn[0], fontsize=8)
   titles = dict.fromkeys(
     ' '.join(

@@ -263,7 +263,8 @@ def draw_profile(
       where='post', label=method, color=f'C{i % 10}', lw=1.2 if i else 2.5,
     )  # fmt: skip
   axes.set(
-    title=f'{name}: performance profile of {count} problems', xscale='log', ylim=(0, 1.05), ylabel='share of the problems',
+    title=f'{name}: performance profile of {count} problems',
+    xscale='log', ylim=(0, 1.05), ylabel='share of the problems',
     xlabel='calls to the target, times those of the best method',
   )  # fmt: skip
   figure.legend(fontsize=8, loc='outside right upper')

@@ -83,6 +83,13 @@ def test_logistic_regression_from_flags_to_picture(small, capsys):
       plot.main(plot.Config(records=(str(folder),), output=wrong))
   with pytest.raises(flags.UserError, match='no rows with both'):
     plot.main(plot.Config(records=(str(folder),), output=output, y='energy'))
+  # Nor is one of several left out without a word.
+  other = folder / 'other' / folder.name
+  other.mkdir(parents=True)
+  lines = (folder / 'record.jsonl').read_text().splitlines(True)
+  (other / 'record.jsonl').write_text(lines[0])
+  with pytest.raises(flags.UserError, match=f'^other/{folder.name}: no rows'):
+    plot.main(plot.Config(records=(str(folder), str(other)), output=output))
 
   # A reader of the table that goes away ends it with a line, no traceback; so
   # does a disk that is full.
