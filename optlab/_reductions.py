@@ -20,7 +20,7 @@ def norm(tree: base.Params) -> jax.Array:
   Where the squares would over- or underflow, they are of scaled numbers.
   """
   dtype = real_dtype(tree)
-  plain = jnp.sqrt(sq_norm(tree, dtype))
+  plain = _root(sq_norm(tree, dtype))
   return jax.lax.cond(
     _is_accurate(plain), lambda: plain, lambda: _scaled_norm(tree, plain)
   )
@@ -52,13 +52,19 @@ def norms(
     else:
       parts = [inner_product(a, b) for a, b in zip(left, right, strict=True)]
       sums += jnp.stack(parts).astype(sums.dtype)
-  plain, rest = jnp.sqrt(sums[: len(trees)]), sums[len(trees) :]
+  plain, rest = _root(sums[: len(trees)]), sums[len(trees) :]
   lengths = jax.lax.cond(
     jnp.all(_is_accurate(plain)),
     lambda: plain,
     lambda: jnp.stack(list(map(_scaled_norm, trees, plain))),
   )
   return *lengths, *rest
+
+
+def _root(square: jax.Array) -> jax.Array:
+  """The square root; its slope at zero is zero, as that of no branch taken."""
+  zero = square == 0
+  return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def _is_accurate(plain: jax.Array) -> jax.Array:
@@ -80,7 +86,7 @@ def _scaled_norm(tree: base.Params, plain: jax.Array) -> jax.Array:
   )
   # Else XLA squares constants and scale apart, and zeros become NaN.
   scaled = jax.lax.optimization_barrier(scaled)
-  return jnp.sqrt(sq_norm(scaled, plain.dtype)) / scale
+  return _root(sq_norm(scaled, plain.dtype)) / scale
 
 
 def dot(a: base.ArrayTree, b: base.ArrayTree) -> jax.Array:

@@ -108,6 +108,7 @@ def estimator(
   move: Callable[..., Any] | None = None,
   dual: _dual.Dual | bool = True,
   every: int = 1,
+  series: bool = False,
 ) -> base.GradientEstimator:
   """An estimator of ``f_x - g_xy z``.
 
@@ -120,13 +121,14 @@ def estimator(
       derivatives are taken; without it, y takes one step after them.
     dual: How z moves, if in steps.
     every: Steps from one move of y to the next.
+    series: Whether z is a sum of so many terms.
 
   Returns:
     A `GradientEstimator`; ``init(x, y)`` starts at ``z = 0``.
   """
 
   def init(params, inner):
-    return _state.init_state(problem, params, inner, dual=dual)
+    return _state.init_state(problem, params, inner, dual=dual, series=series)
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
@@ -180,6 +182,7 @@ def estimator(
       pace=pace,
       lower_grad_norm=slope,
       dual_residual=solution.residual,
+      truncated=solution.truncated,
       ok=solution.ok & ~behind,
       constrained=held,
     )

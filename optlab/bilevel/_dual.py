@@ -12,6 +12,7 @@ from optlab import trees
 from optlab.bilevel import _problem
 
 PATIENCE = 200  # Steps after which z must have felt the curvature.
+LACKING = 0.1  # Of z, more than which a series must not lack.
 
 
 class Dual(NamedTuple):
@@ -28,6 +29,7 @@ class DualState(NamedTuple):
 
   opt_state: base.OptState
   reach: jax.Array  # shape (), the length of all steps f_y alone would take
+  felt: jax.Array  # shape (2,), means of z' g_yy z and z' f_y of late
 
 
 class Solution(NamedTuple):
@@ -39,6 +41,7 @@ class Solution(NamedTuple):
   scale: jax.Array  # shape (), norm of g_yy z, or more
   dual_state: Any = ()
   seen: Any = None  # norms and products of what lies beside, all finite with z
+  truncated: Any = ()  # shape (), see `lacking`; of a series alone
 
 
 # ``(lower, z) -> (trees, pairs, rest)``: norms and products to take, of what
@@ -49,7 +52,8 @@ Beside = Callable[[_problem.Lower, base.Params], Any]
 def init(dual: Dual, z: base.Params) -> DualState:
   """The state before the first step."""
   opt_state = () if dual.optimizer is None else dual.optimizer.init(z)
-  return DualState(opt_state, jnp.zeros((), trees.accumulator_dtype(z)))
+  dtype = trees.accumulator_dtype(z)
+  return DualState(opt_state, jnp.zeros((), dtype), jnp.zeros(2, dtype))
 
 
 def advance(
@@ -177,20 +181,27 @@ def step(
     moved = optax.apply_updates(z, updates)
   others, pairs = beside
   curved = z, product if sampled is None else sampled
-  length, size, reached, *seen, along = trees.norms(
-    residual, grad_y, moved, *others, products=[*pairs, curved]
+  length, size, reached, *seen, along, due = trees.norms(
+    residual, grad_y, moved, *others, products=[*pairs, curved, (z, grad_y)]
   )
   reach, bound, idle = state.reach, dual.radius, jnp.asarray(False)
+  felt = follow(state.felt, (along, due), count)
   if rate is not None:
     reach += (rate * size).astype(reach.dtype)
     bound = 2 * reach if bound is None else bound
-    idle = is_idle(reached, reach, count)
+    idle = is_idle(reached, reach, felt, count)
   moved, ok, _ = hold(moved, jnp.inf if bound is None else bound, reached)
   scale = length + size  # At least the norm of g_yy z.
   ok &= is_convex(along, reached * scale)
-  ok &= ~idle & (feels(along, reached, size) | (count < PATIENCE))
+  # In the mean, since z may pass through zero.
+  ok &= ~idle & (feels(felt[0], reached, size) | (count < PATIENCE))
   return Solution(
-    moved, length, ok, scale, DualState(opt_state, reach), (reached, *seen)
+    moved,
+    length,
+    ok,
+    scale,
+    DualState(opt_state, reach, felt),
+    (reached, *seen),
   )
 
 
@@ -211,6 +222,37 @@ def series_radius(radius: Any, rates: Any, grad_y: base.Params) -> jax.Array:
   return own if radius is None else jnp.minimum(own, radius)
 
 
+def lacking(
+  before: jax.Array,
+  after: jax.Array,
+  sign: jax.Array,
+  length: jax.Array,
+  cross: base.Updates,
+  terms: Any = 0,
+) -> jax.Array:
+  r"""What part of a Neumann series' limit its terms lack, at least.
+
+  A term that is left of f_y shrinks to :math:`\sigma` of its norm by the next,
+  and that one by no more, since norms of powers are log-convex. So all that
+  follow add up to at least :math:`1 / (1 - \sigma)` of it.
+
+  Args:
+    before: The norm of a term.
+    after: That of the next, which is left out.
+    sign: Their inner product; terms that alternate lack nothing.
+    length: The norm of the sum of the terms.
+    cross: What x feels of it: where that is zero, nothing is lacking.
+    terms: How many from ``after`` on are not left out.
+  """
+  sigma = jnp.clip(after / jnp.where(before > 0, before, 1), 0, 1)
+  # What is left of converged terms is rounding, which does not shrink.
+  found = (sign > 0) & (after > 16 * jnp.finfo(length.dtype).eps * length)
+  rest = jnp.where(found, after, 0) * sigma**terms
+  whole = rest + (1 - sigma) * length
+  some = (whole > 0) & trees.is_nonzero(cross)
+  return jnp.where(some, rest / jnp.where(whole > 0, whole, 1), 0)
+
+
 def feels(along: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
   """Whether ``g_yy`` along z is more than nothing, beside ``f_y``.
 
@@ -222,9 +264,25 @@ def feels(along: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
   return (along > least) | (least < 1e5 * jnp.finfo(along.dtype).tiny)
 
 
-def is_idle(length: jax.Array, reach: jax.Array, count: jax.Array) -> jax.Array:
-  """Whether many steps have led z about as far as ``f_y`` alone would."""
-  return (length > 0.7 * reach) & (reach > 0) & (count >= PATIENCE)
+def follow(felt: jax.Array, products: Any, count: jax.Array) -> jax.Array:
+  """Means of both products over the last hundred steps."""
+  # Beyond all numbers they are the largest.
+  new = jnp.nan_to_num(jnp.stack(products).astype(felt.dtype))
+  return felt + jnp.maximum(1 / (count + 1), 0.01) * (new - felt)
+
+
+def is_idle(
+  length: jax.Array, reach: jax.Array, felt: jax.Array, count: jax.Array
+) -> jax.Array:
+  """Whether z still goes where no curvature will stop it, after many steps.
+
+  It does where these have led it about as far as ``f_y`` alone would, or where
+  ``z' g_yy z`` is far below ``z' f_y``: at a solution they are the same, and
+  with a singular g_yy z grows for ever. What noise makes of z is short.
+  """
+  grows = (length > 0.05 * reach) & (felt[0] < 0.5 * felt[1])
+  far = (length > 0.7 * reach) | grows
+  return far & (reach > 0) & (count >= PATIENCE)
 
 
 def is_convex(along: jax.Array, scale: Any) -> jax.Array:

@@ -83,8 +83,10 @@ def follow(
   first = 1 / (count + 1)
   blend = lambda old, new, w: old + jnp.maximum(w, first) * (new - old)
   near, far, spread, move, peak, wide, early = pace
-  near = blend(near, lag, jnp.maximum(1 / (SHORT * calm), 1 / MEMORY))
-  far = blend(far, jnp.abs(near), 1 / MEMORY)
+  # Together the two forget no later than y's mean does.
+  calm = jnp.clip(calm, 1, 0.5 * MEMORY / SHORT)
+  near = blend(near, lag, 1 / (SHORT * calm))
+  far = blend(far, jnp.abs(near), calm / MEMORY)
   spread = blend(spread, jnp.abs(lag), 1 / MEMORY)
   wide = blend(wide, size, 1 / MEMORY)  # y may pass through zero.
   # Long after, a mean over the last tenth of the run.

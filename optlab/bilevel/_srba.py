@@ -170,7 +170,8 @@ def recursive_estimator(
       at = trees.combine(weigh, state.memory.inner, at)
     now = params, at, state.dual
     look = functools.partial(_look, problem, state.step)
-    (value, lower_value, size, convex), moves = renew(look, now, state, batch)
+    seen, moves = renew(look, now, state, batch)
+    value, lower_value, size, convex, products = seen
     d_x, d_y, d_z = moves
     rate = trees.at_step(dual.lr, state.step)
     reach = state.dual_state.reach
@@ -191,6 +192,9 @@ def recursive_estimator(
       state.pace, state.step, along, residual + size, moved, reached,
       calm=calm,
     )  # fmt: skip
+    felt = _dual.follow(state.dual_state.felt, products, state.step)
+    idle = _dual.is_idle(length, reach, felt, state.step)
+    idle |= ~_dual.feels(felt[0], length, size) & (state.step >= _dual.PATIENCE)
     return _state.accept(
       base.Estimate(value, trees.cast_like(d_x, params)),
       state,
@@ -201,11 +205,11 @@ def recursive_estimator(
       dual=z,
       lower_opt_state=after.opt_state,
       pace=pace,
-      dual_state=_dual.DualState((), reach),
+      dual_state=_dual.DualState((), reach, felt),
       memory=SrbaMemory(*now, moves),
       lower_grad_norm=slope,
       dual_residual=residual,
-      ok=ok & convex & ~behind & ~_dual.is_idle(length, reach, state.step),
+      ok=ok & convex & ~behind & ~idle,
       constrained=_lower.holds_some(found, state.info.constrained),
     )
 
@@ -219,12 +223,11 @@ def _look(problem, step, params, inner, z, batch):
   )
   point = _problem.Point(params, inner, batch.lower, step)
   seen, cross, product = _problem.multiply(problem, point, z)
-  length, scale, size, along = trees.norms(
-    z, product, grad_y, products=[(z, product)]
+  length, scale, size, along, due = trees.norms(
+    z, product, grad_y, products=[(z, product), (z, grad_y)]
   )
   convex = _dual.is_convex(along, length * scale)
-  convex &= _dual.feels(along, length, size) | (step < _dual.PATIENCE)
-  return (value, seen.value, size, convex), (
+  return (value, seen.value, size, convex, (along, due)), (
     trees.wide(_bilevel.hypergradient(grad_x, cross)),
     trees.wide(seen.grad),
     _dual.residual_of(z, product, grad_y),

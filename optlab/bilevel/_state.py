@@ -37,6 +37,7 @@ class BilevelInfo(NamedTuple):
   lower_grad_norm: Any  # shape (), norm of g_y at the last accepted estimate
   lower_lag: Any  # shape (), how far y* is from y at least, of late on average
   dual_residual: Any  # shape (), norm of g_yy z - f_y there
+  truncated: Any  # shape (), part of z that a series lacks at least
   constrained: jax.Array  # shape (), bool, lower steps held a part of y
   ok: jax.Array  # shape (), bool, no assumption was seen to fail there
   total_not_ok: jax.Array  # shape (), int32
@@ -78,6 +79,7 @@ def init_state(
   dual: _dual.Dual | bool = True,
   memory: Any = (),
   smooth: bool = False,
+  series: bool = False,
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0`` if it has one."""
   for name, tree in (('params', params), ('inner', inner)):
@@ -105,6 +107,7 @@ def init_state(
       lower_grad_norm=zero(wide),
       lower_lag=zero(wide) if dual else (),
       dual_residual=zero(wide) if dual else (),
+      truncated=zero(wide) if series else (),
       constrained=zero(bool),
       ok=jnp.ones((), bool),
       total_not_ok=zero(jnp.int32),
@@ -124,6 +127,7 @@ def accept(
   constrained: Any = False,
   lower_grad_norm: Any = (),
   dual_residual: Any = (),
+  truncated: Any = (),
   **fields: Any,
 ) -> tuple[base.Estimate, BilevelState]:
   """Commits a step, or holds the state where it is not finite.
@@ -141,17 +145,21 @@ def accept(
     constrained: For `BilevelInfo`.
     lower_grad_norm: For `BilevelInfo`.
     dual_residual: For `BilevelInfo`.
+    truncated: For `BilevelInfo`; more than a tenth is not ok.
     **fields: What the step changes in the state, beside its count.
 
   Returns:
     The estimate and the state.
   """
   ok = jnp.asarray(ok) & ~jnp.asarray(constrained)
+  if isinstance(truncated, jax.Array):
+    ok &= ~(truncated > _dual.LACKING)
   pace = fields.get('pace', ())
   info = old.info._replace(
     lower_grad_norm=lower_grad_norm,
     lower_lag=pace[1] if isinstance(pace, jax.Array) else (),
     dual_residual=dual_residual,
+    truncated=truncated,
     constrained=jnp.asarray(constrained),
     ok=ok,
     total_not_ok=old.info.total_not_ok + (~ok).astype(jnp.int32),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optlab import base
@@ -94,9 +95,11 @@ def stocbio(
     linearization, ``neumann_steps`` Hessian-vector products (the last for the
     residual) and one cross product. ``info.ok`` is false where the series
     grows: the rate is too large, or ``g_yy`` indefinite; where it meets no
-    curvature: the lower level is linear; after 200 steps where it leaves nine
-    tenths of f_y: the rate is far too small, or the terms too few; and where y
-    is behind, as in `soba`.
+    curvature: the lower level is linear; where y is behind, as in `soba`; and
+    where ``info.truncated``, the part of the series' limit that its Q terms
+    lack at least, is above a tenth: take more terms, or a larger rate. With a
+    rate of one over the largest curvature, five terms are enough for one
+    smallest that is a third of it.
   """
   checks.enforce(stocbio, locals())
   problem = _bilevel.problem_of(
@@ -114,27 +117,36 @@ def stocbio(
       grad_y,
     )
 
-    def add_term(_, dual):
+    def add_term(_, carry):
+      dual, _ = carry
       residual = _dual.residual_of(dual, products(dual)[1], grad_y)
-      return _dual.subtract(dual, rate, residual)
+      return _dual.subtract(dual, rate, residual), residual
 
-    dual = jax.lax.fori_loop(1, neumann_steps, add_term, first)
+    zeros = trees.zeros_accumulator(grad_y)
+    before = _dual.residual_of(zeros, zeros, grad_y)
+    dual, before = jax.lax.fori_loop(
+      1, neumann_steps, add_term, (first, before)
+    )
     dual, inside, length = _dual.hold(
       dual, _dual.series_radius(dual_radius, neumann_steps * rate, grad_y)
     )
     cross, product = products(dual)
-    residual = trees.norm(_dual.residual_of(dual, product, grad_y))
-    size = trees.norm(grad_y)
+    after = _dual.residual_of(dual, product, grad_y)
+    residual, size, left = map(trees.norm, (after, grad_y, before))
+    unit = trees.divided(before, jnp.where(left > 0, left, 1))
+    sign = trees.inner_product(unit, after)
     ok = inside & (residual <= 1.01 * size)
     along = trees.inner_product(dual, product)
     ok &= _dual.is_convex(along, length * (residual + size))
     ok &= _dual.feels(along, length, size)
-    # As far from a solution as z = 0 is: the rate is far too small.
-    near = (residual < 0.9 * size) | (size == 0)
-    ok &= near | (state.step < _dual.PATIENCE)
-    solution = _dual.Solution(dual, residual, ok, residual + size)
+    solution = _dual.Solution(
+      dual, residual, ok, residual + size,
+      truncated=_dual.lacking(
+        rate * left, rate * residual, sign, length, cross
+      ),
+    )  # fmt: skip
     # The last z, in whose noise this sample has no part.
     return _dual.look(solution, cross, lower, state.dual, beside)
 
   move = functools.partial(_lower.lower_round, problem, lower_steps)
-  return _bilevel.estimator(problem, solve, move)
+  return _bilevel.estimator(problem, solve, move, series=True)

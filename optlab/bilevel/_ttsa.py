@@ -105,6 +105,8 @@ def ttsa(
     average ``(Q - 1) / 2 + 1`` Hessian-vector products (the last to see whether
     ``g_yy`` is indefinite) and one cross product. Under ``vmap`` every member
     waits for the largest power. The estimate's variance grows with Q.
+    ``info.ok`` is as in `stocbio`; ``info.truncated`` is what a step's term
+    tells of the whole series, less than there.
   """
   checks.enforce(ttsa, locals())
   problem = _bilevel.problem_of(
@@ -114,7 +116,9 @@ def ttsa(
 
   def init(params, inner, key):
     memory = TtsaMemory(checks.as_key('key', key), jnp.zeros((), jnp.int32))
-    state = _state.init_state(problem, params, inner, memory=memory)
+    state = _state.init_state(
+      problem, params, inner, memory=memory, series=True
+    )
     info = state.info._replace(dual_residual=())
     return state._replace(dual=(), info=info)
 
@@ -144,6 +148,9 @@ def ttsa(
     pace, behind = _lag.follow(
       state.pace, state.step, bent, scale, moved, reached
     )
+    following = trees.norm(
+      _dual.subtract(dual, rate, trees.cast_like(product, dual))
+    )
     result = base.Estimate(
       value,
       _bilevel.hypergradient(grad_x, cross),
@@ -159,6 +166,14 @@ def ttsa(
       lower_opt_state=lower_opt_state,
       pace=pace,
       lower_grad_norm=slope,
+      truncated=_dual.lacking(
+        length,
+        following,
+        length**2 - rate * along,
+        neumann_steps**2 * rate * size,
+        cross,
+        neumann_steps - 1 - power,
+      ),
       ok=inside
       & ~behind
       & _dual.is_convex(along, length * scale)

@@ -94,11 +94,12 @@ def unrolled(
     (of all N without ``checkpoint``). With ``warm=False`` nothing is assumed of
     the lower level, and ``info.ok`` says nothing of it. With ``warm`` the N
     steps stand for all before, and ``info.dual_residual`` is the norm of what
-    is left of f_y at their start: where that is nine tenths of f_y, after 200
-    steps, ``info.ok`` is false. Then the steps are too short for y to follow x,
-    or the lower level is linear or not convex. On a quadratic with gradient
-    descent from a fixed start, the bias is ``(I - rho g_yy)^N`` applied to the
-    solution's derivative, besides that of the lower variable itself.
+    is left of f_y at their start. ``info.truncated`` is the part of z that they
+    lack so at least, those before being left out: where it is above a tenth, or
+    more is left than there was, ``info.ok`` is false. Then the steps are too
+    few or too short, or the lower level is linear or not convex. On a quadratic
+    with gradient descent from a fixed start, the bias is ``(I - rho g_yy)^N``
+    applied to the solution's derivative, besides that of the lower variable.
   """
   checks.enforce(unrolled, locals())
   problem = _bilevel.problem_of(
@@ -109,8 +110,9 @@ def unrolled(
   def init(params, inner):
     first = () if warm else trees.own(inner)
     state = _state.init_state(
-      problem, params, inner, dual=False, memory=first, smooth=True
-    )
+      problem, params, inner, dual=False, memory=first, smooth=True,
+      series=warm,
+    )  # fmt: skip
     residual = jnp.zeros_like(state.info.lower_grad_norm) if warm else ()
     return state._replace(
       info=state.info._replace(lower_grad_norm=(), dual_residual=residual)
@@ -138,13 +140,16 @@ def unrolled(
       problem, params, inner, batch.upper
     )
     through, left = pull(grad_y)
-    residual, ok = (), True
+    residual, truncated, ok = (), (), True
     if warm:
       residual, size = trees.norm(left), trees.norm(grad_y)
       # What is left of f_y at the start is what the steps have not seen: all
       # where they are too short or g is linear, more where it is not convex.
-      ok = (residual < 0.9 * size) | (size == 0)
-      ok |= state.step < _dual.PATIENCE
+      # They are the first term of a series in what N steps leave.
+      ok = ~(residual > 1.01 * size)
+      unit = jnp.where(size > 0, size, 1)
+      sign = trees.inner_product(trees.divided(grad_y, unit), left)
+      truncated = _dual.lacking(size, residual, sign, size, through)
     if has_aux:
       aux = _problem.BilevelAux(
         aux, problem.lower(params, inner, batch.lower)[1]
@@ -155,6 +160,7 @@ def unrolled(
       inner=inner,
       lower_opt_state=lower_opt_state,
       dual_residual=residual,
+      truncated=truncated,
       ok=ok,
     )
 

@@ -31,8 +31,8 @@ def saba(upper, lower, optimizer, dual_lr=None, **options):
   return optlab.GradientEstimator(estimator.init, estimate)
 
 
-def ttsa(*args, **options):
-  estimator = bilevel.ttsa(*args, **options)
+def ttsa(*args, neumann_steps=10, **options):
+  estimator = bilevel.ttsa(*args, neumann_steps=neumann_steps, **options)
   init = lambda x, y: estimator.init(x, y, jax.random.key(0))
   return optlab.GradientEstimator(init, estimator.estimate)
 
@@ -41,7 +41,7 @@ RATED = {
   'soba': optlab.soba,
   'bo_rep': optlab.bo_rep,
   'saba': saba,
-  'stocbio': optlab.stocbio,
+  'stocbio': functools.partial(optlab.stocbio, neumann_steps=40),
   'ttsa': ttsa,
 }
 
@@ -197,7 +197,8 @@ def test_a_rate_beyond_two_over_the_curvature_is_bounded_and_told(name):
   state, estimates = run(estimator, X, Y, 300)
   assert np.all(np.abs(estimates.grads) < 300)
   assert state.info.total_not_ok > 30
-  fine = RATED[name](upper, lower, optax.sgd(1e-6), 0.05)
+  series = {'neumann_steps': 80} if name in ('stocbio', 'ttsa') else {}
+  fine = RATED[name](upper, lower, optax.sgd(1e-6), 0.05, **series)
   state, _ = run(fine, X, np.float32([1.0, 0.5, 1 / 30]), 300)  # At y*.
   assert state.info.total_not_ok == 0
 
@@ -238,13 +239,27 @@ def test_the_size_of_the_upper_level_scales_the_hypergradient():
     np.testing.assert_allclose(grads[1:], [grads[0]] * 2, rtol=1e-4)
 
 
-def test_a_semidefinite_hessian_is_no_fault():
-  upper, lower = quadratic(np.diag([1.0, 2.0, 0.0]))
-  for name in ('soba', 'bo_rep', 'stocbio', 'saba'):
-    estimator = RATED[name](upper, lower, optax.sgd(1e-6), 0.5)
-    x, y = np.float32([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])  # One solution.
-    state, _ = run(estimator, x, y, 300)
-    assert state.info.total_not_ok == 0, name
+@pytest.mark.parametrize('name', [*FORMULA, 'mrbo', 'unrolled'])
+def test_several_lower_minimizers_are_no_fault_where_f_is_alike(name):
+  """Along a flat direction of g; where f is not, its slope would be endless."""
+  second = () if name == 'unrolled' else (0.5,)
+  others = {'mrbo': bilevel.mrbo, 'unrolled': optlab.unrolled}
+  optimizer = optax.sgd(0.5 if name == 'unrolled' else 1e-6)
+  x, y = np.float32([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])  # One of them.
+
+  @jax.jit
+  def last(weights):
+    upper, lower = quadratic(np.diag([1.0, 2.0, 0.0]))
+    seen = lambda x, y, batch: upper(x, weights * y, batch)
+    make = {**FORMULA, **others}[name]
+    return run(make(seen, lower, optimizer, *second), x, y, 300)
+
+  state, estimates = last(jnp.array([1.0, 1.0, 0.0]))
+  assert state.info.total_not_ok == 0
+  mean = np.mean(estimates.grads[-200:], 0)  # One of random terms.
+  np.testing.assert_allclose(mean, [2.0, 0.75, 0.0], rtol=0.2)
+  state, _ = last(jnp.array([1.0, 1.0, 0.5]))
+  assert state.info.total_not_ok >= 100
 
 
 @pytest.mark.parametrize('name', [*FORMULA, 'mrbo'])
@@ -351,11 +366,11 @@ def test_a_lower_level_that_cannot_follow_is_told(name):
 
   params, info = train(*np.float32([[1e-5, 1e-5, 0.5, 0.5], [0, 1, 0, 0.3]]))
   assert not np.any(info.ok[:2]) and np.all(info.total_not_ok[:2] > 100)
-  if name == 'unrolled':  # At the end of a decay, its steps are too short too.
-    assert np.all(info.total_not_ok[2:] < 100)
+  if name == 'unrolled':  # With a decay, its steps are too short too.
+    assert np.all(info.total_not_ok[2:] > 100)
     return
   assert not np.any(info.total_not_ok[2:])
-  if name in ('f2sa', 'stocbio', 'ttsa'):  # Biased, as they say.
+  if name in ('f2sa', 'ttsa'):  # Biased, as they say, or noisy.
     return
   np.testing.assert_allclose(params[2], 2 / 3, atol=2e-3)
   if name != 'f2sa':
@@ -384,6 +399,23 @@ def test_variables_that_swing_or_run_away_together_are_told():
   assert np.max(np.abs(params[1])) > 100  # And finite.
   assert np.all(info.total_not_ok[:2] > 50) and not np.any(info.ok[:2])
   assert info.total_not_ok[2] == 0
+
+
+@pytest.mark.parametrize('name', ['soba', 'mrbo'])
+def test_a_solution_at_zero_is_no_lag(name):
+  """Beside y all that moves is then large, and z passes through zero."""
+  upper = lambda x, y, noise: jnp.sum((y + noise) ** 2)
+  lower = lambda x, y, noise: 0.5 * jnp.sum((y - x) ** 2) + noise @ y
+  make = {'soba': optlab.soba, 'mrbo': bilevel.mrbo}[name]
+  estimator = make(upper, lower, optax.sgd(0.1), 0.1)
+  tx = optax.sgd(optax.cosine_decay_schedule(0.03, 600))
+  step = optlab.train_step(estimator, tx)
+  noise = 0.1 * jax.random.normal(jax.random.key(0), (600, 2, 1))
+  state = optlab.init(jnp.full(1, 0.3), estimator, tx, jnp.full(1, 0.5))
+  body = lambda state, n: step(state, optlab.BilevelBatch(*n))
+  state, _ = jax.lax.scan(body, state, noise)
+  assert jnp.abs(state.params[0]) < 0.05
+  assert state.estimator_state.info.total_not_ok == 0
 
 
 @pytest.mark.parametrize('warm', [True, False])

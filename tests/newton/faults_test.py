@@ -386,6 +386,9 @@ def test_norms_neither_over_nor_underflow(scale):
 
   tree = {'a': scale * jnp.array([3.0, 0.0]), 'b': jnp.float32(4.0 * scale)}
   np.testing.assert_allclose(trees.norm(tree) / scale, 5.0, rtol=1e-5)
+  slope = jax.grad(trees.norm)(tree)
+  np.testing.assert_allclose(slope['a'], [0.6, 0.0], rtol=1e-5)
+  assert jax.grad(trees.norm)(jnp.zeros(2)).tolist() == [0.0, 0.0]
   assert trees.norm({}) == 0.0
   assert jax.jit(lambda: trees.norm(jnp.zeros(2)))() == 0.0  # A constant.
   assert jnp.isnan(trees.norm({'a': jnp.array([jnp.nan, scale])}))
