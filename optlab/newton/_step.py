@@ -245,14 +245,15 @@ def _first_gamma(operator, g, g_norm, value, gamma):
   """The smoothness, chosen where it is still 0, and the products it took."""
   finite = jnp.isfinite(g_norm) & jnp.isfinite(value)
   first = finite & (g_norm > 0) & (gamma == 0)
-  unit = trees.divided(g, jnp.where(first, g_norm, 1))
-  shift = jax.lax.cond(
-    first,
-    lambda: 0.01 * jnp.abs(trees.dot(unit, _operators.checked(operator)(unit))),
-    lambda: jnp.ones((), gamma.dtype),
-  ).astype(gamma.dtype)
-  shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
-  return jnp.where(first, g_norm / shift, gamma), first.astype(jnp.int32)
+
+  def choose():
+    unit = trees.divided(g, jnp.where(first, g_norm, 1))
+    bent = trees.dot(unit, _operators.checked(operator)(unit))
+    shift = (0.01 * jnp.abs(bent)).astype(gamma.dtype)
+    shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
+    return (g_norm / shift).astype(gamma.dtype)
+
+  return jax.lax.cond(first, choose, lambda: gamma), first.astype(jnp.int32)
 
 
 def _check_whole_and_real(params):

@@ -51,9 +51,12 @@ class Point(NamedTuple):
     step: The update that leads to it, like the parameters.
     value: The objective.
     grad: The gradient, like the parameters.
-    dual: The gradient in the coordinates of the space.
-    grad_norm: Its norm.
-    move: The step that rounding left, which may be none, in them.
+    grad_norm: Its norm in the coordinates of the space.
+    square: The square of it, as a sum.
+    move_norm: Of the step that rounding left, which may be none, in them.
+    residual_norm: Of the error of the model's gradient, ``grad + shift move``.
+    slope: The inner product of the start's gradient and the move.
+    bent: That of the gradient and the move.
     still: Whether no parameter changes by more than a few units of rounding;
       where the value stands still too, gradients of such points are noise.
     solved: Whether the solver found the system positive definite.
@@ -64,9 +67,12 @@ class Point(NamedTuple):
   step: base.Updates
   value: jax.Array
   grad: base.Updates
-  dual: Any
   grad_norm: jax.Array
-  move: Any
+  square: jax.Array
+  move_norm: jax.Array
+  residual_norm: jax.Array
+  slope: jax.Array
+  bent: jax.Array
   still: jax.Array
   solved: jax.Array
   ok: jax.Array
@@ -135,7 +141,7 @@ def search(start: Start, found: Search, limits: Limits) -> Search:
     stalled = jnp.asarray(False)
     if limits.safeguard:
       # A step across a symmetric valley is flat too, once.
-      hidden = _predicted(start, point, shift) <= 10 * start.rounding
+      hidden = _predicted(point, shift) / 10 <= start.rounding
       hidden |= now.flat
       stalled = flat & ~accepted & hidden
     after = _learn(start, now, point, shift, accepted, limits.rule)
@@ -146,12 +152,19 @@ def search(start: Start, found: Search, limits: Limits) -> Search:
     return after._replace(gamma=gamma, rule=state, flat=flat, stalled=stalled)
 
   last = jax.lax.while_loop(unfinished, step, found)
+  point = trees.where(
+    last.accepted,
+    (last.step, last.value, last.grad),
+    (found.step, found.value, found.grad),
+  )
   gamma, state = trees.where(
     last.flat & ~last.accepted,
     (found.gamma, found.rule),
     (last.gamma, last.rule),
   )
-  return last._replace(gamma=gamma, rule=state)
+  return last._replace(
+    step=point[0], value=point[1], grad=point[2], gamma=gamma, rule=state
+  )
 
 
 def _try(start, shift):
@@ -182,15 +195,22 @@ def _try(start, shift):
     ),
   )
   value, dual = value.astype(dtype), start.space.dual(grad)
-  grad_norm = trees.norm(dual)
+  move = start.space.lift(params, start.params)
+  grad_norm, move_norm, residual_norm, square, slope, bent = trees.norms(
+    dual, move, trees.scale_add(shift, move, dual),
+    products=[(dual, dual), (start.dual, move), (dual, move)],
+  )  # fmt: skip
   finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
   return Point(
     step=step,
     value=value,
     grad=grad,
-    dual=dual,
     grad_norm=grad_norm,
-    move=start.space.lift(params, start.params),
+    square=square,
+    move_norm=move_norm,
+    residual_norm=residual_norm,
+    slope=slope,
+    bent=bent,
     still=_is_rounding(step, params),
     solved=solved,
     ok=solved & finite,
@@ -214,16 +234,15 @@ def _solution(start, shift):
 def _judge(start, point, shift, limits):
   """Whether a trial is accepted, and whether rounding hides its decrease."""
   decrease = start.value - point.value
-  square = trees.dot(point.dual, point.dual)
-  needed = _per_shift(square, point.grad_norm, 8.0 * shift)
+  needed = _per_shift(point.square, point.grad_norm, 8.0 * shift)
   flat = (jnp.abs(decrease) <= start.rounding) & point.ok
   accepted = decrease >= needed
   if limits.gain is not None:
-    predicted = _predicted(start, point, shift)
+    predicted = _predicted(point, shift)
     accepted |= (decrease >= limits.gain * predicted) & (predicted > 0)
   if limits.safeguard:
-    smaller = point.grad_norm <= 0.9 * start.grad_norm
-    smaller |= -trees.dot(point.dual, point.move) >= needed
+    smaller = point.grad_norm / start.grad_norm <= 0.9
+    smaller |= -point.bent >= needed
     accepted = jnp.where(flat, smaller & ~point.still, accepted)
   return accepted & point.ok, flat
 
@@ -235,10 +254,9 @@ def _per_shift(square, norm, shift):
   return jnp.where(usual, square / shift, norm * (norm / shift))
 
 
-def _predicted(start, point, shift):
+def _predicted(point, shift):
   """The decrease of the quadratic model, by its first-order condition."""
-  length = trees.norm(point.move)
-  return (shift * length * length - trees.dot(start.dual, point.move)) / 2
+  return (shift * point.move_norm * point.move_norm - point.slope) / 2
 
 
 def _is_rounding(step, params):
@@ -273,24 +291,19 @@ def _learn(start, now, point, shift, accepted, rule):
     accepted=accepted,
     start_norm=start.grad_norm,
     grad_norm=point.grad_norm,
-    step_norm=trees.norm(point.move),
-    residual_norm=trees.norm(trees.scale_add(shift, point.move, point.dual)),
+    step_norm=point.move_norm,
+    residual_norm=point.residual_norm,
   )
   gamma, state = _ruled(rule, trial, now)
   # Nothing is learned where the gradient is zero or the point the same, unless
   # it is the same because the system could not be solved.
   useful = (gamma > 0) & jnp.isfinite(gamma)
-  useful &= accepted | ~point.solved | trees.is_nonzero(point.move)
+  useful &= accepted | ~point.solved | (point.move_norm != 0)
   gamma, state = trees.where(useful, (gamma, state), (now.gamma, now.rule))
-  step, value, grad = trees.where(
-    accepted,
-    (point.step, point.value, point.grad),
-    (now.step, now.value, now.grad),
-  )
   return now._replace(
-    step=step,
-    value=value,
-    grad=grad,
+    step=point.step,
+    value=point.value,
+    grad=trees.cast_like(point.grad, now.grad),
     gamma=gamma,
     rule=state,
     shift=shift,
