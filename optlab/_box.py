@@ -228,7 +228,8 @@ def objective(
   def slope(point):
     landed = land(point)
     value, grad = jax.value_and_grad(fun)(landed)
-    held = active(box, landed, grad)
+    # In the dtypes of the gradient, for want of which shard_map has no tangent.
+    held = trees.cast_like(active(box, landed, grad), grad)
     return value, free(held, grad), held
 
   @bounded.defjvp
@@ -241,7 +242,7 @@ def objective(
     value, grad, held = slope(*primals)
     move = free(held, tangents[0])
     bend = jax.jvp(jax.grad(fun), (land(*primals),), (move,))[1]
-    none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), held)
+    none = jax.tree.map(jnp.zeros_like, held)
     out = _along(grad, tangents[0], value.dtype), free(held, bend), none
     return (value, grad, held), out
 

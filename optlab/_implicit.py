@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from optlab import _box
+from optlab import _varying
 from optlab import base
 from optlab import trees
 
@@ -166,7 +167,9 @@ def _solve(product, b, ok, is_free):
     ok &= found & definite
   else:
     flat, unravel = ravel_pytree(b)
-    columns = lambda unit: ravel_pytree(product(unravel(unit)))[0]
+    columns = lambda unit: ravel_pytree(
+      product(_varying.like(unravel(unit), b))
+    )[0]
     matrix = jax.vmap(columns)(jnp.eye(flat.size, dtype=flat.dtype))
     if is_free is not None:
       matrix = _box.face(matrix, is_free)
@@ -194,6 +197,7 @@ def is_definite(
   flat, unravel = ravel_pytree(trees.wide(like))
   probe = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype) ** 2)
   probe = unravel(probe if is_free is None else jnp.where(is_free, probe, 0))
+  probe = _varying.like(probe, like)
   # A single flat direction holds about 1 / sqrt(n) of it.
   rtol = 1e-3 / flat.size**0.5
   _, found, definite = conjugate_gradient(product, probe, rtol=rtol)
@@ -264,5 +268,5 @@ def conjugate_gradient(
   norm = trees.norm(b)
   zero = jax.tree.map(jnp.zeros_like, b)
   start = (zero, b, b, dot(b, b), jnp.asarray(True), jnp.zeros((), jnp.int32))
-  x, *_, square, ok, _ = jax.lax.while_loop(unfinished, step, start)
+  x, *_, square, ok, _ = _varying.while_loop(unfinished, step, start)
   return x, square <= (slack * tol * norm) ** 2, ok

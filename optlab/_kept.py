@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _varying
 from optlab import base
 from optlab import trees
 
@@ -41,7 +42,7 @@ def evaluate(
     return *again(), jnp.asarray(True)
   like = jax.eval_shape(again)
   known = jnp.isfinite(kept.value) & ~jnp.asarray(anew)
-  value, grad = jax.lax.cond(
+  value, grad = _varying.cond(
     known,
     lambda: trees.cast_like((kept.value, kept.grad), like),
     again,

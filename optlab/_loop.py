@@ -14,6 +14,7 @@ from optlab import _box
 from optlab import _counts
 from optlab import _kept
 from optlab import _results
+from optlab import _varying
 from optlab import base
 from optlab import trees
 
@@ -59,7 +60,7 @@ def loop(
     The result.
   """
   opt_state = run.tx.init(params) if opt_state is None else opt_state
-  last = jax.lax.while_loop(
+  last = _varying.while_loop(
     lambda now: now.running,
     lambda now: _turn(run, now),
     _start(run, params, opt_state),
@@ -130,7 +131,7 @@ def _turn(run, now):
     since_best=jnp.where(progress, 0, now.since_best + 1),
   )
   now = _stop(run, now, first)
-  result = jax.lax.cond(
+  result = _varying.cond(
     now.running,
     lambda result, grad: _step(run, result, grad, fun, land),
     lambda result, grad: result,

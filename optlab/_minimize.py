@@ -12,6 +12,7 @@ from optlab import _implicit
 from optlab import _kept
 from optlab import _loop
 from optlab import _results
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -162,6 +163,7 @@ def minimize(
   params = trees.own(params)
   if box is not None:
     params = _box.inside(box, params)
+  params = _varying.as_value(value_fn, params)
   result = _implicit.run_constant(
     lambda params: _loop.loop(run, params, opt_state), params
   )

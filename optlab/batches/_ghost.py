@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab.batches import _ghost_walk
@@ -166,6 +167,6 @@ def _zeros(params, examples):
   falses += [
     false(leaf, 0)
     for leaf in jax.tree.leaves(params)
-    if _layout.varies_over(leaf)
+    if _varying.varies_over(leaf)
   ]
   return functools.reduce(jnp.logical_or, falses)

@@ -150,11 +150,3 @@ def strided(leaf: jax.Array, group: Any, groups: int) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(
     jnp.reshape(leaf, shape), group, 1, keepdims=False
   )
-
-
-def varies_over(array: Any) -> frozenset:
-  """The axes of a `jax.shard_map` over which an array differs by type."""
-  aval = getattr(array, 'aval', array)
-  if hasattr(aval, 'manual_axis_type'):
-    return frozenset(aval.manual_axis_type.varying)
-  return frozenset(getattr(aval, 'vma', ()) or ())

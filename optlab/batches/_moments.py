@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
-from optlab.batches import _layout
 from optlab.batches._losses import Losses
 
 
@@ -161,9 +161,9 @@ def check_route(
       ' example.'
     )
   # There jax sums the gradients of all devices, and squares are of the sums.
-  over = set().union(*map(_layout.varies_over, jax.tree.leaves(examples)))
+  over = set().union(*map(_varying.varies_over, jax.tree.leaves(examples)))
   for path, leaf in jax.tree.leaves_with_path(params):
-    if missing := over - _layout.varies_over(leaf):
+    if missing := over - _varying.varies_over(leaf):
       where, axis = jax.tree_util.keystr(path), sorted(missing, key=str)[0]
       raise ValueError(
         f'params{where} are alike on all devices of the mapped axis {axis!r},'

@@ -14,8 +14,8 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
+from optlab import _varying
 from optlab import trees
-from optlab.batches import _layout
 from optlab.batches import _windows
 
 _ROUNDS = 3
@@ -110,7 +110,7 @@ def _loop(run, step, one, inputs, axis):
   Reverse mode does not pass a loop of unknown length, and need not: the
   derivatives are those of a pass in the unit that was found, a constant.
   """
-  axes = set().union(*map(_layout.varies_over, jax.tree.leaves(inputs)))
+  axes = set().union(*map(_varying.varies_over, jax.tree.leaves(inputs)))
   axes -= set(axis if isinstance(axis, tuple) else (axis,))
   one = _vary(one, axes)
   closed, shape = jax.make_jaxpr(run, return_shape=True)(one)
@@ -121,7 +121,7 @@ def _loop(run, step, one, inputs, axis):
     return treedef.unflatten(jax_core.jaxpr_as_fun(program)(unit))
 
   start = [
-    _vary(jnp.zeros_like(like), _layout.varies_over(aval))
+    _vary(jnp.zeros_like(like), _varying.varies_over(aval))
     for like, aval in zip(jax.tree.leaves(shape), closed.out_avals, strict=True)
   ]
   true = one > 0  # By type different over devices, as the unit is.
@@ -133,7 +133,7 @@ def _loop(run, step, one, inputs, axis):
   def rounds(consts):
     def body(carry):
       unit, held = carry.unit, consts
-      if not any(map(_layout.varies_over, (unit, *consts))):
+      if not any(map(_varying.varies_over, (unit, *consts))):
         # What a pass gathers or casts stays in it: XLA would move it in front
         # of the loop, and hold it there.
         unit, held = jax.lax.optimization_barrier((unit, held))

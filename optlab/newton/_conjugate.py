@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -126,7 +127,7 @@ def iterate(product, b, shift, tolerance, max_steps, inverse=lambda v: v):
   square, left = trees.dot(b, z), trees.dot(b, b)
   start = (jax.tree.map(jnp.zeros_like, b), b, z, square, left)
   start += (square >= 0, jnp.zeros((), jnp.int32))
-  x, *_, ok, k = jax.lax.while_loop(unfinished, step, start)
+  x, *_, ok, k = _varying.while_loop(unfinished, step, start)
   return x, ok, k
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -97,7 +98,7 @@ def few_products(
       # Not a branch: under vmap both sides of one run, for each lane; a loop
       # ends before it begins where no lane needs it. What did not depend on its
       # carry the compiler would move out of it.
-      x, ok, _ = jax.lax.while_loop(
+      x, ok, _ = _varying.while_loop(
         lambda now: ~now[2],
         lambda now: (*other(jnp.where(now[2], 0, shift)), jnp.asarray(True)),
         (x, ok, ~ok | (finite & small)),
@@ -203,7 +204,7 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
     empty,
     jnp.zeros((), jnp.int32),
   )
-  basis, diagonal, off, left, *_, k = jax.lax.while_loop(
+  basis, diagonal, off, left, *_, k = _varying.while_loop(
     unfinished, step, start
   )
   return basis, diagonal, off, left, k

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -159,7 +160,7 @@ def _sequence(product, b, norm, ladder, shifts, tolerance, max_steps):
     again = jnp.any(good) & (first >= low + shifts)
     ratio, weight, pivot = _window(low, shifts, ratios, now.weights, pivots)
     # A branch, since the compiler would form them twice, and keep the old ones.
-    direction = jax.lax.cond(
+    direction = _varying.cond(
       now.k == 0,
       lambda: _for_each(
         lambda row, leaf, s: jnp.zeros_like(row) + leaf,
@@ -197,7 +198,7 @@ def _sequence(product, b, norm, ladder, shifts, tolerance, max_steps):
       products=now.products + 1,
     )
 
-  return jax.lax.while_loop(
+  return _varying.while_loop(
     lambda now: ~now.done, step, _start(b, norm, ladder, shifts)
   )
 

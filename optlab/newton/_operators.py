@@ -7,6 +7,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -102,7 +103,9 @@ def as_matrix(operator: base.Operator, like: base.ArrayTree) -> jax.Array:
     factor = factor.astype(dtype)
     return factor.T @ factor
   product = checked(operator)
-  columns = jax.vmap(lambda unit: ravel(product(unravel(unit))))
+  columns = jax.vmap(
+    lambda unit: ravel(product(_varying.like(unravel(unit), like)))
+  )
   return columns(jnp.eye(flat.shape[0], dtype=flat.dtype)).astype(dtype)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -136,6 +137,7 @@ def update(
     ("the state's grad", state.grad),
   ]:
     checks.check_same_tree(name, tree, 'params', params)
+  _varying.check_same(value, params)
   value = _known(value, updates, grad)
   if curvature is None:
     curvature = _curvature.hessian(value_fn)(params)
@@ -253,7 +255,7 @@ def _first_gamma(operator, g, g_norm, value, gamma):
     shift = jnp.where((shift > 0) & jnp.isfinite(shift), shift, g_norm)
     return (g_norm / shift).astype(gamma.dtype)
 
-  return jax.lax.cond(first, choose, lambda: gamma), first.astype(jnp.int32)
+  return _varying.cond(first, choose, lambda: gamma), first.astype(jnp.int32)
 
 
 def _check_whole_and_real(params):

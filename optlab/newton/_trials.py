@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -151,7 +152,7 @@ def search(start: Start, found: Search, limits: Limits) -> Search:
     )
     return after._replace(gamma=gamma, rule=state, flat=flat, stalled=stalled)
 
-  last = jax.lax.while_loop(unfinished, step, found)
+  last = _varying.while_loop(unfinished, step, found)
   point = trees.where(
     last.accepted,
     (last.step, last.value, last.grad),
@@ -185,7 +186,7 @@ def _try(start, shift):
     solved &= uncut | (trees.dot(start.dual, move) < 0)
     params = landed
   like = jax.eval_shape(start.value_and_grad, params)
-  value, grad = jax.lax.cond(
+  value, grad = _varying.cond(
     solved,
     lambda: trees.own(start.value_and_grad(params)),
     lambda: (
