@@ -22,7 +22,6 @@ solver           to prepare                        a shift
 """
 
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from optlab import base
@@ -187,6 +186,6 @@ def _matrix(operator, b):
 
 def flatten(tree):
   """The leaves as one vector of float32 or wider, and the way back."""
-  flat, unravel = ravel_pytree(tree)
+  flat, unravel = _operators.flatten(tree)
   wide = flat.astype(trees.accumulator_dtype(tree))
   return wide, lambda vector: unravel(vector.astype(flat.dtype))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from optlab import base
@@ -78,9 +77,9 @@ def _tree(metric, curvature, params):
 
 def _flat(metric, curvature, params, dtype):
   """One vector, for matrices."""
-  flat, unravel = ravel_pytree(params)
+  flat, unravel = _operators.flatten(params)
   matrix = _operators.matrix_of(metric)
-  ravel = lambda tree: ravel_pytree(tree)[0].astype(dtype)
+  ravel = lambda tree: _operators.ravel(tree).astype(dtype)
   back = lambda vector: unravel(vector.astype(flat.dtype))
   if metric is None:
     forward = backward = transposed = lambda x: x

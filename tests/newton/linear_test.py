@@ -127,6 +127,35 @@ def test_low_rank_operators_suit_every_solver(x64, solver):
   np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=1e-8)
 
 
+@pytest.mark.parametrize('name', ['cholesky', 'woodbury'])
+def test_a_matrix_that_an_explicit_mesh_splits_is_gathered(name):
+  mesh = jax.make_mesh(
+    (2,), ('data',), axis_types=(jax.sharding.AxisType.Explicit,)
+  )
+  put = lambda array, *spec: jax.device_put(
+    jnp.asarray(array, jnp.float32), jax.NamedSharding(mesh, jax.P(*spec))
+  )
+  wide, b = symmetric(DEFINITE), right_side()
+  make, matrix = optlab.Dense, wide
+  solvers = [optlab.cholesky(), optlab.newton.eigh()]
+  if name == 'woodbury':
+    make, matrix = optlab.newton.LowRank, wide.T @ wide
+    solvers = [optlab.newton.woodbury()]
+  split, target = put(wide, 'data', None), put(b, 'data')
+  solvers.append(optlab.lanczos(rtol=1e-6))
+
+  @jax.jit
+  def solved(split, target):
+    return [s(make(split), target, 1.0)(1.0)[0] for s in solvers]
+
+  with jax.set_mesh(mesh):
+    for x in solved(split, target):
+      assert jax.typeof(x).sharding.spec == jax.P('data')
+      np.testing.assert_allclose(
+        x, np.linalg.solve(matrix + np.eye(N), b), rtol=1e-3, atol=1e-4
+      )
+
+
 def test_woodbury_names_an_operator_without_factor():
   with pytest.raises(TypeError, match='needs an operator with a factor'):
     optlab.newton.woodbury()(optlab.Dense(jnp.eye(2)), jnp.ones(2), 1.0)
