@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import errno
 import functools
+import io
 import os
 import sys
 import typing
@@ -175,8 +176,12 @@ def run(
     config_type: Its configuration, a subclass of `flags.BareConfig`.
   """
   for name in ('stdout', 'stderr'):
-    if getattr(sys, name) is None:  # Closed, as by some schedulers.
+    stream = getattr(sys, name)
+    if stream is None:  # Closed, as by some schedulers.
       setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+    elif isinstance(stream, io.TextIOWrapper):
+      # Names of folders may have letters that the terminal lacks.
+      stream.reconfigure(errors='backslashreplace')
   if issubclass(config_type, devices.Config):
     peers.supervise(sys.argv[1:])
   _define(config_type)

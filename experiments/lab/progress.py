@@ -1,5 +1,7 @@
 """How far a method is: a bar on a terminal, lines elsewhere; and warnings."""
 
+import contextlib
+import os
 import sys
 import threading
 import time
@@ -67,7 +69,7 @@ class Progress:
       time_text += f', {left:.0f} s left'
     parts = [f'step {step} of {self._total}', value, time_text]
     text = ', '.join(part for part in parts if part)
-    print(f'{self._method}: {text}', file=sys.stderr, flush=True)
+    warn(f'{self._method}: {text}')
 
 
 class Watch:
@@ -97,11 +99,18 @@ class Watch:
       if self.doing != told:
         told, since, due = self.doing, now, SILENT
       elif now - since >= due:
-        warn(f'{told}: {now - since:.0f} s so far')
+        with contextlib.suppress(OSError):
+          warn(f'{told}: {now - since:.0f} s so far')
         due *= 2
 
 
 def warn(message: str) -> None:
   """Says something beside the results, once for all processes."""
-  if devices.is_first():
-    print(message, file=sys.stderr)
+  if not devices.is_first():
+    return
+  try:
+    print(message, file=sys.stderr, flush=True)
+  except BrokenPipeError:  # Nobody reads: see `launch`.
+    raise
+  except OSError:  # A full disk, say: what is said there ends no run.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -761,3 +761,10 @@ def test_what_takes_long_without_a_line_is_named(config, capsys, monkeypatch):
   said = capsys.readouterr().err
   for what in ('comes before the first', 'from step 0', 'comes after noisy'):
     assert re.search(rf'{what}.*: \d+ s so far', said)
+
+
+def test_a_full_standard_error_ends_no_run(monkeypatch):
+  with open('/dev/full', 'w') as full:
+    monkeypatch.setattr('sys.stderr', full)
+    progress.warn('what is said')
+    progress.warn('and more')
