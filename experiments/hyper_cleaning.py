@@ -236,7 +236,7 @@ def main(config: Config) -> None:
           ('those of the upper level', without['upper_only']),
         ],
       )
-    tuning.draw(session, config, REPORTED[0], 'hyper_cleaning')
+    tuning.draw(session, config, REPORTED[0], 'hyper_cleaning', sentences.name)
     print(session.folder)
 
 

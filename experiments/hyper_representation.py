@@ -293,8 +293,9 @@ def main(config: Config) -> None:
   program = 'hyper_representation'
   with Session(program, config, show='valid_loss') as session:
     rows = tuning.compare(session, config, problem)
-    tuning.show(f'{sentences.name}, {config.cell} encoder', problem, rows)
-    tuning.draw(session, config, problem.reported[0], program)
+    title = f'{sentences.name}, {config.cell} encoder'
+    tuning.show(title, problem, rows)
+    tuning.draw(session, config, problem.reported[0], program, title)
     print(session.folder)
 
 

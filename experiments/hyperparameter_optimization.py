@@ -159,7 +159,7 @@ def main(config: Config) -> None:
       )
     rows = tuning.compare(session, config, problem)
     tuning.show(title, problem, rows)
-    tuning.draw(session, config, problem.reported[0], program)
+    tuning.draw(session, config, problem.reported[0], program, config.problem)
     print(session.folder)
 
 

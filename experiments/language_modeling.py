@@ -255,7 +255,8 @@ def main(config: Config) -> None:
       row |= reached
     show(config, text, rows)
     picture = session.folder / 'language_modeling.png'
-    draw(session, problem.methods, picture)
+    title = f'{text.name}, {config.tokens:,} tokens, {config.seeds} seeds'
+    draw(session, problem.methods, picture, title)
   print(f'picture: {picture}')
   print(f'record:  {session.folder / "record.jsonl"}')
 
@@ -288,7 +289,7 @@ def show(config: Config, text: characters.Text, rows: Sequence[dict]) -> None:
   )  # fmt: skip
 
 
-def draw(session: Session, methods: Sequence[str], path) -> None:
+def draw(session: Session, methods: Sequence[str], path, title: str) -> None:
   """The loss against tokens, and against steps."""
   rows = [row for row in session.select('eval') if row['method'] in methods]
   figure, panels = plt.subplots(
@@ -300,9 +301,7 @@ def draw(session: Session, methods: Sequence[str], path) -> None:
     plots.draw_lines(axes, [('', rows)], x, 'value', log_y=False)
     axes.set(xlabel=name, ylabel='test loss' if x == 'calls' else '')
   panels[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  plots.save(
-    figure, path, title='language modeling: median and range of the seeds'
-  )
+  plots.save(figure, path, title=title)
 
 
 if __name__ == '__main__':

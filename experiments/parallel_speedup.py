@@ -179,7 +179,7 @@ def seconds_per_step(choice: study.Choice, state: State) -> float:
   return float(np.median(times))
 
 
-def draw(found: list[dict], path) -> None:
+def draw(found: list[dict], path, title: str) -> None:
   """Steps and seconds to the target against I, a line for each B."""
   figure, panels = plt.subplots(1, 2, figsize=(10.0, 4.0), layout='constrained')
   for axes, unit in zip(panels, ('steps', 'seconds'), strict=True):
@@ -215,7 +215,7 @@ def draw(found: list[dict], path) -> None:
     axes.grid(alpha=0.3, which='both')
   if panels[0].lines:
     panels[0].legend()
-  plots.save(figure, path, title='parallel speedup in the sampled blocks')
+  plots.save(figure, path, title=title)
 
 
 @launch.program
@@ -264,7 +264,8 @@ def main(config: Config) -> None:
       ],
     )  # fmt: skip
     path = session.folder / 'parallel_speedup.png'
-    draw(found, path)
+    title = f'parallel_speedup, m = {config.num_blocks}, {config.seeds} seeds'
+    draw(found, path, title)
     print(path)
 
 

@@ -255,7 +255,9 @@ def show(title: str, problem: Problem, rows: list[dict]) -> None:
   verdicts.show(title, first.replace('_', ' '), rows, reported=others)
 
 
-def draw(session: Session, config: Config, field: str, program: str) -> None:
+def draw(
+  session: Session, config: Config, field: str, program: str, data: str
+) -> None:
   """Draws a field against calls: a row a group, a column an upper step."""
   rows = session.select('eval')
   groups = list(dict.fromkeys(row.get('problem', '') for row in rows))
@@ -286,4 +288,4 @@ def draw(session: Session, config: Config, field: str, program: str) -> None:
     axes.set_xlabel('gradients + products')
   plots.legend_right(figure, panels[0][0])
   picture = session.folder / f'{program}.png'
-  plots.save(figure, picture, title=program.replace('_', ' '))
+  plots.save(figure, picture, title=f'{program}, {data}')
