@@ -99,7 +99,10 @@ def follow(
   slower = (far > count * move) & (far > LEAST * size) & (far > 0.5 * spread)
   swings = (far > LARGE * size) & (far > 0.8 * spread)
   grows = (spread > LARGE * size) & (spread > 10 * early)
-  behind = ((slower | swings) & (far > LEAST * peak)) | grows
+  # A smaller one that has long stayed what it was is a cycle.
+  stays = (far > 1.5 * LEAST * size) & (far > 0.5 * peak) & (calm == 1)
+  stays &= (far > 0.65 * spread) & (step >= 2 * _dual.PATIENCE)
+  behind = ((slower | swings) & (far > LEAST * peak)) | grows | stays
   new = jnp.stack([near, far, spread, move, peak, wide, early]).astype(
     pace.dtype
   )

@@ -98,7 +98,9 @@ def soba(
     too where z has found no curvature (a lower level that is linear, or a rate
     far too small) or still grows along a way where g is flat and f is not, and
     where y is behind: by more steps than it has taken and a tenth of its norm,
-    or by half of its norm where that is no noise, or grows tenfold. Of several
+    or by half of its norm where that is no noise, or grows tenfold, and after
+    400 by a seventh that lasts: the two go round in a cycle. One that is
+    shorter is not told, nor what is so before. Of several
     lower minimizers the hypergradient is that of the one that y follows, which
     the start decides: where they lie apart this is no fault, and is not told.
   """

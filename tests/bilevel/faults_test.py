@@ -418,6 +418,25 @@ def test_a_solution_at_zero_is_no_lag(name):
   assert state.estimator_state.info.total_not_ok == 0
 
 
+def test_a_cycle_of_small_lag_is_told():
+  """Adam below and above, one too slow for the other."""
+  upper = lambda x, y, batch: jnp.sum((y - 1.0) ** 2)
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  tx = optax.adam(0.02)
+
+  def train(optimizer):
+    estimator = optlab.soba(upper, lower, optimizer, 0.3)
+    step = optlab.train_step(estimator, tx)
+    state = optlab.init(jnp.zeros(2), estimator, tx, jnp.array([0.5, 0.2]))
+    state, _ = jax.lax.scan(lambda s, _: step(s, NOTHING), state, length=700)
+    return state.params, state.estimator_state.info
+
+  for rate, fine in (0.01, False), (0.03, True):
+    params, info = train(optax.adam(rate))
+    assert (jnp.max(jnp.abs(params - 1.0)) < 1e-2) == fine
+    assert info.ok == fine and (info.total_not_ok == 0) == fine
+
+
 @pytest.mark.parametrize('warm', [True, False])
 def test_implicit_recovers_from_an_indefinite_sample(x64, warm):
   """A poisoned z is left behind by the next good sample."""
