@@ -284,8 +284,8 @@ class White(NamedTuple):
     return self.white(self.fitted.sample(key, num))
 
   def log_prob(self, white: jax.Array) -> jax.Array:
-    """Up to the determinant, which the model lacks alike."""
-    return self.fitted.log_prob(self.rows(white))
+    log_det = jnp.sum(jnp.log(jnp.diagonal(self.scale)))
+    return self.fitted.log_prob(self.rows(white)) + log_det
 
 
 def whitened(noise: small_images.Noise) -> White:
