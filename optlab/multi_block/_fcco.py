@@ -131,8 +131,10 @@ def fcco(
     optimizer. :math:`\nabla f_i` is taken at the tracker after its step. The
     value is the mean of :math:`f_i(u_i)`. A block whose value is not finite is
     left out and counted; where the gradient is not finite, or no block is left,
-    the step is a zero gradient. Cost: one gradient of ``inner``, and one more
-    value where the tracker needs it; a step touches the sampled rows alone.
+    the step is a zero gradient. Weights of blocks belong into ``outer``, by its
+    batch, and gaps in their rows into ``inner``, as a mask. Cost: one gradient
+    of ``inner``, and one more value where the tracker needs it; a step touches
+    the sampled rows alone.
   """
   checks.enforce(fcco, locals())
   tracker = _trackers.track_average() if tracker is None else tracker

@@ -185,6 +185,33 @@ def test_padding_repeats_and_bad_values():
   assert still.info.rejected == 2
 
 
+def test_weights_of_blocks_and_unequal_rows_are_part_of_the_functions(x64):
+  """Weights go into the outer function; the inner one masks what is missing."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  rows = jax.random.normal(keys[0], (4, 5, 2))
+  mask = jnp.arange(5) < jnp.array([5, 1, 3, 2])[:, None]
+  weights, w = jnp.array([0.5, 2.0, 0.0, 1.0]), jnp.array([0.3, -0.2])
+
+  def inner(w, batch):
+    rows, mask = batch
+    return jax.nn.logsumexp(rows @ w, axis=1, where=mask)
+
+  estimator = fcco(
+    inner, lambda log_u, weight: weight * log_u, 4, tracker=track_log_average()
+  )
+  order = jnp.array([2, 0, 3, 1])
+  batch = FCCOBatch(order, (rows[order], mask[order]), weights[order])
+  result, _ = estimator.estimate(w, estimator.init(w, jnp.zeros(4)), batch)
+
+  def whole(w):
+    own = [jnp.exp(r[m] @ w).sum() for r, m in zip(rows, mask, strict=True)]
+    return jnp.mean(weights * jnp.log(jnp.stack(own)))
+
+  value, grads = jax.value_and_grad(whole)(w)
+  np.testing.assert_allclose(result.value, value, rtol=1e-12)
+  np.testing.assert_allclose(result.grads, grads, rtol=1e-12)
+
+
 def test_time_does_not_grow_with_the_blocks():
   """Tables are written in place."""
 
