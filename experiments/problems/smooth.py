@@ -122,8 +122,10 @@ def start_near_zero(shape: tuple[int, ...]) -> Callable[[int], np.ndarray]:
   return start
 
 
-# Above this many unknowns a formed Hessian costs more than products with it.
+# Above this many unknowns a Hessian costs more than products with it: one that
+# is a Gram matrix, and one that as many products form.
 DENSE_LIMIT = 2000
+FORMED_LIMIT = 200
 
 
 def _metric(matrix: np.ndarray, shift: float) -> optlab.Dense:
@@ -166,7 +168,7 @@ def log_sum_exp(rows: int, columns: int, mu: float = 0.5) -> Problem:
     return 0.5 * mu * jnp.vdot(weight, outputs**2)
 
   gauss_newton = optlab.gauss_newton(terms, weighted)
-  columns_formed = columns if columns <= DENSE_LIMIT else 0
+  columns_formed = columns if columns <= FORMED_LIMIT else 0
   form = optlab.dense if columns_formed else lambda factory: factory
   return Problem(
     name=f'log-sum-exp, {rows} x {columns}',
@@ -242,7 +244,7 @@ def equations(kind: str, power: int, dimension: int) -> Problem:
     return optlab.newton.LowRank(jnp.sqrt(scale) * grad[None])
 
   gauss_newton = optlab.gauss_newton(system, outer)
-  columns = dimension if dimension <= DENSE_LIMIT else 0
+  columns = dimension if dimension <= FORMED_LIMIT else 0
   form = optlab.dense if columns else lambda factory: factory
 
   def start(seed):

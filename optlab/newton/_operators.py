@@ -94,8 +94,9 @@ def dense(factory: OperatorFactory) -> OperatorFactory:
 
   The matrix of a `LowRank` operator is a product of its factor; any other one
   takes ``n`` products, batched into matrix products by ``vmap``. Choose it
-  where ``n`` is at most about a thousand: a trial of `gns_newton` then costs
-  one Cholesky factorization. See `linear_gauss_newton` for half the cost.
+  where ``n`` is at most about 200: a trial of `gns_newton` then costs one
+  Cholesky factorization. Beyond, a step by products takes fewer than the matrix
+  does. See `linear_gauss_newton` for half the cost.
 
   Args:
     factory: For example ``hessian(fun)``.
