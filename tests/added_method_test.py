@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 NEW = {
   '_spsa.py': 'optlab/first_order/_spsa.py',
@@ -50,6 +52,7 @@ def add(path, line, text):
   path.write_text(head + found + text + tail)
 
 
+@pytest.mark.slow
 def test_a_method_is_added_by_six_files(tmp_path):
   for name in COPIED:
     if (ROOT / name).is_dir():

@@ -41,6 +41,7 @@ ROWS = [
 
 # Rows of a method that another row has, with other arguments or another solver.
 AGAIN = {
+  'adadagrad_norm',
   'bsvrb_v1',
   'cg',
   'fcco_log',
@@ -49,7 +50,10 @@ AGAIN = {
   'layerwise',
   'meco_ratio_corrected',
   'mrbo',
+  'multishift_cg',
   'normalized_descent',
+  'rsvrb',
+  'srba',
 }
 
 

@@ -39,7 +39,14 @@ def test_every_family_has_a_page_that_runs():
   assert sum(page.startswith('methods') for page in PAGES) == 7
 
 
-@pytest.mark.parametrize('page', PAGES)
+# The pages of the methods run in `make docs` and among the slow tests.
+@pytest.mark.parametrize(
+  'page',
+  [
+    pytest.param(page, marks=pytest.mark.slow) if '/' in page else page
+    for page in PAGES
+  ],
+)
 def test_runs(page, monkeypatch):
   plt.switch_backend('agg')
   names = {'__name__': 'page'}

@@ -338,6 +338,7 @@ def test_a_large_gradient_is_made_in_parts(x64, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_tracing_is_linear_in_depth_and_within_three_of_plain():
   """In calls of functions, which do not depend on the load of a machine."""
 

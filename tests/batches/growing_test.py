@@ -418,7 +418,13 @@ def test_bad_input_of_the_loader():
   )
 
 
-@pytest.mark.parametrize('kind', list(jax.sharding.AxisType)[:2])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    jax.sharding.AxisType.Auto,
+    pytest.param(jax.sharding.AxisType.Explicit, marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize('route', ['ghost_norms', 'microbatch_means'])
 def test_every_device_does_its_part(kind, route, tmp_path):
   """Data that jit splits: half of the work on each of two, the same numbers."""

@@ -62,7 +62,10 @@ def close(actual, expected, rtol=2e-5):
   )
 
 
-@pytest.mark.parametrize('microbatch_size', [None, 4, 6, 20])
+@pytest.mark.parametrize(
+  'microbatch_size',
+  [None, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 20))],
+)
 @pytest.mark.parametrize('route', ROUTES)
 def test_the_numbers_do_not_depend_on_microbatches_or_routes(
   route, microbatch_size

@@ -329,10 +329,12 @@ def test_merging_groups_of_any_size_is_exact(sizes, width, seed):
   [
     ('shard_map', 'vmap', jnp.float64, 1e-12),
     ('shard_map', 'ghost', jnp.float64, 1e-12),
-    ('shard_map', 'ghost', jnp.float32, 1e-6),
+    pytest.param(
+      'shard_map', 'ghost', jnp.float32, 1e-6, marks=pytest.mark.slow
+    ),
     ('jit', 'ghost', jnp.float64, 1e-12),
-    ('jit', 'ghost', jnp.float32, 1e-6),
-    ('vmap', 'ghost', jnp.float64, 1e-12),
+    pytest.param('jit', 'ghost', jnp.float32, 1e-6, marks=pytest.mark.slow),
+    pytest.param('vmap', 'ghost', jnp.float64, 1e-12, marks=pytest.mark.slow),
   ],
 )
 def test_over_two_devices_as_on_one(x64, route, dtype, rtol, how):

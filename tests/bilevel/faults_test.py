@@ -748,7 +748,10 @@ ROUNDS = {
 
 
 @pytest.mark.parametrize('name', ROUNDS)
-@pytest.mark.parametrize('empty', [(), None, {}])
+@pytest.mark.parametrize(
+  'empty',
+  [(), *(pytest.param(e, marks=pytest.mark.slow) for e in (None, {}))],
+)
 def test_forgotten_step_samples_are_an_error_or_the_lower_sample(name, empty):
   make, rate = ROUNDS[name]
   lower = lambda x, y, batch: jnp.sum((y - x * batch) ** 2)

@@ -87,6 +87,8 @@ def test_right_against_finite_differences(x64, name, method):
   assert state.info.total_not_ok == 0
 
 
+# Another precision of the same maps.
+@pytest.mark.slow
 @pytest.mark.parametrize('name', PROX)
 def test_right_in_single_precision(name):
   with jax.enable_x64(True):

@@ -62,7 +62,15 @@ def start(estimator):
   return estimator.init(X, Y, (jnp.zeros(()), jnp.zeros(())), KEY)
 
 
-@pytest.mark.parametrize('name', MAKERS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('soba', 'implicit')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in MAKERS
+  ],
+)
 def test_the_numbers_are_those_of_masks_that_lie_in_the_batch(name):
   explicit = MAKERS[name](
     lambda x, y, pair: (

@@ -65,6 +65,7 @@ def test_the_gradient_is_that_of_finite_differences(x64, tx):
   )
 
 
+@pytest.mark.slow  # `argmin_test` has the modes of differentiation too.
 def test_forward_vmap_value_and_closures(x64):
   tx, theta = optlab.gns_newton(), theta64()
   of = lambda theta: score(argmin(theta, tx))
@@ -96,6 +97,7 @@ def test_second_derivatives(x64):
   )
 
 
+@pytest.mark.slow
 def test_many_parameters_by_conjugate_gradients(x64):
   scales = jnp.geomspace(1e-3, 1.0, 400)
 

@@ -228,6 +228,7 @@ def ends(folder):
   return record.select(rows, 'summary')
 
 
+@pytest.mark.slow
 def test_the_cosh_study_runs_and_draws(tmp_path):
   config = unbounded_smoothness.Config(
     output_dir=str(tmp_path / 'cosh'), learning_rates=(0.03, 0.3), steps=600,

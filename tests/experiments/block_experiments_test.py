@@ -184,6 +184,7 @@ def test_a_split_is_whole_or_refused(tmp_path):
     load()
 
 
+@pytest.mark.slow
 def test_multi_block_hyperparameters_end_to_end(tmp_path):
   config = multi_block_hyperparameters.Config(
     output_dir=str(tmp_path), dataset='breast_cancer', train_rows=30,

@@ -522,6 +522,7 @@ def test_tables_on_a_narrow_terminal(capsys, monkeypatch):
   assert sum('method' in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_a_record_can_be_repeated_and_a_difference_is_found(tmp_path):
   """In processes of their own, as users do."""
 

@@ -190,7 +190,9 @@ def test_a_session_on_a_mesh(mesh, tmp_path):
   assert rows[-1]['collectives']
 
 
-@pytest.mark.parametrize('then', ['data=2', 'blocks=2', ''])
+@pytest.mark.parametrize(
+  'then', ['data=2', '', pytest.param('blocks=2', marks=pytest.mark.slow)]
+)
 def test_a_run_on_a_mesh_resumes_there_or_on_another(tmp_path, then, capsys):
   """On the same bit for bit, on another but for rounding, and says so."""
   config = Config(

@@ -32,6 +32,7 @@ def config(tmp_path):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tunes_on_validation_images_and_reports_test_images(config, capsys):
   image_classification.main(config)
   shown = capsys.readouterr().out

@@ -88,6 +88,7 @@ def test_the_transformer_sees_the_past_alone_and_its_norms_are_exact():
   np.testing.assert_allclose(*norms(params, rows), 1e-4)
 
 
+@pytest.mark.slow
 def test_the_program_compares_batches_at_equal_tokens(folder, tmp_path, capsys):
   config = language_modeling.Config(
     data_dir=str(folder / 'text.txt'), output_dir=str(tmp_path / 'run'),

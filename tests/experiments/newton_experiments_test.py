@@ -173,7 +173,13 @@ def solve_equations(folder, problem):
   return record.read(folder)[1]
 
 
-@pytest.mark.parametrize('problem', nonlinear_equations.PROBLEMS)
+@pytest.mark.parametrize(
+  'problem',
+  [
+    name if name == 'rosenbrock' else pytest.param(name, marks=pytest.mark.slow)
+    for name in nonlinear_equations.PROBLEMS
+  ],
+)
 def test_nonlinear_equations(tmp_path, x64, problem):
   summaries = record.select(solve_equations(tmp_path, problem), 'summary')
   assert [row['reached'] for row in summaries] == [True]
@@ -286,8 +292,14 @@ def test_bad_configurations(tmp_path, fields, words):
   ('arguments', 'words'),
   [
     (['--dataset=nothing', '--output_dir=never'], 'no data set nothing'),
-    (['--l2=much', '--output_dir=never'], 'l2'),
-    (['stray', '--output_dir=never'], 'unexpected argument stray'),
+    pytest.param(
+      ['--l2=much', '--output_dir=never'], 'l2', marks=pytest.mark.slow
+    ),
+    pytest.param(
+      ['stray', '--output_dir=never'],
+      'unexpected argument stray',
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_errors_are_one_line_and_status_one(arguments, words):

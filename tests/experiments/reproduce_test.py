@@ -24,6 +24,7 @@ def test_the_flags_of_a_run_are_those_of_its_program(name):
   assert not run.needs_data or 'data_dir' in fields
 
 
+@pytest.mark.slow
 def test_a_claim_is_run_and_judged(tmp_path, capsys, monkeypatch):
   few = {
     'steps': '50',

@@ -224,7 +224,7 @@ class Plain:
     self.x_old, self.x = self.x, self.x - lr * self.z
 
 
-@over_duals
+@over_one_and_more
 def test_lazy_steps_are_those_of_the_paper(x64, dual):
   """Blocks that are looked at seldom take every stale step that they missed."""
   m, sampled, steps, lr = 12, 3, 60, 0.02
@@ -307,7 +307,10 @@ def test_storm_follows_where_a_moving_average_lags(x64, monkeypatch):
   assert recursive < 0.2 * average
 
 
-@pytest.mark.parametrize(('alpha', 'fraction'), [(0.1, 0.2), (0.5, 0.2)])
+@pytest.mark.parametrize(
+  ('alpha', 'fraction'),
+  [(0.5, 0.2), pytest.param(0.1, 0.2, marks=pytest.mark.slow)],
+)
 def test_stability_boundary_is_that_of_the_second_moment(x64, alpha, fraction):
   """The mean square of (y - y*, s) contracts below, and grows above, a bound.
 
@@ -720,7 +723,10 @@ def test_sharded_over_blocks_and_data_gives_the_same_numbers():
   assert 'same numbers' in done.stdout
 
 
-@pytest.mark.parametrize('method', ['v1', 'v2', 'rsvrb'])
+@pytest.mark.parametrize(
+  'method',
+  ['v2', *(pytest.param(m, marks=pytest.mark.slow) for m in ('v1', 'rsvrb'))],
+)
 def test_damping_and_curvature_take_the_place_of_the_lower_hessian(x64, method):
   """Two blocks, one concave: v solves the system that the user asks for."""
   curvatures = jnp.array([[2.0, 3.0], [-1.0, 3.0]])

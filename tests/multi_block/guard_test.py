@@ -101,7 +101,7 @@ def names_the_stiff_block(state):
   )
 
 
-@over_methods
+@over_one_and_more
 def test_one_stiff_block_does_not_move_x(name):
   state, path = run_with(name, 100.0)
   np.testing.assert_allclose(state.params, 1.0, atol=0.01)
@@ -156,7 +156,9 @@ def test_a_slow_block_is_fast_again_where_its_curvature_falls():
   np.testing.assert_allclose(state.params, 1.0, atol=0.02)
 
 
-@pytest.mark.parametrize('name', ['v1', 'v2'])
+@pytest.mark.parametrize(
+  'name', ['v2', pytest.param('v1', marks=pytest.mark.slow)]
+)
 def test_a_step_out_of_the_domain_is_taken_back(name):
   """A logarithm has a slope, but no value, at negative y."""
 
@@ -182,12 +184,18 @@ def test_a_step_out_of_the_domain_is_taken_back(name):
     {'sampled': BLOCKS},
     {'sampled': 1, 'steps': 6000, 'learning_rate': 0.005},
     {'dtype': jnp.bfloat16},
-    {'wrap': functools.partial(optlab.with_storm, beta=0.1)},
-    {
-      'first': optlab.BlockBatch(
-        jnp.arange(BLOCKS), None, one_stiff(0, jnp.arange(BLOCKS))
-      )
-    },
+    pytest.param(
+      {'wrap': functools.partial(optlab.with_storm, beta=0.1)},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {
+        'first': optlab.BlockBatch(
+          jnp.arange(BLOCKS), None, one_stiff(0, jnp.arange(BLOCKS))
+        )
+      },
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=['all sampled', 'one sampled', 'bfloat16', 'with_storm', 'first pass'],
 )

@@ -75,6 +75,7 @@ def test_trackers_follow_their_recursion(x64):
     x = x + 0.1
 
 
+@pytest.mark.slow
 def test_padding_repeats_and_nan(x64):
   m, x = 5, jnp.ones(5)
   data = quadratic.make(m)

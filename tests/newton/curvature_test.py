@@ -277,7 +277,9 @@ def test_linear_gauss_newton_names_bad_params():
     lambda u: jnp.sum(jnp.exp(u)) + 0.01 * jnp.sum(u) ** 2,
   ],
 )
-@pytest.mark.parametrize('shape', [(3,), (3, 2)])
+@pytest.mark.parametrize(
+  'shape', [(3,), pytest.param((3, 2), marks=pytest.mark.slow)]
+)
 def test_a_loss_that_couples_rows_has_no_row_by_row_hessian(loss, shape):
   features = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
   factory = optlab.linear_gauss_newton(lambda: features, loss)

@@ -324,7 +324,10 @@ def test_what_an_update_is_given_is_named(wrong, message):
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('wide', [True, False])
-@pytest.mark.parametrize('make', [optlab.gns_newton, optax.lbfgs])
+@pytest.mark.parametrize(
+  'make',
+  [optlab.gns_newton, pytest.param(optax.lbfgs, marks=pytest.mark.slow)],
+)
 def test_narrow_parameters(make, wide, dtype):
   def fun(x):
     x = x.astype(jnp.float32) if wide else x

@@ -708,7 +708,10 @@ def test_a_solver_finds_the_structure_of_the_users_operator(x64):
   assert run.status == training.GRAD_TOL
 
 
-@pytest.mark.parametrize('curvature', ['gauss_newton', 'empirical_fisher'])
+@pytest.mark.parametrize(
+  'curvature',
+  ['gauss_newton', pytest.param('empirical_fisher', marks=pytest.mark.slow)],
+)
 def test_a_small_network_on_batches_of_digits(curvature):
   data = sklearn.datasets.load_digits()
   images = jnp.asarray(data.data / 16, jnp.float32)

@@ -166,8 +166,10 @@ SLOW = pytest.mark.slow  # Another of a kind that is tried.
   ('toy', 'step_size'),
   [
     *[(toy, None) for toy in TOYS],
-    *[('quartic', 100.0), ('Gaussian', 100.0)],
-    pytest.param('two wells', 100.0, marks=SLOW),
+    ('quartic', 100.0),
+    *(
+      pytest.param(toy, 100.0, marks=SLOW) for toy in ('Gaussian', 'two wells')
+    ),
   ],
 )
 def test_toys_are_right_within_five_percent_whatever_the_step(toy, step_size):
