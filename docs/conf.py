@@ -11,6 +11,7 @@ from docutils.utils.math import MathError
 from docutils.utils.math import latex2mathml
 import optax
 from sphinx.errors import ExtensionError
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import stringify_annotation
 
@@ -136,6 +137,19 @@ def shorten(app, what, name, obj, options, signature, returned):
   return signature, returned
 
 
+def describe(app, what, name, obj, options, lines):
+  """Gives an alias what its `#:` says, wherever in its wing that stands."""
+  del app, obj, options
+  wing, _, alias = name.rpartition('.')
+  if what != 'data' or not wing.startswith('optlab.'):
+    return
+  for module in [m for m in sys.modules if f'{m}.'.startswith(f'{wing}.')]:
+    found = ModuleAnalyzer.for_module(module).find_attr_docs()
+    if ('', alias) in found:
+      lines[:] = found['', alias]
+      return
+
+
 def find_home(app, env, node, contnode):
   """Links a public name, wherever it is written, to the page of its wing."""
   del app
@@ -157,6 +171,7 @@ def find_home(app, env, node, contnode):
 def setup(app):
   """Adds the renderer of mathematics and the shorter signatures."""
   app.connect('autodoc-process-signature', shorten)
+  app.connect('autodoc-process-docstring', describe)
   app.connect('missing-reference', find_home)
   app.add_html_math_renderer(
     'mathml',

@@ -31,13 +31,21 @@ __all__ = [
 
 # What a tree of arrays is, a user says: a loss may take an array, a dict, a
 # dataclass. optax's union fits none of these to a type checker.
+#: Any pytree of arrays.
 ArrayTree = Any
+#: The pytree that is optimized.
 Params = Any
+#: A pytree like the parameters: gradients, or what is added to them.
 Updates = Any
+#: What a transformation remembers.
 OptState = Any
+#: What a loss takes beside the parameters: a pytree, examples in front.
 Batch = Any
-ArrayLike = jax.typing.ArrayLike | Sequence[Any]  # nested lists too
+#: An array, a number, or nested lists of them.
+ArrayLike = jax.typing.ArrayLike | Sequence[Any]
+#: A linear map of pytrees like the parameters.
 Operator = Callable[[ArrayTree], ArrayTree]
+#: A number, or a function of the step.
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
 

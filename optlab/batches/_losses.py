@@ -9,6 +9,7 @@ import numpy as np
 
 from optlab import base
 
+#: ``(params, examples) -> [examples]``: a loss for each.
 Losses = Callable[[base.Params, base.Batch], jax.Array]
 
 

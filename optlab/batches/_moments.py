@@ -43,7 +43,9 @@ class Moments(NamedTuple):
   sum_sq_norm: Any = None
 
 
+#: ``(losses, params, examples, mask) -> Moments`` of one group of examples.
 Route = Callable[[Losses, base.Params, base.Batch, jax.Array], Moments]
+#: ``(losses, params, grads, examples, mask) -> [examples]``, with that mean.
 InnerProducts = Callable[
   [Losses, base.Params, base.Updates, base.Batch, jax.Array], jax.Array
 ]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optlab import checks
 
+#: ``(size, left) -> (taken, skipped)``: what becomes of the end of an epoch.
 Rest = Callable[[Any, Any], tuple[Any, Any]]
 REST = checks.Function('(size, left) -> (taken, skipped), such as batches.wrap')
 

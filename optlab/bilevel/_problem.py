@@ -16,6 +16,7 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 
+#: ``(x, y, batch) -> scalar``: an upper or a lower loss.
 Objective = Callable[[base.Params, base.Params, base.Batch], Any]
 
 

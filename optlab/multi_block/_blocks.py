@@ -10,6 +10,7 @@ import numpy as np
 from optlab import checks
 from optlab import tables
 
+#: ``(params, inner, batch) -> scalar``: a loss of one block.
 BlockObjective = Callable[[Any, Any, Any], jax.Array]
 OBJECTIVE = checks.Function('(params, inner, batch) -> scalar')
 

@@ -12,7 +12,8 @@ from optlab import base
 from optlab import checks
 from optlab import trees
 
-OperatorFactory = Callable[..., base.Operator]  # (params, *args) -> operator
+#: ``(params, *args) -> operator``: the curvature at a point.
+OperatorFactory = Callable[..., base.Operator]
 
 
 class Dense(NamedTuple):

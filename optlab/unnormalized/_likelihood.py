@@ -17,6 +17,7 @@ from optlab import checks
 from optlab import trees
 from optlab.unnormalized import _noise_batch
 
+#: ``(params, rows) -> [rows]``: a logarithm, up to a constant.
 LogDensity = Callable[[Any, Any], jax.Array]
 LOG_DENSITY = checks.Function('(params, rows) -> [rows]')
 LOG_DENSITY_OF_ROWS = checks.Function('rows -> [rows]')
