@@ -29,7 +29,7 @@ class DualState(NamedTuple):
 
   opt_state: base.OptState
   reach: jax.Array  # shape (), the length of all steps f_y alone would take
-  felt: jax.Array  # shape (2,), means of z' g_yy z and z' f_y of late
+  felt: Any  # two of shape (), means of z' g_yy z and z' f_y of late
 
 
 class Solution(NamedTuple):
@@ -53,7 +53,9 @@ def init(dual: Dual, z: base.Params) -> DualState:
   """The state before the first step."""
   opt_state = () if dual.optimizer is None else dual.optimizer.init(z)
   dtype = trees.accumulator_dtype(z)
-  return DualState(opt_state, jnp.zeros((), dtype), jnp.zeros(2, dtype))
+  # Not one zero twice: a buffer can be donated once.
+  zero, *both = (jnp.zeros((), dtype) for _ in range(3))
+  return DualState(opt_state, zero, tuple(both))
 
 
 def advance(
@@ -264,15 +266,19 @@ def feels(along: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
   return (along > least) | (least < 1e5 * jnp.finfo(along.dtype).tiny)
 
 
-def follow(felt: jax.Array, products: Any, count: jax.Array) -> jax.Array:
+def follow(felt: Any, products: Any, count: jax.Array) -> Any:
   """Means of both products over the last hundred steps."""
-  # Beyond all numbers they are the largest.
-  new = jnp.nan_to_num(jnp.stack(products).astype(felt.dtype))
-  return felt + jnp.maximum(1 / (count + 1), 0.01) * (new - felt)
+  weight = jnp.maximum(1 / (count + 1), 0.01)
+
+  def mean(old, new):
+    new = jnp.nan_to_num(new.astype(old.dtype))  # Beyond all: the largest.
+    return (old + weight * (new - old)).astype(old.dtype)
+
+  return tuple(map(mean, felt, products))
 
 
 def is_idle(
-  length: jax.Array, reach: jax.Array, felt: jax.Array, count: jax.Array
+  length: jax.Array, reach: jax.Array, felt: Any, count: jax.Array
 ) -> jax.Array:
   """Whether z still goes where no curvature will stop it, after many steps.
 

@@ -100,7 +100,11 @@ def with_models(
   Notes:
     Within a step the model state stands still: all evaluations and lower steps
     see that of its start, and what the last evaluation of each level at the
-    step's sample returns is the next one. A rejected step holds it too.
+    step's sample returns is the next one. A rejected step holds it too. The
+    hypergradient is that at a model state held fixed: how x, through y, moves
+    running statistics that the upper level reads is not in it. Where a layer's
+    statistics move with its weights as batch normalization's do, let the upper
+    level take those of its batch, as in training.
     `saba`, whose memory assumes that a sample has one gradient, refuses both.
   """
   checks.enforce(with_models, locals())
