@@ -159,6 +159,52 @@ def test_a_network_below_with_batch_normalization():
   assert values[-1] < 0.5 * values[0]
 
 
+def test_statistics_of_the_batch_above_give_the_slope_of_the_whole(x64):
+  """Running ones would be held fixed, though y moves them."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  low, high = jax.random.normal(keys[0], (2, 20, 3)) + 0.5
+  target = lambda rows: jnp.sin(rows @ jnp.array([1.0, -1.0, 0.5]))
+
+  def network(y, rows):
+    hidden = rows @ y['w']
+    mean, var = hidden.mean(0), hidden.var(0)
+    scaled = jnp.tanh((hidden - mean) / jnp.sqrt(var + 0.1))
+    return jnp.mean((scaled @ y['o'] - target(rows)) ** 2), (mean, var)
+
+  upper = lambda x, y, model_state, rows: (network(y, rows)[0], ())
+
+  def lower(x, y, model_state, rows):
+    value, stats = network(y, rows)
+    leaves = jax.tree.leaves(y)
+    return value + jnp.exp(x) * sum(jnp.sum(leaf**2) for leaf in leaves), stats
+
+  def solve(x):
+    slope = jax.grad(lambda y: lower(x, y, None, low)[0])
+    move = lambda _, y: jax.tree.map(lambda a, g: a - 0.3 * g, y, slope(y))
+    y = {
+      'w': jax.random.normal(keys[1], (3, 2)),
+      'o': jax.random.normal(keys[2], (2,)),
+    }
+    return jax.lax.fori_loop(0, 3000, move, y)
+
+  make = lambda f, g: optlab.implicit(
+    f, g, optax.sgd(0.3), has_aux=True, reuse_sample=True
+  )
+  estimator = with_models(make, upper, lower, has_state=True)
+
+  @jax.jit
+  def look(x):
+    y = solve(x)
+    state = estimator.init(x, y, ((), network(y, low)[1]))
+    result, state = estimator.estimate(x, state, optlab.BilevelBatch(high, low))
+    return result.value, result.grads, state.estimator_state.info.ok
+
+  values = [float(look(jnp.array(x))[0]) for x in (-3.0 + 1e-4, -3.0 - 1e-4)]
+  _, grads, ok = look(jnp.array(-3.0))
+  np.testing.assert_allclose(grads, np.subtract(*values) / 2e-4, rtol=1e-4)
+  assert ok
+
+
 def test_seeds_scan_and_donation():
   estimator, tx = make('bo_rep'), optax.sgd(0.1)
   step = optlab.train_step(estimator, tx)
