@@ -36,7 +36,8 @@ def linear_gauss_newton(
   ``dense(hessian(f))`` or less. The work is done in the dtype of the inputs (of
   the parameters, where they are integers), so
   that float32 inputs halve it again in an otherwise float64 solve, with the
-  same iterations; subsampled inputs (and targets) are as good.
+  same iterations; what else ``loss`` takes is rounded to it too. Subsampled
+  inputs (and targets) are as good.
 
   Args:
     inputs: ``(*args) -> A``, shape ``(m, d)``, an array or a `SparseMatrix`
@@ -81,7 +82,8 @@ def linear_gauss_newton(
     sparse = isinstance(features, _sparse.SparseMatrix)
     narrow = sparse_dtype if sparse else features.dtype
     outputs = features @ params.astype(narrow or params.dtype)
-    product = jax.linearize(jax.grad(lambda u: loss(u, *args)), outputs)[1]
+    rest = _no_wider(args, outputs.dtype)
+    product = jax.linearize(jax.grad(lambda u: loss(u, *rest)), outputs)[1]
     if params.ndim == 1:
       weights = product(jnp.ones_like(outputs)).astype(outputs.dtype)
       weights = _separable(product, outputs, weights, jnp.multiply)
@@ -138,6 +140,18 @@ def _features(features: Any, params: Any) -> Any:
   if not own and not jnp.issubdtype(features.dtype, jnp.inexact):
     features = features.astype(trees.accumulator_dtype(params))
   return features
+
+
+def _no_wider(args: Any, dtype: Any) -> Any:
+  """Arguments that leave the work of a loss in the dtype of its outputs."""
+
+  def leaf(x):
+    kind = getattr(x, 'dtype', None)
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
+      return x
+    return x if jnp.promote_types(kind, dtype) == dtype else x.astype(dtype)
+
+  return jax.tree.map(leaf, args)
 
 
 def _separable(product, outputs, weights, blocks):

@@ -200,6 +200,21 @@ def test_linear_gauss_newton_is_the_hessian(classes):
   assert_operator(operator, explicit_hessian(fun, x), x)
 
 
+def test_wide_targets_do_not_widen_the_work_of_narrow_inputs(x64):
+  seen = []
+
+  def loss(outputs, rows, targets):
+    seen.append((outputs.dtype, rows.dtype, targets.dtype))
+    return jnp.sum((outputs - targets) ** 2) / 2
+
+  rows = jnp.asarray([[1.0, 2.0], [3.0, 4.0]], jnp.float32)
+  factory = optlab.linear_gauss_newton(lambda rows, _: rows, loss)
+  operator = factory(jnp.zeros(2), rows, jnp.zeros(2))
+  assert set(seen) == {(jnp.dtype('float32'),) * 3}
+  assert operator.matrix.dtype == jnp.float64
+  np.testing.assert_allclose(operator.matrix, rows.T @ rows, rtol=1e-6)
+
+
 def test_linear_gauss_newton_keeps_indefinite_weights_and_narrow_inputs():
   features = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
   loss = lambda u: jnp.sum(jnp.cos(u))
