@@ -82,6 +82,7 @@ def estimate(
   bound += jnp.finfo(log_w.dtype).eps ** 0.5
   ok = (
     some
+    & ~_walk.repeated(noise, jax.random.fold_in(key, 2))
     & (rejected == 0)
     & (rounding < 0.5)
     & ~walked.escaped

@@ -59,6 +59,7 @@ def judged(
   # Copies of a few draws are no sample of the noise within the support.
   ok &= share * log_w.size >= 8 * found.runs.share.size
   ok &= (walked.infinite == 0) & ~walked.escaped
+  ok &= ~_walk.repeated(noise, jax.random.fold_in(key, 5))
   if not discrete:
     ok &= ~jnp.any(whole)  # MALA does not move bits.
   ok &= jnp.abs(change) <= 3 * change_error + 1e-3

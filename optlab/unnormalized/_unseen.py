@@ -5,14 +5,15 @@ steps of all lengths, are noise of another kind, and their weights do.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy import special
 
+from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
+from optlab.unnormalized import _pareto
 from optlab.unnormalized import _walk
 
 CENTRES = 500  # Rows that are kicked, each as often.
@@ -23,8 +24,8 @@ class Kicked(NamedTuple):
   """What kicks tell.
 
   Attributes:
-    share: The share of the mass beyond the largest weight; infinite where the
-      density is.
+    share: The share of the mass beyond the largest weight, and its standard
+      error; infinite where the density is.
     gap: By how much log Z is larger by these draws; zero where few of them
       carry it.
     gap_error: The standard error of the gap, infinite where it is zero so.
@@ -48,7 +49,8 @@ def kick(
   """Estimates log Z anew, and the mass beyond the largest weight.
 
   By a mixture of Cauchy distributions around rows of the model, as wide as
-  these: in a few columns it meets modes many spreads away.
+  these: in a few columns it meets modes many spreads away. A third of it is a
+  Gaussian with the moments of all rows, which meets the model in many columns.
 
   Args:
     log_density: The model, ``rows -> [rows]``.
@@ -58,69 +60,104 @@ def kick(
     layout: Of a row.
     value: log Z by the noise.
     largest: The largest log weight of its draws.
-    num: How many to draw, at least.
+    num: How many to kick, at least.
 
   Returns:
-    What they tell: nothing where rows are discrete in a column, or all one,
-    because kicks leave them. In many columns few kicks meet the model, and they
-    tell of little but a density that is far off.
+    What they tell: nothing where rows are all discrete, or all one, because
+    kicks leave them; of some discrete columns, the share alone.
   """
   every = max(reservoir.rows.shape[0] // CENTRES, 1)
-  centres = reservoir.rows[::every]
-  spread = jnp.std(reservoir.rows, 0)
-  fixed = jnp.any((spread == 0) | reservoir.whole | layout.discrete)
-  spread = jnp.where(spread > 0, spread, 1)
+  discrete = reservoir.whole | layout.discrete
+  around = _around(jax.random.fold_in(key, 1), reservoir.rows, every, discrete)
+  fixed = jnp.any((around.spread == 0) & ~discrete) | jnp.all(discrete)
+  around = around._replace(
+    spread=jnp.where(discrete | (around.spread == 0), 1, around.spread)
+  )
 
-  def add(sums, key):
-    there, log_r = _kicked(key, centres, spread)
+  def add(unused, inputs):
+    there, log_r = _kicked(around, *inputs)
     rows = jax.vmap(layout.unravel)(there)
     log_p = log_density(rows).astype(value.dtype)
     log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
     log_q = noise.log_prob(rows).astype(value.dtype)
     log_q = jnp.where(jnp.isnan(log_q), -jnp.inf, log_q)
     beyond = (log_p > -jnp.inf) & (log_p - log_q > largest)
-    log_w = log_p - log_r - value
-    mass = jnp.where(beyond, jnp.exp(log_w), 0)
-    # Squares of what is far too large do not overflow.
-    weights = jnp.exp(jnp.minimum(log_w, 30))
-    new = (mass, (mass > 0).astype(mass.dtype), weights, weights**2)
-    return tuple(a + jnp.sum(b) for a, b in zip(sums, new, strict=True)), None
+    return unused, (log_p - log_r - value, beyond)
 
-  times = -(-num // centres.shape[0])
-  num = times * centres.shape[0]
-  start = (jnp.zeros((), value.dtype),) * 4
-  (mass, hits, total, squares), _ = jax.lax.scan(
-    add, start, jax.random.split(key, times)
-  )
-  tiny = jnp.finfo(value.dtype).tiny
-  ess = total**2 / jnp.maximum(squares, tiny)
-  told = ~fixed & (ess >= 400)
+  times = 3 * -(-num // (2 * around.centres.shape[0]))
+  whole = (jnp.arange(times) % 3 == 2) & ~jnp.any(discrete)
+  _, found = jax.lax.scan(add, (), (jax.random.split(key, times), whole))
+  log_w, beyond = (leaf.ravel() for leaf in found)
+  mass = jnp.where(beyond, jnp.exp(log_w), 0)
+  # And one standard error: a few kicks that met a mode may have met too little.
+  share = jnp.mean(mass) + jnp.sqrt(jnp.sum(mass**2)) / mass.size
+  weights = _likelihood.importance_weights(log_w)
+  # Where bits that no row had are not met, mass is missing.
+  told = ~fixed & ~jnp.any(discrete) & (weights.ess >= 400)
   # One draw or two may fall on the top of a mode by chance.
-  few = fixed | ((hits < 3) & (mass < jnp.inf))
+  few = fixed | ((jnp.sum(beyond) < 3) & (share < jnp.inf))
+  gap = weights.log_scale + jnp.log(weights.total / log_w.size)
+  # A tail that is not met makes log Z look smaller, never larger.
+  told &= (gap > 0) | (_pareto.k_hat(log_w) < 0.7)
+  error = jnp.sqrt(1 / jnp.maximum(weights.ess, 1) - 1 / log_w.size)
   return Kicked(
-    share=jnp.where(few, 0, mass / num),
-    gap=jnp.where(told, jnp.log(jnp.maximum(total / num, tiny)), 0),
-    gap_error=jnp.where(
-      told, jnp.sqrt(1 / jnp.maximum(ess, 1) - 1 / num), jnp.inf
-    ),
+    share=jnp.where(few, 0, share),
+    gap=jnp.where(told, gap, 0),
+    gap_error=jnp.where(told, error, jnp.inf),
   )
 
 
-def _kicked(key, centres, spread):
-  """A draw around each centre, and the log density of all of them together."""
-  num, size = centres.shape
+class _Around(NamedTuple):
+  """What is known of rows of the model."""
+
+  centres: jax.Array  # shape [num, size], some of them
+  mean: jax.Array  # shape [size]
+  spread: jax.Array  # shape [size]
+  factor: jax.Array  # shape [size, size], of a covariance in spreads
+  discrete: jax.Array  # bool [size], columns that no kick moves
+  same: jax.Array  # bool [num, num], centres that are alike in these
+
+
+def _around(key, rows, every, discrete):
+  centres, mean, spread = rows[::every], jnp.mean(rows, 0), jnp.std(rows, 0)
+  white = (rows - mean) / jnp.where(spread > 0, spread, 1)
+  products = jnp.matmul(white.T, white, precision='highest') / rows.shape[0]
+  # A little wider; and few rows have no covariance.
+  ridge = 1e-3 * jnp.eye(mean.size, dtype=rows.dtype)
+  factor = jnp.linalg.cholesky(1.1 * products + ridge)
+  code = jnp.where(discrete, jax.random.normal(key, mean.shape, rows.dtype), 0)
+  codes = jnp.sum(code * centres, 1)
+  return _Around(
+    centres, mean, spread, factor, discrete, codes[:, None] == codes
+  )
+
+
+def _kicked(around, key, whole):
+  """A draw around each centre, or around all; the log density of both kinds."""
+  centres, mean, spread, factor, discrete, same = around
+  shape, dtype = centres.shape, centres.dtype
   kick_key, divide_key = jax.random.split(key)
-  kicks = jax.random.normal(kick_key, centres.shape, centres.dtype)
-  divisor = jax.random.normal(divide_key, (num, 1), centres.dtype)
-  there = centres + spread * kicks / divisor
-  middle = jnp.mean(centres, 0)
-  ends, starts = ((rows - middle) / spread for rows in (there, centres))
+  kicks = jax.random.normal(kick_key, shape, dtype)
+  divisor = jax.random.normal(divide_key, (shape[0], 1), dtype)
+  starts = jnp.where(discrete, 0, (centres - mean) / spread)
+  far = jnp.matmul(kicks, factor.T, precision='highest')
+  ends = jnp.where(whole, far, starts + jnp.where(discrete, 0, kicks / divisor))
+  there = jnp.where(discrete, centres, mean + spread * ends)
   # A product, because a sum over few columns is slow; far out it loses digits
   # that do not count.
   squares = jnp.sum(ends**2, 1)[:, None] + jnp.sum(starts**2, 1)
   squares -= 2 * jnp.matmul(ends, starts.T, precision='highest')
-  squares = jnp.maximum(squares, 0)
+  size = jnp.sum(~discrete).astype(dtype)
   power = (size + 1) / 2
-  constant = math.lgamma(power) - power * math.log(math.pi) - math.log(num)
-  log_r = special.logsumexp(-power * jnp.log1p(squares), 1) + constant
+  log_cauchy = jnp.where(
+    same, -power * jnp.log1p(jnp.maximum(squares, 0)), -jnp.inf
+  )
+  log_cauchy = special.logsumexp(log_cauchy, 1) - jnp.log(float(shape[0]))
+  log_cauchy += special.gammaln(power) - power * jnp.log(jnp.pi)
+  solved = jax.scipy.linalg.solve_triangular(factor, ends.T, lower=True)
+  log_gauss = -jnp.sum(solved**2, 0) / 2 - size / 2 * jnp.log(2 * jnp.pi)
+  log_gauss -= jnp.sum(jnp.log(jnp.diagonal(factor)))
+  third = jnp.log(jnp.asarray(3, dtype))
+  both = jnp.logaddexp(log_cauchy + jnp.log(2.0) - third, log_gauss - third)
+  log_r = jnp.where(jnp.any(discrete), log_cauchy, both)
   return there, log_r - jnp.sum(jnp.log(spread))

@@ -18,6 +18,8 @@ import numpy as np
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 
+DRAWS = 500  # Of each of two keys, where rows may repeat.
+
 
 class Reservoir(NamedTuple):
   """Rows resampled by weight from draws that pass by, and their moments."""
@@ -106,6 +108,30 @@ def whole(rows: jax.Array) -> jax.Array:
   """Which coordinates are integers in all draws, as those of no density are."""
   # Large floats have no fraction.
   return jnp.all((rows == jnp.round(rows)) & (jnp.abs(rows) < 1e6), 0)
+
+
+def repeated(noise: _noise_batch.Noise, key: jax.Array) -> jax.Array:
+  """Whether draws repeat, as those of no density do.
+
+  So they do where a sampler ignores its key, or takes from few rows. A few
+  that repeat are atoms, or all the digits there are.
+  """
+  draws = [noise.sample(key, DRAWS) for key in jax.random.split(key)]
+  leaves = jax.tree.leaves(draws)
+  if any(jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves if _is_real(leaf)):
+    return jnp.asarray(False)
+  dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+  rows = jnp.concatenate([flatten(rows, dtype) for rows in draws])
+  # Rows alike are one number, and it is others' by a rare chance.
+  code = jnp.sum(rows * jax.random.normal(key, rows.shape[1:], dtype), 1)
+  code = jnp.sort(code)
+  alike = code[1:] == code[:-1]
+  groups = jnp.sum(alike & ~jnp.append(False, alike[:-1]))
+  return ~jnp.all(whole(rows)) & (groups > DRAWS / 25)
+
+
+def _is_real(leaf):
+  return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def propose(

@@ -385,6 +385,67 @@ def test_kicks_tell_a_mode_that_no_draw_met(size, distances):
   assert not np.any(scores(0.2, distances[-1], 4.0).ok)
 
 
+class Shifted(NamedTuple):
+  """A Gaussian that is off by a constant, or repeats its draws."""
+
+  size: int
+  constant: Any = 0.0
+  few: Any = False
+
+  @property
+  def _noise(self):
+    return isotropic(self.size, 1.05)
+
+  def sample(self, key, num):
+    index = jnp.where(self.few, jnp.arange(num) // 2, jnp.arange(num))
+    return self._noise.sample(key, num)[index]
+
+  def log_prob(self, rows):
+    return self._noise.log_prob(rows) + self.constant
+
+
+@functools.cache
+def shifted(size):
+  def score(constant, few):
+    noise = Shifted(size, constant, few)
+    return optlab.log_partition(
+      quadratic, noise, jax.random.key(0), 10_000, walk_steps=10
+    )
+
+  return jax.jit(score)
+
+
+def test_noise_whose_density_is_off_is_refused_in_many_columns():
+  """The model's rows around themselves, or as one Gaussian, are noise too."""
+  score = shifted(32)
+  right = score(0.0, False)
+  assert right.ok
+  gap = abs(right.value - 32 * HALF_LOG_2PI)
+  assert gap < 3 * right.standard_error
+  # Weights of the last would be zero, were they not scaled.
+  for constant in (0.3, 30.0, -0.3, -30.0, -150.0):
+    assert not score(constant, False).ok
+
+
+def test_noise_that_repeats_its_draws_is_refused():
+  """Half of them are all there are, and the error is not of so many."""
+  assert not shifted(32)(0.0, True).ok
+  noise = isotropic(1, 2.0)
+  same = noise.sample(jax.random.key(0), 1000)
+
+  class Ignores(NamedTuple):
+    rows: Any
+
+    def sample(self, key, num):
+      del key
+      return jnp.resize(self.rows, (num, 1))
+
+    def log_prob(self, rows):
+      return noise.log_prob(rows)
+
+  assert not score(quadratic, Ignores(same), jax.random.key(0), 10_000).ok
+
+
 PAIRS = {
   'cauchy on a Gaussian': (
     REFUSED['heavy tail on a Gaussian'],
