@@ -91,11 +91,11 @@ def tempered_smc(
     nearer to the model than by half of the way at a time.
 
     It takes the noise's density on trust: one that does not integrate to one is
-    seen by draws around the last particles, as by those of `log_partition`, in
-    a few columns and not in ten. Bits and counts in floats are refused without
+    seen by draws around the last particles, as far as by those of
+    `log_partition`. Bits and counts in floats are refused without
     a discrete sampler. Cost: ``repeats * num_particles * num_steps``
     gradients of model and noise at each temperature, and 82 evaluations for
-    each particle and 10,000 more; with ``data`` of
+    each particle and 15,000 more; with ``data`` of
     `log_partition` somewhat more than twice that.
   """
   checks.enforce(tempered_smc, locals())
