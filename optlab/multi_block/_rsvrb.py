@@ -134,10 +134,9 @@ def rsvrb(
     where a Hessian is used, not where it is tracked. The first hypergradient is
     :math:`G` itself. Padding, repeats and blocks that are not finite are
     treated as in `bsvrb`; a block whose sampled Hessian is more than its steps
-    can bear (2 over ``inner_lr``) takes shorter ones. A block whose tracked
-    Hessian has an eigenvalue below minus the floor, if only by noise, is left
-    out of :math:`G` in that step. Cost for each sampled block, at two points:
-    the gradients, the Hessian and the cross Jacobian; all tables are rewritten.
+    can bear (2 over ``inner_lr``) takes shorter ones. Cost for each sampled
+    block, at two points: the gradients, the Hessian and the cross Jacobian; all
+    tables are rewritten.
   """
   checks.enforce(rsvrb, locals())
   problem = _system.Problem(

@@ -97,7 +97,6 @@ def follow_hypergrad(state, tracked, outer, rate, floor, lost):
   use = tables.distinct_blocks(outer, num_blocks)
   use &= ~_sight.counts(tables.gather_rows(lost, outer))
   rows = [tables.gather_rows(t, outer) for t in (tracked, state.tracked)]
-  use &= _is_definite(jnp.stack([row.hessian for row in rows]), floor, use)
   # Both points in one batch: see project_floor on solves that run at once.
   both = jax.vmap(_hypergradient, (0, None, None))(
     jax.tree.map(lambda *leaf: jnp.stack(leaf), *rows), use, floor
@@ -106,21 +105,6 @@ def follow_hypergrad(state, tracked, outer, rate, floor, lost):
   new, old = unravel(both[0]), unravel(both[1])
   recursive = tracking.storm(state.hypergrad, new, old, rate)
   return trees.where(state.step == 0, new, recursive)
-
-
-def _is_definite(matrices, floor, use):
-  """Whether no eigenvalue of a block is below minus the floor, in any set.
-
-  By noise alone one may be: lifted to the floor, its way would be the steepest.
-  """
-  identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-  # As in project_floor, what is not used keeps NaN out, and orders the solves.
-  matrices = jnp.where(use[:, None, None], matrices, identity)
-  matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
-  factors = jnp.linalg.cholesky(
-    matrices + jnp.asarray(floor, matrices.dtype) * identity
-  )
-  return jnp.all(jnp.isfinite(factors), (0, -2, -1))
 
 
 def _hypergradient(rows, use, floor):

