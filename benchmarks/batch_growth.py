@@ -119,7 +119,7 @@ def _moments(params, batch):
 
       def run(params, batch, estimator=estimator, test=test):
         estimate, _ = estimator.estimate(params, (), batch)
-        size = test(estimate.grads, **estimate.extras)
+        size, _ = test.update(estimate.grads, (), **estimate.extras)
         return estimate.value, estimate.grads, size
 
     compiled, seconds = compile_(run, params, batch)
