@@ -235,7 +235,7 @@ def draw(rows: list[dict], path, title: str) -> None:
   for axes, cut in zip(panels, CUTS, strict=True):
     plots.draw_lines(
       axes, [('', rows)], 'calls', f'ndcg{cut}', log_x=False, log_y=False,
-      keep=lambda method: 'tuning' not in method,
+      keep=plots.reported,
     )  # fmt: skip
     axes.set_xlabel('queries seen')
     axes.set_ylabel(f'test NDCG@{cut}')

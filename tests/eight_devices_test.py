@@ -26,7 +26,7 @@ STATE_AND_COLLECTIVES = {
   'soba': (1.0, 8),
   'bo_rep': (1.0, 10),
   'stocbio': (1.0, 23),
-  'f2sa': (1.0, 14),  # One for whether the shift stands out from y's rounding.
+  'f2sa': (1.0, 13),
   'srba': (3.0, 19),
   'meco': (0.0, 25),
   'nce': (0.0, 22),

@@ -110,7 +110,7 @@ def draw(
       for row in rows
       if row.get('problem') == f'distance {distance:g}'
       and row['kind'] == 'eval'
-      and 'tuning' not in row['method']
+      and plots.reported(row['method'])
     ]
     plots.draw_lines(
       axes, [('', mine)], 'updates', 'value', log_x=False, floor=1e-4

@@ -166,14 +166,14 @@ def f2sa(
       other, _ = problem.upper(params, y, batch.upper)
     grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
     dual, product = minus(y, memory[0]), minus(g_below[1], g[1])
-    residual, ok = _judge(dual, product, mean[1], state.step)
+    residual, length, ok = _judge(dual, product, mean[1], state.step)
     first, curved = (
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
     ok &= _is_small(first, curved, above, other, central)
     size = trees.norm(mean[1])
     steepest = jnp.maximum(state.memory.steepest, size)
-    ok &= _is_seen(trees.norm(dual) / scale, y, size <= 1e-3 * steepest)
+    ok &= _is_seen(length / scale, y, size <= 1e-3 * steepest)
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -277,4 +277,4 @@ def _judge(dual, product, grad_y, step):
   ok &= ~(length > 10 * size)
   # At a solution both are the same; z feels little where y hardly moves.
   idle = along < 0.1 * jnp.abs(trees.inner_product(dual, grad_y))
-  return length, ok & ~(idle & (step >= _dual.PATIENCE))
+  return length, reached, ok & ~(idle & (step >= _dual.PATIENCE))
