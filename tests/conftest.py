@@ -1,5 +1,6 @@
 """Fixtures that the test modules share."""
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -7,6 +8,7 @@ import pathlib
 import shutil
 
 import jax
+from jax._src.interpreters import mlir
 import pytest
 
 # Two devices, so that every sharding test runs on any machine. Before the
@@ -33,12 +35,17 @@ jax.config.update(
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE)),
 )
 for name, value in (
-  ('jax_persistent_cache_min_compile_time_secs', 0),
+  ('jax_persistent_cache_min_compile_time_secs', 0.05),
   ('jax_persistent_cache_min_entry_size_bytes', -1),
 ):
   os.environ[name.upper()] = str(value)
   jax.config.update(name, value)
 
+
+# A new context of MLIR for each program takes longer than to compile a small
+# one. The tests of a file share one, where the library has this function.
+shared_context = functools.cache(getattr(mlir, 'make_ir_context', int))
+mlir.make_ir_context = shared_context
 
 # A user's program for the type checkers; as a module with doctests it would run
 # in every worker.
@@ -65,6 +72,14 @@ def pytest_collection_finish():
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_runtest_teardown(item, nextitem):
+  """The same after each file: what its tests compiled stays until the end."""
+  if nextitem is not None and nextitem.path != item.path:
+    shared_context.cache_clear()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

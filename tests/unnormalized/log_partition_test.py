@@ -34,7 +34,7 @@ def estimate(noise, key):
   return optlab.log_partition(quadratic, noise, key)
 
 
-@pytest.mark.parametrize('size', [1, 2])
+@pytest.mark.parametrize('size', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_importance_sampling_is_right_within_its_error_bar(size):
   truth = 0.5 * size * math.log(2 * math.pi)
   results = jax.vmap(lambda key: estimate(isotropic(size, 2.0), key))(
@@ -367,7 +367,8 @@ def scores_apart(size):
 
 
 @pytest.mark.parametrize(
-  ('size', 'distances'), [(1, (10.0, 14.0)), (3, (10.0,))]
+  ('size', 'distances'),
+  [(1, (10.0, 14.0)), pytest.param(3, (10.0,), marks=pytest.mark.slow)],
 )
 def test_kicks_tell_a_mode_that_no_draw_met(size, distances):
   """Of 3 %: the interval held the truth in 37 runs of 100, and in none."""
