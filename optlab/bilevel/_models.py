@@ -14,6 +14,7 @@ from optlab.bilevel import _bilevel
 from optlab.bilevel import _problem
 from optlab.bilevel import _saba
 from optlab.bilevel import _state
+from optlab.bilevel import _statistics
 
 
 class ModelsState(NamedTuple):
@@ -52,8 +53,7 @@ def with_models(
 
   What `value_and_grad` takes of one loss, for two. The model state is a pair,
   the upper level's and the lower one's: each level gets the whole pair and
-  returns its own part. An upper level that evaluates the network below reads
-  the running statistics that the lower level keeps.
+  returns its own part.
 
   Args:
     make: ``(upper, lower) -> estimator``, any of this wing made with
@@ -76,8 +76,8 @@ def with_models(
   Raises:
     TypeError: ``make``, ``upper`` or ``lower`` is not a function, or a level
       returns something else than declared.
-    ValueError: ``init`` gets too few arguments, or model state changes its
-      shapes.
+    ValueError: ``init`` gets too few arguments, model state changes its
+      shapes, or a level depends on model state that x or y moves.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optlab
@@ -101,18 +101,19 @@ def with_models(
     Within a step the model state stands still: all evaluations and lower steps
     see that of its start, and what the last evaluation of each level at the
     step's sample returns is the next one. A rejected step holds it too. The
-    hypergradient is that at a model state held fixed: how x, through y, moves
-    running statistics that the upper level reads is not in it. Where a layer's
-    statistics move with its weights as batch normalization's do, let the upper
-    level take those of its batch, as in training.
+    hypergradient is that at a model state held fixed. So a level whose value
+    depends on model state that x or y moves, as running statistics do, is
+    refused: let it normalize by its batch, as in training, or declare by
+    ``jax.lax.stop_gradient`` that this part may be left out.
     `saba`, whose memory assumes that a sample has one gradient, refuses both.
   """
   checks.enforce(with_models, locals())
   names = ['model_state'] * has_state + ['key'] * has_key
-  estimator = make(
+  levels = (
     _level('upper', upper, 0, has_aux, has_state, has_key),
     _level('lower', lower, 1, has_aux, has_state, has_key),
   )
+  estimator = make(*levels)
   checks.ESTIMATOR.check('make(upper, lower)', estimator)
 
   def init(params, *inner):
@@ -143,9 +144,13 @@ def with_models(
         ' an IndexedBatch assumes that a block has one gradient: take soba.'
       )
     loss = state.loss
-    result, new = estimator.estimate(
-      params, state.estimator_state, _with_models(batch, loss, has_key)
-    )
+    batch = _with_models(batch, loss, has_key)
+    if has_state:
+      inner = getattr(state.estimator_state, 'inner', None)
+      _statistics.check_still(
+        levels, params, inner, (batch.upper, batch.lower), loss.model_state
+      )
+    result, new = estimator.estimate(params, state.estimator_state, batch)
     changed, aux = zip(result.aux.upper, result.aux.lower, strict=True)
     kept = trees.where(
       new.info.rejected,

@@ -121,7 +121,7 @@ def test_a_rejected_step_holds_model_state_and_key():
 
 
 def test_a_network_below_with_batch_normalization():
-  """The upper level evaluates with the statistics that the lower one keeps."""
+  """The upper level takes the statistics of data that the lower one keeps."""
 
   class Network(nnx.Module):
     def __init__(self, rngs):
@@ -157,6 +157,56 @@ def test_a_network_below_with_batch_normalization():
   kept = state.estimator_state.loss.model_state[1]
   np.testing.assert_allclose(kept['norm']['mean'][...], rows.mean(0), rtol=1e-4)
   assert values[-1] < 0.5 * values[0]
+
+
+def test_model_state_that_x_or_y_moves_is_refused_where_a_level_feels_it():
+  """Statistics of hidden units: how x moves them would be left out."""
+  still = jax.lax.stop_gradient
+  plain = lambda x, y, s, rows: (jnp.sum(y**2) + jnp.sum(x), s[0])
+  keep = lambda x, y, s, rows: (jnp.sum((y - x) ** 2), {
+    'mean': 0.9 * s[1]['mean'] + 0.1 * still(jnp.mean(rows @ y)),
+    'after': s[1]['mean'] + 1.0, 'rows': jnp.mean(rows), 'n': s[1]['n'] + 1,
+  })  # fmt: skip
+  stats = {'mean': 0.0, 'after': 0.0, 'rows': 0.0, 'n': 0}
+  stats = jax.tree.map(jnp.asarray, stats)
+
+  def reads(level, leaf, hold=lambda leaf: leaf, part=1):
+    @jax.custom_vjp
+    def square(number):
+      return number**2
+
+    square.defvjp(lambda n: (n**2, n), lambda n, g: (2 * n * g,))
+
+    def feel(x, y, s, rows):
+      value, new = level(x, y, s, rows)
+      return value + square(jnp.sum(y) - hold(s[part][leaf])), new
+
+    return feel
+
+  def look(upper, lower, stats=((), stats), name='soba'):
+    estimator = with_models(MAKERS[name], upper, lower, has_state=True)
+    step = lambda: estimator.estimate(
+      X, estimator.init(X, Y, stats), batch_of()
+    )
+    jax.eval_shape(step)
+
+  def refused(levels, leaf, **rest):
+    with pytest.raises(
+      ValueError, match=rf'must not depend on .*{leaf}: how x'
+    ):
+      look(*levels, **rest)
+
+  for leaf in ('mean', 'after'):
+    for name in MAKERS:
+      refused(
+        (reads(plain, leaf), keep), rf"model_state\[1\]\['{leaf}'\]", name=name
+      )
+  refused((plain, reads(keep, 'mean')), r"\[1\]\['mean'\]")
+  own = lambda x, y, s, rows: (plain(x, y, s, rows)[0] + s[0], jnp.sum(x))
+  refused((own, keep), r'\[0\]', stats=(jnp.zeros(()), stats))
+  look(reads(plain, 'mean', still), reads(keep, 'mean', still))
+  look(reads(plain, 'rows'), reads(keep, 'rows'))
+  look(reads(plain, 'n'), reads(keep, 'n'))
 
 
 def test_statistics_of_the_batch_above_give_the_slope_of_the_whole(x64):
