@@ -148,11 +148,12 @@ def run(
     accuracy = features[seed].accuracy(test, data.labels[order[cut:]])
     session.write('classifier', seed=seed, accuracy=accuracy)
 
+  chains = jax.jit(
+    functools.partial(sample, num=len(parts[0][1]), config=config)
+  )
+
   def score(method, choice, states):
     del choice
-    chains = jax.jit(
-      functools.partial(sample, num=len(parts[0][1]), config=config)
-    )
     for seed in range(config.seeds):
       own = {'method': method, 'seed': seed}
       if session.select('score', **own):

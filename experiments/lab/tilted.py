@@ -238,20 +238,23 @@ def _tilted(params, noise, rows):
   return tilt(params, rows) + noise.fitted.log_prob(rows)
 
 
+@jax.jit  # Compiled once: the arrays of models and noises are alike.
+def _estimate(params, noise, proposal, key):
+  return optlab.log_partition(
+    functools.partial(_tilted, params, noise), proposal, key,
+    num=LOG_Z_DRAWS, chunk=2000,
+  )  # fmt: skip
+
+
 def _by_importance(params, noise, seed):
   """Log Z, and what is recorded of it."""
-  model = functools.partial(_tilted, params, noise)
   share = jnp.log(jnp.asarray(10 * small_images.WIDE_SHARE))
   weights = noise.noise.log_weights
   rest = jax.nn.log_softmax(weights[:-1]) + jnp.log1p(-jnp.exp(share))
   wider = noise.noise._replace(log_weights=jnp.append(rest, share))
   first, second = (
-    jax.jit(
-      lambda q, key: optlab.log_partition(
-        model, q, key, num=LOG_Z_DRAWS, chunk=2000
-      )
-    )(q, jax.random.key(1000 + 2 * seed + i))
-    for i, q in enumerate((noise.noise, wider))
+    _estimate(params, noise, proposal, jax.random.key(1000 + 2 * seed + i))
+    for i, proposal in enumerate((noise.noise, wider))
   )
   agree = bool(optlab.unnormalized.agree(first, second))
   return (first.value if agree else jnp.nan), {
@@ -301,18 +304,19 @@ def whitened(noise: small_images.Noise) -> White:
   return White(fitted, mean, jnp.linalg.cholesky(covariance))
 
 
+@functools.partial(jax.jit, static_argnames='particles')
+def _temper(params, space, rows, key, particles):
+  method = optlab.unnormalized.tempered_smc(particles, repeats=3, num_steps=5)
+  return optlab.log_partition(
+    lambda white: tilt(params, space.rows(white)) + space.log_prob(white),
+    space, key, method=method, data=space.white(rows),
+  )  # fmt: skip
+
+
 def _by_tempering(params, noise, test, seed, particles):
   """Log Z, and what is recorded of it."""
-  method = optlab.unnormalized.tempered_smc(particles, repeats=3, num_steps=5)
-
-  @jax.jit
-  def score(params, space, rows, key):
-    return optlab.log_partition(
-      lambda white: tilt(params, space.rows(white)) + space.log_prob(white),
-      space, key, method=method, data=space.white(rows),
-    )  # fmt: skip
-
-  found = score(params, whitened(noise), test, jax.random.key(1000 + seed))
+  key = jax.random.key(1000 + seed)
+  found = _temper(params, whitened(noise), test, key, particles)
   return found.value, {
     'standard_error': found.standard_error,
     'second': found.second,
