@@ -11,6 +11,8 @@ from optlab import checks
 from optlab import trees
 from optlab.newton import _conjugate
 
+PART = 20  # Vectors of a basis that are looked at together.
+
 
 @checks.domains(
   max_steps=checks.Integer(1),
@@ -53,8 +55,9 @@ def lanczos(
     [0.25   0.0625] False
 
   Notes:
-    Memory for ``max_steps`` vectors. Fully reorthogonalized: a step takes four
-    passes over the basis beside its product.
+    Memory for ``max_steps`` vectors, filled up to a multiple of twenty. Fully
+    reorthogonalized: a step takes four passes over the vectors so far, by
+    twenties, beside its product.
   """
   checks.enforce(lanczos, locals())
 
@@ -133,14 +136,11 @@ def _krylov(operator, b, shift, max_steps, rtol, power, hopeful=False):
     tolerance,
     hopeful,
   )
-  inside = jnp.arange(size) < k
-  off = jnp.where(inside & (jnp.arange(size) < k - 1), off, 0.0)
+  off = jnp.where(jnp.arange(size) < k - 1, off, 0.0)
 
   def solve(shift):
-    y, definite = _solve_tridiagonal(
-      diagonal + jnp.where(inside, shift, 0.0), off, norm
-    )
-    x = _combination(y, basis)
+    y, definite = _solve_tridiagonal(diagonal + shift, off, norm, k)
+    x = _combination(jnp.pad(y, (0, _whole(size) - size)), basis)
     # A + shift I of the solution misses b along the next vector alone.
     small = left * jnp.abs(y[jnp.maximum(k - 1, 0)]) <= tolerance * norm
     return _conjugate.like(x, b), definite, trees.is_finite(x), small
@@ -161,9 +161,7 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
     basis = jax.tree.map(lambda rows, leaf: rows.at[k].set(leaf), basis, vector)
     image = product(vector)
     alpha = trees.dot(vector, image)
-    for _ in range(2):  # Twice is enough (Kahan).
-      inside = _combination(_inner_products(basis, image, size, dtype), basis)
-      image = jax.tree.map(jnp.subtract, image, inside)
+    image = _orthogonal(basis, image, k, size, dtype)
     beta = trees.norm(image)
     last = off[jnp.maximum(k - 1, 0)]
     # Pivots and residuals of the recurrence.
@@ -191,10 +189,12 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
 
   start = (
     jax.tree.map(
-      lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf), (size, *leaf.shape)),
+      lambda leaf: jnp.broadcast_to(
+        jnp.zeros_like(leaf), (_whole(size), *leaf.shape)
+      ),
       vector,
     ),
-    jnp.ones(size, dtype),  # Rows beyond the basis are those of I.
+    jnp.zeros(size, dtype),
     jnp.zeros(size, dtype),
     jnp.zeros((), dtype),
     vector,
@@ -210,30 +210,81 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
   return basis, diagonal, off, left, k
 
 
-def _solve_tridiagonal(diagonal, off, first):
-  """Solves ``T y = first * e_1``; also whether all pivots are positive."""
+def _whole(size):
+  """Rows of a basis for so many vectors: as many as its parts have."""
+  return size if size <= PART else -(-size // PART) * PART
 
-  def forward(carry, entry):
-    ratio, rhs = carry
-    alpha, beta_before, beta = entry
-    pivot = alpha - ratio * beta_before
-    z = rhs
-    ratio = beta / pivot
-    return (ratio, -ratio * z), (pivot, ratio, z / pivot)
 
-  before = jnp.concatenate([jnp.zeros_like(off[:1]), off[:-1]])
-  start = (jnp.zeros_like(first), first)
-  _, (pivots, ratios, z) = jax.lax.scan(forward, start, (diagonal, before, off))
+def _orthogonal(basis, image, k, size, dtype):
+  """What of a vector is orthogonal to the first k + 1 rows of a basis.
 
-  def backward(after, entry):
-    z, ratio = entry
-    y = z - ratio * after
-    return y, y
+  Part by part, those only that have vectors yet. Twice is enough (Kahan).
 
-  _, y = jax.lax.scan(
-    backward, jnp.zeros_like(first), (z, ratios), reverse=True
+  Args:
+    basis: Rows, zeros from k + 1 on.
+    image: The vector.
+    k: The last row.
+    size: The most vectors.
+    dtype: That of inner products.
+  """
+  rows, size = _whole(size), min(PART, size)
+
+  def project(first, image):
+    part = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), basis
+    )
+    inside = _combination(_inner_products(part, image, size, dtype), part)
+    return jax.tree.map(jnp.subtract, image, inside)
+
+  if size == rows:
+    return project(0, project(0, image))
+
+  def turn(image, first):
+    image = _varying.cond(
+      first <= k, project, lambda first, image: image, first, image
+    )
+    return image, None
+
+  firsts = jnp.tile(size * jnp.arange(rows // size, dtype=jnp.int32), 2)
+  return jax.lax.scan(turn, image, firsts)[0]
+
+
+def _solve_tridiagonal(diagonal, off, first, k):
+  """``T y = first * e_1`` in k rows, solved; also whether pivots are positive."""
+
+  def forward(carry):
+    i, ratio, before, rhs, good, ratios, z = carry
+    pivot = diagonal[i] - ratio * before
+    good &= pivot > 0
+    ratio, before = off[i] / pivot, off[i]
+    return (
+      i + 1, ratio, before, -ratio * rhs, good,
+      ratios.at[i].set(ratio), z.at[i].set(rhs / pivot),
+    )  # fmt: skip
+
+  zero, none = jnp.zeros_like(first), jnp.zeros_like(diagonal)
+  start = (
+    jnp.zeros_like(k),
+    zero,
+    zero,
+    first,
+    jnp.ones_like(first, bool),
+    none,
+    none,
   )
-  return y, jnp.all(pivots > 0)
+  *_, good, ratios, z = _varying.while_loop(
+    lambda carry: carry[0] < k, forward, start
+  )
+
+  def backward(carry):
+    i, after, y = carry
+    after = z[i] - ratios[i] * after
+    return i - 1, after, y.at[i].set(after)
+
+  *_, y = _varying.while_loop(
+    lambda carry: carry[0] >= 0, backward, (k - 1, zero, none)
+  )
+  return y, good
 
 
 def _inner_products(basis, vector, size, dtype):
