@@ -250,7 +250,7 @@ def _orthogonal(basis, image, k, size, dtype):
 
 
 def _solve_tridiagonal(diagonal, off, first, k):
-  """``T y = first * e_1`` in k rows, solved; also whether pivots are positive."""
+  """Solves ``T y = first * e_1`` in k rows; also: are all pivots positive."""
 
   def forward(carry):
     i, ratio, before, rhs, good, ratios, z = carry
