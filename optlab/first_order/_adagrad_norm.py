@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optlab import _varying
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -60,23 +61,45 @@ def scale_by_adagrad_norm(
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args
-    before, wide = state.sum_of_squares, state.sum_of_squares.dtype
-    unit = _unit(trees.largest(updates).astype(wide), state)
-    shrunk = trees.map_updates(
-      lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / unit, updates
+    wide = state.sum_of_squares.dtype
+    # One pass over the gradient where its squares are numbers as they are.
+    plain = trees.sq_norm(updates, wide)
+    total, unit = _varying.cond(
+      _is_plain(plain, state),
+      lambda: (state.sum_of_squares + plain, state.unit),
+      lambda: _in_units(updates, state),
     )
-    # The unit only shrinks where the sum is 0.
-    kept = jnp.where(before == 0, 0, jnp.square(state.unit / unit))
-    total = before * kept + trees.sq_norm(shrunk, wide)
     denominator = jnp.sqrt(total) + jnp.asarray(eps, wide) / unit
     # total = 0 where every gradient was 0; NaN must pass.
     scale = jnp.where(denominator == 0.0, 0.0, 1.0 / denominator)
-    direction = trees.map_updates(lambda g: scale * g, shrunk)
+    direction = trees.map_updates(
+      lambda g: scale * (g.astype(jnp.promote_types(g.dtype, wide)) / unit),
+      updates,
+    )
     return trees.cast_updates(
       direction, updates, params
     ), ScaleByAdaGradNormState(total, unit)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_plain(square, state):
+  """Whether the sum takes a square as it is: 1 is its unit before and after."""
+  info = jnp.finfo(square.dtype)
+  seen = (state.sum_of_squares > 0) | (square > info.tiny**0.5)
+  return (state.unit == 1) & seen & (square < info.max * 2.0**-40)
+
+
+def _in_units(updates, state):
+  """The next sum of squares and its unit."""
+  before, wide = state.sum_of_squares, state.sum_of_squares.dtype
+  unit = _unit(trees.largest(updates).astype(wide), state)
+  shrunk = trees.map_updates(
+    lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / unit, updates
+  )
+  # The unit only shrinks where the sum is 0.
+  kept = jnp.where(before == 0, 0, jnp.square(state.unit / unit))
+  return before * kept + trees.sq_norm(shrunk, wide), unit
 
 
 def _unit(top, state):
