@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 import math
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import flags
-from . import progress
+from . import memory
 from .session import Session
 
 PIECES, TUNING_PIECES = 20, 5  # Looks at a run.
@@ -201,28 +199,6 @@ def program(plan: Plan, entry: Entry) -> Program:
   return Program(jax.jit(start, compiler_options=quickly), advance)
 
 
-def _check_memory(label: str, lanes: Any) -> None:
-  """Says that lanes take much of the machine's memory, or refuses them."""
-  if jax.default_backend() != 'cpu' or not hasattr(os, 'sysconf'):
-    return
-  there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  # Before a piece and after it.
-  taken = 2 * sum(
-    math.prod(leaf.shape) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(lanes)
-  )
-  if taken < there / 4:
-    return
-  said = (
-    f'{label}: states of {len(lanes.steps)} seeds and rates at once take'
-    f' {taken / 1e9:,.1f} GB of {there / 1e9:,.1f}; fewer blocks, seeds or'
-    ' rates take less, or leave it out by --methods'
-  )
-  if taken > there:
-    raise flags.UserError(said)
-  progress.warn(said)
-
-
 def steps_of(budget: float, calls: float, spent: float = 0.0) -> int:
   """Steps of constant cost that a budget allows: where a schedule ends."""
   return max(1, math.ceil((budget - spent) / calls - 1e-3))
@@ -284,14 +260,20 @@ def run(
 
   data = () if problem.data is None else (problem.data,)
   arguments = jnp.asarray(seeds), jnp.asarray(rates, float), *data
-  _check_memory(label, jax.eval_shape(program.start, *arguments))
-  begin = program.start(*arguments)
+  # Before a piece and after it.
+  states = 2 * memory.size(jax.eval_shape(program.start, *arguments))
+  memory.check(f'{label}: states of {len(seeds)} seeds and rates', states)
   pieces = plan.pieces if reported else min(plan.pieces, TUNING_PIECES)
   if plan.name:
     fields['problem'] = plan.name
-  carry = jnp.zeros(()), jnp.full((), plan.budget / pieces), begin
+
+  def begin():
+    piece = jnp.full((), plan.budget / pieces)
+    return jnp.zeros(()), piece, program.start(*arguments)
+
+  # Nobody keeps the first state, which may be large.
   return session.run(
-    label, carry, program.advance, evaluate, steps=pieces, seeds=seeds,
+    label, begin(), program.advance, evaluate, steps=pieces, seeds=seeds,
     data=problem.data, tables=problem.tables, keep_state=keep_state,
     stop=plan.stop, prefix=plan.stop is not None, **fields,
   )  # fmt: skip

@@ -122,7 +122,10 @@ def point(folder: pathlib.Path) -> None:
   link = folder.parent / f'.{LATEST}.{os.getpid()}'
   with contextlib.suppress(OSError):  # A system without links.
     link.symlink_to(folder.name)
-    link.replace(folder.parent / LATEST)
+    try:
+      link.replace(folder.parent / LATEST)
+    except OSError:
+      link.unlink()
 
 
 def free_name(

@@ -90,8 +90,13 @@ class Journal:
         f'--resume: {lost}: what is whole is kept, the rest made again'
       )
     if grown or lost:
-      first['earlier'] = [*names, resuming.copy_aside(self._path)]
-      record.begin(self._path, first)
+      aside = resuming.copy_aside(self._path)
+      first['earlier'] = [*names, aside]
+      try:
+        record.begin(self._path, first)
+      except flags.UserError:  # What was there is there still.
+        (self.folder / aside).unlink()
+        raise
       self.earlier.append(rows)
       rows = []
     else:

@@ -7,6 +7,7 @@ import jax
 
 from . import checkpoints
 from . import devices
+from . import memory
 
 
 class Piece:
@@ -38,12 +39,13 @@ class Piece:
     """
     self.collectives: dict[str, int] | None = None
     self.devices = 1 if mesh is None else mesh.size
-    self._mesh, self._like = mesh, state
+    self._mesh = mesh
     constants = () if data is None else (data,)
     if mesh is None:
       self.state, self._constants = state, constants
       self._compiled = jax.jit(advance).lower(state, *constants).compile()
       return
+    self._like = state
     packed = checkpoints.pack(state)
     layout = devices.layout(packed, mesh, devices.tables(tables))
 
@@ -59,6 +61,11 @@ class Piece:
       jitted = jax.jit(piece, out_shardings=layout)
       self._compiled = jitted.lower(self.state, *self._constants).compile()
     self.collectives = devices.collectives(self._compiled)
+
+  def needs(self) -> float:
+    """Bytes that it takes beside its arguments, on the devices here."""
+    here = 1 if self._mesh is None else len(self._mesh.local_devices)
+    return here * memory.of_piece(self._compiled)
 
   def advance(self) -> None:
     """One piece on."""

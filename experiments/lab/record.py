@@ -24,6 +24,8 @@ import uuid
 import jax
 import numpy as np
 
+import optlab
+
 from . import flags
 from . import folders
 
@@ -31,7 +33,6 @@ NAME = 'record.jsonl'
 # Oracle calls, counted from the start of a method, in the order of the tables.
 ORACLES = ('samples', 'gradients', 'products', 'solves')
 _PACKAGES = (
-  'optlab',
   'jax',
   'jaxlib',
   'optax',
@@ -72,7 +73,8 @@ def without_times(rows: Iterable[dict]) -> list[dict]:
 
 def versions() -> dict[str, str]:
   """Versions of what the numbers depend on."""
-  found = {'python': platform.python_version()}
+  # Its distribution has another name, and may not be installed.
+  found = {'python': platform.python_version(), 'optlab': optlab.__version__}
   for package in _PACKAGES:
     try:
       found[package] = importlib.metadata.version(package)
@@ -169,8 +171,10 @@ class Writer:
       The row as `read` gives it.
 
     Raises:
-      UserError: It cannot be written; nothing of it is in the file.
+      UserError: It cannot be written; nothing of it is in the file. Or the
+        file was removed, and what is written is lost.
     """
+    self._check_there()
     row = {'kind': kind, **plain(fields)}
     line, size = _line(row), self.size
     try:
@@ -185,6 +189,13 @@ class Writer:
       ) from error
     return _revive(row)
 
+  def _check_there(self) -> None:
+    if not self._path.exists():
+      raise flags.UserError(
+        f'{self._path}: was removed or renamed while the run wrote there;'
+        ' put it back and go on with --resume, or begin anew'
+      )
+
   @property
   def size(self) -> int:
     """Bytes written, a place that `truncate` can go back to."""
@@ -192,6 +203,7 @@ class Writer:
 
   def sync(self) -> None:
     """Puts what was written on the disk, where a power cut leaves it."""
+    self._check_there()  # A checkpoint would make its folder again.
     with contextlib.suppress(OSError):  # Not every file system can.
       os.fsync(self._file)
 

@@ -255,9 +255,13 @@ def earlier(header: dict) -> list[str]:
 
 
 def copy_aside(path: pathlib.Path) -> str:
-  """Copies a record to another name, and returns that."""
+  """Copies a record to another name, whole or not at all; returns the name."""
   free = folders.free_name(path.parent, path.stem, path.suffix)
-  shutil.copy2(path, free)
+  try:
+    shutil.copy2(path, free)
+  except OSError as error:
+    free.unlink(missing_ok=True)
+    raise flags.UserError(f'{free}: {error.strerror or error}') from error
   return free.name
 
 
@@ -271,7 +275,8 @@ def make_room(folder: pathlib.Path) -> None:
     folder: Where another run begins.
 
   Raises:
-    UserError: There is a run that was not finished.
+    UserError: There is a run that was not finished, or one that cannot be set
+      aside.
   """
   path = folder / record.NAME
   if not path.exists() or not path.stat().st_size:
@@ -290,10 +295,27 @@ def make_room(folder: pathlib.Path) -> None:
       f'--output_dir={folder}: holds a run of {header["program"]} that was not'
       ' finished; go on with it by --resume, or give another --output_dir'
     )
-  aside = folders.free_name(folder, path.stem, path.suffix)
-  path.rename(aside)
+  number = 1
+  while any((folder / name).exists() for name in _aside(number)):
+    number += 1
+  record_to, checkpoints_to = (folder / name for name in _aside(number))
   checkpoints = folder / 'checkpoints'
-  if checkpoints.exists():
-    checkpoints.rename(
-      folder / f'checkpoints{aside.stem.removeprefix("record")}'
-    )
+  try:
+    if checkpoints.exists():
+      checkpoints.rename(checkpoints_to)
+    try:
+      path.rename(record_to)
+    except OSError:  # Both or none.
+      if checkpoints_to.exists():
+        checkpoints_to.rename(checkpoints)
+      raise
+  except OSError as error:
+    raise flags.UserError(
+      f'--output_dir={folder}: the run that is there cannot be set aside:'
+      f' {error.strerror or error}; give another --output_dir'
+    ) from error
+
+
+def _aside(number: int) -> tuple[str, str]:
+  """Names of a record and of its checkpoints where others follow."""
+  return f'record.{number}.jsonl', f'checkpoints.{number}'

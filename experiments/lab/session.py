@@ -25,6 +25,7 @@ from . import checkpoints
 from . import devices
 from . import flags
 from . import journal
+from . import memory
 from . import pieces
 from . import progress
 from . import record
@@ -188,6 +189,8 @@ class Session:
     with self._listener.held():  # The compiler may not survive an exception.
       piece = pieces.Piece(self._mesh, advance, found, data, tables)
     compile_seconds = time.perf_counter() - began
+    del state, found  # A large one has no room for its start.
+    memory.check(f'{method}: steps, beside the state,', piece.needs())
     if piece.collectives is not None:
       fields['collectives'] = piece.collectives
       if piece.devices > 1 and not piece.collectives:

@@ -2,12 +2,14 @@
 
 import codecs
 import dataclasses
+import errno
 import json
 import math
 import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -19,12 +21,14 @@ import pytest
 
 from experiments.lab import flags
 from experiments.lab import launch
+from experiments.lab import memory
 from experiments.lab import progress
 from experiments.lab import record
 from experiments.lab import repeating
 from experiments.lab import resuming
 from experiments.lab import stopping
 from experiments.lab.session import Session
+import optlab
 
 
 @pytest.fixture(autouse=True)
@@ -768,3 +772,86 @@ def test_a_full_standard_error_ends_no_run(monkeypatch):
     monkeypatch.setattr('sys.stderr', full)
     progress.warn('what is said')
     progress.warn('and more')
+
+
+def test_a_rename_that_fails_leaves_what_was_there(config, monkeypatch):
+  """A run is set aside whole or not at all, and so is one that grows."""
+  folder = pathlib.Path(config.output_dir)
+  config = dataclasses.replace(config, checkpoint_every=30.0)
+  with Session('test', config) as session:
+    go(session, steps=2, keep_state=True)
+  before = {path.name for path in folder.iterdir()}
+  rows = numbers(folder)
+
+  def full(path, *unused, **kwargs):
+    if isinstance(path, pathlib.Path) and path.name.startswith('ch'):
+      return os.rename(path, *unused)
+    raise OSError(errno.ENOSPC, 'No space', str(path))
+
+  def half(source, target, **kwargs):
+    target.write_bytes(b'{"ki')
+    full(target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'rename', full)
+    patch.setattr(pathlib.Path, 'replace', full)
+    with pytest.raises(flags.UserError, match='aside: No space; give another'):
+      Session('test', config)
+    with pytest.raises(flags.UserError, match='No space'):
+      Session('test', resumed(config, seeds=2))
+    patch.setattr(shutil, 'copyfile', half)
+    with pytest.raises(flags.UserError, match=r'record\.1\.jsonl: No space'):
+      Session('test', resumed(config, seeds=2))
+  assert {path.name for path in folder.iterdir()} == before
+  assert numbers(folder) == rows
+  with Session('test', config):
+    pass
+  after = {path.name for path in folder.iterdir()}
+  assert after == before - {'checkpoints'} | {'record.1.jsonl', 'checkpoints.1'}
+
+
+@pytest.mark.parametrize('what', ['record.jsonl', '.'])
+def test_a_record_that_is_removed_ends_its_run(config, what):
+  """What would be written is lost, and its folder is not made again."""
+  with (
+    pytest.raises(flags.UserError, match=r'record\.jsonl: was removed'),
+    Session('test', config) as session,
+  ):
+
+    def stop(rows):
+      if rows[0]['step'] == 3:
+        path = session.folder / what
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+      return False
+
+    go(session, stop=stop)
+  assert session.folder.exists() == (what != '.')
+
+
+def test_the_version_of_optlab_is_recorded(config, capsys):
+  with Session('test', config) as session:
+    pass
+  versions = record.read(session.folder)[0]['versions']
+  assert versions['optlab'] == optlab.__version__
+  change(session.folder, 0, versions=versions | {'optlab': '0.0.9'})
+  with Session('test', resumed(config)):
+    pass
+  said = f'optlab was 0.0.9, is {optlab.__version__}: what comes is made'
+  assert said in capsys.readouterr().err
+
+
+def test_a_piece_beyond_the_free_memory_is_refused(
+  config, tmp_path, monkeypatch
+):
+  total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  assert 0 < memory.free() <= 2 * total
+  limit = tmp_path / 'memory.max'
+  monkeypatch.setattr(memory, '_LIMIT', limit)
+  limit.write_text('max\n')
+  assert memory.free() > 1000
+  limit.write_text('20\n')  # The state is larger.
+  with (
+    pytest.raises(flags.UserError, match='noisy: steps, beside the state, tak'),
+    Session('test', config) as session,
+  ):
+    go(session)
