@@ -174,6 +174,7 @@ def estimator(
       state,
       solution.seen[:3],  # A norm is finite where all numbers are.
       seen=True,
+      sizes=(slope, size),
       lower_value=lower.value,
       inner=after.inner,
       dual=solution.dual,

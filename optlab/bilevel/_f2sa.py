@@ -173,7 +173,9 @@ def f2sa(
     ok &= _is_small(first, curved, above, other, central)
     size = trees.norm(mean[1])
     steepest = jnp.maximum(state.memory.steepest, size)
-    ok &= _is_seen(length / scale, y, size <= 1e-3 * steepest)
+    reached = trees.norm(y)
+    ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest)
+    slope = jnp.maximum(trees.norm(above_y), trees.norm(below_y))
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -182,7 +184,8 @@ def f2sa(
       inner=y,
       lower_opt_state=opt_state,
       memory=F2saMemory(memory[0], memory[1], steepest.astype(residual.dtype)),
-      lower_grad_norm=jnp.maximum(trees.norm(above_y), trees.norm(below_y)),
+      sizes=(slope, reached),
+      lower_grad_norm=slope,
       dual_residual=residual,
       ok=ok,
     )
@@ -246,7 +249,7 @@ def _is_small(first, curved, value, other, central):
   return ~(bend > allowed + rounding)
 
 
-def _is_seen(length, inner, at_end):
+def _is_seen(length, inner, reached, at_end):
   """Whether the shift stands out from the rounding of y."""
   eps = max(
     (float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(inner)),
@@ -254,7 +257,7 @@ def _is_seen(length, inner, at_end):
   )
   # In float32 or wider it may be short at the end, where f_y is small.
   wide = eps < 1e-4
-  least = (4 if wide else 16) * eps * trees.norm(inner)
+  least = (4 if wide else 16) * eps * reached
   return (length > least) | (wide & at_end)
 
 

@@ -235,6 +235,7 @@ def saba(
       state._replace(memory=()),
       solution.seen[:3],
       seen=True,
+      sizes=(slope, size),
       lower_value=lower.value,
       inner=after.inner,
       dual=solution.dual,

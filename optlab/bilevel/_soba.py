@@ -94,15 +94,17 @@ def soba(
     where its rate is too small for that of x: ``info.lower_lag`` is how far y*
     is from it at least, on average of late, along the way that f feels.
     ``info.ok`` is false where ``z`` left its ball or found negative curvature,
-    or where the lower optimizer held a part of y. After 200 steps it is false
-    too where z has found no curvature (a lower level that is linear, or a rate
-    far too small) or still grows along a way where g is flat and f is not, and
-    where y is behind: by more steps than it has taken and a tenth of its norm,
-    or by half of its norm where that is no noise, or grows tenfold, and after
-    400 by a seventh that lasts: the two go round in a cycle. One that is
-    shorter is not told, nor what is so before. Of several
-    lower minimizers the hypergradient is that of the one that y follows, which
-    the start decides: where they lie apart this is no fault, and is not told.
+    where the lower optimizer held a part of y, where y and g_y have grown by a
+    factor a step, to a million times what they were, and where the step was
+    rejected. After 200 steps it is false too where z has found no curvature (a
+    lower level that is linear, or a rate far too small) or still grows along a
+    way where g is flat and f is not, and where y is behind: by more steps than
+    it has taken and a tenth of its norm, or by half of its norm where that is
+    no noise, or grows tenfold, and after 400 by a seventh that lasts: the two
+    go round in a cycle. One that is shorter is not told, nor what is so before.
+    Of several lower minimizers the hypergradient is that of the one that y
+    follows, which the start decides: where they lie apart this is no fault, and
+    is not told.
   """
   checks.enforce(soba, locals())
   problem = _bilevel.problem_of(

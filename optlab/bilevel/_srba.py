@@ -200,6 +200,7 @@ def recursive_estimator(
       state,
       (length, residual, slope, reached),
       seen=True,
+      sizes=(slope, reached),
       lower_value=lower_value,
       inner=after.inner,
       dual=z,

@@ -39,8 +39,8 @@ class BilevelInfo(NamedTuple):
   dual_residual: Any  # shape (), norm of g_yy z - f_y there
   truncated: Any  # shape (), part of z that a series lacks at least
   constrained: jax.Array  # shape (), bool, lower steps held a part of y
-  ok: jax.Array  # shape (), bool, no assumption was seen to fail there
-  total_not_ok: jax.Array  # shape (), int32
+  ok: jax.Array  # shape (), bool, not rejected, no assumption seen to fail
+  total_not_ok: jax.Array  # shape (), int32, without the rejected
   rejected: jax.Array  # shape (), bool, whether the last was not finite
   total_rejected: jax.Array  # shape (), int32
 
@@ -54,6 +54,7 @@ class BilevelState(NamedTuple):
   lower_opt_state: base.OptState
   dual_state: Any  # what the steps of z need; () where it takes none
   pace: Any  # shape (7,), how y follows x, see `_lag`; () where nobody looks
+  rise: Any  # shape (3,), how y and g_y grow, see `_lag`; () likewise
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
 
@@ -80,6 +81,7 @@ def init_state(
   memory: Any = (),
   smooth: bool = False,
   series: bool = False,
+  rises: bool = True,
 ) -> BilevelState:
   """The state before the first estimate, with ``z = 0`` if it has one."""
   for name, tree in (('params', params), ('inner', inner)):
@@ -102,6 +104,7 @@ def init_state(
     ),
     dual_state=_dual.init(dual, z) if isinstance(dual, _dual.Dual) else (),
     pace=_lag.start(wide) if dual else (),
+    rise=jnp.zeros(3, wide) if rises else (),
     memory=memory,
     info=BilevelInfo(
       lower_grad_norm=zero(wide),
@@ -121,6 +124,7 @@ def accept(
   estimate: base.Estimate,
   old: BilevelState,
   *others: base.Params,
+  sizes: Any = (),
   seen: bool = False,
   lower_value: Any = 0.0,
   ok: Any = True,
@@ -139,6 +143,8 @@ def accept(
     estimate: The estimate.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
+    sizes: Norms that grow where y runs away, see `_lag.rise`; of those that
+      look.
     seen: Whether y and z are finite where ``others`` are.
     lower_value: What must be finite as well.
     ok: For `BilevelInfo`, whether the linear system is.
@@ -154,6 +160,9 @@ def accept(
   ok = jnp.asarray(ok) & ~jnp.asarray(constrained)
   if isinstance(truncated, jax.Array):
     ok &= ~(truncated > _dual.LACKING)
+  if sizes:
+    fields['rise'], away = _lag.rise(old.rise, old.step, sizes)
+    ok &= ~away
   pace = fields.get('pace', ())
   info = old.info._replace(
     lower_grad_norm=lower_grad_norm,
@@ -172,6 +181,7 @@ def accept(
   finite &= jnp.isfinite(estimate.value) & jnp.isfinite(lower_value)
   estimate, state = estimators.accept(finite, estimate, new, old)
   info = state.info._replace(
+    ok=state.info.ok & finite,
     rejected=~finite,
     total_rejected=old.info.total_rejected + (~finite).astype(jnp.int32),
   )

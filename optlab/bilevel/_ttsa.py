@@ -161,6 +161,7 @@ def ttsa(
       state,
       (length, slope, reached),
       seen=True,
+      sizes=(slope, reached),
       lower_value=lower.value,
       inner=inner,
       lower_opt_state=lower_opt_state,

@@ -92,14 +92,15 @@ def unrolled(
     and cross products (and N gradients again with ``checkpoint``). Memory: N
     lower variables with their optimizer state, and the activations of one step
     (of all N without ``checkpoint``). With ``warm=False`` nothing is assumed of
-    the lower level, and ``info.ok`` says nothing of it. With ``warm`` the N
-    steps stand for all before, and ``info.dual_residual`` is the norm of what
-    is left of f_y at their start. ``info.truncated`` is the part of z that they
-    lack so at least, those before being left out: where it is above a tenth, or
-    more is left than there was, ``info.ok`` is false. Then the steps are too
-    few or too short, or the lower level is linear or not convex. On a quadratic
-    with gradient descent from a fixed start, the bias is ``(I - rho g_yy)^N``
-    applied to the solution's derivative, besides that of the lower variable.
+    the lower level, and ``info.ok`` says nothing of it, but of rejected steps.
+    With ``warm`` the N steps stand for all before, and ``info.dual_residual``
+    is the norm of what is left of f_y at their start. ``info.truncated`` is the
+    part of z that they lack so at least, those before being left out: where it
+    is above a tenth, or more is left than there was, ``info.ok`` is false. Then
+    the steps are too few or too short, or the lower level is linear or not
+    convex. On a quadratic with gradient descent from a fixed start, the bias is
+    ``(I - rho g_yy)^N`` applied to the solution's derivative, besides that of
+    the lower variable.
   """
   checks.enforce(unrolled, locals())
   problem = _bilevel.problem_of(
@@ -111,7 +112,7 @@ def unrolled(
     first = () if warm else trees.own(inner)
     state = _state.init_state(
       problem, params, inner, dual=False, memory=first, smooth=True,
-      series=warm,
+      series=warm, rises=warm,
     )  # fmt: skip
     residual = jnp.zeros_like(state.info.lower_grad_norm) if warm else ()
     return state._replace(
@@ -140,9 +141,10 @@ def unrolled(
       problem, params, inner, batch.upper
     )
     through, left = pull(grad_y)
-    residual, truncated, ok = (), (), True
+    residual, truncated, ok, sizes = (), (), True, ()
     if warm:
-      residual, size = trees.norm(left), trees.norm(grad_y)
+      residual, size, reached = trees.norms(left, grad_y, inner, products=())
+      sizes = size, reached
       # What is left of f_y at the start is what the steps have not seen: all
       # where they are too short or g is linear, more where it is not convex.
       # They are the first term of a series in what N steps leave.
@@ -157,6 +159,7 @@ def unrolled(
     return _state.accept(
       base.Estimate(value, trees.combine(jnp.add, grad_x, through), aux=aux),
       state,
+      sizes=sizes,
       inner=inner,
       lower_opt_state=lower_opt_state,
       dual_residual=residual,

@@ -8,6 +8,7 @@ import pytest
 
 import optlab
 from optlab import bilevel
+from optlab.bilevel import _lag
 from tests.bilevel import bilevel_problems
 from tests.bilevel.faults_test import NOTHING
 from tests.bilevel.faults_test import run
@@ -214,6 +215,58 @@ def test_recursive_recipes_follow_their_papers(x64):
   ):
     got = path(estimator, tx, problem.x, problem.inner + 1.0, batches)
     np.testing.assert_allclose(got, reference(name), atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['soba', 'f2sa', 'unrolled'])
+def test_what_runs_away_is_told_before_its_numbers_are_absurd(name):
+  """Steps of x that are too long; and at the end, where all is rejected."""
+  matrix = jnp.array([[1.0, 0.3], [0.3, 0.5]])
+  lower = lambda x, y, batch: 0.5 * y @ matrix @ y - (x + jnp.sin(x)) @ y
+  upper = lambda x, y, batch: 0.5 * jnp.sum((y - 1.0) ** 2)
+  make = {
+    'soba': optlab.soba,
+    'f2sa': bilevel.f2sa,
+    'unrolled': optlab.unrolled,
+  }
+  second = {'soba': (0.9,), 'f2sa': (50.0,), 'unrolled': ()}
+  rest = {'lower_steps': 10} if name == 'unrolled' else {}
+  estimator = make[name](upper, lower, optax.sgd(0.9), *second[name], **rest)
+
+  def look(rate):
+    tx, x = optax.sgd(rate), jnp.array([2.0, -1.0])
+    step = optlab.train_step(estimator, tx)
+
+    def body(state, _):
+      state, value = step(state, NOTHING)
+      seen = state.estimator_state
+      return state, (jnp.max(jnp.abs(seen.inner)), seen.info.ok, value)
+
+    state = optlab.init(x, estimator, tx, jnp.zeros(2))
+    return jax.lax.scan(body, state, length=150)[1]
+
+  size, ok, _ = jax.jit(look)(5.0)
+  absurd = np.argmax(size > 1e8)
+  assert absurd and not np.any(ok[absurd:])
+  assert np.all(jax.jit(look)(0.01)[1])
+
+
+def test_what_grows_otherwise_does_not_run_away():
+  t = jnp.arange(300.0)
+  ones = jnp.ones(300)
+
+  def told(slope, size):
+    body = lambda rise, at: _lag.rise(rise, at[0].astype(int), at[1:])
+    return jax.lax.scan(body, jnp.zeros(3), (t, slope, size))[1]
+
+  assert jnp.argmax(told(1.1**t, 1.1**t)) == 147  # Grown by 1.2e6.
+  assert not jnp.any(told(1.0 + t**3, t**3))
+  # From nothing, late, from a start of 1e-6, and to and fro.
+  for late in (0, 1, 20, 200):
+    assert not jnp.any(told(ones, 1.0 * (t > late)))
+    assert not jnp.any(told(1e-9 + (t > late), 1e-9 + (t > late)))
+  assert not jnp.any(told(ones, jnp.minimum(1.0, 1e-6 * 2.0**t)))
+  noise = jnp.exp(jax.random.normal(jax.random.key(0), (2, 300)))
+  assert not jnp.any(told(*noise))
 
 
 def test_hoag_solves_to_the_tolerance_of_the_step(x64):
