@@ -18,7 +18,6 @@ from optlab.bilevel import _dual
 SHORT, MEMORY = 10, 100  # Steps of the means.
 LEAST = 0.1  # A shorter lag, beside y or what it was at most, does not matter.
 LARGE = 0.5  # A longer one, beside y, does.
-LEAP, RISE = 3.0, 14.0  # Logarithms, of one step's growth and of all.
 
 
 def start(dtype: Any) -> jax.Array:
@@ -108,30 +107,3 @@ def follow(
     pace.dtype
   )
   return new, behind & late
-
-
-def rise(
-  old: jax.Array, step: jax.Array, sizes: Any
-) -> tuple[jax.Array, jax.Array]:
-  r"""How sizes grow, and whether they run away: by about a million, steadily.
-
-  The mean of a step's growth over the last part of the run, times the steps. It
-  is :math:`4 p / 3` for what grows as :math:`t^p`, as far as one step alone may
-  lead, and without end for what grows by a factor a step.
-
-  Args:
-    old: The mean and the logarithm of the sizes, before.
-    step: The steps before.
-    sizes: Two that grow together where y runs away: norms of g_y and y.
-  """
-  first, second = (size.astype(old.dtype) for size in sizes)
-  seen = (first > 0) & (second > 0) & jnp.isfinite(first + second)
-  log = lambda size: 0.5 * jnp.log(jnp.where(seen, size, 1))
-  count = step.astype(old.dtype)
-  now = jnp.where(seen, log(first) + log(second), old[1])
-  # What was zero has no growth yet.
-  known = seen & (old[2] > 0)
-  leap = jnp.where(known, jnp.clip(now - old[1], -LEAP, LEAP), 0)
-  mean = old[0] + 4 / jnp.maximum(count, 4) * (leap - old[0])
-  new = jnp.stack([mean, now, jnp.maximum(old[2], seen)])
-  return new.astype(old.dtype), mean * count > RISE

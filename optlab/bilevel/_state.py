@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _growth
 from optlab import base
 from optlab import checks
 from optlab import estimators
@@ -54,7 +55,7 @@ class BilevelState(NamedTuple):
   lower_opt_state: base.OptState
   dual_state: Any  # what the steps of z need; () where it takes none
   pace: Any  # shape (7,), how y follows x, see `_lag`; () where nobody looks
-  rise: Any  # shape (3,), how y and g_y grow, see `_lag`; () likewise
+  rise: Any  # shape (3,), how y and g_y grow, see `_growth`; () likewise
   memory: Any  # what the method alone keeps; () for most
   info: BilevelInfo
 
@@ -104,7 +105,7 @@ def init_state(
     ),
     dual_state=_dual.init(dual, z) if isinstance(dual, _dual.Dual) else (),
     pace=_lag.start(wide) if dual else (),
-    rise=jnp.zeros(3, wide) if rises else (),
+    rise=_growth.start(wide) if rises else (),
     memory=memory,
     info=BilevelInfo(
       lower_grad_norm=zero(wide),
@@ -143,8 +144,8 @@ def accept(
     estimate: The estimate.
     old: The state before the step, to hold.
     *others: What must be finite too, beside the hypergradient, y and z.
-    sizes: Norms that grow where y runs away, see `_lag.rise`; of those that
-      look.
+    sizes: Norms that grow where y runs away, see `_growth.follow`; of those
+      that look.
     seen: Whether y and z are finite where ``others`` are.
     lower_value: What must be finite as well.
     ok: For `BilevelInfo`, whether the linear system is.
@@ -161,7 +162,7 @@ def accept(
   if isinstance(truncated, jax.Array):
     ok &= ~(truncated > _dual.LACKING)
   if sizes:
-    fields['rise'], away = _lag.rise(old.rise, old.step, sizes)
+    fields['rise'], away = _growth.follow(old.rise, old.step, sizes)
     ok &= ~away
   pace = fields.get('pace', ())
   info = old.info._replace(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _growth
 from optlab import base
 from optlab import checks
 from optlab import estimators
@@ -292,9 +293,11 @@ def _estimate(method, params, state, batch):
   )
   # Rows that are not to be written are dropped, where they are written.
   state = _rows.write(state, sampled, rows, batch.blocks, step + 1)
+  rise, away = _growth.follow(state.rise, step, sampled.sizes)
   return estimate, state._replace(
     **dict(zip(HELD, (*new, *moved), strict=True)),
-    info=_info.after(state.info, sampled, batch.blocks),
+    rise=jnp.where(accepted > 0, rise, state.rise),
+    info=_info.after(state.info, sampled, batch.blocks, away),
   )
 
 

@@ -18,7 +18,8 @@ class BSVRBInfo(NamedTuple):
   curvature along its dual variable, or none where its lower gradient points,
   for which the formula is wrong; where that is so on average over its visits,
   it is rejected too. Nor is it where its steps are too short: ``dual_residual``
-  is large there as well.
+  is large there as well. A step of which no block is left is not ok, nor a run
+  whose blocks and lower gradients grow by a factor a step.
   No block is -1.
   """
 
@@ -58,8 +59,17 @@ def start(inner: Any) -> BSVRBInfo:
   )
 
 
-def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
-  """The report after a step; it looks at the sampled blocks alone."""
+def after(
+  info: BSVRBInfo, sampled: Any, blocks: jax.Array, away: Any = False
+) -> BSVRBInfo:
+  """The report after a step; it looks at the sampled blocks alone.
+
+  Args:
+    info: The report before.
+    sampled: What the step sampled.
+    blocks: Their numbers.
+    away: Whether all of them run away.
+  """
   bad = sampled.use & ~sampled.ok
   rejected = jnp.sum(bad).astype(jnp.int32)
   rows = tables.gather_rows(info.block_rejected, blocks) + bad
@@ -88,7 +98,8 @@ def after(info: BSVRBInfo, sampled: Any, blocks: jax.Array) -> BSVRBInfo:
     unsolved_block=jnp.where(
       jnp.any(sampled.ok), unsolved, info.unsolved_block
     ),
-    ok=last <= 0,
+    # A step of which nothing is left is no good either.
+    ok=(last <= 0) & ~away & (jnp.any(sampled.ok) | ~jnp.any(sampled.use)),
     total_not_ok=info.total_not_ok + jnp.sum(not_ok),
     not_ok_block=jnp.where(last > 0, last_block, info.not_ok_block),
     block_rejected=tables.scatter_rows(

@@ -71,6 +71,7 @@ def sample(
   keep = use & ~verdict.rejected & ~flat
   bad = jnp.any(use & ~(finite & keep)) | ~trees.all_finite(apart)
 
+  norms = [jax.vmap(trees.norm)(t) for t in (_first(inner_grad), rows.inner)]
   ok, total = _without_bad(evaluate, inner, held, data, keep, bad, total)
   return _rows.Sampled(
     rows=rows,
@@ -81,12 +82,11 @@ def sample(
     ok=ok,
     left=left,
     concave=use & (along < -1e-3 * stretch),
-    behind=use
-    & ~flat
-    & _is_behind(problem, state, rows, inner_grad, toward, use),
+    behind=use & ~flat & _is_behind(problem, state, rows, norms, toward, use),
     flat=flat,
     rejected=verdict.rejected,
     pace=verdict.pace,
+    sizes=tuple(jnp.sum(jnp.where(use & finite, norm, 0)) for norm in norms),
     value=value[0],
     aux=aux,
     inner_grad=inner_grad,
@@ -95,15 +95,15 @@ def sample(
   )
 
 
-def _is_behind(problem, state, rows, slope, toward, use):
+def _is_behind(problem, state, rows, norms, toward, use):
   """Which blocks have farther to go than in all steps at their pace.
 
   And than a tenth of their length, once they were visited often.
   """
   time = rows.pace.scale * jnp.sum(state.clock[0])
   visits = state.step * jnp.sum(use) / problem.num_blocks
-  far = toward > time * jax.vmap(trees.norm)(_first(slope))
-  far &= toward > 0.1 * jax.vmap(trees.norm)(rows.inner)
+  slope, length = norms
+  far = (toward > time * slope) & (toward > 0.1 * length)
   # Where nothing moves, dual variables don't either.
   return (far | (time == 0)) & (visits >= VISITS)
 

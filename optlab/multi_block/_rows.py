@@ -39,6 +39,7 @@ class Sampled(NamedTuple):
   flat: jax.Array  # shape (sampled,), those without a solution in sight
   rejected: jax.Array  # shape (sampled,), not for their data
   pace: _guard.Pace
+  sizes: Any  # norms of their lower gradients and variables, summed
   value: jax.Array  # shape (sampled,)
   aux: Any  # of the upper objectives, leading axis sampled
   inner_grad: base.ArrayTree  # samples at both points

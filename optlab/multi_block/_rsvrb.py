@@ -12,6 +12,7 @@ import jax
 from jax import flatten_util
 import jax.numpy as jnp
 
+from optlab import _growth
 from optlab import base
 from optlab import checks
 from optlab import estimators
@@ -39,6 +40,7 @@ class RSVRBState(NamedTuple):
   scale: jax.Array  # shape (num_blocks,), of the steps of each block
   bend: jax.Array  # shape (num_blocks,), average curvature along d_y f
   flat: jax.Array  # shape (num_blocks,), how often no solution was in sight
+  rise: jax.Array  # shape (3,), how y and its gradients grow
   info: _info.BSVRBInfo
 
 
@@ -173,9 +175,13 @@ def rsvrb(
     )
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
-    behind = use & _is_behind(state, batch.blocks, now, lr * count / num_blocks)
+    behind, norms = _is_behind(
+      state, batch.blocks, now, lr * count / num_blocks
+    )
+    sizes = (jnp.sum(jnp.where(finite, norm, 0)) for norm in norms)
+    rise, away = _growth.follow(state.rise, state.step, tuple(sizes))
     visits = state.step * count / num_blocks
-    behind &= visits >= _points.VISITS
+    behind &= use & (visits >= _points.VISITS)
     seen = seen._replace(ok=ok, flat=flat, behind=behind)
     scales = tables.scatter_rows(
       state.scale, seen.pace.scale, batch.blocks, tracks
@@ -186,7 +192,7 @@ def rsvrb(
     mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
     new = RSVRBState(
       state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
-      state.bend, lost, state.info,
+      state.bend, lost, rise, state.info,
     )  # fmt: skip
     # Blocks without a solution in sight go on, alone too.
     alone = new._replace(step=state.step, hypergrad=state.hypergrad)
@@ -200,7 +206,7 @@ def rsvrb(
     )
     return result, new._replace(
       bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
-      info=_info.after(state.info, seen, batch.blocks),
+      info=_info.after(state.info, seen, batch.blocks, away),
     )
 
   return base.GradientEstimator(init, estimate)
@@ -224,6 +230,7 @@ def _start(problem, params, inner, first):
     scale=trees.zeros_rows(inner, (), tracked.hessian.dtype) + 1,
     bend=trees.zeros_rows(inner, (), tracked.hessian.dtype),
     flat=trees.zeros_rows(inner, (), tracked.hessian.dtype) - 1,
+    rise=_growth.start(tracked.hessian.dtype),
     info=_info.start(inner),
   )
 
@@ -268,16 +275,20 @@ def _lost(state, blocks, now, looked):
 
 
 def _is_behind(state, blocks, now, length):
-  """Which blocks have farther to go than in all steps at their pace."""
+  """Which blocks have farther to go than in all steps at their pace.
+
+  And the norms of their lower gradients and variables.
+  """
   pull = jnp.abs(jnp.sum(now.upper_y * now.inner_grad, -1))
   bent = jnp.linalg.norm(
     jnp.einsum('ijk,ik->ij', now.hessian, now.upper_y), axis=-1
   )
   toward = pull * _sight.inverse(bent)
   scale = tables.gather_rows(state.scale, blocks)
-  pace = scale * length * jnp.linalg.norm(now.inner_grad, axis=-1)
+  slope = jnp.linalg.norm(now.inner_grad, axis=-1)
   size = jax.vmap(trees.norm)(tables.gather_rows(state.inner, blocks))
-  return (toward > state.step * pace) & (toward > 0.1 * size)
+  far = toward > state.step * scale * length * slope
+  return far & (toward > 0.1 * size), (slope, size)
 
 
 def _pace(state, blocks, hessian, lr, use, finite, rejected):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import _growth
 from optlab import base
 from optlab import checks
 from optlab import trees
@@ -27,6 +28,7 @@ class BSVRBState(NamedTuple):
   inner_grad: base.ArrayTree  # like inner: s
   dual: Any  # ProductState or HessianState
   pace: _guard.Pace  # what a block can bear
+  rise: jax.Array  # shape (3,), how y and its gradients grow
   info: _info.BSVRBInfo
 
 
@@ -46,6 +48,7 @@ def start(
     inner_grad=trees.zeros_accumulator(inner),
     dual=dual.init(inner),
     pace=_guard.start(inner),
+    rise=_growth.start(dtype),
     info=_info.start(inner),
   )
 

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import optlab
+from optlab import _growth
 from optlab import bilevel
-from optlab.bilevel import _lag
 from tests.bilevel import bilevel_problems
 from tests.bilevel.faults_test import NOTHING
 from tests.bilevel.faults_test import run
@@ -255,7 +255,7 @@ def test_what_grows_otherwise_does_not_run_away():
   ones = jnp.ones(300)
 
   def told(slope, size):
-    body = lambda rise, at: _lag.rise(rise, at[0].astype(int), at[1:])
+    body = lambda rise, at: _growth.follow(rise, at[0].astype(int), at[1:])
     return jax.lax.scan(body, jnp.zeros(3), (t, slope, size))[1]
 
   assert jnp.argmax(told(1.1**t, 1.1**t)) == 147  # Grown by 1.2e6.

@@ -110,6 +110,14 @@ def test_one_stiff_block_does_not_move_x(name):
   assert optlab.report(state)['estimator_state/info/slowed'] == 1
 
 
+@over_one_and_more
+def test_blocks_that_all_run_away_are_told(name):
+  """Steps of x that are too long: no block is worse than others."""
+  even = lambda step, blocks: jnp.ones(blocks.shape)
+  state, path = run(name, quadratic, even, steps=100, lr=0.5, learning_rate=5.0)
+  assert jnp.abs(path).max() > 1e6 and not state.estimator_state.info.ok
+
+
 def test_without_the_guard_it_ruins_the_run():
   """So the guard is what helps."""
   _, path = run('v2', quadratic, one_stiff, steps=60, guarded=False)
