@@ -145,7 +145,8 @@ def contrastive_divergence(
     of the parameters by optax. Data of bits, spins, levels or whole numbers
     with chains of real numbers, or other values than a discrete sampler moves
     on: the step is held and its value NaN, where the error cannot be raised
-    (under ``jit``). One such column beside others is not seen. A chain that
+    (under ``jit``): add uniform noise, a level wide, to numbers that were
+    rounded. One such column beside others is not seen. A chain that
     starts anew counts at once, and must cross from well to well within
     ``num_steps``: raise it where wells are apart. Cost per step: ``num_steps``
     gradients with respect to rows, and one over data and chains together.

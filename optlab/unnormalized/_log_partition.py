@@ -146,23 +146,33 @@ def log_partition(
     constant.
 
     That finds a mode which no draw met some thirty spreads away in one column,
-    ten in three, and hardly any in ten, where kicks go astray. A constant is
-    seen in up to some sixty columns, where the model is near to one Gaussian: a
-    third of the draws are from that with the moments of its rows. Beside
+    ten in three, and hardly any in ten, where kicks go astray. A density that
+    hardly falls along a column, a million spreads out, is refused. Beside
     discrete columns, which no kick moves, only modes are told. Draws that
-    repeat, as of a sampler that ignores its key, are refused. A needle, much
-    narrower than its distance, or a mode further out, is seen by none. With
-    ``data`` it is, if four rows and more are in it: rows that weigh more than
-    every draw are mass that no draw stands for, and more of them than the
-    largest draw explains refuse the estimate; tempering runs from the data to
-    the noise as well, and refuses where that finds more mass. A model that is
-    far from its data, or noise that is, is then refused too. A mode where
-    neither noise nor data are stays invisible: draw from a wider noise as well,
-    and see that both `agree`.
+    repeat are refused, as of a sampler that ignores its key or rounds to
+    levels: let it add uniform noise, a level wide (`jax.random.uniform`).
 
-    Cost: ``num``
-    evaluations of the model and of the noise's density, and ``walk_steps``
-    times the walking rows; no gradient.
+    A constant is seen where the model is near to one Gaussian: in up to some
+    sixty columns, and in 250 whose correlations are weak. A third of the draws
+    are from that with the moments of its rows. Beyond, ``ok`` takes the noise's
+    density on trust. Try noise of your own there: with ``noise.log_prob`` as
+    the model and a Gaussian fitted to draws of it as the noise, `tempered_smc`
+    must find zero, up to its error.
+
+    A needle, much narrower than its distance, or a mode further out, is seen by
+    none. With ``data`` it is, if four rows and more are in it: rows that weigh
+    more than every draw are mass that no draw stands for, and more of them than
+    the largest draw explains refuse the estimate; tempering runs from the data
+    to the noise as well, and refuses where that finds more mass. A model that
+    is far from its data, or noise that is, is then refused too. A mode where
+    neither noise nor data are stays invisible: draw from a wider noise as well,
+    and see that both `agree`. A periodic model must be minus infinity outside
+    of its box.
+
+    Cost: ``num`` evaluations of the model and of the noise's density,
+    ``walk_steps`` times the walking rows, and 16,000 of kicks; no gradient. On
+    defaults, a quadratic on Gaussian noise takes 0.05, 0.27 and 0.47 seconds of
+    CPU in 2, 16 and 64 columns, 0.01, 0.18 and 0.21 of them for kicks.
   """
   checks.enforce(log_partition, locals())
   checks.check_int('num', num, chunk, 'Lower chunk, or draw more.')

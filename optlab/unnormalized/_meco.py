@@ -150,7 +150,8 @@ def meco(
 
     Bits and counts beside noise that has a density are no error, but
     ``info.coverage.discrete`` says so, and ``warning``: give them discrete
-    noise, such as `bernoulli`.
+    noise, such as `bernoulli`; to whole numbers that stand for a quantity, ages
+    or pixels from 0 to 255, add `jax.random.uniform` noise, a level wide.
 
     A conditional model p(y given x) has a normalizer for every x, and one
     tracker is the log of their mean: where data and noise share a column of

@@ -113,7 +113,8 @@ def nce(
     gradient over n + m rows, and the noise's log density on data as well.
 
     Bits and counts beside noise that has a density are no error, but
-    ``info.discrete`` says so: give them discrete noise, such as `bernoulli`.
+    ``info.discrete`` says so: give them discrete noise, such as `bernoulli`, or
+    add uniform noise to numbers that were rounded, as for `meco`.
 
     A conditional model p(y given x) has a normalizer for every x. With
     `NceParams` and no ``contexts`` there is one, and where data and noise share

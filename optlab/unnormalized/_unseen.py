@@ -5,6 +5,7 @@ steps of all lengths, are noise of another kind, and their weights do.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +92,10 @@ def kick(
   mass = jnp.where(beyond, jnp.exp(log_w), 0)
   # And one standard error: a few kicks that met a mode may have met too little.
   share = jnp.mean(mass) + jnp.sqrt(jnp.sum(mass**2)) / mass.size
+  endless = _endless(
+    jax.random.fold_in(key, 2), around, reservoir.log_p[::every],
+    lambda there: log_density(jax.vmap(layout.unravel)(there)),
+  )  # fmt: skip
   weights = _likelihood.importance_weights(log_w)
   # Where bits that no row had are not met, mass is missing.
   told = ~fixed & ~jnp.any(discrete) & (weights.ess >= 400)
@@ -101,7 +106,7 @@ def kick(
   told &= (gap > 0) | (_pareto.k_hat(log_w) < 0.7)
   error = jnp.sqrt(1 / jnp.maximum(weights.ess, 1) - 1 / log_w.size)
   return Kicked(
-    share=jnp.where(few, 0, share),
+    share=jnp.where(endless, jnp.inf, jnp.where(few, 0, share)),
     gap=jnp.where(told, gap, 0),
     gap_error=jnp.where(told, error, jnp.inf),
   )
@@ -122,14 +127,49 @@ def _around(key, rows, every, discrete):
   centres, mean, spread = rows[::every], jnp.mean(rows, 0), jnp.std(rows, 0)
   white = (rows - mean) / jnp.where(spread > 0, spread, 1)
   products = jnp.matmul(white.T, white, precision='highest') / rows.shape[0]
-  # A little wider; and few rows have no covariance.
-  ridge = 1e-3 * jnp.eye(mean.size, dtype=rows.dtype)
-  factor = jnp.linalg.cholesky(1.1 * products + ridge)
+  one = jnp.eye(mean.size, dtype=rows.dtype)
+  # Where columns do not hang together what few rows say of that is noise.
+  products = jnp.where(_apart(products, rows.shape[0]), one, products)
+  # A little wider.
+  factor = jnp.linalg.cholesky(1.1 * products + 1e-3 * one)
   code = jnp.where(discrete, jax.random.normal(key, mean.shape, rows.dtype), 0)
   codes = jnp.sum(code * centres, 1)
   return _Around(
     centres, mean, spread, factor, discrete, codes[:, None] == codes
   )
+
+
+def _apart(products, num):
+  """Whether a covariance would be shrunk by half and more to that of spheres.
+
+  By the rule of Chen, Wiesel, Eldar, Hero, IEEE Transactions on Signal
+  Processing 2010.
+  """
+  size = products.shape[0]
+  squares, square = jnp.sum(products**2), jnp.trace(products) ** 2
+  above = (1 - 2 / size) * squares + square
+  return 2 * above > (num + 1 - 2 / size) * (squares - square / size)
+
+
+def _endless(key, around, here, log_density):
+  """Whether the density hardly falls along a column, a million spreads out.
+
+  Its mass between t and 2 t is then no less than that where the row was.
+  """
+  place_key, far_key = jax.random.split(key)
+  centres, discrete = around.centres, around.discrete
+  logits = jnp.where(discrete, -jnp.inf, jnp.zeros(centres.shape))
+  place = jax.random.categorical(place_key, logits)
+  uniform = jax.random.uniform(far_key, place.shape, centres.dtype, 5.0, 6.0)
+  axis = jnp.arange(discrete.size) == place[:, None]
+  move = jnp.where(axis, 10 ** uniform[:, None] * around.spread, 0)
+  rises = []
+  for there in (centres + move, centres - move):
+    log_p = log_density(there).astype(here.dtype)
+    rises.append(log_p + math.log(10) * uniform - here)
+  # NaN is none.
+  count = jnp.sum(jnp.stack(rises) > math.log(0.01))
+  return (count >= 3) & ~jnp.all(discrete)
 
 
 def _kicked(around, key, whole):
