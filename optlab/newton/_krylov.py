@@ -11,7 +11,7 @@ from optlab import checks
 from optlab import trees
 from optlab.newton import _conjugate
 
-PART = 20  # Vectors of a basis that are looked at together.
+PART = 10  # Vectors of a basis that are looked at together.
 
 
 @checks.domains(
@@ -55,9 +55,9 @@ def lanczos(
     [0.25   0.0625] False
 
   Notes:
-    Memory for ``max_steps`` vectors, filled up to a multiple of twenty. Fully
+    Memory for ``max_steps`` vectors, filled up to a multiple of ten. Fully
     reorthogonalized: a step takes four passes over the vectors so far, by
-    twenties, beside its product.
+    tens, beside its product.
   """
   checks.enforce(lanczos, locals())
 
