@@ -297,7 +297,9 @@ def _estimate(method, params, state, batch):
   return estimate, state._replace(
     **dict(zip(HELD, (*new, *moved), strict=True)),
     rise=jnp.where(accepted > 0, rise, state.rise),
-    info=_info.after(state.info, sampled, batch.blocks, away),
+    info=_info.after(
+      state.info, sampled, batch.blocks, away, step * count / num_blocks
+    ),
   )
 
 

@@ -150,6 +150,8 @@ def fcco(
     )
 
   def estimate(params, state, batch):
+    checks.check_fields('state', state, FCCOState._fields, 'the state of fcco')
+    tables.check_rows('state.tracked', state.tracked, num_blocks)
     _blocks.check_blocks(batch, num_blocks, FCCOBatch)
     blocks, sampled = batch.blocks, batch.blocks.shape[0]
     tables.check_rows('batch.outer', batch.outer, sampled, 'blocks')

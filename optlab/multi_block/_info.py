@@ -18,7 +18,8 @@ class BSVRBInfo(NamedTuple):
   curvature along its dual variable, or none where its lower gradient points,
   for which the formula is wrong; where that is so on average over its visits,
   it is rejected too. Nor is it where its steps are too short: ``dual_residual``
-  is large there as well. A step of which no block is left is not ok, nor a run
+  is large there as well; nor where it is rejected in more than half of its
+  visits, and so left out. A step of which no block is left is not ok, nor a run
   whose blocks and lower gradients grow by a factor a step.
   No block is -1.
   """
@@ -36,6 +37,9 @@ class BSVRBInfo(NamedTuple):
   total_not_ok: jax.Array  # shape (), int32, visits of blocks that were not
   not_ok_block: jax.Array  # shape (), int32, the last of them
   block_rejected: jax.Array  # shape (num_blocks,), int32
+
+
+MANY = 4  # Rejections that may be chance.
 
 
 def start(inner: Any) -> BSVRBInfo:
@@ -60,7 +64,11 @@ def start(inner: Any) -> BSVRBInfo:
 
 
 def after(
-  info: BSVRBInfo, sampled: Any, blocks: jax.Array, away: Any = False
+  info: BSVRBInfo,
+  sampled: Any,
+  blocks: jax.Array,
+  away: Any = False,
+  visits: Any = 0,
 ) -> BSVRBInfo:
   """The report after a step; it looks at the sampled blocks alone.
 
@@ -69,6 +77,7 @@ def after(
     sampled: What the step sampled.
     blocks: Their numbers.
     away: Whether all of them run away.
+    visits: How often each was sampled so far, on average.
   """
   bad = sampled.use & ~sampled.ok
   rejected = jnp.sum(bad).astype(jnp.int32)
@@ -84,6 +93,8 @@ def after(
     jnp.any(sampled.ok) | sampled.rejected | sampled.flat
   )
   not_ok = sampled.concave | sampled.flat | sampled.behind
+  # The problem that is solved is then one without it.
+  not_ok |= bad & (rows > jnp.maximum(0.5 * visits, MANY))
   not_ok = not_ok.astype(jnp.int32)
   last, last_block = _top(not_ok, sampled.use, blocks)
   new = BSVRBInfo(

@@ -206,7 +206,7 @@ def rsvrb(
     )
     return result, new._replace(
       bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
-      info=_info.after(state.info, seen, batch.blocks, away),
+      info=_info.after(state.info, seen, batch.blocks, away, visits),
     )
 
   return base.GradientEstimator(init, estimate)

@@ -266,6 +266,15 @@ def test_docstrings_name_every_promised_error():
 
 
 def test_the_state_of_another_problem_is_named():
+  make = lambda blocks: optlab.multi_block.fcco(
+    lambda w, batch: w * batch, lambda value, _: value**2, blocks
+  )
+  state = make(4).init(jnp.zeros(()), jnp.zeros(4))
+  sampled = optlab.multi_block.FCCOBatch(jnp.arange(2), jnp.ones(2))
+  with pytest.raises(
+    ValueError, match='state.tracked must have a leading axis'
+  ):
+    make(5).estimate(jnp.zeros(()), state, sampled)
   batch = optlab.BlockBatch(jnp.arange(2), None, jnp.ones(2))
   paired = optlab.multi_block.PairedBlockBatch(*batch, jnp.arange(2))
   lower = lambda x, y, c: 0.5 * jnp.sum(c * (y - x) ** 2)

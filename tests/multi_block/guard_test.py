@@ -243,6 +243,9 @@ def test_one_block_whose_data_are_nan_is_left_out_and_named(name):
   assert info.worst_block == STIFF
   assert info.worst_block_rejected == info.total_rejected
   assert info.block_rejected[STIFF] == info.total_rejected > 300
+  # What is solved is a problem without it; the first few may be chance.
+  assert info.not_ok_block == STIFF
+  assert info.total_not_ok > info.total_rejected - 20
 
 
 @over_methods
@@ -252,8 +255,9 @@ def test_no_curvature_of_a_block_ruins_the_run(name):
     np.testing.assert_allclose(state.params, 1.0, atol=0.01)
     assert jnp.abs(path).max() < 2.0
     info = state.estimator_state.info
-    assert info.ok and info.total_not_ok == 0
-    assert (info.worst_block == STIFF) == np.isinf(curvature)
+    left_out = np.isinf(curvature)
+    assert (info.total_not_ok > 0) == left_out
+    assert (info.worst_block == STIFF) == left_out
 
 
 @over_methods
