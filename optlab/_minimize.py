@@ -191,5 +191,5 @@ def _value(output, has_aux):
       ' returns (value, aux).'
     )
   value = output[0] if has_aux else output
-  checks.check_scalar('fun', value)
+  checks.check_scalar('fun', value, 'Sum or average the losses.')
   return value

@@ -40,7 +40,11 @@ class MinimizeResult(NamedTuple):
 
   @property
   def success(self) -> jax.Array:
-    """Whether a tolerance was met: `GRAD_TOL` or `TARGET_VALUE`."""
+    """Whether a tolerance was met: `GRAD_TOL` or `TARGET_VALUE`.
+
+    A saddle, a maximum and a plateau meet ``grad_tol`` too: only derivatives
+    through `minimize`, which are NaN there, look at the curvature.
+    """
     return (self.status == GRAD_TOL) | (self.status == TARGET_VALUE)
 
   @property

@@ -84,7 +84,8 @@ def least_squares(
         raise TypeError(
           'residuals must return real floats, got dtype'
           f' {jnp.result_type(leaf)} in residuals'
-          f'{jax.tree_util.keystr(path)}; give real and imaginary part as two.'
+          f'{jax.tree_util.keystr(path)}; give floats, of complex ones the real'
+          ' and the imaginary part as two.'
         )
     return trees.sq_norm(found, trees.real_dtype(found)) / 2
 

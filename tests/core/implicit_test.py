@@ -198,6 +198,23 @@ def test_the_start_is_a_constant(x64):
   np.testing.assert_array_equal(jax.grad(of)(jnp.zeros(2)), 0.0)
 
 
+def test_forward_mode_takes_numbers_of_python(x64):
+  centre = lambda c: (
+    optlab.minimize(
+      lambda x: (x - c) ** 2,
+      0.0,
+      optlab.gns_newton(),
+      max_steps=9,
+      grad_tol=1e-9,
+    ).params
+  )
+  value, change = jax.jvp(centre, (1.3,), (2.0,))
+  np.testing.assert_allclose((value, change), (1.3, 2.0), atol=1e-8)
+  solve = optlab.argmin(lambda x, y, batch: (y - x) ** 2)
+  change = jax.jvp(lambda x: solve(x, 0.0).inner, (1.3,), (2.0,))[1]
+  np.testing.assert_allclose(change, 2.0, atol=1e-8)
+
+
 def test_args_aux_success_and_words():
   data = jnp.arange(3.0)
 
