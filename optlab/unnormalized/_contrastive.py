@@ -236,7 +236,8 @@ def _info(info, tally, run, restarted, box):
 def _rule(info, near, refused, dtype):
   """How much each row counts: data against chains that are not far out."""
 
-  def rule(log_p_data, log_p_chains):
+  def rule(log_p_data, log_p_chains, unused):
+    del unused
     goods = jnp.isfinite(log_p_data) & near[0], jnp.isfinite(log_p_chains)
     stray = ~goods[1]
     goods = goods[0], goods[1] & near[1]

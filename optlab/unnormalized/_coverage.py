@@ -58,12 +58,15 @@ def coverage(
   data_good: jax.Array,
   noise_good: jax.Array,
   conditional: jax.Array,
+  model_dtype: Any,
 ) -> Coverage:
   """The coverage of a batch, whose rows are good or not."""
   dtype = log_p_data.dtype
   discrete = is_discrete(batch)
   known = {'conditional': conditional, 'discrete': discrete}
-  warning = conditional | discrete | _without_digits(log_p_data, data_good)
+  eps = max(jnp.finfo(kind).eps for kind in (dtype, model_dtype))
+  warning = conditional | discrete
+  warning |= _without_digits(log_p_data, data_good, eps)
   if batch.data_log_prob is None:
     return unknown(dtype)._replace(warning=warning, **known)
   log_q = batch.data_log_prob.astype(dtype)
@@ -85,10 +88,10 @@ def coverage(
   )
 
 
-def _without_digits(log_p, good):
+def _without_digits(log_p, good, eps):
   """Whether log densities are so large that a tenth is lost in rounding."""
   smallest = jnp.min(jnp.where(good, jnp.abs(log_p), jnp.inf))
-  return jnp.any(good) & (jnp.finfo(log_p.dtype).eps * smallest > 0.1)
+  return jnp.any(good) & (eps * smallest > 0.1)
 
 
 def check_apart(method: str, batch: _noise_batch.NoiseBatch) -> None:

@@ -86,6 +86,9 @@ def estimate(
     & (rejected == 0)
     & (rounding < 0.5)
     & ~walked.escaped
+    & _walk.alone(
+      log_density, reservoir.rows, reservoir.log_p, layout, model.dtype
+    )
     & (weights.ess >= bounds.min_ess)
     & (share <= bounds.max_share)
     & (k_hat <= jnp.minimum(bounds.max_k_hat, _pareto.largest_ok(num)))
@@ -135,8 +138,9 @@ def _draw(log_density, noise, key, num, chunk):
     reservoir, rejected = carry
     rows = _noise_batch.draw('noise', noise, key, chunk)
     log_q = noise.log_prob(rows).astype(dtype)
-    log_p = log_density(rows).astype(dtype)
+    log_p = log_density(rows)
     _likelihood.check_rows(log_p, chunk)
+    log_p = log_p.astype(dtype)
     good = _likelihood.good_noise(log_p, log_q)
     log_w = jnp.where(good, log_p - log_q, -jnp.inf)
     flat = _walk.flatten(rows, dtype)

@@ -35,13 +35,19 @@ def check_rows(log_density_of_rows: jax.Array, num: int) -> None:
     raise ValueError(
       f'log_density must return one number a row, shape {(num,)}, got {shape}.'
     )
+  dtype = jnp.result_type(log_density_of_rows)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    raise TypeError(
+      f'log_density must return real numbers, got dtype {dtype}: take jnp.real'
+      ' of it, if it has no other part.'
+    )
 
 
 def joint_gradient(
   log_density: LogDensity,
   params: base.Params,
   batch: _noise_batch.NoiseBatch,
-  rule: Callable[[jax.Array, jax.Array], tuple[Iterable[jax.Array], Any]],
+  rule: Callable[..., tuple[Iterable[jax.Array], Any]],
   dtype: Any,
   has_aux: bool = False,
 ) -> tuple[base.Updates, Any, Any]:
@@ -59,8 +65,9 @@ def joint_gradient(
     params: The parameters.
     batch: Data and noise, checked and `aligned`.
     rule: Maps the log densities of data ``[n]`` and noise ``[m]``, in
-      ``dtype``, to their two cotangents and anything else; it must give zero to
-      every row whose log density is not finite.
+      ``dtype``, and the dtype that the model gave them, to their two cotangents
+      and anything else; it must give zero to every row whose log density is not
+      finite.
     dtype: In which the rule computes.
     has_aux: Whether ``log_density`` returns auxiliary output beside them.
 
@@ -79,7 +86,7 @@ def joint_gradient(
   )
   check_rows(log_p, total)
   wide = log_p.astype(dtype)
-  cotangents, aux = rule(wide[:n], wide[n:])
+  cotangents, aux = rule(wide[:n], wide[n:], log_p.dtype)
   cotangents = map(_laid_like, cotangents, (wide[:n], wide[n:]))
   cotangent = jnp.concatenate(tuple(cotangents)).astype(log_p.dtype)
   (grads,) = pullback(cotangent)

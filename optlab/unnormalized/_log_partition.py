@@ -91,7 +91,8 @@ def log_partition(
 
   Args:
     log_density: The model at its parameters, ``rows -> [rows]``. Minus infinity
-      is outside its support; NaN is an error.
+      is outside its support; NaN is an error. A row's must not depend on those
+      beside it, as with statistics of the batch: that is refused.
     noise: The distribution to draw from, wider than the model.
     key: PRNG key.
     num: Draws in all, a multiple of ``chunk``.

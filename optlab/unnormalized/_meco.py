@@ -78,7 +78,8 @@ def meco(
   of the batch's mean weight from the previous parameters to these.
 
   Args:
-    log_density: The model, ``(params, rows) -> [rows]``, up to a constant.
+    log_density: The model, ``(params, rows) -> [rows]``, up to a constant, of
+      each row alone: no statistics of the batch.
     gamma: Weight of the newest batch in the inner moving average, in (0, 1], or
       a schedule of it.
     ratio_correction: Whether to remove the tracker's lag behind a moving
@@ -88,7 +89,8 @@ def meco(
     debias: Whether to correct the first steps of the average. Without it the
       first batch counts like the past, from then on ``gamma`` is used as it is.
     contexts: How many contexts (classes, queries, rows) a conditional model
-      has; each gets a tracker, and batches name theirs (`conditional_batch`).
+      has; each gets a tracker, and batches name theirs (`conditional_batch`),
+      from zero: numbered from one, the last of them would count as padding.
       ``None`` is for a model with one normalizer.
     has_aux: Whether ``log_density`` returns auxiliary output beside the log
       densities: `Estimate.aux`, of data and noise rows together.
@@ -224,7 +226,7 @@ def meco(
       model = _likelihood.with_aux(log_density, has_aux)
       log_p_before = model(state.previous, batch.noise)[0].astype(dtype)
 
-    def rule(log_p_data, log_p_noise):
+    def rule(log_p_data, log_p_noise, model_dtype):
       noise_good = _likelihood.good_noise(log_p_noise, log_q) & ~conditional
       log_w = jnp.where(noise_good, log_p_noise - log_q, -jnp.inf)
       drift = jnp.zeros((), dtype)
@@ -236,7 +238,7 @@ def meco(
       else:
         new = _trackers.many(state, rate, *rows, batch)
       coverage = _coverage.coverage(
-        batch, log_p_data, new.data_good, noise_good, conditional
+        batch, log_p_data, new.data_good, noise_good, conditional, model_dtype
       )
       new_state = _advanced(state, new, coverage)
       value = jnp.where(conditional, jnp.nan, new.value)

@@ -243,7 +243,8 @@ def _contrastive(
     elif isinstance(params, _learned_normalizer.NceParams):
       conditional = _coverage.is_conditional(batch)
 
-    def joint_rule(log_p_data, log_p_noise):
+    def joint_rule(log_p_data, log_p_noise, unused):
+      del unused
       # Where the noise has no density a row of data is told for certain: its
       # term is zero, and counts.
       data_good = jnp.isfinite(log_p_data) & (log_q_data < jnp.inf)

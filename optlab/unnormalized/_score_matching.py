@@ -124,7 +124,8 @@ def denoising_score_matching(
       )
     )
 
-    def rule(losses, none):
+    def rule(losses, none, unused):
+      del unused
       good = jnp.isfinite(losses)
       tally = _likelihood.tally(state.info, (good,), ~jnp.any(good))
       value = _likelihood.mean_of(losses, good)

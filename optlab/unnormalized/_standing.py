@@ -35,7 +35,7 @@ def judged(
   rows = jax.vmap(layout.unravel)(flat)
   log_p = log_density(rows)
   rounding = _likelihood.rounding(log_p.dtype, log_p)
-  log_p = log_p.astype(dtype)
+  model_dtype, log_p = log_p.dtype, log_p.astype(dtype)
   log_w = log_p - noise.log_prob(rows).astype(dtype)
   missed, share = unmet(log_density, noise, key, found.value, log_w)
   value, second = (
@@ -59,6 +59,7 @@ def judged(
   # Copies of a few draws are no sample of the noise within the support.
   ok &= share * log_w.size >= 8 * found.runs.share.size
   ok &= (walked.infinite == 0) & ~walked.escaped
+  ok &= _walk.alone(log_density, floats, log_p, layout, model_dtype)
   ok &= ~_walk.repeated(noise, jax.random.fold_in(key, 5))
   if not discrete:
     ok &= ~jnp.any(whole)  # MALA does not move bits.

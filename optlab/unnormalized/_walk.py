@@ -130,6 +130,24 @@ def repeated(noise: _noise_batch.Noise, key: jax.Array) -> jax.Array:
   return ~jnp.all(whole(rows)) & (groups > DRAWS / 25)
 
 
+def alone(
+  log_density: Any, rows: jax.Array, log_p: jax.Array, shape: Layout, dtype: Any
+) -> jax.Array:
+  """Whether the density of rows is the same without others beside them.
+
+  It is another where a model normalizes by the batch that it sees.
+  """
+  best = jnp.argsort(-log_p)[: -(-log_p.size // 2)]
+  here = log_p[best]
+  there = log_density(jax.vmap(shape.unravel)(rows[best])).astype(here.dtype)
+  finite = jnp.isfinite(here)
+  gap = jnp.where(finite, jnp.abs(there - here), 0)
+  size = jnp.where(finite, jnp.abs(here), 0)
+  # Sums of another order differ by digits.
+  rounding = 20 * _likelihood.rounding(dtype, here) + 1e-3 * jnp.mean(size)
+  return jnp.mean(gap) <= 0.01 + rounding  # NaN is not.
+
+
 def _is_real(leaf):
   return jnp.issubdtype(leaf.dtype, jnp.floating)
 

@@ -174,6 +174,10 @@ def test_a_constant_that_takes_the_digits_is_told():
   assert not warns(1e4)
   assert warns(1e8)
   assert warns(-1e8)
+  half = lambda p, x: (precision_model(p, x) + 300).astype(jnp.bfloat16)
+  estimator, params = optlab.meco(half), jnp.zeros(())
+  _, state = estimator.estimate(params, estimator.init(params), batch)
+  assert state.info.coverage.warning
 
 
 # Conditional models.

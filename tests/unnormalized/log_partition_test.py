@@ -449,6 +449,18 @@ def test_noise_that_repeats_its_draws_is_refused():
   assert not score(quadratic, Ignores(same), jax.random.key(0), 10_000).ok
 
 
+def test_a_model_that_normalizes_by_its_batch_is_refused():
+  def standardized(x):
+    return quadratic(x) + 0.3 * jnp.tanh((x / jnp.std(x))[:, 0] ** 2)
+
+  result = score(standardized, isotropic(1, 2.0), jax.random.key(0), 10_000)
+  assert not result.ok
+  with pytest.raises(TypeError, match='must return real numbers, got dtype'):
+    optlab.log_partition(
+      lambda x: quadratic(x) + 0j, isotropic(1, 2.0), jax.random.key(0)
+    )
+
+
 PAIRS = {
   'cauchy on a Gaussian': (
     REFUSED['heavy tail on a Gaussian'],
