@@ -16,6 +16,7 @@ from optlab import trees
 from optlab.bilevel import _dual
 
 SHORT, MEMORY = 10, 100  # Steps of the means.
+EARLY = 50  # Steps after which y must not be half of itself away.
 LEAST = 0.1  # A shorter lag, beside y or what it was at most, does not matter.
 LARGE = 0.5  # A longer one, beside y, does.
 
@@ -93,7 +94,7 @@ def follow(
   slow = jnp.minimum(1 / max(MEMORY, 2 * every), 10 * first)
   move = blend(move, jnp.sqrt(finite(moved)), slow)
   peak = jnp.maximum(peak, far)
-  late = step >= _dual.PATIENCE
+  late, soon = step >= _dual.PATIENCE, step >= EARLY
   early = jnp.where(late, early, spread)
   size = jnp.maximum(size, wide)
   slower = (far > count * move) & (far > LEAST * size) & (far > 0.5 * spread)
@@ -103,7 +104,9 @@ def follow(
   stays = (far > 1.5 * LEAST * size) & (far > 0.5 * peak) & (calm == 1)
   stays &= (far > 0.65 * spread) & (step >= 2 * _dual.PATIENCE)
   behind = ((slower | swings) & (far > LEAST * peak)) | grows | stays
+  # Before, one that is plain, and no transient that is half over.
+  plain = slower & (far > LARGE * size) & (far > 0.8 * spread) & soon
   new = jnp.stack([near, far, spread, move, peak, wide, early]).astype(
     pace.dtype
   )
-  return new, behind & late
+  return new, (behind & late) | plain

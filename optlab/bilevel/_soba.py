@@ -96,15 +96,17 @@ def soba(
     ``info.ok`` is false where ``z`` left its ball or found negative curvature,
     where the lower optimizer held a part of y, where y and g_y have grown by a
     factor a step, to a million times what they were, and where the step was
-    rejected. After 200 steps it is false too where z has found no curvature (a
-    lower level that is linear, or a rate far too small) or still grows along a
-    way where g is flat and f is not, and where y is behind: by more steps than
-    it has taken and a tenth of its norm, or by half of its norm where that is
-    no noise, or grows tenfold, and after 400 by a seventh that lasts: the two
-    go round in a cycle. One that is shorter is not told, nor what is so before.
-    Of several lower minimizers the hypergradient is that of the one that y
-    follows, which the start decides: where they lie apart this is no fault, and
-    is not told.
+    rejected; after 50 steps where y is half of its norm behind and has more
+    steps to go than it has taken. After 200 it is false too where z has found
+    no curvature (a lower level that is linear, or a rate far too small) or
+    still grows along a way where g is flat and f is not, and where y is behind:
+    by more steps than it has taken and a tenth of its norm, or by half of its
+    norm where that is no noise, or grows tenfold, and after 400 by a seventh
+    that lasts: the two go round in a cycle. One that is shorter is not told,
+    nor what is so before. Of several lower minimizers the hypergradient is that
+    of the one that y follows, which the start decides: where they lie apart
+    this is no fault, and is not told; nor is a kink that y rests on, as in
+    ``jnp.abs``, which has no curvature in ``g_yy``: take ``lower_map``.
   """
   checks.enforce(soba, locals())
   problem = _bilevel.problem_of(

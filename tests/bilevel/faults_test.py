@@ -856,6 +856,25 @@ def test_auxiliary_output_of_both_levels_comes_out(name):
   assert isinstance(out, bilevel.BilevelAux) and value.shape == ()
 
 
+def test_a_kink_below_is_for_a_map():
+  """y* = 0 wherever x is; by the derivatives of abs the slope is half."""
+  smooth = lambda x, y, batch: 0.5 * (y - 0.5) ** 2
+  kink = lambda x, y, batch: smooth(x, y, batch) + jnp.exp(x) * jnp.abs(y)
+  shrink = lambda x, y, rate: (
+    jnp.sign(y) * jnp.maximum(jnp.abs(y) - rate * jnp.exp(x), 0)
+  )
+  upper = lambda x, y, batch: 0.5 * (y - 1.0) ** 2
+  mapped = bilevel.proximal_map(smooth, shrink, 0.5)
+  one = jnp.ones(())
+  for estimator, mean in (
+    (optlab.soba(upper, kink, optax.sgd(0.05), 0.05), 0.46),
+    (optlab.soba(upper, smooth, None, 0.05, lower_map=mapped), 0.0),
+  ):
+    state, estimates = run(estimator, 0.0 * one, one, 800)
+    np.testing.assert_allclose(estimates.grads[400:].mean(), mean, atol=0.01)
+    assert state.info.ok
+
+
 def test_an_objective_without_a_forward_derivative_gives_the_same_numbers():
   @jax.custom_vjp
   def square(y):

@@ -250,6 +250,26 @@ def test_what_runs_away_is_told_before_its_numbers_are_absurd(name):
   assert np.all(jax.jit(look)(0.01)[1])
 
 
+def test_a_lower_variable_that_is_half_of_itself_away_is_told_soon():
+  """Where it has more steps to go than it took; not once it has half."""
+  lower = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2)
+  upper = lambda x, y, batch: 0.5 * jnp.sum((y - 3.0) ** 2)
+  x = jnp.ones(2)
+
+  def told(rate):
+    estimator = optlab.soba(upper, lower, optax.sgd(rate), 0.5)
+    body = lambda state, _: estimator.estimate(x, state, NOTHING)[::-1]
+
+    def step(state, _):
+      state, _ = body(state, None)
+      return state, ~state.info.ok
+
+    return jax.lax.scan(step, estimator.init(x, 0 * x), length=190)[1]
+
+  slow, soon, fast = jax.jit(jax.vmap(told))(jnp.array([1e-3, 0.02, 0.2]))
+  assert jnp.all(slow[60:]) and not jnp.any(soon) and not jnp.any(fast)
+
+
 def test_what_grows_otherwise_does_not_run_away():
   t = jnp.arange(300.0)
   ones = jnp.ones(300)
