@@ -74,7 +74,20 @@ def _is_accurate(plain: jax.Array) -> jax.Array:
 
 
 def _scaled_norm(tree: base.Params, plain: jax.Array) -> jax.Array:
-  """The norm by squares of numbers times a power of two, one kernel."""
+  """The norm where the plain one left the range of its squares."""
+  root, scale = scaled_norm(tree, plain)
+  return root / scale
+
+
+def scaled_norm(
+  tree: base.Params, plain: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The norm times a power of two, and the power: one kernel.
+
+  Args:
+    tree: Real or complex numbers.
+    plain: Their norm by their squares, which says what power to take.
+  """
   info = jnp.finfo(plain.dtype)
   power = 2.0 ** (
     info.maxexp * 11 // 16
@@ -86,7 +99,7 @@ def _scaled_norm(tree: base.Params, plain: jax.Array) -> jax.Array:
   )
   # Else XLA squares constants and scale apart, and zeros become NaN.
   scaled = jax.lax.optimization_barrier(scaled)
-  return _root(sq_norm(scaled, plain.dtype)) / scale
+  return _root(sq_norm(scaled, plain.dtype)), scale
 
 
 def dot(a: base.ArrayTree, b: base.ArrayTree) -> jax.Array:

@@ -19,6 +19,7 @@ from optlab._reductions import leaf_dot
 from optlab._reductions import norm
 from optlab._reductions import norms
 from optlab._reductions import real_dtype
+from optlab._reductions import scaled_norm
 from optlab._reductions import sq_norm
 from optlab._reductions import wide
 

@@ -67,7 +67,7 @@ def scale_by_adagrad_norm(
     total, unit = _varying.cond(
       _is_plain(plain, state),
       lambda: (state.sum_of_squares + plain, state.unit),
-      lambda: _in_units(updates, state),
+      lambda: _in_units(updates, state, plain),
     )
     denominator = jnp.sqrt(total) + jnp.asarray(eps, wide) / unit
     # total = 0 where every gradient was 0; NaN must pass.
@@ -90,26 +90,27 @@ def _is_plain(square, state):
   return (state.unit == 1) & seen & (square < info.max * 2.0**-40)
 
 
-def _in_units(updates, state):
+def _in_units(updates, state, plain):
   """The next sum of squares and its unit."""
-  before, wide = state.sum_of_squares, state.sum_of_squares.dtype
-  unit = _unit(trees.largest(updates).astype(wide), state)
-  shrunk = trees.map_updates(
-    lambda g: g.astype(jnp.promote_types(g.dtype, wide)) / unit, updates
-  )
+  before = state.sum_of_squares
+  root, scale = trees.scaled_norm(updates, jnp.sqrt(plain))
+  unit = _unit(root, scale, state)
   # The unit only shrinks where the sum is 0.
   kept = jnp.where(before == 0, 0, jnp.square(state.unit / unit))
-  return before * kept + trees.sq_norm(shrunk, wide), unit
+  return before * kept + jnp.square(root / (scale * unit)), unit
 
 
-def _unit(top, state):
-  """The unit of the sum after a gradient with ``top`` as its largest entry."""
-  info = jnp.finfo(top.dtype)
-  over = top > state.unit * (info.max**0.5 * 2.0**-20)
-  under = (state.sum_of_squares == 0) & (top < state.unit * info.tiny**0.25)
-  move = jnp.isfinite(top) & (top > 0) & (over | under)
-  _, exponent = jnp.frexp(jnp.where(move, top, 1))
-  return jnp.where(move, jnp.ldexp(jnp.ones_like(top), exponent), state.unit)
+def _unit(root, scale, state):
+  """The unit of the sum after a gradient of norm ``root / scale``."""
+  info = jnp.finfo(root.dtype)
+  one = scale * state.unit
+  over = root > one * (info.max**0.5 * 2.0**-20)
+  under = (state.sum_of_squares == 0) & (root < one * info.tiny**0.25)
+  move = jnp.isfinite(root) & (root > 0) & (over | under)
+  exponent = jnp.frexp(root)[1] - jnp.frexp(scale)[1] + 1
+  exponent = jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)
+  exponent = jnp.where(move, exponent, 0)
+  return jnp.where(move, jnp.ldexp(jnp.ones_like(root), exponent), state.unit)
 
 
 @checks.domains(
