@@ -426,7 +426,7 @@ def test_noise_whose_density_is_off_is_refused_in_many_columns():
   gap = abs(right.value - 128 * HALF_LOG_2PI)
   assert gap < 3 * right.standard_error
   # Weights of the last would be zero, were they not scaled.
-  for constant in (0.3, -0.3, -150.0):
+  for constant in (0.3, 30.0, -0.3, -30.0, -150.0):
     assert not score(constant, False).ok
 
 
