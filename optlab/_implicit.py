@@ -211,7 +211,7 @@ def _wide(product, like):
 
 def doubted(step: base.ArrayTree, sure: jax.Array, moves: Any) -> Any:
   """A tangent that is NaN where it is not ``sure``, in reverse mode too."""
-  # Tangents of Python's numbers are such, without a dtype.
+  # Tangents of Python's numbers are Python's numbers, without a dtype.
   float0 = jax.dtypes.float0
   real = [x for x in moves if getattr(x, 'dtype', None) != float0]
   total = sum((jnp.sum(jnp.real(x)) for x in real), start=jnp.zeros(()))

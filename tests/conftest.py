@@ -27,8 +27,9 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
   flags += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
 
-# And what was compiled is kept: for the other workers, for the programs that
-# tests start, for the next run. Its name holds all that it was made from.
+# And what took a while to compile is kept: for the other workers, for the
+# programs that tests start, for the next run. Its name holds all that it was
+# made from.
 CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 jax.config.update(
   'jax_compilation_cache_dir',

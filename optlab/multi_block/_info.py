@@ -110,7 +110,9 @@ def after(
       jnp.any(sampled.ok), unsolved, info.unsolved_block
     ),
     # A step of which nothing is left is no good either.
-    ok=(last <= 0) & ~away & (jnp.any(sampled.ok) | ~jnp.any(sampled.use)),
+    ok=(last <= 0)
+    & ~jnp.asarray(away)
+    & (jnp.any(sampled.ok) | ~jnp.any(sampled.use)),
     total_not_ok=info.total_not_ok + jnp.sum(not_ok),
     not_ok_block=jnp.where(last > 0, last_block, info.not_ok_block),
     block_rejected=tables.scatter_rows(

@@ -136,11 +136,11 @@ def _krylov(operator, b, shift, max_steps, rtol, power, hopeful=False):
     tolerance,
     hopeful,
   )
-  off = jnp.where(jnp.arange(size) < k - 1, off, 0.0)
+  off = jnp.where(jnp.arange(off.size) < k - 1, off, 0.0)
 
   def solve(shift):
     y, definite = _solve_tridiagonal(diagonal + shift, off, norm, k)
-    x = _combination(jnp.pad(y, (0, _whole(size) - size)), basis)
+    x = _combination(y, basis)
     # A + shift I of the solution misses b along the next vector alone.
     small = left * jnp.abs(y[jnp.maximum(k - 1, 0)]) <= tolerance * norm
     return _conjugate.like(x, b), definite, trees.is_finite(x), small
@@ -154,7 +154,7 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
   Where it is ``hopeful`` it ends early if the residual falls at less than a
   third of the rate that would bring it to the tolerance in time.
   """
-  dtype = shifts.dtype
+  dtype, rows = shifts.dtype, _whole(size)
 
   def step(carry):
     basis, diagonal, off, _, vector, pivots, residuals, good, _, k = carry
@@ -189,13 +189,11 @@ def _krylov_basis(product, vector, empty, shifts, size, tolerance, hopeful):
 
   start = (
     jax.tree.map(
-      lambda leaf: jnp.broadcast_to(
-        jnp.zeros_like(leaf), (_whole(size), *leaf.shape)
-      ),
+      lambda leaf: jnp.broadcast_to(jnp.zeros_like(leaf), (rows, *leaf.shape)),
       vector,
     ),
-    jnp.zeros(size, dtype),
-    jnp.zeros(size, dtype),
+    jnp.zeros(rows, dtype),
+    jnp.zeros(rows, dtype),
     jnp.zeros((), dtype),
     vector,
     jnp.ones_like(shifts),
