@@ -4,6 +4,14 @@ import os
 import subprocess
 import sys
 
+KINDS = {
+  'all-reduce': 'AR',
+  'all-gather': 'AG',
+  'reduce-scatter': 'RS',
+  'all-to-all': 'AA',
+  'collective-permute': 'CP',
+}
+
 
 def run(module: str, argument: str, count: int) -> None:
   """Runs a benchmark's module, with an argument, on so many CPU devices."""

@@ -109,7 +109,8 @@ def main(names=()) -> None:
     try:
       ends = run(folder, 'compared', [asked(*each, SEEDS)])
     except (OSError, subprocess.CalledProcessError) as error:
-      print(f'{each[0]}: {error}', file=sys.stderr)
+      print(f'{each[0]}: it diverged, or benchopt failed: {error}',
+            file=sys.stderr)  # fmt: skip
       continue
     for (label, chosen), values in ends.items():
       decays = dict(chosen).get('exponent', '0.0') != '0.0'

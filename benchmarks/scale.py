@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import _devices
 from experiments.lab import devices
 from experiments.lab import tables
 from experiments.problems import densities
@@ -149,7 +150,8 @@ def table():
     for count in COUNTS:
       milliseconds, exchanged = measure(make, count)
       alone = alone or milliseconds
-      said = ', '.join(f'{kind} {n}' for kind, n in exchanged.items())
+      kinds = _devices.KINDS.items()
+      said = ' '.join(f'{exchanged[k]} {v}' for k, v in kinds if k in exchanged)
       lines.append(
         (name, count, milliseconds, alone * count / milliseconds, said or '-')
       )

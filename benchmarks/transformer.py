@@ -24,13 +24,6 @@ import optlab
 
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, BATCH = 12, 768, 12, 32768, 512, 64
 DEVICES = 8
-KINDS = {
-  'all-reduce': 'AR',
-  'all-gather': 'AG',
-  'reduce-scatter': 'RS',
-  'all-to-all': 'AA',
-  'collective-permute': 'CP',
-}
 
 
 def shapes():
@@ -173,10 +166,10 @@ def moved(text):
   counts, volume = collections.Counter(), 0
   sizes = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'pred': 1, 'f16': 2}
   pattern = re.compile(
-    r'= (\(?[^=]*?)\s(' + '|'.join(KINDS) + r')(?:-start)?\('
+    r'= (\(?[^=]*?)\s(' + '|'.join(_devices.KINDS) + r')(?:-start)?\('
   )
   for match in pattern.finditer(text):
-    counts[KINDS[match[2]]] += 1
+    counts[_devices.KINDS[match[2]]] += 1
     for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
       volume += sizes.get(kind, 0) * int(
         np.prod([int(d) for d in dims.split(',') if d] or [1])

@@ -34,7 +34,8 @@ def follow(
   now = jnp.where(seen, log(first) + log(second), old[1])
   # What was zero has no growth yet.
   known = seen & (old[2] > 0)
-  leap = jnp.where(known, jnp.clip(now - old[1], -LEAP, LEAP), 0)
+  # What leaps up and comes down again by as much has not grown.
+  leap = jnp.where(known, jnp.minimum(now - old[1], LEAP), 0)
   mean = old[0] + 4 / jnp.maximum(count, 4) * (leap - old[0])
   new = jnp.stack([mean, now, jnp.maximum(old[2], seen)])
   return new.astype(old.dtype), mean * count > RISE

@@ -121,11 +121,11 @@ def check_int(
     ValueError: ``value`` is below ``minimum``.
   """
   is_array = isinstance(value, (np.ndarray, jax.Array))
-  if traced and is_array:
+  scalar = is_array and value.ndim == 0
+  if traced and scalar and jnp.issubdtype(value.dtype, jnp.integer):
     if isinstance(value, jax.core.Tracer):
       return
-    if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
-      value = int(value)
+    value = int(value)
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
     raise TypeError(
       f'{name} must be an integer, got {value!r} of type'

@@ -44,8 +44,9 @@ class SabaMemory(NamedTuple):
   lower: SagaMemory  # of g_y, g_xy z, g_yy z
 
 
-def _check_indexed(batch: _state.BilevelBatch, **blocks: int) -> None:
-  """Raises unless each level's sample names its block; tracers pass."""
+def _check_indexed(batch: _state.BilevelBatch, **blocks: int) -> jax.Array:
+  """Raises unless each level's sample names its block; whether tracers do."""
+  inside = jnp.asarray(True)
   for level, count in blocks.items():
     name, sample = f'batch.{level}', getattr(batch, level)
     checks.check_fields(name, sample, IndexedBatch._fields, 'an IndexedBatch')
@@ -57,6 +58,8 @@ def _check_indexed(batch: _state.BilevelBatch, **blocks: int) -> None:
         f'{name}.index must be below {level}_blocks={count}, got'
         f' {sample.index}.'
       )
+    inside &= (sample.index >= 0) & (sample.index < count)
+  return inside
 
 
 def _empty_memory(like: Any, blocks: int) -> SagaMemory:
@@ -144,8 +147,8 @@ def saba(
 
   Returns:
     A `GradientEstimator` with a `BilevelState` whose ``memory`` is a
-    `SabaMemory`. ``batch.upper`` and
-    ``batch.lower`` are an `IndexedBatch` each.
+    `SabaMemory`. ``batch.upper`` and ``batch.lower`` are an `IndexedBatch`
+    each; a traced index of a block that is none rejects the step.
 
   Raises:
     TypeError: An argument is of a wrong type, or a leaf not a real array.
@@ -200,7 +203,7 @@ def saba(
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
-    _check_indexed(batch, upper=upper_blocks, lower=lower_blocks)
+    inside = _check_indexed(batch, upper=upper_blocks, lower=lower_blocks)
     value, upper_aux, *upper_grads = _problem.upper_value_and_grads(
       problem, params, state.inner, batch.upper.data
     )
@@ -233,7 +236,7 @@ def saba(
     result, new = _state.accept(
       base.Estimate(value, grads, aux=aux),
       state._replace(memory=()),
-      solution.seen[:3],
+      (*solution.seen[:3], jnp.where(inside, 0.0, jnp.nan)),
       seen=True,
       sizes=(slope, size),
       lower_value=lower.value,

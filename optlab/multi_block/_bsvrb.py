@@ -26,6 +26,7 @@ from optlab.multi_block import _info
 from optlab.multi_block import _points
 from optlab.multi_block import _rows
 from optlab.multi_block import _state
+from optlab.multi_block import _swing
 from optlab.multi_block import _system
 
 
@@ -293,13 +294,20 @@ def _estimate(method, params, state, batch):
   )
   # Rows that are not to be written are dropped, where they are written.
   state = _rows.write(state, sampled, rows, batch.blocks, step + 1)
+  share = count / num_blocks
   rise, away = _growth.follow(state.rise, step, sampled.sizes)
+  swing, grows = _swing.follow(state.swing, step, share, *sampled.gap)
+  rise, swing = trees.where(
+    accepted > 0, (rise, swing), (state.rise, state.swing)
+  )
+  info = _info.after(
+    state.info, sampled, batch.blocks, away | grows, step * share
+  )
   return estimate, state._replace(
     **dict(zip(HELD, (*new, *moved), strict=True)),
-    rise=jnp.where(accepted > 0, rise, state.rise),
-    info=_info.after(
-      state.info, sampled, batch.blocks, away, step * count / num_blocks
-    ),
+    rise=rise,
+    swing=swing,
+    info=info._replace(lower_lag=swing[1]),
   )
 
 

@@ -20,7 +20,9 @@ class BSVRBInfo(NamedTuple):
   it is rejected too. Nor is it where its steps are too short: ``dual_residual``
   is large there as well; nor where it is rejected in more than half of its
   visits, and so left out. A step of which no block is left is not ok, nor a run
-  whose blocks and lower gradients grow by a factor a step.
+  whose blocks and lower gradients grow by a factor a step, or whose blocks are
+  half of themselves behind their solutions and ever farther, from 50 visits a
+  block on: x moves too fast for them.
   No block is -1.
   """
 
@@ -31,6 +33,7 @@ class BSVRBInfo(NamedTuple):
   worst_block_rejected: jax.Array  # shape (), int32, how often
   stiffest_block: jax.Array  # shape (), int32, of the largest curvature
   largest_curvature: jax.Array  # shape ()
+  lower_lag: jax.Array  # shape (), how far y* is from y at least, of late
   dual_residual: jax.Array  # shape (), the largest norm of g_yy v - f_y
   unsolved_block: jax.Array  # shape (), int32, whose it was
   ok: jax.Array  # shape (), bool, all sampled blocks of the last step are
@@ -54,6 +57,7 @@ def start(inner: Any) -> BSVRBInfo:
     worst_block_rejected=count(0),
     stiffest_block=count(-1),
     largest_curvature=jnp.zeros((), trees.accumulator_dtype(inner)),
+    lower_lag=jnp.zeros((), trees.accumulator_dtype(inner)),
     dual_residual=jnp.zeros((), trees.accumulator_dtype(inner)),
     unsolved_block=count(-1),
     ok=jnp.ones((), bool),
@@ -76,7 +80,7 @@ def after(
     info: The report before.
     sampled: What the step sampled.
     blocks: Their numbers.
-    away: Whether all of them run away.
+    away: Whether all of them run away, or come ever farther behind x.
     visits: How often each was sampled so far, on average.
   """
   bad = sampled.use & ~sampled.ok
@@ -95,8 +99,9 @@ def after(
   not_ok = sampled.concave | sampled.flat | sampled.behind
   # The problem that is solved is then one without it.
   not_ok |= bad & (rows > jnp.maximum(0.5 * visits, MANY))
-  not_ok = not_ok.astype(jnp.int32)
-  last, last_block = _top(not_ok, sampled.use, blocks)
+  last, last_block = _top(not_ok.astype(jnp.int32), sampled.use, blocks)
+  # A run that is lost is so for all of them.
+  not_ok |= sampled.use & away
   new = BSVRBInfo(
     rejected=rejected,
     total_rejected=info.total_rejected + rejected,
@@ -105,6 +110,7 @@ def after(
     worst_block_rejected=jnp.where(worse, count, info.worst_block_rejected),
     stiffest_block=jnp.where(stiffer, stiffest, info.stiffest_block),
     largest_curvature=jnp.where(stiffer, curvature, info.largest_curvature),
+    lower_lag=info.lower_lag,
     dual_residual=jnp.where(jnp.any(sampled.ok), left, info.dual_residual),
     unsolved_block=jnp.where(
       jnp.any(sampled.ok), unsolved, info.unsolved_block

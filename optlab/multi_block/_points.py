@@ -52,7 +52,7 @@ def sample(
     return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, along, left, toward, aux) = evaluate(
+  blockwise, total, (stretch, along, left, toward, bent, aux) = evaluate(
     inner, held, data, use
   )
   (value, _), inner_grad, dual_sample = blockwise
@@ -83,6 +83,7 @@ def sample(
     left=left,
     concave=use & (along < -1e-3 * stretch),
     behind=use & ~flat & _is_behind(problem, state, rows, norms, toward, use),
+    gap=(toward, bent, norms[1], use & finite),
     flat=flat,
     rejected=verdict.rejected,
     pace=verdict.pace,
@@ -103,6 +104,7 @@ def _is_behind(problem, state, rows, norms, toward, use):
   time = rows.pace.scale * jnp.sum(state.clock[0])
   visits = state.step * jnp.sum(use) / problem.num_blocks
   slope, length = norms
+  toward = jnp.abs(toward)
   far = (toward > time * slope) & (toward > 0.1 * length)
   # Where nothing moves, dual variables don't either.
   return (far | (time == 0)) & (visits >= VISITS)
@@ -231,7 +233,7 @@ def _stretch(products, directions, upper_grads, slopes):
 
   And its curvature along it: no lower level that is convex turns it back. And
   the norm of what the dual variable leaves of the upper gradient, and how far
-  the lower solution is at least.
+  the lower solution is at least, with its sign, and the norm of the product.
   """
   norms = jax.vmap(trees.norm)
   length, bent = norms(directions), norms(products)
@@ -242,8 +244,8 @@ def _stretch(products, directions, upper_grads, slopes):
     jax.tree.map(jnp.subtract, products, upper_grads)
   )
   pull = jax.vmap(trees.inner_product)(directions, slopes)
-  toward = jnp.abs(pull) * _sight.inverse(bent)
-  return bent * scale, along * scale * scale, jnp.sqrt(left), toward
+  toward = pull * _sight.inverse(bent)
+  return bent * scale, along * scale * scale, jnp.sqrt(left), toward, bent
 
 
 def _first(tree):

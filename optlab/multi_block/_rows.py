@@ -36,6 +36,7 @@ class Sampled(NamedTuple):
   left: jax.Array  # shape (sampled,), what their dual variables leave unsolved
   concave: jax.Array  # shape (sampled,), those with negative curvature
   behind: jax.Array  # shape (sampled,), those whose steps are too short
+  gap: Any  # how far they are from their solutions, for `_swing.follow`
   flat: jax.Array  # shape (sampled,), those without a solution in sight
   rejected: jax.Array  # shape (sampled,), not for their data
   pace: _guard.Pace

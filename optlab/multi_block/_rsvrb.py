@@ -24,6 +24,7 @@ from optlab.multi_block import _guard
 from optlab.multi_block import _info
 from optlab.multi_block import _points
 from optlab.multi_block import _sight
+from optlab.multi_block import _swing
 from optlab.multi_block import _system
 from optlab.multi_block import _tracked
 
@@ -41,6 +42,7 @@ class RSVRBState(NamedTuple):
   bend: jax.Array  # shape (num_blocks,), average curvature along d_y f
   flat: jax.Array  # shape (num_blocks,), how often no solution was in sight
   rise: jax.Array  # shape (3,), how y and its gradients grow
+  swing: jax.Array  # shape (5,), how y follows x
   info: _info.BSVRBInfo
 
 
@@ -175,12 +177,16 @@ def rsvrb(
     )
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
-    behind, norms = _is_behind(
+    behind, norms, gap = _is_behind(
       state, batch.blocks, now, lr * count / num_blocks
     )
     sizes = (jnp.sum(jnp.where(finite, norm, 0)) for norm in norms)
     rise, away = _growth.follow(state.rise, state.step, tuple(sizes))
-    visits = state.step * count / num_blocks
+    share = count / num_blocks
+    swing, grows = _swing.follow(
+      state.swing, state.step, share, *gap, norms[1], finite
+    )
+    visits = state.step * share
     behind &= use & (visits >= _points.VISITS)
     seen = seen._replace(ok=ok, flat=flat, behind=behind)
     scales = tables.scatter_rows(
@@ -192,7 +198,7 @@ def rsvrb(
     mean = jnp.sum(jnp.where(ok, value, 0)) / accepted.astype(value.dtype)
     new = RSVRBState(
       state.step + 1, hypergrad, params, moved, state.inner, tracked, scales,
-      state.bend, lost, rise, state.info,
+      state.bend, lost, rise, swing, state.info,
     )  # fmt: skip
     # Blocks without a solution in sight go on, alone too.
     alone = new._replace(step=state.step, hypergrad=state.hypergrad)
@@ -206,7 +212,9 @@ def rsvrb(
     )
     return result, new._replace(
       bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
-      info=_info.after(state.info, seen, batch.blocks, away, visits),
+      info=_info.after(
+        state.info, seen, batch.blocks, away | grows, visits
+      )._replace(lower_lag=swing[1]),
     )
 
   return base.GradientEstimator(init, estimate)
@@ -231,6 +239,7 @@ def _start(problem, params, inner, first):
     bend=trees.zeros_rows(inner, (), tracked.hessian.dtype),
     flat=trees.zeros_rows(inner, (), tracked.hessian.dtype) - 1,
     rise=_growth.start(tracked.hessian.dtype),
+    swing=_swing.start(tracked.hessian.dtype),
     info=_info.start(inner),
   )
 
@@ -277,9 +286,9 @@ def _lost(state, blocks, now, looked):
 def _is_behind(state, blocks, now, length):
   """Which blocks have farther to go than in all steps at their pace.
 
-  And the norms of their lower gradients and variables.
+  And the norms of their lower gradients and variables, and how far they have.
   """
-  pull = jnp.abs(jnp.sum(now.upper_y * now.inner_grad, -1))
+  pull = jnp.sum(now.upper_y * now.inner_grad, -1)
   bent = jnp.linalg.norm(
     jnp.einsum('ijk,ik->ij', now.hessian, now.upper_y), axis=-1
   )
@@ -287,8 +296,9 @@ def _is_behind(state, blocks, now, length):
   scale = tables.gather_rows(state.scale, blocks)
   slope = jnp.linalg.norm(now.inner_grad, axis=-1)
   size = jax.vmap(trees.norm)(tables.gather_rows(state.inner, blocks))
-  far = toward > state.step * scale * length * slope
-  return far & (toward > 0.1 * size), (slope, size)
+  far = jnp.abs(toward) > state.step * scale * length * slope
+  far &= jnp.abs(toward) > 0.1 * size
+  return far, (slope, size), (toward, bent)
 
 
 def _pace(state, blocks, hessian, lr, use, finite, rejected):

@@ -13,6 +13,7 @@ from optlab.multi_block import _clock
 from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
+from optlab.multi_block import _swing
 
 
 class BSVRBState(NamedTuple):
@@ -29,6 +30,7 @@ class BSVRBState(NamedTuple):
   dual: Any  # ProductState or HessianState
   pace: _guard.Pace  # what a block can bear
   rise: jax.Array  # shape (3,), how y and its gradients grow
+  swing: jax.Array  # shape (5,), how y follows x
   info: _info.BSVRBInfo
 
 
@@ -49,6 +51,7 @@ def start(
     dual=dual.init(inner),
     pace=_guard.start(inner),
     rise=_growth.start(dtype),
+    swing=_swing.start(dtype),
     info=_info.start(inner),
   )
 

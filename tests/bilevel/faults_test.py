@@ -789,6 +789,28 @@ def test_saba_takes_a_constant_index_under_jit(index):
     step(index + 2)
 
 
+def test_saba_rejects_a_block_that_is_none():
+  level = lambda x, y, batch: jnp.sum((y - x) ** 2)
+  estimator = optlab.saba(
+    level, level, SGD, 0.1, upper_blocks=2, lower_blocks=2
+  )
+
+  @jax.jit
+  def step(upper, lower):
+    batch = map(bilevel.IndexedBatch, (upper, lower), (None, None))
+    return estimator.estimate(
+      X, estimator.init(X, Y), optlab.BilevelBatch(*batch)
+    )
+
+  for upper, lower, good in ((1, 0, True), (2, 0, False), (1, -1, False)):
+    estimate, state = step(upper, lower)
+    assert state.info.ok == good
+    assert state.info.rejected == (not good)
+    assert good or not np.any(estimate.grads)
+  with pytest.raises(TypeError, match='batch.upper.index must be an integer'):
+    step(1.0, 0)
+
+
 @pytest.mark.parametrize('name', [*FORMULA, 'unrolled'])
 def test_leaves_that_have_no_hypergradient_are_named(name):
   upper, lower = quadratic(np.eye(3))

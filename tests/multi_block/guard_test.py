@@ -118,6 +118,50 @@ def test_blocks_that_all_run_away_are_told(name):
   assert jnp.abs(path).max() > 1e6 and not state.estimator_state.info.ok
 
 
+@pytest.mark.parametrize('name', ['v2', 'rsvrb'])
+def test_x_that_moves_too_fast_for_the_blocks_is_told(name):
+  """One block a step: they swing with x, ever farther, none by itself."""
+  even = lambda step, blocks: jnp.ones(blocks.shape)
+  for rate, good in ((0.003, True), (0.3, False)):
+    state, path = run(
+      name, quadratic, even, steps=4000, sampled=1, learning_rate=rate
+    )
+    info = state.estimator_state.info
+    size = jnp.max(jnp.abs(state.estimator_state.inner))
+    assert (jnp.abs(path[-1]).max() < 1.01) == good == info.ok
+    assert not good or info.lower_lag < 0.1 * size
+    assert info.total_not_ok < 10 if good else info.total_not_ok > 1000
+
+
+def test_noise_about_zero_is_no_lag():
+  """Where all that y is, is noise."""
+
+  def lower(x, y, noise):
+    return 0.5 * jnp.sum((y - x - noise) ** 2)
+
+  def noise(step, blocks):
+    key = jax.random.fold_in(jax.random.key(1), step)
+    return jax.random.normal(key, (*blocks.shape, 2))
+
+  def upper(x, y, batch):
+    return 0.5 * jnp.sum(y**2)
+
+  estimator = optlab.bsvrb(upper, lower, BLOCKS, inner_lr=0.5)
+  tx = optax.sgd(0.003)
+  train_step = optlab.train_step(estimator, tx)
+
+  def step(state, index):
+    key = jax.random.fold_in(jax.random.key(0), index)
+    blocks = optlab.sample_blocks(key, BLOCKS, SAMPLED)
+    batch = optlab.BlockBatch(blocks, None, noise(index, blocks))
+    state, _ = train_step(state, batch)
+    return state, state.estimator_state.info.ok
+
+  state = optlab.init(jnp.zeros(2), estimator, tx, jnp.zeros((BLOCKS, 2)))
+  _, ok = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(3000)))(state)
+  assert jnp.all(ok)
+
+
 def test_without_the_guard_it_ruins_the_run():
   """So the guard is what helps."""
   _, path = run('v2', quadratic, one_stiff, steps=60, guarded=False)
