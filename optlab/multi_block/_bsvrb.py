@@ -301,13 +301,13 @@ def _estimate(method, params, state, batch):
     accepted > 0, (rise, swing), (state.rise, state.swing)
   )
   info = _info.after(
-    state.info, sampled, batch.blocks, away | grows, step * share
+    state.info, sampled, batch.blocks, away | grows, step * share, swing[1]
   )
   return estimate, state._replace(
     **dict(zip(HELD, (*new, *moved), strict=True)),
     rise=rise,
     swing=swing,
-    info=info._replace(lower_lag=swing[1]),
+    info=info,
   )
 
 

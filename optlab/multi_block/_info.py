@@ -73,6 +73,7 @@ def after(
   blocks: jax.Array,
   away: Any = False,
   visits: Any = 0,
+  lower_lag: Any = 0.0,
 ) -> BSVRBInfo:
   """The report after a step; it looks at the sampled blocks alone.
 
@@ -82,6 +83,7 @@ def after(
     blocks: Their numbers.
     away: Whether all of them run away, or come ever farther behind x.
     visits: How often each was sampled so far, on average.
+    lower_lag: How far they are from their solutions.
   """
   bad = sampled.use & ~sampled.ok
   rejected = jnp.sum(bad).astype(jnp.int32)
@@ -110,7 +112,7 @@ def after(
     worst_block_rejected=jnp.where(worse, count, info.worst_block_rejected),
     stiffest_block=jnp.where(stiffer, stiffest, info.stiffest_block),
     largest_curvature=jnp.where(stiffer, curvature, info.largest_curvature),
-    lower_lag=info.lower_lag,
+    lower_lag=lower_lag,
     dual_residual=jnp.where(jnp.any(sampled.ok), left, info.dual_residual),
     unsolved_block=jnp.where(
       jnp.any(sampled.ok), unsolved, info.unsolved_block

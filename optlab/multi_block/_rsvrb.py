@@ -213,8 +213,8 @@ def rsvrb(
     return result, new._replace(
       bend=tables.scatter_rows(state.bend, bend, batch.blocks, finite),
       info=_info.after(
-        state.info, seen, batch.blocks, away | grows, visits
-      )._replace(lower_lag=swing[1]),
+        state.info, seen, batch.blocks, away | grows, visits, swing[1]
+      ),
     )
 
   return base.GradientEstimator(init, estimate)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optlab.multi_block import _points
+
 SHORT, MEMORY = 10, 100  # Steps, and visits of a block, of the means.
-VISITS = 50  # After which the lag has no reason to grow.
 LARGE, GROWTH = 0.5, 2.0  # Of a lag, beside the blocks and the least it was.
 
 
@@ -54,7 +55,8 @@ def follow(
   far = blend(far, jnp.abs(near), share / MEMORY)
   spread = blend(spread, jnp.abs(lag), share / MEMORY)
   size = blend(size, finite(root(length)), share / MEMORY)
-  late = share * step >= VISITS
+  # From then on it has no reason to grow.
+  late = share * step >= _points.VISITS
   least = jnp.where(late, jnp.minimum(least, spread), spread)
   grows = late & (spread > LARGE * size) & (spread > GROWTH * least)
   new = jnp.stack([near, far, spread, size, least])
