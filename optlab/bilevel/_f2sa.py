@@ -11,6 +11,7 @@ from optlab import checks
 from optlab import trees
 from optlab.bilevel import _bilevel
 from optlab.bilevel import _dual
+from optlab.bilevel import _lag
 from optlab.bilevel import _lower
 from optlab.bilevel import _problem
 from optlab.bilevel import _state
@@ -116,9 +117,8 @@ def f2sa(
     residual is ten times that of :math:`z = 0`: then the lower level is not
     convex or runs away, or its steps are too long for the penalty; where f_y
     changes by half along the shift: then the penalty is too small, and the
-    estimate biased by about a third or more; and where after 200 steps the
-    lower gradient has hardly changed along it: then y lags behind. It is
-    false where the shift is lost in the rounding of y.
+    estimate biased by about a third or more; where the shift is lost in the
+    rounding of y; and where y is behind, as in `soba`, along that shift.
   """
   checks.enforce(f2sa, locals())
   problem = _bilevel.problem_of(
@@ -128,12 +128,16 @@ def f2sa(
   def init(params, inner):
     state = _state.init_state(problem, params, inner, dual=False)
     shifted = trees.own(inner)
-    zero = jnp.zeros_like(state.info.lower_grad_norm)
-    info = state.info._replace(dual_residual=zero)
-    memory = F2saMemory(
-      shifted, problem.optimizer.init(shifted), jnp.zeros_like(zero)
+    # Not one zero twice: a buffer can be donated once.
+    steepest, residual, lag = (
+      jnp.zeros_like(state.info.lower_grad_norm) for _ in range(3)
     )
-    return state._replace(memory=memory, info=info)
+    info = state.info._replace(dual_residual=residual, lower_lag=lag)
+    return state._replace(
+      memory=F2saMemory(shifted, problem.optimizer.init(shifted), steepest),
+      pace=_lag.start(lag.dtype),
+      info=info,
+    )
 
   def estimate(params, state, batch):
     _state.check_batch(batch)
@@ -166,7 +170,7 @@ def f2sa(
       other, _ = problem.upper(params, y, batch.upper)
     grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
     dual, product = minus(y, memory[0]), minus(g_below[1], g[1])
-    residual, length, ok = _judge(dual, product, mean[1], state.step)
+    residual, length, ok = _judge(dual, product, mean[1])
     first, curved = (
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
@@ -176,6 +180,16 @@ def f2sa(
     reached = trees.norm(y)
     ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest)
     slope = jnp.maximum(trees.norm(above_y), trees.norm(below_y))
+    pace, behind = _lag.follow(
+      state.pace,
+      state.step,
+      trees.inner_product(dual, below_y),
+      jnp.sqrt(trees.sq_norm(product, residual.dtype)),
+      trees.sq_norm(
+        trees.combine(jnp.subtract, y, state.inner), residual.dtype
+      ),
+      reached,
+    )
     aux = _bilevel.aux_of(problem, upper_aux, lower_aux)
     return _state.accept(
       base.Estimate(value, grads, aux=aux),
@@ -185,9 +199,10 @@ def f2sa(
       lower_opt_state=opt_state,
       memory=F2saMemory(memory[0], memory[1], steepest.astype(residual.dtype)),
       sizes=(slope, reached),
+      pace=pace,
       lower_grad_norm=slope,
       dual_residual=residual,
-      ok=ok,
+      ok=ok & ~behind,
     )
 
   return base.GradientEstimator(init, estimate)
@@ -261,7 +276,7 @@ def _is_seen(length, inner, reached, at_end):
   return (length > least) | (wide & at_end)
 
 
-def _judge(dual, product, grad_y, step):
+def _judge(dual, product, grad_y):
   """How well ``z`` solves its system, and whether the difference is sane.
 
   The shift times the penalty is a ``z``, and the change of the lower gradient
@@ -277,7 +292,4 @@ def _judge(dual, product, grad_y, step):
   ok = _dual.is_convex(along, reached * (length + size))
   # A constraint or a slow start may leave more than z = 0 would; an order more
   # is a lower level that runs away, or steps too long for so small a shift.
-  ok &= ~(length > 10 * size)
-  # At a solution both are the same; z feels little where y hardly moves.
-  idle = along < 0.1 * jnp.abs(trees.inner_product(dual, grad_y))
-  return length, reached, ok & ~(idle & (step >= _dual.PATIENCE))
+  return length, reached, ok & ~(length > 10 * size)

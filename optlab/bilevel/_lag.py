@@ -87,21 +87,22 @@ def follow(
   # Together the two forget no later than y's mean does.
   calm = jnp.clip(calm, 1, 0.5 * MEMORY / SHORT)
   near = blend(near, lag, 1 / (SHORT * calm))
-  far = blend(far, jnp.abs(near), calm / MEMORY)
-  spread = blend(spread, jnp.abs(lag), 1 / MEMORY)
-  wide = blend(wide, size, 1 / MEMORY)  # y may pass through zero.
-  # Long after, a mean over the last tenth of the run.
-  slow = jnp.minimum(1 / max(MEMORY, 2 * every), 10 * first)
-  move = blend(move, jnp.sqrt(finite(moved)), slow)
+  # Long after, over the last part of the run: a cycle may take long.
+  slow = jnp.minimum(1 / MEMORY, 5 * first)
+  far = blend(far, jnp.abs(near), calm * slow)
+  spread = blend(spread, jnp.abs(lag), slow)
+  wide = blend(wide, size, slow)  # y may pass through zero.
+  moving = jnp.minimum(1 / max(MEMORY, 2 * every), 10 * first)
+  move = blend(move, jnp.sqrt(finite(moved)), moving)
   peak = jnp.maximum(peak, far)
   late, soon = step >= _dual.PATIENCE, step >= EARLY
   early = jnp.where(late, early, spread)
   size = jnp.maximum(size, wide)
   slower = (far > count * move) & (far > LEAST * size) & (far > 0.5 * spread)
-  swings = (far > LARGE * size) & (far > 0.8 * spread)
-  grows = (spread > LARGE * size) & (spread > 10 * early)
+  swings = (far > LARGE * wide) & (far > 0.8 * spread)
+  grows = (spread > LARGE * wide) & (spread > 10 * early)
   # A smaller one that has long stayed what it was is a cycle.
-  stays = (far > 1.5 * LEAST * size) & (far > 0.5 * peak) & (calm == 1)
+  stays = (far > 1.5 * LEAST * wide) & (far > 0.3 * peak)
   stays &= (far > 0.65 * spread) & (step >= 2 * _dual.PATIENCE)
   behind = ((slower | swings) & (far > LEAST * peak)) | grows | stays
   # Before, one that is plain, and no transient that is half over.

@@ -296,7 +296,7 @@ def _estimate(method, params, state, batch):
   state = _rows.write(state, sampled, rows, batch.blocks, step + 1)
   share = count / num_blocks
   rise, away = _growth.follow(state.rise, step, sampled.sizes)
-  swing, grows = _swing.follow(state.swing, step, share, *sampled.gap)
+  swing, grows = _swing.follow(state.swing, step, share, sampled.gap)
   rise, swing = trees.where(
     accepted > 0, (rise, swing), (state.rise, state.swing)
   )

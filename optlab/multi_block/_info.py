@@ -20,10 +20,9 @@ class BSVRBInfo(NamedTuple):
   it is rejected too. Nor is it where its steps are too short: ``dual_residual``
   is large there as well; nor where it is rejected in more than half of its
   visits, and so left out. A step of which no block is left is not ok, nor a run
-  whose blocks and lower gradients grow by a factor a step, or whose blocks are
-  half of themselves behind their solutions and ever farther, from 50 visits a
-  block on: x moves too fast for them.
-  No block is -1.
+  whose blocks and lower gradients grow by a factor a step, or, from 50 visits a
+  block on, whose blocks are half of themselves behind their solutions and stay
+  there: x moves too fast for them. No block is -1.
   """
 
   rejected: jax.Array  # shape (), int32, blocks left out of the last step
@@ -81,7 +80,7 @@ def after(
     info: The report before.
     sampled: What the step sampled.
     blocks: Their numbers.
-    away: Whether all of them run away, or come ever farther behind x.
+    away: Whether all of them run away, or are far behind x.
     visits: How often each was sampled so far, on average.
     lower_lag: How far they are from their solutions.
   """

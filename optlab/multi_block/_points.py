@@ -22,9 +22,8 @@ from optlab.multi_block import _dual
 from optlab.multi_block import _guard
 from optlab.multi_block import _rows
 from optlab.multi_block import _sight
+from optlab.multi_block import _swing
 from optlab.multi_block import _system
-
-VISITS = 50  # Of a block on average, after which its steps must have led it.
 
 
 def sample(
@@ -52,14 +51,14 @@ def sample(
     return _points(problem, dual, points, inner, held, batch, use)
 
   data = batch.upper, batch.lower
-  blockwise, total, (stretch, along, left, toward, bent, aux) = evaluate(
+  blockwise, total, (stretch, along, left, *gap, aux) = evaluate(
     inner, held, data, use
   )
   (value, _), inner_grad, dual_sample = blockwise
   finite = tables.finite_rows(blockwise, 1)
   # One pass over what is as large as params: a difference of finite numbers
   # that overflows only leads to the second look.
-  apart = jax.tree.map(jnp.subtract, *total)
+  apart = _difference(*total)
   verdict = _guard.Verdict(*(jnp.zeros_like(use),) * 2, rows.pace)
   if stable is not None:
     verdict = _guard.look(
@@ -82,8 +81,8 @@ def sample(
     ok=ok,
     left=left,
     concave=use & (along < -1e-3 * stretch),
-    behind=use & ~flat & _is_behind(problem, state, rows, norms, toward, use),
-    gap=(toward, bent, norms[1], use & finite),
+    behind=use & ~flat & _is_behind(problem, state, rows, norms, gap[0], use),
+    gap=_swing.Gap(norms[1], use & finite, *gap),
     flat=flat,
     rejected=verdict.rejected,
     pace=verdict.pace,
@@ -107,7 +106,7 @@ def _is_behind(problem, state, rows, norms, toward, use):
   toward = jnp.abs(toward)
   far = (toward > time * slope) & (toward > 0.1 * length)
   # Where nothing moves, dual variables don't either.
-  return (far | (time == 0)) & (visits >= VISITS)
+  return (far | (time == 0)) & (visits >= _swing.VISITS)
 
 
 def _without_bad(evaluate, inner, held, data, keep, bad, total):
@@ -178,7 +177,7 @@ def _points(problem, dual, points, inner, held, batch, use):
   )
 
   slopes = jax.grad(total_lower, argnums=(0, 1), has_aux=True)
-  lower_y, samples, total, stretch = [], [], [], ()
+  lower_y, samples, total, stretch, pushed = [], [], [], (), ()
   lower_values = []
   for k, (x, y) in enumerate(zip(points, inners, strict=True)):
     # The gradient, pushed forward along the dual variables, gives
@@ -198,6 +197,7 @@ def _points(problem, dual, points, inner, held, batch, use):
     hessian = functools.partial(_hessians, problem, x, y, lower_batch)
     lower_y.append(slope)
     if not stretch:
+      pushed = trees.inner_product(_difference(*points), cross)
       stretch = _stretch(product, _first(directions), upper_y[0], slope)
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
@@ -209,10 +209,13 @@ def _points(problem, dual, points, inner, held, batch, use):
         cross,
       )
     )
+  changed = jax.vmap(trees.inner_product)(
+    _first(directions), _difference(*lower_y)
+  )
   # The lower values as well: a logarithm has a slope where it has no value.
   values = jnp.stack(value), jnp.stack(lower_values)
   blockwise = values, _stack(*lower_y), _stack(*samples)
-  return blockwise, tuple(total), (*stretch, aux[0])
+  return blockwise, tuple(total), (*stretch, pushed, changed, aux[0])
 
 
 def _hessians(problem, x, y, batch):
@@ -246,6 +249,10 @@ def _stretch(products, directions, upper_grads, slopes):
   pull = jax.vmap(trees.inner_product)(directions, slopes)
   toward = pull * _sight.inverse(bent)
   return bent * scale, along * scale * scale, jnp.sqrt(left), toward, bent
+
+
+def _difference(tree, other):
+  return jax.tree.map(jnp.subtract, tree, other)
 
 
 def _first(tree):

@@ -22,7 +22,6 @@ from optlab import trees
 from optlab.multi_block import _blocks
 from optlab.multi_block import _guard
 from optlab.multi_block import _info
-from optlab.multi_block import _points
 from optlab.multi_block import _sight
 from optlab.multi_block import _swing
 from optlab.multi_block import _system
@@ -42,7 +41,7 @@ class RSVRBState(NamedTuple):
   bend: jax.Array  # shape (num_blocks,), average curvature along d_y f
   flat: jax.Array  # shape (num_blocks,), how often no solution was in sight
   rise: jax.Array  # shape (3,), how y and its gradients grow
-  swing: jax.Array  # shape (5,), how y follows x
+  swing: jax.Array  # shape (7,), how y follows x
   info: _info.BSVRBInfo
 
 
@@ -177,17 +176,17 @@ def rsvrb(
     )
     lr = trees.at_step(inner_lr, state.step)
     seen = _pace(state, batch.blocks, now.hessian, lr, use, finite, concave)
-    behind, norms, gap = _is_behind(
-      state, batch.blocks, now, lr * count / num_blocks
+    behind, slopes, gap = _is_behind(
+      state, batch.blocks, now, before, params, finite, lr * count / num_blocks
     )
-    sizes = (jnp.sum(jnp.where(finite, norm, 0)) for norm in norms)
+    sizes = (
+      jnp.sum(jnp.where(finite, norm, 0)) for norm in (slopes, gap.length)
+    )
     rise, away = _growth.follow(state.rise, state.step, tuple(sizes))
     share = count / num_blocks
-    swing, grows = _swing.follow(
-      state.swing, state.step, share, *gap, norms[1], finite
-    )
+    swing, grows = _swing.follow(state.swing, state.step, share, gap)
     visits = state.step * share
-    behind &= use & (visits >= _points.VISITS)
+    behind &= use & (visits >= _swing.VISITS)
     seen = seen._replace(ok=ok, flat=flat, behind=behind)
     scales = tables.scatter_rows(
       state.scale, seen.pace.scale, batch.blocks, tracks
@@ -283,12 +282,19 @@ def _lost(state, blocks, now, looked):
   return _sight.judge(old, lost, old < 0, looked)
 
 
-def _is_behind(state, blocks, now, length):
+def _is_behind(state, blocks, now, before, params, finite, length):
   """Which blocks have farther to go than in all steps at their pace.
 
-  And the norms of their lower gradients and variables, and how far they have.
+  And the norms of their lower gradients, and how far they have.
   """
-  pull = jnp.sum(now.upper_y * now.inner_grad, -1)
+  pull, changed = (
+    jnp.sum(now.upper_y * grad, -1)
+    for grad in (now.inner_grad, now.inner_grad - before.inner_grad)
+  )
+  step = jax.tree.map(jnp.subtract, params, state.previous_params)
+  push = jnp.einsum(
+    'iy,iyx,x->i', now.upper_y, now.cross, flatten_util.ravel_pytree(step)[0]
+  )
   bent = jnp.linalg.norm(
     jnp.einsum('ijk,ik->ij', now.hessian, now.upper_y), axis=-1
   )
@@ -298,7 +304,8 @@ def _is_behind(state, blocks, now, length):
   size = jax.vmap(trees.norm)(tables.gather_rows(state.inner, blocks))
   far = jnp.abs(toward) > state.step * scale * length * slope
   far &= jnp.abs(toward) > 0.1 * size
-  return far, (slope, size), (toward, bent)
+  pushed = jnp.sum(jnp.where(finite, push, 0))
+  return far, slope, _swing.Gap(size, finite, toward, bent, pushed, changed)
 
 
 def _pace(state, blocks, hessian, lr, use, finite, rejected):

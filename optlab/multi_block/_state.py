@@ -30,7 +30,7 @@ class BSVRBState(NamedTuple):
   dual: Any  # ProductState or HessianState
   pace: _guard.Pace  # what a block can bear
   rise: jax.Array  # shape (3,), how y and its gradients grow
-  swing: jax.Array  # shape (5,), how y follows x
+  swing: jax.Array  # shape (7,), how y follows x
   info: _info.BSVRBInfo
 
 

@@ -1,63 +1,70 @@
-r"""Whether all blocks swing with x, ever farther: x moves too fast for them.
+r"""Whether all blocks swing with x: it moves too fast for them.
 
 A block is about :math:`v_i^\top \nabla_y g_i / \|H_i v_i\|` from its solution,
 along the way that :math:`f_i` feels. Where x runs away from blocks that come
-after it, this grows, and stays as large as they are; what noise leaves of it
-does not grow.
+after it, this is as large as they are, and x pushes their solutions on by as
+much a step as they go. What noise of theirs leaves of it x has no part in.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optlab.multi_block import _points
-
 SHORT, MEMORY = 10, 100  # Steps, and visits of a block, of the means.
+VISITS = 50  # Of a block on average, after which its steps must have led it.
 LARGE, GROWTH = 0.5, 2.0  # Of a lag, beside the blocks and the least it was.
+SMALL, LEAP = 0.15, 10.0  # The same of one that grows by far.
+
+
+class Gap(NamedTuple):
+  """How far the sampled blocks are from their solutions."""
+
+  length: jax.Array  # shape (sampled,), of the blocks
+  use: jax.Array  # shape (sampled,), bool, those that count
+  toward: jax.Array  # shape (sampled,), the lag, with a sign
+  bent: jax.Array  # shape (sampled,), norms of the products H_i v_i
+  pushed: jax.Array  # shape (), what the last step of x did to all v_i' g_y
+  changed: jax.Array  # shape (sampled,), what this and those of y did to each
 
 
 def start(dtype: Any) -> jax.Array:
-  """Means of the lag: signed, its size, all of it; of the blocks; the least."""
-  return jnp.zeros(5, dtype)
+  """Before the first step; see `follow`."""
+  return jnp.zeros(7, dtype)
 
 
 def follow(
-  old: jax.Array,
-  step: jax.Array,
-  share: jax.Array,
-  toward: jax.Array,
-  bent: jax.Array,
-  length: jax.Array,
-  use: jax.Array,
+  old: jax.Array, step: jax.Array, share: jax.Array, gap: Gap
 ) -> tuple[jax.Array, jax.Array]:
-  """The means after a step, and whether the blocks swing ever farther.
+  """The means after a step, and whether the blocks swing.
 
   Args:
     old: The means before.
     step: The steps before.
     share: The part of the blocks that a step looks at.
-    toward: How far each sampled block is from its solution, with a sign.
-    bent: The norms of the products with their dual variables.
-    length: The norms of the blocks.
-    use: Those that count.
+    gap: How far they are.
   """
-  total = lambda numbers: jnp.sum(jnp.where(use, numbers, 0))
+  total = lambda numbers: jnp.sum(jnp.where(gap.use, numbers, 0))
   root = lambda numbers: jnp.sqrt(total(numbers * numbers))
   # Zero where a square has left the range of numbers.
   finite = lambda number: jnp.where(jnp.isfinite(number), number, 0)
-  scale = root(bent)
-  lag = finite(total(toward * bent) / jnp.where(scale > 0, scale, 1))
+  scale = root(gap.bent)
+  part = lambda number: finite(number / jnp.where(scale > 0, scale, 1))
   first = 1 / (step.astype(old.dtype) + 1)
   blend = lambda old, new, w: old + jnp.maximum(w, first) * (new - old)
-  near, far, spread, size, least = old
+  long = lambda old, new: blend(old, new, share / MEMORY)
+  near, far, spread, size, least, push, move = old
+  lag = part(total(gap.toward * gap.bent))
   near = blend(near, lag, 1 / SHORT)
-  far = blend(far, jnp.abs(near), share / MEMORY)
-  spread = blend(spread, jnp.abs(lag), share / MEMORY)
-  size = blend(size, finite(root(length)), share / MEMORY)
+  far, spread = long(far, jnp.abs(near)), long(spread, jnp.abs(lag))
+  size = long(size, finite(root(gap.length)))
+  push = long(push, jnp.abs(part(gap.pushed)))
+  move = long(move, jnp.abs(part(total(gap.changed) - gap.pushed)))
   # From then on it has no reason to grow.
-  late = share * step >= _points.VISITS
+  late = share * step >= VISITS
   least = jnp.where(late, jnp.minimum(least, spread), spread)
-  grows = late & (spread > LARGE * size) & (spread > GROWTH * least)
-  new = jnp.stack([near, far, spread, size, least])
-  return new.astype(old.dtype), grows
+  grows = (spread > LARGE * size) & (spread > GROWTH * least)
+  grows |= (spread > SMALL * size) & (spread > LEAP * least)
+  swings = (far > LARGE * size) & (far > 0.35 * spread) & (push > 0.5 * move)
+  new = jnp.stack([near, far, spread, size, least, push, move])
+  return new.astype(old.dtype), late & (grows | swings)

@@ -212,6 +212,34 @@ def test_a_penalty_too_small_or_a_level_that_lags_is_told():
     np.testing.assert_allclose(params[4], 0.5, atol=1e-5)
 
 
+def test_x_that_moves_too_fast_is_told():
+  """The two swing ever farther; noise alone is no fault."""
+  curvature = jnp.array([1.0, 0.3])
+  upper = lambda x, y, noise: 0.5 * jnp.sum((y - 2.0 - noise) ** 2)
+  lower = lambda x, y, noise: 0.5 * jnp.sum(curvature * (y - x - noise) ** 2)
+  estimator = bilevel.f2sa(upper, lower, optax.sgd(0.05), 10.0)
+
+  def train(rate, size):
+    tx = optax.sgd(rate)
+    step = optlab.train_step(estimator, tx)
+
+    def body(state, key):
+      noise = size * jax.random.normal(key, (7, 2))
+      return step(state, optlab.BilevelBatch(noise[0], noise[1], noise[2:]))
+
+    state = optlab.init(jnp.zeros(2), estimator, tx, jnp.zeros(2))
+    keys = jax.random.split(jax.random.key(0), 1500)
+    state, _ = jax.lax.scan(body, state, keys)
+    return state.params, state.estimator_state.info
+
+  rates, sizes = jnp.array([0.3, 0.03, 0.03]), jnp.array([0.0, 0.0, 0.3])
+  params, info = jax.jit(jax.vmap(train))(rates, sizes)
+  assert not info.ok[0] and info.total_not_ok[0] > 700
+  assert info.lower_lag[0] > 10.0
+  assert jnp.all(info.total_not_ok[1:] < 15)  # f_y passes through zero.
+  np.testing.assert_allclose(params[1:], 2.0, atol=0.2)
+
+
 def test_a_shift_lost_in_the_rounding_of_a_large_y_is_told():
   """In float32 too; a shift that is short at the end is no fault."""
   upper = lambda x, y, size: jnp.sum((y / size - 1.0) ** 2)

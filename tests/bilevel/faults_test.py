@@ -437,6 +437,43 @@ def test_a_cycle_of_small_lag_is_told():
     assert info.ok == fine and (info.total_not_ok == 0) == fine
 
 
+@pytest.mark.parametrize('name', ['soba', 'mrbo', 'bo_rep', 'f2sa'])
+def test_a_cycle_of_long_steps_is_told_until_it_ends(name):
+  """Adam above swings for ever, so far that nothing of it is noise."""
+  curvature = jnp.array([1.0, 0.3])
+  upper = lambda x, y, batch: 0.5 * jnp.sum((y - 2.0) ** 2)
+  lower = lambda x, y, batch: 0.5 * jnp.sum(curvature * (y - x) ** 2)
+  below = optax.sgd(0.1)
+  estimator = {
+    'soba': lambda: optlab.soba(upper, lower, below, 0.1),
+    'mrbo': lambda: bilevel.mrbo(upper, lower, below, 0.1),
+    'bo_rep': lambda: bilevel.bo_rep(upper, lower, below, 0.1, lower_steps=1),
+    'f2sa': lambda: bilevel.f2sa(upper, lower, below, 30.0, lower_steps=1),
+  }[name]()
+
+  def train(rate, end):
+    schedule = lambda step: jnp.where(step < end, rate, rate / 20)
+    tx = optax.adam(schedule)
+    step = optlab.train_step(estimator, tx)
+
+    def body(state, _):
+      batch = optlab.BilevelBatch(None, None)
+      state, _ = step(state, batch)
+      return state, (state.params, state.estimator_state.info.ok)
+
+    state = optlab.init(jnp.zeros(2), estimator, tx, jnp.zeros(2))
+    _, (path, ok) = jax.lax.scan(body, state, length=3000)
+    return jnp.max(jnp.abs(path[-500:] - 2.0)), ok
+
+  errors, ok = jax.jit(jax.vmap(train))(
+    jnp.array([0.1, 0.1, 0.002]), jnp.array([3000, 1000, 3000])
+  )
+  assert errors[0] > 2.0 and jnp.mean(ok[0, 700:]) < 0.2
+  assert jnp.all(errors[1:] < 0.3)
+  assert jnp.mean(ok[1, 700:1000]) < 0.3 and jnp.mean(ok[1, -500:]) > 0.9
+  assert jnp.mean(ok[2]) > 0.95
+
+
 @pytest.mark.parametrize('warm', [True, False])
 def test_implicit_recovers_from_an_indefinite_sample(x64, warm):
   """A poisoned z is left behind by the next good sample."""

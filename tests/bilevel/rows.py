@@ -146,8 +146,9 @@ ROWS = [
   ),
   bilevel_row(
     'f2sa',
+    # A penalty whose shift is not lost in rounding.
     lambda rate: optlab.bilevel.f2sa(
-      *LEVELS, optax.sgd(rate), 10.0, lower_steps=2
+      *LEVELS, optax.sgd(rate), 2.0, lower_steps=2
     ),
   ),
   bilevel_row(

@@ -36,7 +36,8 @@ def quadratic(x, y, curvature):
 
 def run(
   name, lower, data, *, steps=1500, start=0.5, dtype=jnp.float32, wrap=None,
-  sampled=SAMPLED, lr=0.1, learning_rate=0.02, seed=0, first=None, **kwargs,
+  sampled=SAMPLED, lr=0.1, learning_rate=0.02, seed=0, first=None,
+  make_optimizer=optax.sgd, **kwargs,
 ):  # fmt: skip
   """A run from x = 0, whose minimum is at x = 1; the last state and the path.
 
@@ -46,7 +47,7 @@ def run(
   estimator = make(upper, lower, BLOCKS, inner_lr=lr, **kwargs)
   if wrap is not None:
     estimator = wrap(estimator)
-  tx = optax.sgd(learning_rate)
+  tx = make_optimizer(learning_rate)
   train_step = optlab.train_step(estimator, tx)
   x, inner = jnp.zeros(2, dtype), jnp.full((BLOCKS, 2), start, dtype)
   state = optlab.init(x, estimator, tx, inner)
@@ -133,7 +134,26 @@ def test_x_that_moves_too_fast_for_the_blocks_is_told(name):
     assert info.total_not_ok < 10 if good else info.total_not_ok > 1000
 
 
-def test_noise_about_zero_is_no_lag():
+@over_methods
+def test_steps_of_a_length_of_their_own_are_told(name):
+  """Blocks that a step seldom looks at swing with x, and no farther."""
+  even = lambda step, blocks: jnp.ones(blocks.shape)
+  for make, rate, good in (
+    (optax.adam, 0.001, True),
+    (optax.adam, 0.1, False),
+    (optax.sign_sgd, 0.1, False),
+  ):
+    state, path = run(
+      name, quadratic, even, steps=4000, sampled=1, learning_rate=rate,
+      make_optimizer=make,
+    )  # fmt: skip
+    info = state.estimator_state.info
+    assert (jnp.abs(path[-500:] - 1).max() < 0.1) == good == info.ok
+    assert (info.total_not_ok == 0) if good else info.total_not_ok > 2000
+
+
+@pytest.mark.parametrize('sampled', [SAMPLED, BLOCKS])
+def test_noise_about_zero_is_no_lag(sampled):
   """Where all that y is, is noise."""
 
   def lower(x, y, noise):
@@ -152,7 +172,7 @@ def test_noise_about_zero_is_no_lag():
 
   def step(state, index):
     key = jax.random.fold_in(jax.random.key(0), index)
-    blocks = optlab.sample_blocks(key, BLOCKS, SAMPLED)
+    blocks = optlab.sample_blocks(key, BLOCKS, sampled)
     batch = optlab.BlockBatch(blocks, None, noise(index, blocks))
     state, _ = train_step(state, batch)
     return state, state.estimator_state.info.ok
