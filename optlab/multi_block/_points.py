@@ -177,7 +177,7 @@ def _points(problem, dual, points, inner, held, batch, use):
   )
 
   slopes = jax.grad(total_lower, argnums=(0, 1), has_aux=True)
-  lower_y, samples, total, stretch, pushed = [], [], [], (), ()
+  lower_y, samples, total, stretch = [], [], [], ()
   lower_values = []
   for k, (x, y) in enumerate(zip(points, inners, strict=True)):
     # The gradient, pushed forward along the dual variables, gives
@@ -198,7 +198,10 @@ def _points(problem, dual, points, inner, held, batch, use):
     lower_y.append(slope)
     if not stretch:
       pushed = trees.inner_product(_difference(*points), cross)
-      stretch = _stretch(product, _first(directions), upper_y[0], slope)
+      stretch = (
+        *_stretch(product, _first(directions), upper_y[0], slope),
+        pushed,
+      )
     samples.append(dual.sample(product, upper_y[k], hessian))
     total.append(
       jax.tree.map(
@@ -215,7 +218,7 @@ def _points(problem, dual, points, inner, held, batch, use):
   # The lower values as well: a logarithm has a slope where it has no value.
   values = jnp.stack(value), jnp.stack(lower_values)
   blockwise = values, _stack(*lower_y), _stack(*samples)
-  return blockwise, tuple(total), (*stretch, pushed, changed, aux[0])
+  return blockwise, tuple(total), (*stretch, changed, aux[0])
 
 
 def _hessians(problem, x, y, batch):

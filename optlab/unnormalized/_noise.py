@@ -62,8 +62,9 @@ class GaussianMixture(NamedTuple):
     return jnp.minimum(component, ends.shape[0] - 1)
 
   def _place(self, component, white):
-    moved = jnp.einsum('nij,nj->ni', self.scales[component], white)
-    return self.means[component] + moved
+    # By each, as the density does: a factor a row would be [num, d, d].
+    placed = self.means + jnp.einsum('kij,nj->nki', self.scales, white)
+    return jnp.take_along_axis(placed, component[:, None, None], 1)[:, 0]
 
   def from_uniform(self, uniform: jax.Array) -> jax.Array:
     """Maps rows of the unit cube ``[num, d + 1]`` to draws."""

@@ -94,6 +94,22 @@ def test_lattice_draws_are_unbiased_and_vary_less(make):
   assert np.all(np.std(even, 0) < 0.5 * np.std(plain, 0))
 
 
+def test_draws_of_images_take_no_matrix_a_row():
+  """10,000 of them were once 25 GB of factors."""
+  size, num = 784, 10_000
+  noise = optlab.unnormalized.GaussianMixture(
+    *(
+      jax.ShapeDtypeStruct(shape, jnp.float32)
+      for shape in ((3,), (3, size), (3, size, size), (3, size, size))
+    )
+  )
+  for draw in (lambda n, k: n.sample(k, num),
+               lambda n, k: n.sample_lattice(k, num)):  # fmt: skip
+    compiled = jax.jit(draw).lower(noise, jax.random.key(0)).compile()
+    rows = 4 * num * size
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 6 * rows
+
+
 def test_lattice_is_uniform_in_each_column():
   points = np.asarray(noise_lib.lattice(jax.random.key(3), 1000, 3))
   assert points.min() > 0
