@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 SHORT, MEMORY = 10, 100  # Steps, and visits of a block, of the means.
 VISITS = 50  # Of a block on average, after which its steps must have led it.
+EARLY = 10  # The same, after which a lag has no reason to grow by far.
 LARGE, GROWTH = 0.5, 2.0  # Of a lag, beside the blocks and the least it was.
 SMALL, LEAP = 0.15, 10.0  # The same of one that grows by far.
 
@@ -60,11 +61,14 @@ def follow(
   size = long(size, finite(root(gap.length)))
   push = long(push, jnp.abs(part(gap.pushed)))
   move = long(move, jnp.abs(part(total(gap.changed) - gap.pushed)))
-  # From then on it has no reason to grow.
-  late = share * step >= VISITS
-  least = jnp.where(late, jnp.minimum(least, spread), spread)
-  grows = (spread > LARGE * size) & (spread > GROWTH * least)
-  grows |= (spread > SMALL * size) & (spread > LEAP * least)
+  visits = share * step
+  late = visits >= VISITS
+  # The least since each of the two.
+  starts = (visits < EARLY) | (late & (visits - share < VISITS))
+  least = jnp.where(starts, spread, jnp.minimum(least, spread))
+  large = spread > LARGE * size
+  leaps = (large | (late & (spread > SMALL * size))) & (spread > LEAP * least)
+  grows = leaps | (late & large & (spread > GROWTH * least))
   swings = (far > LARGE * size) & (far > 0.35 * spread) & (push > 0.5 * move)
   new = jnp.stack([near, far, spread, size, least, push, move])
-  return new.astype(old.dtype), late & (grows | swings)
+  return new.astype(old.dtype), grows | (late & swings)
