@@ -22,7 +22,7 @@ class F2saMemory(NamedTuple):
 
   shifted: base.Params  # minimizes g + f / penalty
   opt_state: base.OptState
-  steepest: jax.Array  # shape (), the largest norm of f_y so far
+  steepest: jax.Array  # shape (2,), the largest norm of f_y so far, and of late
 
 
 @checks.domains(
@@ -114,9 +114,9 @@ def f2sa(
     ``info.lower_grad_norm`` is the larger of the two levels' gradients, and
     ``info.dual_residual`` that of :math:`z = \lambda (y - y_\lambda)`.
     ``info.ok`` is false where the lower gradient falls along that shift, or its
-    residual is ten times that of :math:`z = 0`: then the lower level is not
-    convex or runs away, or its steps are too long for the penalty; where f_y
-    changes by half along the shift: then the penalty is too small, and the
+    residual is ten times that of :math:`z = 0` of late: then the lower level is
+    not convex or runs away, or its steps are too long for the penalty; where
+    f_y changes by half along the shift: then the penalty is too small, and the
     estimate biased by about a third or more; where the shift is lost in the
     rounding of y; and where y is behind, as in `soba`, along that shift.
   """
@@ -129,9 +129,10 @@ def f2sa(
     state = _state.init_state(problem, params, inner, dual=False)
     shifted = trees.own(inner)
     # Not one zero twice: a buffer can be donated once.
-    steepest, residual, lag = (
-      jnp.zeros_like(state.info.lower_grad_norm) for _ in range(3)
+    residual, lag = (
+      jnp.zeros_like(state.info.lower_grad_norm) for _ in range(2)
     )
+    steepest = jnp.zeros(2, lag.dtype)
     info = state.info._replace(dual_residual=residual, lower_lag=lag)
     return state._replace(
       memory=F2saMemory(shifted, problem.optimizer.init(shifted), steepest),
@@ -170,15 +171,17 @@ def f2sa(
       other, _ = problem.upper(params, y, batch.upper)
     grads = trees.combine(jnp.add, mean[0], minus(g[0], g_below[0]))
     dual, product = minus(y, memory[0]), minus(g_below[1], g[1])
-    residual, length, ok = _judge(dual, product, mean[1])
+    size = trees.norm(mean[1])
+    # Through zero f_y passes in a few steps, which the shift follows later.
+    ever, recent = state.memory.steepest
+    steepest = jnp.maximum(jnp.stack([ever, 0.9 * recent]), size)
+    residual, length, ok = _judge(dual, product, mean[1], steepest[1])
     first, curved = (
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
     ok &= _is_small(first, curved, above, other, central)
-    size = trees.norm(mean[1])
-    steepest = jnp.maximum(state.memory.steepest, size)
     reached = trees.norm(y)
-    ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest)
+    ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest[0])
     slope = jnp.maximum(trees.norm(above_y), trees.norm(below_y))
     pace, behind = _lag.follow(
       state.pace,
@@ -276,7 +279,7 @@ def _is_seen(length, inner, reached, at_end):
   return (length > least) | (wide & at_end)
 
 
-def _judge(dual, product, grad_y):
+def _judge(dual, product, grad_y, recent):
   """How well ``z`` solves its system, and whether the difference is sane.
 
   The shift times the penalty is a ``z``, and the change of the lower gradient
@@ -292,4 +295,4 @@ def _judge(dual, product, grad_y):
   ok = _dual.is_convex(along, reached * (length + size))
   # A constraint or a slow start may leave more than z = 0 would; an order more
   # is a lower level that runs away, or steps too long for so small a shift.
-  return length, reached, ok & ~(length > 10 * size)
+  return length, reached, ok & ~(length > 10 * recent)
