@@ -22,7 +22,8 @@ class F2saMemory(NamedTuple):
 
   shifted: base.Params  # minimizes g + f / penalty
   opt_state: base.OptState
-  steepest: jax.Array  # shape (2,), the largest norm of f_y so far, and of late
+  steepest: jax.Array  # shape (), the largest norm of f_y so far
+  recent: jax.Array  # shape (), the same of late
 
 
 @checks.domains(
@@ -129,13 +130,14 @@ def f2sa(
     state = _state.init_state(problem, params, inner, dual=False)
     shifted = trees.own(inner)
     # Not one zero twice: a buffer can be donated once.
-    residual, lag = (
-      jnp.zeros_like(state.info.lower_grad_norm) for _ in range(2)
+    steepest, recent, residual, lag = (
+      jnp.zeros_like(state.info.lower_grad_norm) for _ in range(4)
     )
-    steepest = jnp.zeros(2, lag.dtype)
     info = state.info._replace(dual_residual=residual, lower_lag=lag)
     return state._replace(
-      memory=F2saMemory(shifted, problem.optimizer.init(shifted), steepest),
+      memory=F2saMemory(
+        shifted, problem.optimizer.init(shifted), steepest, recent
+      ),
       pace=_lag.start(lag.dtype),
       info=info,
     )
@@ -173,15 +175,15 @@ def f2sa(
     dual, product = minus(y, memory[0]), minus(g_below[1], g[1])
     size = trees.norm(mean[1])
     # Through zero f_y passes in a few steps, which the shift follows later.
-    ever, recent = state.memory.steepest
-    steepest = jnp.maximum(jnp.stack([ever, 0.9 * recent]), size)
-    residual, length, ok = _judge(dual, product, mean[1], steepest[1])
+    steepest = jnp.maximum(state.memory.steepest, size)
+    recent = jnp.maximum(0.9 * state.memory.recent, size)
+    residual, length, ok = _judge(dual, product, mean[1], recent)
     first, curved = (
       trees.inner_product(dual, tree) / scale for tree in (f[1], product)
     )
     ok &= _is_small(first, curved, above, other, central)
     reached = trees.norm(y)
-    ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest[0])
+    ok &= _is_seen(length / scale, y, reached, size <= 1e-3 * steepest)
     slope = jnp.maximum(trees.norm(above_y), trees.norm(below_y))
     pace, behind = _lag.follow(
       state.pace,
@@ -200,7 +202,9 @@ def f2sa(
       memory,
       inner=y,
       lower_opt_state=opt_state,
-      memory=F2saMemory(memory[0], memory[1], steepest.astype(residual.dtype)),
+      memory=F2saMemory(
+        *memory, *(norm.astype(residual.dtype) for norm in (steepest, recent))
+      ),
       sizes=(slope, reached),
       pace=pace,
       lower_grad_norm=slope,
