@@ -101,6 +101,14 @@ PROGRAMS = {
 TEXT = ('hyper_cleaning', 'hyper_representation')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def heard():
+  """What a shell's background job starts would not hear of SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope='module')
 def sentences(tmp_path_factory):
   """A folder with small TREC files: the label is a function of the words."""

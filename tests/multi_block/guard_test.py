@@ -152,6 +152,24 @@ def test_steps_of_a_length_of_their_own_are_told(name):
     assert (info.total_not_ok == 0) if good else info.total_not_ok > 2000
 
 
+@pytest.mark.parametrize('name', ['v2', 'rsvrb'])
+@pytest.mark.parametrize('sampled', [BLOCKS // 2, BLOCKS])
+def test_a_cycle_of_blocks_that_are_less_than_half_behind_is_told(
+  name, sampled
+):
+  """Curvatures of .3 to 3, all or half of the blocks in each step."""
+  curvatures = jnp.geomspace(0.3, 3.0, BLOCKS)[:, None]
+  for rate, good in ((0.003, True), (0.1, False)):
+    state, path = run(
+      name, quadratic, lambda step, blocks: curvatures[blocks], start=0.0,
+      steps=1000 * BLOCKS // sampled, sampled=sampled, learning_rate=rate,
+      make_optimizer=optax.adam,
+    )  # fmt: skip
+    info = state.estimator_state.info
+    assert (jnp.abs(path[-300:] - 1).max() < 0.1) == good == info.ok
+    assert (info.total_not_ok == 0) if good else info.total_not_ok > 1000
+
+
 @pytest.mark.parametrize('sampled', [SAMPLED, BLOCKS])
 def test_noise_about_zero_is_no_lag(sampled):
   """Where all that y is, is noise."""
