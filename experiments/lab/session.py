@@ -190,7 +190,9 @@ class Session:
       piece = pieces.Piece(self._mesh, advance, found, data, tables)
     compile_seconds = time.perf_counter() - began
     del state, found  # A large one has no room for its start.
-    memory.check(f'{method}: steps, beside the state,', piece.needs())
+    copied = memory.size(piece.state)  # To be looked at, or saved.
+    needs = piece.needs() + copied
+    memory.check(f'{method}: steps, beside the state,', needs)
     if piece.collectives is not None:
       fields['collectives'] = piece.collectives
       if piece.devices > 1 and not piece.collectives:
