@@ -22,6 +22,7 @@ LARGE, GROWTH = 0.5, 2.0  # Of a lag, beside the blocks and the least it was.
 SMALL, LEAP = 0.15, 10.0  # The same of one that grows by far.
 # The way of blocks that turn, their least lag, and both at once, beside them.
 WAY, LITTLE, OFTEN = 1.5, 0.05, 0.2
+STEADY = 0.4  # Of their lags, beside the same without a sign: less is noise.
 
 
 class Gap(NamedTuple):
@@ -77,7 +78,7 @@ def follow(
   grows = leaps | (late & large & (spread > GROWTH * least))
   way = MEMORY[1] / share * move  # Of a block, in so many visits.
   turns = (visits >= ENOUGH) & (way > WAY * size) & (far > LITTLE * size)
-  turns &= far * way > OFTEN * size * size
+  turns &= (far * way > OFTEN * size * size) & (far > STEADY * spread)
   swings = (late & (far > LARGE * size)) | turns
   swings &= (far > 0.35 * spread) & (push > 0.5 * move)
   new = jnp.stack([near, far, spread, size, least, push, move])
