@@ -340,7 +340,11 @@ class Session:
         meta, part, self.rows, task.method, task.seeds, task.steps, task.every
       )
 
-    read = lambda: checkpoints.read(task.folder, state, unfit, progress.warn)
+    def read():
+      # Threads that are left by an exception would tell of it at length.
+      with self._listener.held():
+        return checkpoints.read(task.folder, state, unfit, progress.warn)
+
     if not self._several:
       return read()
     found, meta = read() if devices.is_first() else (None, {})

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.lab import checkpoints
 from experiments.lab import flags
 from experiments.lab import launch
 from experiments.lab import memory
@@ -111,6 +112,32 @@ def test_a_resumed_run_gives_the_numbers_of_the_whole_run(config, whole):
   with Session('test', config) as session:
     stop_at(session, 7)
   with Session('test', dataclasses.replace(config, resume=True)) as more:
+    go(more)
+  assert numbers(config.output_dir) == whole
+
+
+def test_a_signal_waits_for_a_checkpoint_that_is_read(
+  config, whole, monkeypatch
+):
+  """Threads of the reader outlive no exception in silence."""
+  with Session('test', config) as session:
+    stop_at(session, 7)
+  read, ends = checkpoints.read, []
+
+  def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    ends.append(read(*args))
+    return ends[-1]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, 'read', interrupted)
+    with (
+      pytest.raises(flags.InterruptedRun, match='go on with --resume'),
+      Session('test', resumed(config)) as more,
+    ):
+      go(more)
+  assert len(ends) == 1
+  with Session('test', resumed(config)) as more:
     go(more)
   assert numbers(config.output_dir) == whole
 
