@@ -171,18 +171,19 @@ def test_a_cycle_of_blocks_that_are_less_than_half_behind_is_told(
 
 
 @pytest.mark.parametrize('sampled', [SAMPLED, BLOCKS])
-def test_noise_about_zero_is_no_lag(sampled):
-  """Where all that y is, is noise."""
+@pytest.mark.parametrize('above', [0.0, 1.0])
+def test_noise_about_zero_is_no_lag(sampled, above):
+  """Where all that y is, is noise, of its own level or that of x."""
 
   def lower(x, y, noise):
-    return 0.5 * jnp.sum((y - x - noise) ** 2)
+    return 0.5 * jnp.sum((y - x - (1.0 - above) * noise) ** 2)
 
   def noise(step, blocks):
     key = jax.random.fold_in(jax.random.key(1), step)
     return jax.random.normal(key, (*blocks.shape, 2))
 
-  def upper(x, y, batch):
-    return 0.5 * jnp.sum(y**2)
+  def upper(x, y, noise):
+    return 0.5 * jnp.sum((y - above * noise) ** 2)
 
   estimator = optlab.bsvrb(upper, lower, BLOCKS, inner_lr=0.5)
   tx = optax.sgd(0.003)
@@ -191,8 +192,8 @@ def test_noise_about_zero_is_no_lag(sampled):
   def step(state, index):
     key = jax.random.fold_in(jax.random.key(0), index)
     blocks = optlab.sample_blocks(key, BLOCKS, sampled)
-    batch = optlab.BlockBatch(blocks, None, noise(index, blocks))
-    state, _ = train_step(state, batch)
+    found = noise(index, blocks)
+    state, _ = train_step(state, optlab.BlockBatch(blocks, found, found))
     return state, state.estimator_state.info.ok
 
   state = optlab.init(jnp.zeros(2), estimator, tx, jnp.zeros((BLOCKS, 2)))
