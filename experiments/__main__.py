@@ -5,16 +5,11 @@ import importlib.util
 import os
 import pathlib
 import runpy
-import signal
 import sys
-from typing import Any
+
+from . import leave_if_asked
 
 FOLDER = pathlib.Path(__file__).parent
-SIGNALS = [
-  getattr(signal, name)
-  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-  if hasattr(signal, name)
-]
 NEEDS = ('flax', 'matplotlib', 'orbax', 'rich', 'sklearn')
 
 
@@ -25,12 +20,6 @@ def programs() -> dict[str, str]:
     text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
     found[path.stem] = text.partition('\n')[0]
   return found
-
-
-def _leave(number: int, frame: Any) -> None:
-  del number, frame
-  os.write(2, b'interrupted; no run was begun or is under way\n')
-  os._exit(130)
 
 
 def main() -> None:
@@ -56,10 +45,7 @@ def main() -> None:
       f'optlab {name} needs {", ".join(missing)}: '
       "pip install 'optlab-jax[experiments]'"
     )
-  # Until the program listens, which loads JAX first.
-  for number in SIGNALS:
-    if signal.getsignal(number) is not signal.SIG_IGN:
-      signal.signal(number, _leave)
+  leave_if_asked()
   sys.argv = sys.argv[1:]
   runpy.run_module(f'{__package__}.{name}', run_name='__main__', alter_sys=True)
 

@@ -11,6 +11,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -140,6 +142,22 @@ def test_a_signal_waits_for_a_checkpoint_that_is_read(
   with Session('test', resumed(config)) as more:
     go(more)
   assert numbers(config.output_dir) == whole
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_signal_in_the_imports_ends_a_program_in_one_line(name):
+  """As of ``python -m experiments.NAME``, whose package is loaded first."""
+  code = f"""
+import os, signal, sys
+sys.argv = ['-m']
+import experiments
+os.kill(os.getpid(), signal.{name})
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], check=False, capture_output=True, text=True
+  )
+  assert done.returncode == stopping.STATUS
+  assert done.stderr.startswith('interrupted; no run was begun')
 
 
 def test_a_time_limit_stops_it_and_another_run_goes_on(config, whole):
