@@ -189,6 +189,7 @@ def quality(train: optlab.TrainState, problem: Data) -> dict:
     'test': jnp.mean(test),
     'accuracy': test_right[best],
     'total_rejected': state.info.total_rejected,
+    'total_not_ok': state.info.total_not_ok,
     'moved': optax.tree.norm(train.params) / np.sqrt(problem.train.shape[0]),
   }
 
@@ -232,7 +233,8 @@ def main(config: Config) -> None:
   made = study.Problem(
     lambda name: entry(config, name), chosen, config.learning_rates,
     2 * config.steps * config.blocks * config.rows, 'rows', quality,
-    'test loss over all blocks', reported=('validation', 'accuracy', 'moved'),
+    'test loss over all blocks',
+    reported=('validation', 'accuracy', 'moved', 'total_not_ok'),
     data=data, batched=True, tables=config.num_blocks,
     inner_lrs=config.inner_lrs,
   )  # fmt: skip

@@ -135,6 +135,7 @@ def make_problem(config: Config, dimension: int = 10) -> study.Problem:
     return {
       'value': jnp.median(state.values),
       'total_rejected': optax.tree.get(state.train, 'total_rejected'),
+      'total_not_ok': optax.tree.get(state.train, 'total_not_ok'),
     }
 
   def entry(name):

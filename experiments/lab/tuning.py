@@ -115,6 +115,7 @@ def draw_block(
 
 
 DEFAULT = ('', 'plain', 'constant')
+NOT_OK = 'total_not_ok'  # Steps outside of a method's assumptions, of its info.
 
 
 def choices(config: Levels) -> list[str]:
@@ -138,9 +139,12 @@ def of_bilevel(config: Levels, problem: Problem) -> study.Problem:
 
   def measure(state, data):
     values = problem.measure(state.params, state.estimator_state.inner, data)
-    rejected = optax.tree.get(state.estimator_state, 'total_rejected')
     own = {'tuning': values['valid_loss'], 'value': values[first]}
-    return values | own | {'total_rejected': rejected}
+    counts = {
+      name: optax.tree.get(state.estimator_state, name)
+      for name in ('total_rejected', NOT_OK)
+    }
+    return values | own | counts
 
   def finish(state, seed):
     del seed
@@ -155,7 +159,8 @@ def of_bilevel(config: Levels, problem: Problem) -> study.Problem:
     lambda name: _entry(config, problem, methods, budget, name),
     tuple(choices(config)), config.learning_rates, budget,
     'gradients and products of a sample', measure, first.replace('_', ' '),
-    more=first.endswith(('accuracy', 'auroc')), reported=problem.reported[1:],
+    more=first.endswith(('accuracy', 'auroc')),
+    reported=(*problem.reported[1:], NOT_OK),
     finish=finish, data=problem.data, batched=True,
   )  # fmt: skip
 
@@ -252,7 +257,8 @@ def compare(
 def show(title: str, problem: Problem, rows: list[dict]) -> None:
   """Prints the summary."""
   first, *others = problem.reported
-  verdicts.show(title, first.replace('_', ' '), rows, reported=others)
+  reported = (*others, NOT_OK)
+  verdicts.show(title, first.replace('_', ' '), rows, reported=reported)
 
 
 def draw(
