@@ -149,6 +149,7 @@ def test_a_signal_in_the_imports_ends_a_program_in_one_line(name):
   """As of ``python -m experiments.NAME``, whose package is loaded first."""
   code = f"""
 import os, signal, sys
+signal.signal(signal.{name}, signal.SIG_DFL)  # Not so in a background job.
 sys.argv = ['-m']
 import experiments
 os.kill(os.getpid(), signal.{name})
