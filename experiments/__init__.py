@@ -20,7 +20,11 @@ def leave_if_asked() -> None:
 
 def _leave(number: int, frame: Any) -> None:
   del number, frame
-  os.write(2, b'interrupted; no run was begun or is under way\n')
+  os.write(
+    2,
+    b'interrupted; no run was begun or is under way: start it again'
+    b' unless its record is whole\n',
+  )
   os._exit(130)
 
 

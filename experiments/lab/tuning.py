@@ -73,6 +73,9 @@ class Config(Levels):
   )
 
 
+NOT_OK = 'total_not_ok'  # Steps outside of a method's assumptions, of its info.
+
+
 class Problem(NamedTuple):
   """A bilevel problem with data.
 
@@ -103,6 +106,11 @@ class Problem(NamedTuple):
   finish: Callable[..., dict[str, float]] = lambda x, y: {}
   blocks: tuple[int, int] | None = None
 
+  @property
+  def beside(self) -> tuple[str, ...]:
+    """Fields of the table beside the first."""
+    return (*self.reported[1:], NOT_OK)
+
 
 def draw_block(
   key: jax.Array, rows: Any, blocks: int
@@ -115,7 +123,6 @@ def draw_block(
 
 
 DEFAULT = ('', 'plain', 'constant')
-NOT_OK = 'total_not_ok'  # Steps outside of a method's assumptions, of its info.
 
 
 def choices(config: Levels) -> list[str]:
@@ -160,7 +167,7 @@ def of_bilevel(config: Levels, problem: Problem) -> study.Problem:
     tuple(choices(config)), config.learning_rates, budget,
     'gradients and products of a sample', measure, first.replace('_', ' '),
     more=first.endswith(('accuracy', 'auroc')),
-    reported=(*problem.reported[1:], NOT_OK),
+    reported=problem.beside,
     finish=finish, data=problem.data, batched=True,
   )  # fmt: skip
 
@@ -256,9 +263,8 @@ def compare(
 
 def show(title: str, problem: Problem, rows: list[dict]) -> None:
   """Prints the summary."""
-  first, *others = problem.reported
-  reported = (*others, NOT_OK)
-  verdicts.show(title, first.replace('_', ' '), rows, reported=reported)
+  name = problem.reported[0].replace('_', ' ')
+  verdicts.show(title, name, rows, reported=problem.beside)
 
 
 def draw(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 SHORT = 10  # Steps of the mean of a lag with a sign.
 MEMORY = 50, 100  # Visits of a block, of the means of lags and of lengths.
 VISITS = 50  # Of a block on average, after which its steps must have led it.
-ENOUGH = 200  # The same, after which no block is still on its way.
+ENOUGH = 200  # The same, after which few are still on their way.
 EARLY = 10  # The same, after which a lag has no reason to grow by far.
 LARGE, GROWTH = 0.5, 2.0  # Of a lag, beside the blocks and the least it was.
 SMALL, LEAP = 0.15, 10.0  # The same of one that grows by far.
