@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _balance
 from optlab.unnormalized import _coverage
 from optlab.unnormalized import _learned_normalizer
 from optlab.unnormalized import _likelihood
@@ -30,11 +31,17 @@ class NceInfo(NamedTuple):
   conditional: jax.Array
   # Shape (), bool, whether data are whole numbers and noise none at all.
   discrete: jax.Array
+  # Shape (), the derivative by a constant beside the log density over the sum
+  # of both its sides, -1 to 1, each a mean over 100 steps: near zero once the
+  # normalizer is learned, and far from it for good where the model has none.
+  imbalance: jax.Array
+  warning: jax.Array  # shape (), bool, whether it is far, after 100 steps
 
 
 class NceState(NamedTuple):
-  """State of `nce` and `ence`, which need none for the next step."""
+  """State of `nce` and `ence`; the next step needs none of it."""
 
+  balance: _balance.Balance
   info: NceInfo
 
 
@@ -111,6 +118,12 @@ def nce(
     its term is exactly zero. A batch without a good row of data or of noise
     gives a zero gradient and counts in ``info.total_held``. Cost per step: one
     gradient over n + m rows, and the noise's log density on data as well.
+
+    A model without a normalizer, or a bias, cannot lose its mass: it is bent
+    until that is one, and its shape is wrong (a mean of 1 is found as 0.25).
+    ``info.warning`` says so from the hundredth step on, as long as a constant
+    beside the log density would lower the loss (``info.imbalance``); a
+    normalizer that is not learned yet looks alike.
 
     Bits and counts beside noise that has a density are no error, but
     ``info.discrete`` says so: give them discrete noise, such as `bernoulli`, or
@@ -196,7 +209,7 @@ def ence(
     <https://arxiv.org/abs/2110.11271>`_, ICLR 2022
 
   Notes:
-    Bad rows, conditional models and cost as in `nce`.
+    Bad rows, conditional models, ``info.warning`` and cost as in `nce`.
   """
   checks.enforce(ence, locals())
 
@@ -225,8 +238,11 @@ def _contrastive(
   def init(params):
     checks.check_real_params('params', params)
     tally = _likelihood.zero_tally()
-    flags = {name: jnp.zeros((), bool) for name in ('conditional', 'discrete')}
-    return NceState(NceInfo(**flags, **tally))
+    flags = ('conditional', 'discrete', 'warning')
+    flags = {name: jnp.zeros((), bool) for name in flags}
+    dtype = trees.accumulator_dtype(params)
+    info = NceInfo(imbalance=jnp.zeros((), dtype), **flags, **tally)
+    return NceState(_balance.start(dtype), info)
 
   def estimate(params, state, batch):
     n, m = _check(method, params, batch, contexts)
@@ -259,11 +275,14 @@ def _contrastive(
       value = sum(map(_likelihood.mean_of, losses, good))
       value = jnp.where(conditional, jnp.nan, value)
       cotangents = map(_likelihood.mean_cotangent, slopes, good)
-      tally = _likelihood.tally(state.info, rejected, ~usable)
-      return cotangents, (
-        value,
-        NceState(NceInfo(conditional=conditional, discrete=discrete, **tally)),
-      )
+      pulls = tuple(map(_likelihood.mean_of, slopes, good))
+      balance = _balance.follow(state.balance, -pulls[0], pulls[1], usable)
+      imbalance, warning = _balance.judge(balance)
+      info = NceInfo(
+        conditional=conditional, discrete=discrete, imbalance=imbalance,
+        warning=warning, **_likelihood.tally(state.info, rejected, ~usable),
+      )  # fmt: skip
+      return cotangents, (value, NceState(balance, info))
 
     grads, (value, state), aux = _likelihood.joint_gradient(
       model, params, batch, joint_rule, dtype, has_aux

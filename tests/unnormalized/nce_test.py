@@ -1,9 +1,11 @@
 """NCE and eNCE against recorded traces and the curvature of their losses."""
 
+import functools
 import json
 import math
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +194,61 @@ def test_a_normalizer_that_is_no_scalar_is_named():
   params = optlab.unnormalized.NceParams(jnp.ones(()), jnp.zeros(4))
   with pytest.raises(ValueError, match='a scalar, got shape .4,.; of several'):
     model(params, jnp.ones(4))
+
+
+@functools.cache
+def warnings(method, normalizer, draw):
+  """Imbalances and warnings of 800 steps, and the mean that was found."""
+  rows = 1.0 + draw(jax.random.key(0), (1024, 1))
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), 4 * jnp.eye(1))
+  model = MODEL if normalizer else natural
+  params = jnp.zeros(())
+  if normalizer:
+    params = optlab.unnormalized.NceParams(params, params)
+  make = optlab.nce if method == 'nce' else optlab.unnormalized.ence
+  estimator = make(model)
+  tx = optlab.normalized_momentum(optax.cosine_decay_schedule(0.05, 800))
+  step = optlab.train_step(estimator, tx)
+
+  def advance(state, key):
+    data = jax.random.choice(key, rows, (128,))
+    key = jax.random.fold_in(key, 1)
+    state, _ = step(state, optlab.noise_batch(noise, key, data, 128, True))
+    info = state.estimator_state.info
+    return state, (info.imbalance, info.warning)
+
+  keys = jax.random.split(jax.random.key(1), 800)
+  state = optlab.init(params, estimator, tx)
+  state, found = jax.jit(lambda s: jax.lax.scan(advance, s, keys))(state)
+  return state, *found
+
+
+@over_methods
+@pytest.mark.parametrize('draw', [jax.random.normal, jax.random.rademacher])
+def test_a_model_without_a_normalizer_is_told(method, draw):
+  """It is bent until its mass is one: a mean of 1 was .5, without a word."""
+  state, imbalances, warned = warnings(method, False, draw)
+  assert abs(state.params - 1) > 0.3
+  assert not np.any(warned[:99])  # Nothing is judged before.
+  assert np.all(warned[99:])
+  assert np.all(imbalances[99:] > 0.1)
+  state, imbalances, warned = warnings(method, True, draw)
+  assert abs(state.params.model - 1) < 0.2
+  assert not np.any(warned[400:])
+  assert np.all(abs(imbalances[400:]) < 0.05)
+
+
+def test_a_step_that_is_held_leaves_the_balance():
+  estimator = optlab.nce(MODEL)
+  params = optlab.unnormalized.NceParams(jnp.zeros(()), jnp.zeros(()))
+  rows = jnp.linspace(-1.0, 1.0, 8)[:, None]
+  batch = optlab.NoiseBatch(
+    rows, 2 * rows, standard_log_prob(2 * rows), standard_log_prob(rows)
+  )
+  estimate = jax.jit(estimator.estimate)
+  _, before = estimate(params, estimator.init(params), batch)
+  bad = batch._replace(data=jnp.full((8, 1), jnp.nan))
+  _, after = estimate(params, before, bad)
+  assert after.info.held
+  chex.assert_trees_all_equal(before.balance, after.balance)
+  assert before.balance.step == 1
