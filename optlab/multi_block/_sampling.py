@@ -27,7 +27,8 @@ def sample_blocks(
     replace: Whether one block may be drawn twice; `bsvrb` counts it once.
 
   Returns:
-    int32 array of shape ``(sampled,)``, in no particular order.
+    int32 array of shape ``(sampled,)``, in no particular order; all blocks come
+    in their own, so that rows of data that belong to them may stay as they are.
 
   Raises:
     TypeError: ``num_blocks`` or ``sampled`` is not an integer.
@@ -36,8 +37,8 @@ def sample_blocks(
 
   Examples:
     >>> import jax, optlab
-    >>> print(sorted(optlab.sample_blocks(jax.random.key(0), 5, 5).tolist()))
-    [0, 1, 2, 3, 4]
+    >>> print(optlab.sample_blocks(jax.random.key(0), 5, 5))
+    [0 1 2 3 4]
 
   References:
     Bentley, Floyd, `Programming pearls: a sample of brilliance
@@ -46,6 +47,8 @@ def sample_blocks(
   _check_sampled(num_blocks, sampled, replace)
   if replace:
     return jax.random.randint(key, (sampled,), 0, num_blocks, jnp.int32)
+  if sampled == num_blocks:
+    return jnp.arange(num_blocks, dtype=jnp.int32)
   if sampled**2 > num_blocks * math.log2(num_blocks + 1):
     return jax.random.permutation(key, num_blocks)[:sampled].astype(jnp.int32)
   tops = jnp.arange(num_blocks - sampled, num_blocks, dtype=jnp.int32)
@@ -72,7 +75,8 @@ def epoch_of_blocks(key: jax.Array, num_blocks: int, sampled: int) -> jax.Array:
 
   Returns:
     int32 array of shape ``(ceil(num_blocks / sampled), sampled)``; the last row
-    is padded with ``num_blocks``, which `bsvrb` drops.
+    is padded with ``num_blocks``, which `bsvrb` drops. All blocks at once come
+    in their own order.
 
   Raises:
     TypeError: ``num_blocks`` or ``sampled`` is not an integer.
@@ -85,6 +89,8 @@ def epoch_of_blocks(key: jax.Array, num_blocks: int, sampled: int) -> jax.Array:
      [2 3]]
   """
   _check_sampled(num_blocks, sampled, replace=False)
+  if sampled == num_blocks:
+    return jnp.arange(num_blocks, dtype=jnp.int32)[None]
   order = jax.random.permutation(key, num_blocks).astype(jnp.int32)
   padding = -num_blocks % sampled
   order = jnp.pad(order, (0, padding), constant_values=num_blocks)

@@ -163,12 +163,16 @@ def test_samples_of_blocks_are_uniform_subsets():
 
 def test_samples_with_and_without_replacement_and_by_epochs():
   key = jax.random.key(1)
-  for sampled in (1, 3, 20):  # Floyd's algorithm, and a permutation.
+  for sampled in (1, 3, 19, 20):  # Floyd's algorithm, and a permutation.
     blocks = np.asarray(optlab.sample_blocks(key, 20, sampled))
     assert len(set(blocks.tolist())) == sampled
     assert blocks.min() >= 0
     assert blocks.max() < 20
     assert blocks.dtype == np.int32
+  # All of them: data laid out by block meet their own, as they are.
+  np.testing.assert_array_equal(blocks, np.arange(20))
+  epoch = np.asarray(optlab.multi_block.epoch_of_blocks(key, 20, 20))
+  np.testing.assert_array_equal(epoch, np.arange(20)[None])
   many = np.asarray(optlab.sample_blocks(key, 3, 30, replace=True))
   assert set(many.tolist()) == {0, 1, 2}
   epoch = np.asarray(optlab.multi_block.epoch_of_blocks(key, 10, 4))
