@@ -210,10 +210,11 @@ def contrastive_divergence(
     joined = _likelihood.aligned(
       _noise_batch.NoiseBatch(batch.data, run.rows, jnp.zeros(len(run.rows)))
     )
-    grads, (value, stray, tally), aux = _likelihood.joint_gradient(
+    (grads, fine), (value, stray, tally), aux = _likelihood.joint_gradient(
       log_density, params, joined, rule, dtype, has_aux
     )
     info = _info(state.info, tally, run, restarted, box)
+    info = _likelihood.held_unless(fine, info)
     state = ContrastiveDivergenceState(key, run.rows, stray, run.state, info)
     return base.Estimate(value, grads, aux=aux), state
 

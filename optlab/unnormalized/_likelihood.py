@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optlab import base
 from optlab import checks
@@ -50,15 +51,15 @@ def joint_gradient(
   rule: Callable[..., tuple[Iterable[jax.Array], Any]],
   dtype: Any,
   has_aux: bool = False,
-) -> tuple[base.Updates, Any, Any]:
+) -> tuple[tuple[base.Updates, jax.Array], Any, Any]:
   """One `jax.vjp` over data and noise with the cotangents of ``rule``.
 
   A zero cotangent does not protect: backward through a row whose log density
   is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
-  forward pass, so where there are any the gradient is checked, and where it is
-  not finite the pass is repeated with those rows replaced by a good one. Check
-  and repetition are loops of at most one turn, which cost nothing under
-  `jax.vmap` while no lane needs them.
+  forward pass, so where the gradient is not finite, and a row is bad, the pass
+  is repeated with those rows replaced by a good one. That is a loop of at most
+  one turn, which costs nothing under `jax.vmap` while no lane needs it. Where
+  every row is good, or the gradient stays as it is, it is zero.
 
   Args:
     log_density: ``(params, rows) -> [rows]``.
@@ -72,8 +73,8 @@ def joint_gradient(
     has_aux: Whether ``log_density`` returns auxiliary output beside them.
 
   Returns:
-    The gradient with the dtypes of ``params``, what else ``rule`` returned, and
-    the auxiliary output, ``()`` where there is none.
+    The gradient with the dtypes of ``params`` and whether it was finite; what
+    else ``rule`` returned; the auxiliary output, ``()`` without any.
   """
   rows = jax.tree.map(
     lambda data, noise: jnp.concatenate([data, noise]), batch.data, batch.noise
@@ -100,22 +101,22 @@ def joint_gradient(
     (grads,) = pullback(cotangent)
     # With no good row at all every cotangent is zero, and so is the gradient.
     silent = ~jnp.any(cotangent)
-    grads = jax.tree.map(
-      lambda leaf: jnp.where(silent, jnp.zeros_like(leaf), leaf), grads
-    )
-    return grads, jnp.asarray(False)
+    grads = trees.where(silent, optax.tree.zeros_like(grads), grads)
+    return grads, trees.all_finite(grads), jnp.asarray(False)
 
-  def check(carry):
-    grads, _ = carry
-    return jax.lax.while_loop(
-      lambda carry: carry[1], repeat, (grads, ~trees.all_finite(grads))
-    )
-
-  # The gradient is looked at only where a row is bad, or it costs every step.
-  grads, _ = jax.lax.while_loop(
-    lambda carry: carry[1], check, (grads, ~jnp.all(good))
+  fine = trees.all_finite(grads)
+  grads, fine, _ = jax.lax.while_loop(
+    lambda carry: carry[2], repeat, (grads, fine, ~fine & ~jnp.all(good))
   )
-  return grads, aux, output
+  grads = trees.where(fine, grads, optax.tree.zeros_like(grads))
+  return (grads, fine), aux, output
+
+
+def held_unless(fine: jax.Array, info: Any) -> Any:
+  """Diagnostics that also count the step as held where its gradient is bad."""
+  held = info.held | ~fine
+  more = (held & ~info.held).astype(jnp.int32)
+  return info._replace(held=held, total_held=info.total_held + more)
 
 
 def with_aux(log_density: Callable[..., Any], has_aux: bool) -> Callable:

@@ -244,9 +244,10 @@ def meco(
       value = jnp.where(conditional, jnp.nan, new.value)
       return new.cotangents, (value, new_state)
 
-    grads, (value, state), aux = _likelihood.joint_gradient(
+    (grads, fine), (value, state), aux = _likelihood.joint_gradient(
       log_density, params, batch, rule, dtype, has_aux
     )
+    state = state._replace(info=_likelihood.held_unless(fine, state.info))
     if ratio_correction:
       state = state._replace(previous=params)
     return base.Estimate(value, grads, aux=aux), state

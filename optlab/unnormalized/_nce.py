@@ -284,9 +284,10 @@ def _contrastive(
       )  # fmt: skip
       return cotangents, (value, NceState(balance, info))
 
-    grads, (value, state), aux = _likelihood.joint_gradient(
+    (grads, fine), (value, state), aux = _likelihood.joint_gradient(
       model, params, batch, joint_rule, dtype, has_aux
     )
+    state = state._replace(info=_likelihood.held_unless(fine, state.info))
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)

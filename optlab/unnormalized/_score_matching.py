@@ -132,10 +132,11 @@ def denoising_score_matching(
       one = jnp.ones((), dtype)
       return (_likelihood.mean_cotangent(one, good), none), (value, tally)
 
-    grads, (value, tally), _ = _likelihood.joint_gradient(
+    (grads, fine), (value, tally), _ = _likelihood.joint_gradient(
       loss, params, joined, rule, dtype
     )
     info = DenoisingScoreMatchingInfo(**tally)
+    info = _likelihood.held_unless(fine, info)
     return base.Estimate(value, grads), DenoisingScoreMatchingState(key, info)
 
   return base.GradientEstimator(init, estimate)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optlab
@@ -608,3 +609,42 @@ def test_bad_input(row):
 
 def test_docstrings_name_every_promised_error():
   inputs.check_docstrings(table.rows)
+
+
+def kinked(params, rows):
+  """Finite, but its derivative at a row of zeros is not a number."""
+  return -params * jnp.sqrt(jnp.sum(rows**2, -1) * params**2)
+
+
+ESTIMATORS = {
+  'meco': lambda: optlab.meco(kinked),
+  'ratio': lambda: optlab.meco(kinked, ratio_correction=True),
+  'nce': lambda: optlab.nce(kinked),
+  'ence': lambda: optlab.unnormalized.ence(kinked),
+  'contrastive_divergence': lambda: optlab.contrastive_divergence(kinked, 0.1),
+}
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_a_gradient_that_is_no_number_is_held(name):
+  """The parameters became NaN, and every row after them was bad."""
+  estimator, tx = ESTIMATORS[name](), optax.adam(0.1)
+  noise = optlab.unnormalized.gaussian(jnp.zeros(1), jnp.eye(1))
+  data = jnp.linspace(-1.0, 1.0, 4)[:, None]
+  inner = ()
+  if name == 'contrastive_divergence':
+    inner = jax.random.key(1), data
+  state = optlab.init(jnp.ones(()), estimator, tx, *inner)
+  step = jax.jit(optlab.train_step(estimator, tx))
+  batch = optlab.noise_batch(noise, jax.random.key(0), data, 4, True)
+  before, _ = step(state, batch)
+  assert not before.estimator_state.info.held
+  zeros = jax.tree.map(lambda leaf: leaf.at[0].set(0), batch)
+  after, _ = step(before, zeros)
+  info = after.estimator_state.info
+  assert info.held
+  assert info.total_held == 1
+  assert np.isfinite(after.params)
+  again, _ = step(after, batch)
+  assert not again.estimator_state.info.held
+  assert again.params != after.params
