@@ -29,7 +29,7 @@ def conditional_batch(
     conditions: x, array ``[n, ...]`` or a pytree of them.
     data: y, array ``[n, ...]``.
     contexts: int ``[n]``, which context each x is. All x of one context have
-      one normalizer: number those apart that have not.
+      one normalizer: number those apart that have not (`meco` and `nce` warn).
     num: Rows of noise for each row of data, a Python integer.
 
   Returns:

@@ -27,7 +27,8 @@ class Coverage(NamedTuple):
     warning: Whether so much is missed that the likelihood cannot be trusted, or
       one of the two below is true, or the log densities are so large, by a
       constant say, that their digits are no longer told apart.
-    conditional: Whether data and noise share a column of distinct numbers.
+    conditional: Whether data and noise share a column of distinct numbers, or
+      rows of one context have normalizers that differ.
     discrete: Whether data are whole numbers, bits say, and noise none at all: a
       density is fitted where there is none.
   """

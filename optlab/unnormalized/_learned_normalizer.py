@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from optlab import base
 from optlab import checks
+from optlab.unnormalized import _coverage
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
+from optlab.unnormalized import _trackers
 
 
 class NceParams(NamedTuple):
@@ -98,3 +100,32 @@ def beside(
     named.append((index >= 0) & (index < contexts))
     pairs.append((rows, jnp.clip(index, 0, contexts - 1)))
   return batch._replace(data=pairs[0], noise=pairs[1]), (named[0], named[1])
+
+
+def check(
+  method: str, params: Any, batch: Any, contexts: int | None
+) -> tuple[int, int]:
+  """Raises unless the batch fits; returns its numbers of rows."""
+  n, m = _noise_batch.check_batch(method, batch, needs_data_log_prob=True)
+  if contexts is not None:
+    _trackers.check(method, batch, n, m)
+    checks.check_fields(
+      'params',
+      params,
+      NceParams._fields,
+      'NceParams(model, log_normalizer)',
+    )
+    shape = jnp.shape(params.log_normalizer)
+    if shape != (contexts,):
+      raise ValueError(
+        f'{method} with contexts={contexts} needs params.log_normalizer of'
+        f' shape ({contexts},), got {shape}.'
+      )
+    return n, m
+  _trackers.refuse(
+    method, batch, f'give {method} the number of contexts, and NceParams a'
+    ' normalizer for each.',
+  )  # fmt: skip
+  if isinstance(params, NceParams):
+    _coverage.check_apart(method, batch)
+  return n, m

@@ -14,6 +14,7 @@ from jax.scipy import special
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _alike
 from optlab.unnormalized import _coverage
 from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
@@ -40,6 +41,7 @@ class MecoState(NamedTuple):
   log_normalizer: jax.Array
   weight: jax.Array
   previous: Any  # params of the step before, or None without ratio correction
+  alike: Any  # what tells the normalizers of a context apart, or None
   info: MecoInfo
 
 
@@ -167,7 +169,11 @@ def meco(
     weight so far, is dropped and counted. A tracker does not follow between
     visits: where contexts are seldom seen raise ``gamma``; where they never
     come again, ``gamma=1`` with the row's number in the batch as its context.
-    ``info.ess`` is then the mean over the contexts seen.
+    ``info.ess`` is then the mean over the contexts seen. Rows of one context
+    whose normalizers differ are bent as those of one tracker are: where the
+    noise of several rows of a context stands beside them, as
+    `conditional_batch` lays it, ``info.coverage.conditional`` says so from the
+    fiftieth step on, and ``warning``.
 
     Cost per step: one gradient over n + m rows, as for `nce`; with
     ``ratio_correction`` also one forward pass over m rows and a copy of the
@@ -199,6 +205,7 @@ def meco(
       weight=jnp.zeros(shape, dtype),
       # A copy: params and state may both be donated.
       previous=trees.own(params) if ratio_correction else None,
+      alike=None if contexts is None else _alike.start(dtype),
       info=MecoInfo(
         ess=jnp.zeros((), dtype),
         coverage=_coverage.unknown(dtype),
@@ -237,8 +244,11 @@ def meco(
         new = _trackers.one(state, rate, *rows, drift)
       else:
         new = _trackers.many(state, rate, *rows, batch)
+      mixed = conditional
+      if contexts is not None:
+        mixed = _alike.differ(new.alike)
       coverage = _coverage.coverage(
-        batch, log_p_data, new.data_good, noise_good, conditional, model_dtype
+        batch, log_p_data, new.data_good, noise_good, mixed, model_dtype
       )
       new_state = _advanced(state, new, coverage)
       value = jnp.where(conditional, jnp.nan, new.value)
@@ -262,6 +272,7 @@ def _advanced(state, new, coverage):
     log_normalizer=new.log_normalizer,
     weight=new.weight,
     previous=None,
+    alike=new.alike,
     info=MecoInfo(
       ess=new.ess,
       coverage=coverage,

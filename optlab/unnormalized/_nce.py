@@ -4,7 +4,7 @@ What MECO is compared with, in the same form: estimators over `NoiseBatch`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from optlab import base
 from optlab import checks
 from optlab import trees
+from optlab.unnormalized import _alike
 from optlab.unnormalized import _balance
 from optlab.unnormalized import _coverage
 from optlab.unnormalized import _learned_normalizer
 from optlab.unnormalized import _likelihood
-from optlab.unnormalized import _noise_batch
-from optlab.unnormalized import _trackers
 
 
 class NceInfo(NamedTuple):
@@ -27,7 +26,8 @@ class NceInfo(NamedTuple):
   total_rejected: jax.Array  # shape (), int32
   held: jax.Array  # shape (), bool, whether the step gave no gradient
   total_held: jax.Array  # shape (), int32
-  # Shape (), bool, whether data and noise share a column of distinct numbers.
+  # Shape (), bool, whether data and noise share a column of distinct numbers,
+  # or rows of one context have normalizers that differ.
   conditional: jax.Array
   # Shape (), bool, whether data are whole numbers and noise none at all.
   discrete: jax.Array
@@ -35,13 +35,14 @@ class NceInfo(NamedTuple):
   # of both its sides, -1 to 1, each a mean over 100 steps: near zero once the
   # normalizer is learned, and far from it for good where the model has none.
   imbalance: jax.Array
-  warning: jax.Array  # shape (), bool, whether it is far, after 100 steps
+  warning: jax.Array  # shape (), bool, whether it is far, or `conditional`
 
 
 class NceState(NamedTuple):
   """State of `nce` and `ence`; the next step needs none of it."""
 
   balance: _balance.Balance
+  alike: Any  # what tells the normalizers of a context apart, or None
   info: NceInfo
 
 
@@ -242,10 +243,11 @@ def _contrastive(
     flags = {name: jnp.zeros((), bool) for name in flags}
     dtype = trees.accumulator_dtype(params)
     info = NceInfo(imbalance=jnp.zeros((), dtype), **flags, **tally)
-    return NceState(_balance.start(dtype), info)
+    alike = None if contexts is None else _alike.start(dtype)
+    return NceState(_balance.start(dtype), alike, info)
 
   def estimate(params, state, batch):
-    n, m = _check(method, params, batch, contexts)
+    n, m = _learned_normalizer.check(method, params, batch, contexts)
     batch = _likelihood.aligned(batch)
     dtype = trees.accumulator_dtype(params)
     ratio = jnp.asarray(m / n if nu is None else nu, dtype)
@@ -254,6 +256,7 @@ def _contrastive(
     conditional = jnp.zeros((), bool)
     discrete = _coverage.is_discrete(batch)
     named = jnp.ones(n, bool), jnp.ones(m, bool)
+    plain = batch
     if contexts is not None:
       batch, named = _learned_normalizer.beside(batch, contexts)
     elif isinstance(params, _learned_normalizer.NceParams):
@@ -277,12 +280,17 @@ def _contrastive(
       cotangents = map(_likelihood.mean_cotangent, slopes, good)
       pulls = tuple(map(_likelihood.mean_of, slopes, good))
       balance = _balance.follow(state.balance, -pulls[0], pulls[1], usable)
-      imbalance, warning = _balance.judge(balance)
+      imbalance, far = _balance.judge(balance)
+      alike, mixed = None, conditional
+      if contexts is not None:
+        alike = _alike.follow(state.alike, plain, contexts, h_noise, noise_good)
+        mixed = _alike.differ(alike)
       info = NceInfo(
-        conditional=conditional, discrete=discrete, imbalance=imbalance,
-        warning=warning, **_likelihood.tally(state.info, rejected, ~usable),
+        conditional=mixed, discrete=discrete, imbalance=imbalance,
+        warning=far | mixed,
+        **_likelihood.tally(state.info, rejected, ~usable),
       )  # fmt: skip
-      return cotangents, (value, NceState(balance, info))
+      return cotangents, (value, NceState(balance, alike, info))
 
     (grads, fine), (value, state), aux = _likelihood.joint_gradient(
       model, params, batch, joint_rule, dtype, has_aux
@@ -291,30 +299,3 @@ def _contrastive(
     return base.Estimate(value, grads, aux=aux), state
 
   return base.GradientEstimator(init, estimate)
-
-
-def _check(method, params, batch, contexts):
-  """Raises unless the batch is one; returns its numbers of rows."""
-  n, m = _noise_batch.check_batch(method, batch, needs_data_log_prob=True)
-  if contexts is not None:
-    _trackers.check(method, batch, n, m)
-    checks.check_fields(
-      'params',
-      params,
-      _learned_normalizer.NceParams._fields,
-      'NceParams(model, log_normalizer)',
-    )
-    shape = jnp.shape(params.log_normalizer)
-    if shape != (contexts,):
-      raise ValueError(
-        f'{method} with contexts={contexts} needs params.log_normalizer of'
-        f' shape ({contexts},), got {shape}.'
-      )
-    return n, m
-  _trackers.refuse(
-    method, batch, f'give {method} the number of contexts, and NceParams a'
-    ' normalizer for each.',
-  )  # fmt: skip
-  if isinstance(params, _learned_normalizer.NceParams):
-    _coverage.check_apart(method, batch)
-  return n, m

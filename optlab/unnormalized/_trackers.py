@@ -2,9 +2,8 @@
 
 A model of y given x has a normalizer for every x, and the mean of their
 logarithms is not the logarithm of their mean. There each context has a row of a
-block table. A step sees some of them, by the rows of noise that name them;
-these are numbered within the batch (*slots*), so that it costs what they cost
-and not what the table costs.
+block table. A step sees some of them, by the rows of noise that name them,
+and costs what they cost, not what the table costs.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from optlab import tables
+from optlab.unnormalized import _alike
 from optlab.unnormalized import _likelihood
+from optlab.unnormalized import _slots
 
 
 class Followed(NamedTuple):
@@ -28,6 +29,7 @@ class Followed(NamedTuple):
     value: The negative log-likelihood.
     ess: Effective number of rows of noise.
     held: Whether no tracker moved.
+    alike: What tells whether rows of one context have one normalizer.
   """
 
   log_normalizer: jax.Array
@@ -38,6 +40,7 @@ class Followed(NamedTuple):
   value: jax.Array
   ess: jax.Array
   held: jax.Array
+  alike: Any = None
 
 
 class Rate(NamedTuple):
@@ -106,7 +109,7 @@ def many(
   """Follows the normalizer of each context that the noise of a batch names.
 
   Args:
-    state: What has tables ``log_normalizer`` and ``weight``.
+    state: What has tables ``log_normalizer`` and ``weight``, and ``alike``.
     rate: Of the averages.
     log_p_data: As for `one`.
     log_w: As for `one`.
@@ -114,11 +117,13 @@ def many(
     batch: What has ``contexts`` and ``noise_contexts``.
   """
   dtype = log_p_data.dtype
-  log_p_data, log_w, noise_good = map(_whole, (log_p_data, log_w, noise_good))
-  seen = _slots(batch, state.weight.shape[0])
+  log_p_data, log_w, noise_good = map(
+    _slots.whole, (log_p_data, log_w, noise_good)
+  )
+  seen = _slots.number(batch, state.weight.shape[0])
   noise_good &= seen.noise_named
   log_w = jnp.where(noise_good, log_w, -jnp.inf)
-  noise = _sums(seen, log_w, noise_good)
+  noise = _slots.sums(seen, log_w, noise_good)
   rows = One(
     *tables.gather_rows((state.log_normalizer, state.weight), seen.context)
   )
@@ -149,6 +154,7 @@ def many(
     value=_likelihood.mean_of(log_u[seen.data] - log_p_data, data_good),
     ess=_likelihood.mean_of(noise.ess, seen.used & (noise.count > 0)),
     held=~jnp.any(seen.used & ~held),
+    alike=_alike.after(state.alike, seen, noise, noise_good),
   )
 
 
@@ -170,39 +176,6 @@ def _average(state, log_g, rate, drift):
     state.log_normalizer,
   )
   return log_u, jnp.where(has_weight, weight, state.weight), ~has_weight
-
-
-class Slots(NamedTuple):
-  """The contexts that a batch's noise names.
-
-  Attributes:
-    context: ``[m]``, the context of each slot, ascending; the number of
-      contexts in those that are not used.
-    used: bool ``[m]``.
-    noise: ``[m]``, the slot of each row of noise.
-    data: ``[n]``, the slot of each row of data, if it has one.
-    noise_named: bool ``[m]``, rows that name a context; others are padding.
-    data_named: bool ``[n]``.
-    found: bool ``[n]``, rows of data with noise of their context beside them.
-  """
-
-  context: jax.Array
-  used: jax.Array
-  noise: jax.Array
-  data: jax.Array
-  noise_named: jax.Array
-  data_named: jax.Array
-  found: jax.Array
-
-
-class Sums(NamedTuple):
-  """The noise of each slot; of those without weight ``log_mean`` is -inf."""
-
-  log_scale: jax.Array  # shape [m], the largest log weight
-  log_mean: jax.Array  # shape [m], of the weights over the good rows
-  count: jax.Array  # shape [m], good rows
-  ess: jax.Array  # shape [m]
-  scaled: jax.Array  # shape [m], weight of each row over its slot's largest
 
 
 def check(method: str, batch: Any, n: int, m: int) -> None:
@@ -240,58 +213,3 @@ def refuse(method: str, batch: Any, remedy: str) -> None:
       f'{method} got a batch that names contexts, and has no tracker for each:'
       f' {remedy}'
     )
-
-
-def _slots(batch: Any, contexts: int) -> Slots:
-  """Numbers the contexts of a batch, of so many."""
-  data, data_named = _named(batch.contexts, contexts)
-  noise, noise_named = _named(batch.noise_contexts, contexts)
-  order = jnp.argsort(noise)
-  ascending = noise[order]
-  new = jnp.concatenate([jnp.zeros(1, bool), ascending[1:] != ascending[:-1]])
-  rank = jnp.cumsum(new)
-  context = jnp.full_like(noise, contexts).at[rank].set(ascending)
-  place = jnp.minimum(jnp.searchsorted(context, data), noise.size - 1)
-  return Slots(
-    context=context,
-    used=context < contexts,
-    noise=jnp.zeros_like(rank).at[order].set(rank, unique_indices=True),
-    data=place,
-    noise_named=noise_named,
-    data_named=data_named,
-    found=data_named & (context[place] == data),
-  )
-
-
-def _named(indices, contexts):
-  """Indices of at least 32 bits, and whether they are in range."""
-  indices = _whole(indices)
-  indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
-  named = (indices >= 0) & (indices < contexts)
-  return jnp.where(named, indices, contexts), named
-
-
-def _whole(array: jax.Array) -> jax.Array:
-  """On an explicit mesh, the array on every device: it is looked up by rows."""
-  where = tables.layout(array)
-  if where is None:
-    return array
-  return jax.sharding.reshard(array, where.update(spec=jax.P()))
-
-
-def _sums(slots: Slots, log_w: jax.Array, good: jax.Array) -> Sums:
-  """Sums up the noise; ``log_w`` is -inf in rows that are not good."""
-  size, which = log_w.size, slots.noise
-  add = lambda rows: jax.ops.segment_sum(rows, which, size)
-  top = jax.ops.segment_max(log_w, which, size)
-  scaled = jnp.exp(log_w - jnp.where(top > -jnp.inf, top, 0)[which])
-  total, squares = add(scaled), add(scaled**2)
-  count = add(good.astype(log_w.dtype))
-  tiny = jnp.finfo(log_w.dtype).tiny
-  return Sums(
-    log_scale=top,
-    log_mean=top + jnp.log(total) - jnp.log(jnp.maximum(count, 1)),
-    count=count,
-    ess=total**2 / jnp.maximum(squares, tiny),
-    scaled=scaled,
-  )

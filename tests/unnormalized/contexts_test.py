@@ -1,5 +1,6 @@
 """Conditional models: a tracker for each context."""
 
+import functools
 import math
 
 import jax
@@ -314,6 +315,69 @@ def test_nce_finds_a_conditional_model():
   assert abs(state.params.model - best) < 0.05
   truth = jnp.linspace(-2.0, 2.0, 20) / 2 + HALF_LOG_2PI
   assert abs(jnp.mean(state.params.log_normalizer - truth)) < 0.05
+
+
+def spreading(params, rows):
+  """N(a x, e^(b x)): its normalizer varies with x."""
+  x, y = rows
+  return -((y[:, 0] - params[0] * x) ** 2) / 2 / jnp.exp(params[1] * x)
+
+
+def shifting(params, rows):
+  """N(a x, e^-b): its normalizer is one."""
+  x, y = rows
+  return -((y[:, 0] - params[0] * x) ** 2) / 2 * jnp.exp(params[1])
+
+
+@functools.cache
+def coarse(method, log_density, contexts, wide=1.0, num=8):
+  """Parameters, and whether each of 600 steps is told, by so many contexts."""
+  key = jax.random.key(3)
+  x = jnp.sort(jax.random.normal(key, (120,)))
+  scale = jnp.exp(x / 2) if log_density is spreading else 1.0
+  y = (x + scale * jax.random.normal(jax.random.key(0), (120,)))[:, None]
+  index = jnp.arange(120) * contexts // 120
+  noise = optlab.fit_gaussian(y, inflate=2.0 * wide)
+  params = jnp.zeros(2)
+  if method == 'nce':
+    estimator = optlab.nce(log_density, contexts=contexts)
+    params = optlab.unnormalized.NceParams(params, jnp.zeros(contexts))
+  else:
+    estimator = optlab.meco(log_density, contexts=contexts)
+  tx = optax.adam(optax.cosine_decay_schedule(0.05, 600))
+  step = optlab.train_step(estimator, tx)
+
+  def advance(state, key):
+    batch = optlab.unnormalized.conditional_batch(noise, key, x, y, index, num)
+    state, _ = step(state, batch)
+    info = state.estimator_state.info
+    return state, getattr(info, 'coverage', info).conditional
+
+  keys = jax.random.split(jax.random.key(1), 600)
+  state = optlab.init(params, estimator, tx)
+  state, told = jax.jit(lambda s: jax.lax.scan(advance, s, keys))(state)
+  return getattr(state.params, 'model', state.params), told
+
+
+@pytest.mark.parametrize('method', ['meco', 'nce'])
+def test_rows_of_one_context_with_normalizers_of_their_own_are_told(method):
+  """A slope of 1 was found as .7, without a word."""
+  params, told = coarse(method, spreading, 1)
+  assert params[1] < 0.8
+  assert np.all(told[50:])
+  assert not np.any(told[:49])
+  params, told = coarse(method, spreading, 2)
+  assert np.all(told[100:])
+  params, told = coarse(method, spreading, 120)
+  assert abs(params[1] - 1) < 0.15
+  assert not np.any(told)
+
+
+@pytest.mark.parametrize(('wide', 'num'), [(1.0, 8), (10.0, 2), (10.0, 8)])
+def test_rows_of_one_context_and_one_normalizer_are_not(wide, num):
+  params, told = coarse('meco', shifting, 1, wide, num)
+  assert abs(params[0] - 1) < 0.1
+  assert not np.any(told)
 
 
 def test_bad_arguments():
