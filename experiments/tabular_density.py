@@ -107,7 +107,7 @@ def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
   """The gap to the first method, with its interval, set by set."""
   names = list(dict.fromkeys(row['problem'] for row in rows))
   figure, axes = plt.subplots(
-    figsize=(2.4 + 1.1 * len(names), 3.6), layout='constrained'
+    figsize=(3.4 + 1.1 * len(names), 3.6), layout='constrained'
   )
   shown = [method for method in methods[1:]]
   for i, method in enumerate(shown):
@@ -134,7 +134,7 @@ def draw(rows: Sequence[dict], methods: Sequence[str], path) -> None:
   axes.set_ylabel(f'test nats more than {methods[0]}')
   axes.grid(alpha=0.3)
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(fontsize=8, ncols=2)
+    plots.legend_right(figure, axes, fontsize=8)
   else:
     axes.text(
       0.5, 0.6, 'one split: no interval', ha='center', transform=axes.transAxes
