@@ -101,15 +101,15 @@ def gaussian(mean: base.ArrayLike, covariance: base.ArrayLike) -> Gaussian:
 
   Args:
     mean: ``[d]``.
-    covariance: ``[d, d]``, positive definite.
+    covariance: ``[d, d]``, symmetric and positive definite.
 
   Returns:
     A `Gaussian`.
 
   Raises:
     TypeError: One of them is not an array of numbers.
-    ValueError: The shapes do not match, or the covariance is not positive
-      definite.
+    ValueError: The shapes do not match, or the covariance is not symmetric and
+      positive definite; traced, its log densities are NaN.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -178,7 +178,7 @@ def gaussian_mixture(
   Args:
     weights: ``[k]``, positive; they are normalized.
     means: ``[k, d]``.
-    covariances: ``[k, d, d]``, positive definite.
+    covariances: ``[k, d, d]``, symmetric and positive definite.
     inflate: Factor on the covariances.
 
   Returns:
@@ -187,7 +187,7 @@ def gaussian_mixture(
   Raises:
     TypeError: ``inflate`` is not a real number.
     ValueError: Shapes do not match, a weight is not positive, or a covariance
-      not positive definite.
+      not symmetric and positive definite; traced, log densities are NaN.
 
   Examples:
     >>> import numpy as np
@@ -271,10 +271,19 @@ def _log_normal(white: jax.Array) -> jax.Array:
 
 
 def _cholesky(name: str, covariance: jax.Array) -> jax.Array:
+  """The factor; of a traced matrix that has none, NaN."""
   # There is no factorization in half precision.
-  wide = jnp.promote_types(covariance.dtype, jnp.float32)
-  scale = jnp.linalg.cholesky(covariance.astype(wide))
-  if not isinstance(scale, jax.core.Tracer) and not np.all(np.isfinite(scale)):
+  wide = covariance.astype(jnp.promote_types(covariance.dtype, jnp.float32))
+  skew = jnp.max(jnp.abs(wide - jnp.matrix_transpose(wide)))
+  skew = skew > 0.01 * jnp.max(jnp.abs(wide))
+  scale = jnp.where(skew, jnp.nan, jnp.linalg.cholesky(wide))
+  if isinstance(scale, jax.core.Tracer):
+    return scale
+  if skew:
+    raise ValueError(
+      f'{name} must be symmetric; of a Cholesky factor L give L @ L.T.'
+    )
+  if not np.all(np.isfinite(scale)):
     raise ValueError(
       f'{name} must be positive definite; add a small multiple of the identity.'
     )

@@ -424,6 +424,20 @@ def test_integer_rows():
 def test_bad_arguments():
   with pytest.raises(ValueError, match='positive definite'):
     optlab.unnormalized.gaussian(jnp.zeros(2), -jnp.eye(2))
+  factor = jnp.array([[1.0, 0.0], [0.9, 1.0]])  # It was taken for a covariance.
+  with pytest.raises(ValueError, match='must be symmetric'):
+    optlab.unnormalized.gaussian(jnp.zeros(2), factor)
+  with pytest.raises(ValueError, match='must be symmetric'):
+    optlab.unnormalized.gaussian_mixture(
+      jnp.ones(2), jnp.zeros((2, 2)), jnp.stack([jnp.eye(2), factor])
+    )
+  score = jax.jit(
+    lambda matrix: optlab.unnormalized.gaussian(jnp.zeros(2), matrix).log_prob(
+      jnp.zeros((1, 2))
+    )
+  )
+  assert np.all(np.isnan(score(factor)))
+  assert np.all(np.isfinite(score(factor @ factor.T)))
   with pytest.raises(ValueError, match='shapes'):
     optlab.unnormalized.gaussian(jnp.zeros(2), jnp.eye(3))
   with pytest.raises(ValueError, match=r'\[num, d\]'):
