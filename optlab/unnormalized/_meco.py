@@ -28,7 +28,9 @@ class MecoInfo(NamedTuple):
   coverage: _coverage.Coverage
   rejected: jax.Array  # shape (), int32, rows dropped at the last step
   total_rejected: jax.Array  # shape (), int32
-  held: jax.Array  # shape (), bool, whether the step left the tracker alone
+  # Shape (), bool, whether the step left the tracker alone, or had no gradient
+  # that is finite, and gave zeros.
+  held: jax.Array
   total_held: jax.Array  # shape (), int32
 
 
@@ -150,7 +152,7 @@ def meco(
     it; so is a row of data outside the model's support. Noise outside the
     model's support has weight zero. A batch without any weight leaves the
     tracker alone and gives no noise term; one without a good row of noise or of
-    data gives a zero gradient.
+    data, or whose gradient is not finite, gives a zero gradient.
 
     Bits and counts beside noise that has a density are no error, but
     ``info.coverage.discrete`` says so, and ``warning``: give them discrete

@@ -116,9 +116,10 @@ def nce(
 
   Notes:
     Bad rows as in `meco`; a row of data where the noise has no density counts,
-    its term is exactly zero. A batch without a good row of data or of noise
-    gives a zero gradient and counts in ``info.total_held``. Cost per step: one
-    gradient over n + m rows, and the noise's log density on data as well.
+    its term is exactly zero. A batch without a good row of data or of noise,
+    or whose gradient is not finite, gives a zero gradient and counts in
+    ``info.total_held``. Cost per step: one gradient over n + m rows, and the
+    noise's log density on data as well.
 
     A model without a normalizer, or a bias, cannot lose its mass: it is bent
     until that is one, and its shape is wrong (a mean of 1 is found as 0.25).

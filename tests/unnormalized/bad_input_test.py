@@ -625,7 +625,16 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize('name', ESTIMATORS)
+LIKE_IT = 'ratio', 'ence'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in LIKE_IT else ())
+    for name in ESTIMATORS
+  ],
+)
 def test_a_gradient_that_is_no_number_is_held(name):
   """The parameters became NaN, and every row after them was bad."""
   estimator, tx = ESTIMATORS[name](), optax.adam(0.1)

@@ -224,7 +224,13 @@ def warnings(method, normalizer, draw):
 
 
 @over_methods
-@pytest.mark.parametrize('draw', [jax.random.normal, jax.random.rademacher])
+@pytest.mark.parametrize(
+  'draw',
+  [
+    jax.random.normal,
+    pytest.param(jax.random.rademacher, marks=pytest.mark.slow),
+  ],
+)
 def test_a_model_without_a_normalizer_is_told(method, draw):
   """It is bent until its mass is one: a mean of 1 was .5, without a word."""
   state, imbalances, warned = warnings(method, False, draw)
