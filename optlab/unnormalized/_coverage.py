@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from optlab import trees
-from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 
 
@@ -77,12 +76,21 @@ def coverage(
     jnp.where(noise_good, batch.noise_log_prob.astype(dtype), jnp.inf)
   )
   thin = (log_q < thinnest) | ~(log_q > -jnp.inf)
-  missed = _likelihood.mean_of(thin.astype(dtype), data_good)
+  top = jnp.max(log_v)
+  scaled = jnp.exp(log_v - jnp.where(top > -jnp.inf, top, 0))
+  # One sum for all: each is a kernel, and over devices a collective.
+  rows = (
+    jnp.where(reached, log_q, 0), reached, thin & data_good, data_good,
+    scaled, scaled**2,
+  )  # fmt: skip
+  rows = jnp.stack([row.astype(dtype) for row in rows])
+  log_qs, reaches, thins, goods, total, squares = jnp.sum(rows, 1)
+  missed = thins / jnp.maximum(goods, 1)
   # Of as many draws of the noise itself this share may be missed by chance.
   chance = 3 / noise_good.size
   return Coverage(
-    data_log_prob=_likelihood.mean_of(log_q, reached),
-    data_ess=_likelihood.importance_weights(log_v).ess,
+    data_log_prob=log_qs / jnp.maximum(reaches, 1),
+    data_ess=total**2 / jnp.maximum(squares, jnp.finfo(dtype).tiny),
     missed=missed,
     warning=warning | (missed > 0.05 + chance),
     **known,

@@ -58,8 +58,8 @@ def joint_gradient(
   is NaN or infinite, ``0 * nan`` is NaN. Such rows are known only after the
   forward pass, so where the gradient is not finite the pass is repeated with
   those rows replaced by a good one. That is a loop of at most one turn, which
-  costs nothing under `jax.vmap` while no lane needs it. A gradient that stays
-  as it was is zero.
+  costs nothing under `jax.vmap` while no lane needs it. Where it does not help
+  the gradient is zero.
 
   Args:
     log_density: ``(params, rows) -> [rows]``.
@@ -211,7 +211,8 @@ def tally(
   info: Any, goods: tuple[jax.Array, ...], held: jax.Array
 ) -> dict[str, jax.Array]:
   """Counts a step: rows that are not good, and whether it was held."""
-  counts = [jnp.sum(~good) for good in goods]
+  # Sums of good rows stand elsewhere too, and are computed once.
+  counts = [good.size - jnp.sum(good) for good in goods]
   rejected = jnp.sum(jnp.stack(counts)).astype(jnp.int32)
   return {
     'rejected': rejected,
