@@ -134,7 +134,9 @@ def test_x_that_moves_too_fast_for_the_blocks_is_told(name):
     assert info.total_not_ok < 10 if good else info.total_not_ok > 1000
 
 
-@over_methods
+@pytest.mark.parametrize(
+  'name', ['v2', 'rsvrb', pytest.param('v1', marks=pytest.mark.slow)]
+)
 def test_steps_of_a_length_of_their_own_are_told(name):
   """Blocks that a step seldom looks at swing with x, and no farther."""
   even = lambda step, blocks: jnp.ones(blocks.shape)

@@ -309,8 +309,10 @@ def discrete_problem(name):
   ('method', 'name'),
   [
     *[('meco', 'ising'), ('meco', 'rbm'), ('gibbs', 'ising'), ('gibbs', 'rbm')],
-    ('discrete_langevin', 'ising'),
-    pytest.param('discrete_langevin', 'rbm', marks=SLOW),
+    *[
+      pytest.param('discrete_langevin', name, marks=SLOW)
+      for name in ('ising', 'rbm')
+    ],
   ],
 )
 def test_discrete_models_come_near_the_maximum_of_likelihood(name, method):

@@ -201,7 +201,7 @@ def lost(size=4):
   return log_density, noise, rows, size * HALF_LOG_2PI
 
 
-@pytest.mark.parametrize('method', [None, 'tempered'])
+@pytest.mark.parametrize('method', [None, pytest.param('tempered', marks=SLOW)])
 def test_data_show_a_mode_that_the_noise_missed(method):
   # What is held back: .919 was ok where the truth is 1.612.
   if method:
