@@ -12,7 +12,7 @@ import pytest
 # collectives of a step; Adam's are one to gather the parameters and one for the
 # gradient. Bilevel estimators hold their lower parameters too, BSVRB four
 # tables of 1,024 numbers; MECO and NCE set data and noise on top of each other,
-# which moves rows.
+# which moves rows, and one number says whether their gradient is finite.
 STATE_AND_COLLECTIVES = {
   'adam': (1.0, 2),
   'value_and_grad': (0.0, 2),
@@ -28,7 +28,7 @@ STATE_AND_COLLECTIVES = {
   'stocbio': (1.0, 23),
   'f2sa': (1.0, 13),
   'srba': (3.0, 19),
-  'meco': (0.0, 25),
+  'meco': (0.0, 26),
   'nce': (0.0, 22),
   'bsvrb': (4 * 1024 / (2 * 4352), 2),
 }

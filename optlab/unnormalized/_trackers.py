@@ -74,7 +74,7 @@ def one(
   m = _likelihood.num_good(noise_good, dtype)
   log_g = weights.log_scale + jnp.log(weights.total) - jnp.log(m)
   log_u, weight, held = _average(state, log_g, rate, drift)
-  usable = (jnp.sum(data_good) > 0) & (jnp.sum(noise_good) > 0)
+  usable = jnp.any(data_good) & jnp.any(noise_good)
   share = jnp.where(usable, jnp.exp(weights.log_scale - log_u) / m, 0)
   return Followed(
     log_normalizer=log_u,
