@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import tracking
+from optlab import trees
 from optlab.unnormalized import _slots
 
 MEMORY = 100  # Steps of the means.
@@ -94,15 +96,8 @@ def _means(old, data, noise, scaled):
   excess = total(gap) / jnp.maximum(weight, 1)
   counts = (weight > 0) & jnp.isfinite(excess**2)
   rate = jnp.maximum(1 / MEMORY, 1 / (old.step.astype(excess.dtype) + 1))
-
-  def blend(mean, new):
-    return jnp.where(counts, mean + rate * (new - mean), mean)
-
-  return Alike(
-    step=old.step + counts,
-    excess=blend(old.excess, excess),
-    square=blend(old.square, excess**2),
-  )
+  means = tracking.ema(old[1:], (excess, excess**2), rate)
+  return trees.where(counts, Alike(old.step + 1, *means), old)
 
 
 def differ(alike: Alike) -> jax.Array:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optlab import tracking
+from optlab import trees
+
 MEMORY = 100  # Steps of the means.
 LIMIT = 0.05  # Of the difference, beside the sum.
 ERRORS = 4.0  # Of the mean of so many differences.
@@ -38,16 +41,9 @@ def follow(
   """The means after a step whose sides pulled by ``data`` and ``noise``."""
   square = (noise - data) ** 2
   counts = usable & jnp.isfinite(square)
-  weight = jnp.maximum(1 / MEMORY, 1 / (old.step.astype(square.dtype) + 1))
-  blend = lambda mean, new: jnp.where(
-    counts, mean + weight * (new - mean), mean
-  )
-  return Balance(
-    step=old.step + counts,
-    data=blend(old.data, data),
-    noise=blend(old.noise, noise),
-    square=blend(old.square, square),
-  )
+  rate = jnp.maximum(1 / MEMORY, 1 / (old.step.astype(square.dtype) + 1))
+  means = tracking.ema(old[1:], (data, noise, square), rate)
+  return trees.where(counts, Balance(old.step + 1, *means), old)
 
 
 def judge(balance: Balance) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optlab import trees
+from optlab.unnormalized import _likelihood
 from optlab.unnormalized import _noise_batch
 
 
@@ -76,16 +77,12 @@ def coverage(
     jnp.where(noise_good, batch.noise_log_prob.astype(dtype), jnp.inf)
   )
   thin = (log_q < thinnest) | ~(log_q > -jnp.inf)
-  top = jnp.max(log_v)
-  scaled = jnp.exp(log_v - jnp.where(top > -jnp.inf, top, 0))
+  _, scaled = _likelihood.over_largest(log_v)
   # One sum for all: each is a kernel, and over devices a collective.
-  rows = (
-    jnp.where(reached, log_q, 0), reached, thin & data_good, data_good,
-    scaled, scaled**2,
-  )  # fmt: skip
-  rows = jnp.stack([row.astype(dtype) for row in rows])
-  log_qs, reaches, thins, goods, total, squares = jnp.sum(rows, 1)
-  missed = thins / jnp.maximum(goods, 1)
+  rows = jnp.where(reached, log_q, 0), reached, thin & data_good
+  rows = [row.astype(dtype) for row in (*rows, scaled, scaled**2)]
+  log_qs, reaches, thins, total, squares = jnp.sum(jnp.stack(rows), 1)
+  missed = thins / _likelihood.num_good(data_good, dtype)
   # Of as many draws of the noise itself this share may be missed by chance.
   chance = 3 / noise_good.size
   return Coverage(

@@ -250,10 +250,15 @@ class Weights(NamedTuple):
   ess: jax.Array  # shape (), (sum w)^2 / sum w^2, 0 if none
 
 
+def over_largest(log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The logarithm of the largest weight, and all weights over the largest."""
+  top = jnp.max(log_weights)
+  return top, jnp.exp(log_weights - jnp.where(top > -jnp.inf, top, 0))
+
+
 def importance_weights(log_weights: jax.Array) -> Weights:
   """Weights given by their logarithms, which are finite or -inf."""
-  top = jnp.max(log_weights)
-  scaled = jnp.exp(log_weights - jnp.where(top > -jnp.inf, top, 0))
+  top, scaled = over_largest(log_weights)
   total = jnp.sum(scaled)
   squares = jnp.maximum(jnp.sum(scaled**2), jnp.finfo(scaled.dtype).tiny)
   return Weights(scaled, top, total, total**2 / squares)
